@@ -1,0 +1,1 @@
+"""Executors: one file per hardware unit, each found through the entry point group ``pi2rt.executors``."""

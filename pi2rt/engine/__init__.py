@@ -1,0 +1,1 @@
+"""Sequences, scheduler, prefix reuse: the step loop."""

@@ -1,0 +1,77 @@
+"""What every model file offers, whatever its container."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies. ``shape`` is numpy's, rows first; ``type`` is a name in ``pi2rt.formats.quants.TYPES``
+    ("F32", "Q4_K"); rows are contiguous, ``nbytes / shape[0]`` each."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+
+
+class ModelFile(ABC):
+    """An open model: metadata and tensors. Every length, offset and count was checked against the file when it was
+    opened, so reads stay inside it (and a file that shrank since is a ModelFormatError)."""
+
+    path: Path
+    architecture: str
+    metadata: Mapping[str, Any]  # GGUF's keys, or config.json of a Hugging Face directory
+    tensors: Mapping[str, TensorInfo]
+
+    @abstractmethod
+    def read_into(self, tensor: TensorInfo, start: int, buffer: memoryview) -> None:
+        """Fills ``buffer`` with the tensor's bytes from byte ``start`` on. Thread-safe, releases the GIL."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def read(self, name: str) -> npt.NDArray[np.uint8]:
+        """The raw bytes of a tensor, as uint8 (nbytes,)."""
+        tensor = self.tensors[name]
+        out = np.empty(tensor.nbytes, np.uint8)
+        self.read_into(tensor, 0, memoryview(out))
+        return out
+
+    def __enter__(self) -> ModelFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
+    """Opens a GGUF file or a Hugging Face directory (config.json, *.safetensors, tokenizer.json).
+
+    Raises:
+        ModelNotFoundError: nothing is there.
+        ModelFormatError: it is malformed; the message names the file and the field.
+    """
+    from pi2rt._errors import ModelFormatError, ModelNotFoundError
+    from pi2rt.formats.gguf import GgufFile
+    from pi2rt.formats.huggingface import HuggingFaceDirectory
+
+    path = Path(path)
+    if path.is_dir():
+        return HuggingFaceDirectory(path)
+    if not path.exists():
+        raise ModelNotFoundError(f"{path}: no such file or directory")
+    if path.is_file():
+        return GgufFile(path)
+    raise ModelFormatError(path, "file", "neither a regular file nor a directory")

@@ -1,0 +1,1 @@
+"""The KV cache: pages, their sharing, and the account of bytes."""

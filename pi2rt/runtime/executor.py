@@ -1,0 +1,93 @@
+"""The executor protocol: what drives one hardware unit. Built-in executors and plug-ins are found alike, by entry
+point (group ``pi2rt.executors``), and pass the same conformance tests (``tests/executors/conformance.py``).
+
+An executor is owned by one actor and called from its Trio task only; it may use threads of its own underneath.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from pi2rt.formats import ModelFile
+from pi2rt.models import ModelDescription
+from pi2rt.runtime.step import Step, StepResult
+from pi2rt.runtime.trace import Trace
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""``progress(done, total)``; for loading, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorOptions:
+    """What the runtime tells an executor when it opens a model.
+
+    ``slots``: sequences at once; ``pages``: pages of KV cache; ``context``: positions per sequence at most;
+    ``max_tokens``: tokens in one step at most. ``cores``: core numbers to run on, in order; () leaves it to the
+    executor. ``kv_type``: "f16" or "q8". ``exact_floats``: dequantise weights to float32 and do not quantise
+    activations (for tests; slow). ``kernels``: name of a kernel variant, None for the best.
+    """
+
+    slots: int
+    pages: int
+    context: int
+    max_tokens: int
+    cores: tuple[int, ...] = ()
+    assistants: tuple[tuple[str, tuple[int, ...]], ...] = ()  # (actor name, cores) of units that share each layer
+    kv_type: str = "f16"
+    exact_floats: bool = False
+    kernels: str | None = None
+    trace: Trace | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorStatistics:
+    """A snapshot. ``busy_ns``: time inside steps; ``bytes``: memory held by name (weights, kv, activations)."""
+
+    steps: int = 0
+    tokens: int = 0
+    in_flight: int = 0
+    busy_ns: int = 0
+    kernel_ns: int = 0
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    details: Mapping[str, object] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Drives one hardware unit. The life of one: construct, ``open``, many ``submit``/``wait``, ``aclose``.
+
+    ``max_in_flight``: how many steps may be submitted and not yet waited for; at least 1. Steps complete in the order
+    of submission.
+    """
+
+    name: str
+    max_in_flight: int
+
+    async def open(
+        self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
+    ) -> None:
+        """Loads the model. Cancellable; after a cancellation ``aclose`` is still called. May run ``progress`` from
+        the Trio thread only."""
+        ...
+
+    def submit(self, step: Step) -> None:
+        """Starts a step, without blocking. Raises BusyError when ``max_in_flight`` are already there."""
+        ...
+
+    async def wait(self) -> StepResult:
+        """The result of the oldest submitted step; raises what made it fail, which also consumes it. Cancelling
+        ``wait`` loses nothing: call it again."""
+        ...
+
+    def stop(self, step_id: int) -> None:
+        """Asks a submitted step to end early (within a layer). Its result arrives as always, with ``stopped`` set if
+        it did end early. Unknown ids are ignored: the step may just have finished."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stops everything, joins threads, frees memory. Bounded; safe to call twice and after a failed ``open``."""
+        ...
+
+    def statistics(self) -> ExecutorStatistics: ...

@@ -1,0 +1,120 @@
+"""The work item of inference: one pass of a model over some tokens of some sequences.
+
+A step is as large as the plan allows: for a resident model it is the whole decode step of all running sequences, so
+that the control plane is crossed once per step and not once per layer (the two planes, ``docs/design.md``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Int32s = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+PAGE_TOKENS = 64
+"""Positions in one page of the KV cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one slot picks its tokens. Fields as in ``SamplingParams``; ``seed`` is always set.
+
+    ``temperature == 0`` is greedy. The random number for a token depends on (seed, position) alone, so the text does
+    not depend on what else is in the batch.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    logprobs: int = -1  # -1: none; 0: of the chosen token; n: and of the n likeliest
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """Makes ``slot`` belong to a new sequence, before the step that carries it runs.
+
+    ``history``: token ids that the penalties count as already there (the prompt).
+    """
+
+    slot: int
+    sampling: Sampling
+    history: Int32s
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Consecutive tokens of one sequence, at positions ``start .. start + count``.
+
+    ``pages``: the sequence's page table, int32, at least ``ceil((start + count) / PAGE_TOKENS)`` entries; position p
+    lives in page ``pages[p // PAGE_TOKENS]``. Pages that other sequences share are only read.
+    ``tokens``: int32 (count,). Empty means: one token, the one sampled last for this slot by the step before, which
+    may still be running (that is how the engine runs ahead).
+    ``sample``: sample the token after the last one. ``targets``: int32 (count,), return the log probability of each
+    target after its token (perplexity); negative entries are skipped. ``logits``: return the logits of every token.
+    """
+
+    slot: int
+    start: int
+    pages: Int32s
+    tokens: Int32s
+    sample: bool = False
+    targets: Int32s | None = None
+    logits: bool = False
+
+    @property
+    def count(self) -> int:
+        return max(1, len(self.tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass. No two slices share a slot."""
+
+    id: int
+    slices: tuple[Slice, ...]
+    binds: tuple[Bind, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(s.count for s in self.slices)
+
+    def __repr__(self) -> str:
+        return f"<Step {self.id}: {self.tokens} tokens of {len(self.slices)} sequences>"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The token sampled for one slice. Log probabilities (natural) are of the distribution after temperature-free
+    softmax of the penalised logits; NaN and () where they were not asked for."""
+
+    token: int
+    logprob: float = float("nan")
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gives back. ``sampled``, ``scores``, ``logits`` are aligned with ``Step.slices``.
+
+    ``stopped``: the step was cancelled on its way; nothing in it is valid and its sequences' KV entries from ``start``
+    on are undefined. Times are ``time.perf_counter_ns``; ``kernel_ns`` is time inside kernels, averaged over threads.
+    """
+
+    id: int
+    sampled: tuple[Sampled | None, ...] = ()
+    scores: tuple[Floats | None, ...] = ()
+    logits: tuple[Floats | None, ...] = ()  # each (count, vocab_size)
+    stopped: bool = False
+    started_ns: int = 0
+    finished_ns: int = 0
+    kernel_ns: int = 0
+    weight_bytes: int = field(default=0)  # bytes of weights read, for the bandwidth account

@@ -1,0 +1,1 @@
+"""Offline measurements of device and model, and the plan made from them."""

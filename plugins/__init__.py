@@ -1,0 +1,1 @@
+"""Integrations that are optional, each found through an entry point."""
