@@ -157,7 +157,6 @@ async def download_wheel(
         "--no-input",
         "--progress-bar",
         "off",
-        "--no-color",
     ]
     # pip writes to its temporary directory and moves the file when it is whole: inside ours, it can be
     # watched and goes away with it. Its own process group keeps a Ctrl-C for us alone.
