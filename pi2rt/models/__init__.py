@@ -11,5 +11,21 @@ from pi2rt.models.description import (
     Norm,
     Rope,
 )
+from pi2rt.models.load import ARCHITECTURES, describe
+from pi2rt.models.tensors import block_tensors, iterate_tensors
 
-__all__ = ["Activation", "Attention", "Block", "FeedForward", "Layer", "Linear", "ModelDescription", "Norm", "Rope"]
+__all__ = [
+    "ARCHITECTURES",
+    "Activation",
+    "Attention",
+    "Block",
+    "FeedForward",
+    "Layer",
+    "Linear",
+    "ModelDescription",
+    "Norm",
+    "Rope",
+    "block_tensors",
+    "describe",
+    "iterate_tensors",
+]
