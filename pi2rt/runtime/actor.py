@@ -1,0 +1,414 @@
+"""An actor: a Trio task that owns one executor, with a bounded inbox and supervision.
+
+A decode step of a small model takes 4 ms, of which the control plane may use 3 %. So steps do not travel to
+the actor's task and back: ``submit`` and ``result`` call the executor from the caller's task, and the actor's
+own task sleeps until something is wrong. What makes it an actor stays: one owner, an inbox with a bound (the
+steps in flight), failures that do not spread, and a rebuild by the owner alone.
+
+A failed executor is thrown away whole, and with it every KV page and all steps in flight: after a kernel or a
+driver has raised, nothing it holds can be trusted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import trio
+
+from pi2rt._errors import BusyError, ClosedError, ExecutorError, InternalError
+from pi2rt.runtime.channel import ChannelStatistics
+from pi2rt.runtime.executor import Executor, ExecutorStatistics
+from pi2rt.runtime.step import Step, StepResult
+from pi2rt.runtime.trace import Trace, Track
+
+MAX_FAILURES = 5
+"""An executor that fails more often than this within FAILURE_WINDOW is given up."""
+
+FAILURE_WINDOW = 60.0
+"""Seconds."""
+
+CLOSE_SECONDS = 5.0
+"""How long an executor may take to stop."""
+
+State: TypeAlias = Literal["new", "opening", "ready", "rebuilding", "broken", "closed"]
+
+
+@dataclass(frozen=True, slots=True)
+class ActorStatistics:
+    """A snapshot.
+
+    ``generation``: how often the executor was lost, and all KV contents with it. ``failed``: steps that ended
+    in an error. ``in_flight``: steps accepted whose result was not taken. ``inbox``: the same as a channel.
+    ``busy``: share of the time since the actor opened during which a step was in flight, 0 to 1.
+    """
+
+    name: str
+    state: State
+    generation: int
+    submitted: int
+    completed: int
+    failed: int
+    in_flight: int
+    inbox: ChannelStatistics
+    busy: float
+    executor: ExecutorStatistics
+
+
+class Actor:
+    """Owns one executor. ``await nursery.start(actor.run)`` opens it; then ``submit`` and ``result``.
+
+    Any number of tasks may submit; one at a time takes results. Cancelling either loses nothing: a cancelled
+    ``submit`` did not submit, a cancelled ``result`` left the result for the next call.
+
+    Args:
+        name: what errors, statistics and traces call it.
+        make_executor: constructs an executor; called again for each rebuild.
+        open_executor: opens it, with the model and options that the caller has bound.
+        trace: where to record steps, on the track ("actors", name).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make_executor: Callable[[], Executor],
+        open_executor: Callable[[Executor], Awaitable[None]],
+        trace: Trace | None = None,
+    ) -> None:
+        self.name = name
+        self.track: Track | None = None if trace is None else trace.track("actors", name)
+        self._make_executor, self._open_executor = make_executor, open_executor
+        self._state: State = "new"
+        self._generation = 0
+        self._executor: Executor | None = None
+        self._capacity = 0  # the executor's max_in_flight
+        self._in_flight: deque[Step] = deque()
+        self._lost: deque[tuple[Step, Exception]] = deque()  # to be reported by result, in order
+        self._cause: Exception | None = None  # why the actor is being rebuilt, or is broken
+        self._failures: deque[float] = deque()  # Trio time of each
+        self._room = trio.lowlevel.ParkingLot()  # submit waits here
+        self._news = trio.lowlevel.ParkingLot()  # result waits here while nothing is in flight
+        self._idle = trio.lowlevel.ParkingLot()  # the owner waits here until nobody is inside executor.wait
+        self._taking = False  # a task is in result
+        self._wait_scope: trio.CancelScope | None = None  # around executor.wait
+        self._attention = trio.Event()  # wakes the owner
+        self._scope = trio.CancelScope()  # around the owner
+        self._finished = trio.Event()
+        self._close_error: Exception | None = None
+        self._submitted = self._completed = self._failed = self._peak = 0
+        self._opened_at = self._busy_since = self._busy = 0.0
+
+    @property
+    def generation(self) -> int:
+        """Goes up by one when the executor is lost, before anybody learns of it: KV contents written under an
+        older generation are gone."""
+        return self._generation
+
+    @property
+    def max_in_flight(self) -> int:
+        """Steps that may be submitted without taking a result; 0 before the actor is open."""
+        return self._capacity
+
+    async def submit(self, step: Step) -> None:
+        """Hands ``step`` to the executor, waiting while it has no room or is being rebuilt.
+
+        Does not let other tasks run when there is room: the result has to be awaited anyway.
+
+        Raises:
+            ExecutorError: the executor refused the step, or failed while the step waited for room (the step
+                was built for KV contents that are gone), or the actor is broken. No result will come for this
+                step.
+            ClosedError: the actor is closed or was never started.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        generation = self._generation
+        while self._state != "ready" or len(self._in_flight) >= self._capacity:
+            self._check_usable(step)
+            await self._room.park()
+            if generation != self._generation and self._state != "closed":
+                self._failed += 1
+                raise ExecutorError(
+                    self.name, step, f"not submitted: the executor failed meanwhile ({_say(self._cause)})"
+                ) from self._cause
+        executor = self._executor
+        assert executor is not None  # while ready
+        try:
+            executor.submit(step)
+        except Exception as error:
+            self._failed += 1
+            self._lose_executor(error)
+            raise ExecutorError(self.name, step, f"submit: {_say(error)}") from error
+        if not self._in_flight:
+            self._busy_since = trio.current_time()
+        self._in_flight.append(step)
+        self._submitted += 1
+        self._peak = max(self._peak, len(self._in_flight))
+        if self._news:
+            self._news.unpark()
+
+    async def result(self) -> StepResult:
+        """The result of the oldest step; waits for one to be submitted where none is.
+
+        Raises:
+            ExecutorError: the executor failed on this step (the cause is chained), or on one before it; or
+                the actor is broken.
+            BusyError: another task is in ``result``.
+            ClosedError: the actor is closed or was never started.
+        """
+        if self._taking:
+            raise BusyError(f"actor {self.name!r}: another task is waiting for a result already")
+        self._taking = True
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            while True:
+                if self._lost and self._state != "closed":
+                    step, cause = self._lost.popleft()
+                    raise ExecutorError(
+                        self.name, step, f"lost with its executor, which failed ({_say(cause)})"
+                    ) from cause
+                if not self._in_flight:
+                    if self._state != "ready":
+                        self._check_usable("result")
+                    await self._news.park()
+                elif (result := await self._take()) is not None:
+                    return result
+        finally:
+            self._taking = False
+
+    def stop(self, step_id: int) -> None:
+        """Asks a step in flight to end early; its result arrives as always. Unknown ids are ignored."""
+        if self._executor is not None and self._state == "ready":
+            try:
+                self._executor.stop(step_id)
+            except Exception as error:
+                self._lose_executor(error)
+
+    async def aclose(self) -> None:
+        """Closes the executor and ends the task. Waiting ``submit`` and ``result`` raise ClosedError.
+
+        Raises:
+            ExecutorError: the executor did not stop within 5 s, or raised.
+        """
+        if self._state == "new":
+            self._state = "closed"
+            self._finished.set()
+        self._scope.cancel()
+        await self._finished.wait()
+        error, self._close_error = self._close_error, None
+        if error is not None:
+            raise error
+
+    def statistics(self) -> ActorStatistics:
+        busy, elapsed = self._busy, 0.0
+        if self._state not in ("new", "opening"):
+            now = trio.current_time()
+            elapsed = now - self._opened_at
+            if self._in_flight:
+                busy += now - self._busy_since
+        return ActorStatistics(
+            name=self.name,
+            state=self._state,
+            generation=self._generation,
+            submitted=self._submitted,
+            completed=self._completed,
+            failed=self._failed,
+            in_flight=len(self._in_flight),
+            inbox=ChannelStatistics(
+                name=f"{self.name}.inbox",
+                capacity=self._capacity,
+                sent=self._submitted,
+                received=self._submitted - len(self._in_flight) - len(self._lost),
+                buffered=len(self._in_flight) + len(self._lost),
+                peak_buffered=self._peak,
+                waiting_senders=len(self._room),
+                waiting_receivers=int(self._taking),
+                closed=self._state == "closed",
+            ),
+            busy=busy / elapsed if elapsed > 0 else 0.0,
+            executor=ExecutorStatistics() if self._executor is None else self._executor.statistics(),
+        )
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """The actor's task. Opens the executor, then supervises it until ``aclose`` or cancellation.
+
+        Raises:
+            ClosedError: closed before it was open.
+            ExecutorError: the executor could not be closed (unless ``aclose`` reports it).
+            Exception: whatever constructing or opening the executor raised, as itself.
+        """
+        if self._state != "new":
+            raise InternalError(f"actor {self.name!r}: run called in state {self._state!r}")
+        self._state = "opening"
+        opened = False
+        try:
+            with self._scope:
+                await self._open()
+                opened = True
+                self._state, self._opened_at = "ready", trio.current_time()
+                task_status.started()
+                while True:
+                    await self._attention.wait()
+                    self._attention = trio.Event()
+                    await self._rebuild()
+        except ExecutorError as error:
+            if not self._scope.cancel_called:
+                raise
+            self._close_error = error
+        finally:
+            await self._finish()
+        if not opened:
+            raise ClosedError(f"actor {self.name!r} was closed while it opened")
+
+    async def _take(self) -> StepResult | None:
+        """Awaits the oldest step. None: the executor was lost meanwhile, and the step with it."""
+        executor = self._executor
+        assert executor is not None  # while anything is in flight
+        failure: Exception | None = None
+        result: StepResult | None = None
+        with trio.CancelScope() as self._wait_scope:
+            try:
+                result = await executor.wait()
+            except Exception as error:
+                failure = error
+            finally:
+                self._wait_scope = None
+                if self._idle:
+                    self._idle.unpark_all()
+        if executor is not self._executor or not self._in_flight:
+            return None
+        step = self._in_flight.popleft()
+        if not self._in_flight:
+            self._busy += trio.current_time() - self._busy_since
+        if result is not None and result.id != step.id:
+            failure = InternalError(
+                f"executor {executor.name!r} gave the result of step {result.id} for {step}"
+            )
+        if failure is not None or result is None:
+            cause = failure or InternalError(f"executor {executor.name!r} gave no result for {step}")
+            self._failed += 1
+            self._lose_executor(cause)
+            raise ExecutorError(self.name, step, _say(cause)) from cause
+        self._completed += 1
+        if self._room:
+            self._room.unpark()
+        if self.track is not None:
+            self.track.span(
+                "stopped step" if result.stopped else "step",
+                result.started_ns,
+                result.finished_ns,
+                id=step.id,
+                tokens=step.tokens,
+                sequences=len(step.slices),
+            )
+        return result
+
+    def _check_usable(self, item: object) -> None:
+        """Raises where waiting would be in vain."""
+        if self._state == "broken":
+            raise ExecutorError(
+                self.name, item, f"the actor is broken and takes no more work: {_say(self._cause)}"
+            ) from self._cause
+        if self._state == "closed":
+            raise ClosedError(f"actor {self.name!r} is closed")
+        if self._state == "new":
+            raise ClosedError(f"actor {self.name!r} was not started: await nursery.start(actor.run)")
+
+    def _lose_executor(self, cause: Exception) -> None:
+        """Gives up the executor and everything in flight, and wakes the owner to rebuild it."""
+        if self._in_flight:
+            self._busy += trio.current_time() - self._busy_since
+        self._state, self._cause = "rebuilding", cause
+        self._generation += 1
+        self._failed += len(self._in_flight)
+        self._lost.extend((step, cause) for step in self._in_flight)
+        self._in_flight.clear()
+        self._failures.append(trio.current_time())
+        if self.track is not None:
+            self.track.instant("failed", time.perf_counter_ns(), cause=_say(cause))
+        if self._wait_scope is not None:
+            self._wait_scope.cancel()
+        self._attention.set()
+        self._wake_all()
+
+    async def _open(self) -> None:
+        executor = self._make_executor()
+        try:
+            await self._open_executor(executor)
+        except BaseException as error:
+            try:
+                await self._retire(executor)
+            except ExecutorError as second:
+                if not isinstance(error, Exception):
+                    raise
+                error.add_note(str(second))
+            raise
+        self._executor, self._capacity = executor, executor.max_in_flight
+
+    async def _rebuild(self) -> None:
+        old, self._executor = self._executor, None
+        started_ns = time.perf_counter_ns()
+        try:
+            if old is not None:
+                await self._retire(old)
+            while self._failures[0] < trio.current_time() - FAILURE_WINDOW:
+                self._failures.popleft()
+            if len(self._failures) > MAX_FAILURES:
+                raise ExecutorError(
+                    self.name,
+                    "rebuild",
+                    f"{len(self._failures)} failures within {FAILURE_WINDOW:g} s, the last: {_say(self._cause)}",
+                ) from self._cause
+            await self._open()
+            self._state = "ready"
+        except Exception as error:
+            self._state, self._cause = "broken", error
+        if self.track is not None:
+            self.track.span("rebuild", started_ns, time.perf_counter_ns(), outcome=self._state)
+        self._wake_all()
+
+    async def _retire(self, executor: Executor) -> None:
+        """Closes an executor whatever happens around, within CLOSE_SECONDS.
+
+        Raises:
+            ExecutorError: it did not stop, or raised.
+        """
+        with trio.move_on_after(CLOSE_SECONDS, shield=True):
+            while self._wait_scope is not None:
+                self._wait_scope.cancel()
+                await self._idle.park()
+            try:
+                await executor.aclose()
+            except Exception as error:
+                raise ExecutorError(self.name, "aclose", _say(error)) from error
+            return
+        raise ExecutorError(
+            self.name, "aclose", f"executor {executor.name!r} did not stop within {CLOSE_SECONDS:g} s"
+        )
+
+    async def _finish(self) -> None:
+        closing = self._scope.cancel_called
+        self._state = "closed"
+        executor, self._executor = self._executor, None
+        self._in_flight.clear()
+        self._lost.clear()
+        self._wake_all()
+        try:
+            if executor is not None:
+                await self._retire(executor)
+        except ExecutorError as error:
+            if not closing:
+                raise
+            self._close_error = error
+        finally:
+            self._finished.set()
+
+    def _wake_all(self) -> None:
+        self._room.unpark_all()
+        self._news.unpark_all()
+
+
+def _say(error: Exception | None) -> str:
+    return "unknown" if error is None else f"{type(error).__name__}: {error}"
