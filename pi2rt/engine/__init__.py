@@ -1,1 +1,20 @@
 """Sequences, scheduler, prefix reuse: the step loop."""
+
+from pi2rt.engine.chunk import Chunk, Completion, FinishReason, Timing, TopLogprobs
+from pi2rt.engine.engine import Engine, EngineOptions
+from pi2rt.engine.sampling_params import SamplingParams
+from pi2rt.engine.statistics import EngineStatistics
+from pi2rt.engine.token_stream import TokenStream
+
+__all__ = [
+    "Chunk",
+    "Completion",
+    "Engine",
+    "EngineOptions",
+    "EngineStatistics",
+    "FinishReason",
+    "SamplingParams",
+    "Timing",
+    "TokenStream",
+    "TopLogprobs",
+]

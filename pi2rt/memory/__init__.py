@@ -1,1 +1,7 @@
-"""The KV cache: pages, their sharing, and the account of bytes."""
+"""What the runtime remembers between steps: pages of KV cache, who holds them, and what may be used again."""
+
+from pi2rt.memory.page_pool import PagePool, PagePoolStatistics
+from pi2rt.memory.page_table import PageTable
+from pi2rt.memory.prefix_index import PrefixIndex, PrefixIndexStatistics
+
+__all__ = ["PagePool", "PagePoolStatistics", "PageTable", "PrefixIndex", "PrefixIndexStatistics"]

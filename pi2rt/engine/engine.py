@@ -1,0 +1,395 @@
+"""The step loop: continuous batching over one actor, one step ahead of its results.
+
+Step k + 1 is submitted before the result of step k is looked at, so that the executor never waits for Python. Its decode
+slices say "the token sampled last" instead of naming it. Where k turns out to have ended a sequence, the slice of it in
+k + 1 is discarded when it comes back, and only then are its slot and pages free.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import trio
+
+from pi2rt._errors import ClosedError, ContextOverflowError, ExecutorError, InternalError, RequestError
+from pi2rt.engine.reading import Reading
+from pi2rt.engine.sampling_params import SamplingParams
+from pi2rt.engine.scheduler import Flight, Scheduler
+from pi2rt.engine.sequence import Sequence, SequenceState
+from pi2rt.engine.statistics import EngineStatistics
+from pi2rt.engine.token_stream import TokenStream
+from pi2rt.engine.writer import Detokenizer, Writer
+from pi2rt.memory import PagePool, PageTable, PrefixIndex
+from pi2rt.runtime.step import PAGE_TOKENS, Floats, Sampling, Step, StepResult
+from pi2rt.runtime.trace import Trace
+from pi2rt.tokenizer import StopMatcher
+
+
+class StepActor(Protocol):
+    """What the engine needs of an actor (``pi2rt.runtime.actor.Actor``)."""
+
+    @property
+    def generation(self) -> int: ...
+
+    async def submit(self, step: Step, /) -> None: ...
+
+    async def result(self) -> StepResult: ...
+
+    def stop(self, step_id: int, /) -> None: ...
+
+
+class Vocabulary(Protocol):
+    """What the engine needs of a tokenizer (``pi2rt.tokenizer.Tokenizer``)."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
+    def detokenizer(self) -> Detokenizer: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """``slots``, ``pages``, ``context``, ``max_tokens``: as the executor was told. ``mixed_chunk``: prompt tokens in a
+    step that also decodes, at most. ``ahead``: steps in flight. ``stream_buffer``: chunks that wait for a slow consumer
+    before its sequence is paused."""
+
+    vocab_size: int
+    slots: int
+    pages: int
+    context: int
+    max_tokens: int = 512
+    mixed_chunk: int = 64
+    ahead: int = 2
+    stream_buffer: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        if self.pages * PAGE_TOKENS < self.context:
+            raise RequestError(
+                f"pages={self.pages}: {-(-self.context // PAGE_TOKENS)} are needed for a context of {self.context} tokens"
+            )
+        if self.max_tokens < self.slots:
+            raise RequestError(
+                f"max_tokens={self.max_tokens}: a step must have room for one token of each of {self.slots} sequences"
+            )
+
+
+class Engine:
+    """Runs requests. All methods are called from the Trio thread; ``run`` is a task of the caller's nursery."""
+
+    def __init__(
+        self, actor: StepActor, vocabulary: Vocabulary, options: EngineOptions, trace: Trace | None = None
+    ) -> None:
+        self._actor = actor
+        self._generation = actor.generation
+        self._vocabulary = vocabulary
+        self.options = options
+        self._trace = trace
+        self.pool = PagePool(options.pages)
+        self._index = PrefixIndex(self.pool, PAGE_TOKENS)
+        self._scheduler = Scheduler(
+            self._index, options.slots, options.max_tokens, options.mixed_chunk, trio.current_time
+        )
+        self._flights: deque[Flight] = deque()
+        self._work = trio.Event()
+        self._closed = False
+        self._requests = self._finished = self._cancelled = self._failed = 0
+        self._steps = self._generated = self._prefilled = self._discarded = self._rebuilds = 0
+
+    # The step loop
+
+    async def run(self) -> None:
+        """Submits steps and handles their results until ``close``. An error that leaves it is a bug in pi2rt."""
+        while True:
+            while len(self._flights) < self.options.ahead and (flight := self._scheduler.compose()):
+                self._flights.append(flight)
+                await self._actor.submit(flight.step)
+            if self._flights:
+                await self._receive()
+            elif self._closed:
+                return
+            else:
+                self._work = trio.Event()
+                await self._work.wait()
+
+    async def _receive(self) -> None:
+        """Waits for the oldest step and hands out what it brought."""
+        try:
+            result = await self._actor.result()
+        except ExecutorError as error:
+            await self._recover(error)
+            return
+        if self._actor.generation != self._generation:
+            await self._recover(None)
+            return
+        flight = self._flights.popleft()
+        if result.id != flight.step.id:
+            raise InternalError(f"the result of step {result.id} came where {flight.step} was expected")
+        self._steps += 1
+        now = trio.current_time()
+        for i, sequence in enumerate(flight.members):
+            sequence.in_flight -= 1
+            if sequence.state is SequenceState.LEAVING:
+                self._discarded += 1
+                if not sequence.in_flight:
+                    self._scheduler.release(sequence)
+            elif result.stopped:  # only where the executor stops on its own account: what it had done is lost
+                self._scheduler.leave(sequence, again=True)
+            else:
+                self._advance(sequence, flight, result, i, now)
+        if self._trace is not None:
+            self._record(self._trace, flight, result)
+
+    def _advance(self, sequence: Sequence, flight: Flight, result: StepResult, i: int, now: float) -> None:
+        """One slice of a live sequence has returned."""
+        slice_ = flight.step.slices[i]
+        sequence.computed = slice_.start + slice_.count
+        writer = sequence.writer
+        if writer is None:
+            reading = sequence.reading
+            assert reading is not None
+            reading.accept(slice_, result.scores[i], result.logits[i])
+            if sequence.computed == sequence.limit:
+                self._finish(sequence)
+            return
+        if sequence.computed - sequence.table.committed >= PAGE_TOKENS:
+            sequence.table.commit(sequence.known, sequence.computed)
+        if sequence.on_prefill is not None and sequence.computed <= sequence.prompt and writer.first_at is None:
+            try:
+                sequence.on_prefill(sequence.computed, sequence.prompt)
+            except Exception as error:
+                self._fail(sequence, error)
+                return
+        if slice_.sample:
+            sampled = result.sampled[i]
+            assert sampled is not None
+            sequence.known.append(sampled.token)
+            self._generated += 1
+            if writer.accept(sampled, now) is not None:
+                self._finish(sequence)
+
+    async def _recover(self, error: ExecutorError | None) -> None:
+        """The executor was rebuilt and with it the KV cache is gone. The requests in the failed step fail; every other
+        one is computed again from the tokens it knows, and its consumer notices only the time."""
+        failed = self._flights[0].members if error is not None else []
+        lost = list(self._flights)
+        self._flights.clear()
+        for sequence in failed:
+            if sequence.live:
+                self._fail(sequence, _own(error))
+        for _ in lost[1:]:  # they ran on nothing, or failed with the first
+            try:
+                await self._actor.result()
+            except ExecutorError:
+                continue
+        self._generation = self._actor.generation
+        self._rebuilds += 1
+        for flight in lost:
+            for sequence in flight.members:
+                sequence.in_flight -= 1
+        for sequence in self._scheduler.running.copy():
+            if sequence.state is SequenceState.LEAVING:
+                self._scheduler.release(sequence)
+            else:
+                self._scheduler.leave(sequence, again=True)
+        self._index.clear()
+
+    # The ways out of it
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._finished += 1
+        sequence.stream.end()
+        self._leave(sequence)
+
+    def _fail(self, sequence: Sequence, error: BaseException | None) -> None:
+        self._failed += 1
+        sequence.stream.end(error)
+        self._leave(sequence)
+
+    def _cancel(self, sequence: Sequence) -> None:
+        """The consumer has left its stream. After the end of the sequence that means nothing."""
+        if sequence.live or sequence.state is SequenceState.WAITING or sequence.again:
+            self._cancelled += 1
+            self._leave(sequence)
+        self._work.set()
+
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence.state is SequenceState.WAITING:
+            self._scheduler.drop(sequence)
+        elif sequence.live:
+            self._scheduler.leave(sequence)
+        sequence.again = False
+        for flight in self._flights:
+            if not flight.stopped and not any(member.live for member in flight.members):
+                flight.stopped = True
+                self._actor.stop(flight.step.id)
+
+    def close(self) -> None:
+        """No more requests; those there are fail with ClosedError. ``run`` returns when their steps have."""
+        self._closed = True
+        scheduler = self._scheduler
+        for sequence in [*scheduler.waiting, *scheduler.running]:
+            if sequence.live or sequence.state is SequenceState.WAITING or sequence.again:
+                self._fail(sequence, ClosedError("the runtime was closed while this request ran"))
+        self._index.clear()
+        self._work.set()
+
+    # Requests
+
+    def stream(
+        self,
+        prompt: Iterable[int],
+        params: SamplingParams | None = None,
+        *,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> TokenStream:
+        """Starts a request for the text after ``prompt`` (token ids).
+
+        ``on_prefill(done, total)``, in prompt tokens, is called in the engine's task; what it raises ends the request.
+
+        Raises:
+            RequestError: the prompt is empty or has a token outside the vocabulary.
+            ContextOverflowError: prompt and ``max_tokens`` together exceed the context.
+            ClosedError: the engine is closed.
+        """
+        params = params or SamplingParams()
+        known = self._known(prompt)
+        context = self.options.context
+        max_tokens = params.max_tokens if params.max_tokens is not None else max(1, context - len(known))
+        if len(known) + max_tokens > context:
+            raise ContextOverflowError(len(known), max_tokens, context)
+        for token in params.logit_bias:
+            self._check_token("logit_bias", token)
+        ends = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= self._vocabulary.eos_ids
+        stream = TokenStream(self.options.stream_buffer)
+        queued_at = trio.current_time()
+        writer = Writer(
+            stream,
+            self._vocabulary.detokenizer(),
+            StopMatcher(params.stops) if params.stops else None,
+            ends,
+            prompt=len(known),
+            max_tokens=max_tokens,
+            logprobs=params.logprobs is not None,
+            queued_at=queued_at,
+        )
+        self._enqueue(known, len(known) + max_tokens, params.sampling(), stream, writer, queued_at, on_prefill)
+        return stream
+
+    async def score(self, tokens: Iterable[int]) -> Floats:
+        """The natural log probability of each token but the first, given those before it. float32 (n - 1,).
+
+        Raises: as ``stream``.
+        """
+        return await self._read(tokens, "scores")
+
+    async def logits(self, tokens: Iterable[int]) -> Floats:
+        """The logits of the token after each. float32 (n, vocab_size): for tests; large.
+
+        Raises: as ``stream``.
+        """
+        return await self._read(tokens, "logits")
+
+    def statistics(self) -> EngineStatistics:
+        states = [sequence.state for sequence in self._scheduler.running]
+        return EngineStatistics(
+            requests=self._requests,
+            finished=self._finished,
+            cancelled=self._cancelled,
+            failed=self._failed,
+            waiting=len(self._scheduler.waiting),
+            prefilling=states.count(SequenceState.PREFILL),
+            decoding=states.count(SequenceState.DECODE),
+            leaving=states.count(SequenceState.LEAVING),
+            free_slots=self._scheduler.free_slots,
+            steps=self._steps,
+            steps_in_flight=len(self._flights),
+            generated_tokens=self._generated,
+            discarded_slices=self._discarded,
+            preemptions=self._scheduler.preemptions,
+            rebuilds=self._rebuilds,
+            pages=self.pool.statistics(),
+            prefixes=self._index.statistics(),
+        )
+
+    async def _read(self, tokens: Iterable[int], kind: Literal["scores", "logits"]) -> Floats:
+        known = self._known(tokens)
+        if len(known) > self.options.context:
+            raise ContextOverflowError(len(known), 0, self.options.context)
+        reading = Reading(kind)
+        stream = TokenStream(self.options.stream_buffer)
+        self._enqueue(known, len(known), Sampling(), stream, reading, trio.current_time(), None)
+        async with stream:
+            async for _ in stream:
+                raise InternalError("a sequence that is only read has sampled a token")
+        return reading.result()
+
+    def _enqueue(
+        self,
+        known: array[int],
+        limit: int,
+        sampling: Sampling,
+        stream: TokenStream,
+        output: Writer | Reading,
+        queued_at: float,
+        on_prefill: Callable[[int, int], None] | None,
+    ) -> None:
+        self._requests += 1
+        table = PageTable(self._index, -(-limit // PAGE_TOKENS))
+        sequence = Sequence(
+            self._requests, known, limit, sampling, stream, table, output, queued_at, on_prefill
+        )
+        stream.attach(lambda: self._cancel(sequence), self._work.set)
+        self._scheduler.add(sequence)
+        self._work.set()
+
+    def _known(self, tokens: Iterable[int]) -> array[int]:
+        if self._closed:
+            raise ClosedError("the runtime is closed")
+        try:
+            known = array("i", tokens)
+        except (TypeError, OverflowError) as error:
+            raise RequestError(f"prompt: token ids are integers: {error}") from None
+        if not known:
+            raise RequestError("prompt: empty; at least one token is needed")
+        for token in (min(known), max(known)):
+            self._check_token("prompt", token)
+        return known
+
+    def _check_token(self, where: str, token: int) -> None:
+        if not 0 <= token < self.options.vocab_size:
+            raise RequestError(
+                f"{where}: token id {token} is outside the vocabulary of {self.options.vocab_size} tokens"
+            )
+
+    def _record(self, trace: Trace, flight: Flight, result: StepResult) -> None:
+        decoding = sum(not len(slice_.tokens) for slice_ in flight.step.slices)
+        trace.track("engine", "steps").span(
+            f"step {flight.step.id}",
+            result.started_ns,
+            result.finished_ns,
+            sequences=len(flight.members),
+            decode_tokens=decoding,
+            prefill_tokens=flight.step.tokens - decoding,
+            stopped=result.stopped,
+        )
+
+
+def _own(error: ExecutorError | None) -> ExecutorError | None:
+    """A copy for one consumer: an exception that several tasks raise collects the traceback of each."""
+    if error is None:
+        return None
+    own = ExecutorError.__new__(ExecutorError)
+    own.args = error.args
+    own.__dict__.update(error.__dict__)
+    own.__cause__ = error.__cause__ or error
+    return own

@@ -1,0 +1,42 @@
+"""What is collected of tokens that are only read: their log probabilities, or the logits after each."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from pi2rt.runtime.step import Floats, Int32s, Slice
+
+LOGITS_CHUNK = 64
+"""Tokens in one slice that asks for logits: a vocabulary of 262144 makes 1 MiB of each."""
+
+
+class Reading:
+    """``scores``: for each token but the first, its natural log probability after those before it; ``logits``: for
+    each token, the logits of the next."""
+
+    __slots__ = ("_parts", "kind")
+
+    def __init__(self, kind: Literal["scores", "logits"]) -> None:
+        self.kind = kind
+        self._parts: list[tuple[int, Floats]] = []
+
+    def targets(self, tokens: Int32s, following: int | None) -> Int32s | None:
+        """What ``Slice.targets`` is for ``tokens``, after which comes ``following``."""
+        if self.kind == "logits":
+            return None
+        return np.append(tokens[1:], np.int32(-1 if following is None else following)).astype(np.int32)
+
+    def accept(self, slice_: Slice, scores: Floats | None, logits: Floats | None) -> None:
+        part = scores if self.kind == "scores" else logits
+        assert part is not None
+        self._parts = [(start, old) for start, old in self._parts if start < slice_.start]
+        self._parts.append((slice_.start, part))
+
+    def result(self) -> Floats:
+        """scores: float32 (n - 1,); logits: float32 (n, vocab_size)."""
+        whole = np.concatenate([part for _, part in self._parts]).astype(np.float32, copy=False)
+        return whole[:-1] if self.kind == "scores" else whole
+
+

@@ -1,0 +1,98 @@
+"""One request on its way through the engine: its tokens, where they live, and how far it is."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from enum import Enum, auto
+
+import numpy as np
+
+from pi2rt.engine.reading import Reading
+from pi2rt.engine.token_stream import TokenStream
+from pi2rt.engine.writer import Writer
+from pi2rt.memory import PageTable
+from pi2rt.runtime.step import Bind, Int32s, Sampling
+
+
+class SequenceState(Enum):
+    """WAITING -> PREFILL -> DECODE -> LEAVING -> GONE; a preempted sequence goes from LEAVING back to WAITING."""
+
+    WAITING = auto()
+    """In the queue. Holds no slot and no page."""
+    PREFILL = auto()
+    """Holds a slot and pages for all tokens it knows; some of them are not submitted yet."""
+    DECODE = auto()
+    """All it knows is submitted; each further slice is one token, sampled by the slice before."""
+    LEAVING = auto()
+    """Finished, failed, cancelled or preempted, but steps with slices of it are in flight. What they bring is discarded."""
+    GONE = auto()
+    """Holds nothing."""
+
+
+class Sequence:
+    """Positions are counted four ways, each at most the next: ``computed`` (their steps have returned), ``submitted``
+    (their steps were submitted), ``expected`` (tokens known or being sampled in flight), ``limit`` (tokens there may ever be).
+    """
+
+    __slots__ = (
+        "again", "computed", "expected", "id", "in_flight", "known", "limit", "on_prefill", "paused", "prompt", "queued_at",
+        "reading", "sampling", "slot", "state", "stream", "submitted", "table", "writer",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        id: int,  # noqa: A002
+        prompt: array[int],
+        limit: int,
+        sampling: Sampling,
+        stream: TokenStream,
+        table: PageTable,
+        output: Writer | Reading,
+        queued_at: float,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.id = id
+        self.known = prompt
+        self.prompt = len(prompt)
+        self.limit = limit
+        self.sampling = sampling
+        self.stream = stream
+        self.table = table
+        self.writer = output if isinstance(output, Writer) else None
+        self.reading = output if isinstance(output, Reading) else None
+        self.queued_at = queued_at
+        self.on_prefill = on_prefill
+        self.state = SequenceState.WAITING
+        self.slot = -1
+        self.computed = self.submitted = 0
+        self.expected = len(prompt)
+        self.in_flight = 0  # steps
+        self.paused = False
+        self.again = False  # LEAVING, but to be computed again from its known tokens
+
+    @property
+    def live(self) -> bool:
+        return self.state is SequenceState.PREFILL or self.state is SequenceState.DECODE
+
+    def bind(self) -> Bind:
+        return Bind(self.slot, self.sampling, self.tokens(0, len(self.known)))
+
+    def tokens(self, start: int, end: int) -> Int32s:
+        """int32 (end - start,), a copy."""
+        return np.frombuffer(self.known[start:end], np.int32)
+
+    def enter(self, slot: int, cached: int) -> None:
+        """Leaves the queue: ``cached`` positions are in the cache already."""
+        self.slot = slot
+        self.computed = self.submitted = cached
+        self.expected = len(self.known)
+        self.state = SequenceState.PREFILL
+
+    def reset(self, state: SequenceState) -> None:
+        """Holds nothing any more: GONE, or WAITING to be computed again."""
+        self.slot = -1
+        self.computed = self.submitted = 0
+        self.expected = len(self.known)
+        self.again = False
+        self.state = state

@@ -1,0 +1,114 @@
+"""The text side of one request: sampled tokens in, chunks out, and the decision that it is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from typing import Protocol
+
+from pi2rt.engine.chunk import Chunk, FinishReason, Timing
+from pi2rt.engine.token_stream import TokenStream
+from pi2rt.runtime.step import Sampled
+
+
+class Detokenizer(Protocol):
+    """Token ids in, text out; holds back the bytes of unfinished characters."""
+
+    def push(self, token: int, /) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class Matcher(Protocol):
+    """Text in; text before a stop string out, and whether one was found."""
+
+    def push(self, text: str, /) -> tuple[str, bool]: ...
+
+    def flush(self) -> str: ...
+
+
+class Writer:
+    """Turns each sampled token into one chunk on ``stream``."""
+
+    __slots__ = (
+        "_detokenizer", "_end_tokens", "_first", "_left", "_logprobs", "_matcher", "_prompt", "_queued", "_started",
+        "_stream", "cached", "generated",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        detokenizer: Detokenizer,
+        matcher: Matcher | None,
+        end_tokens: AbstractSet[int],
+        *,
+        prompt: int,
+        max_tokens: int,
+        logprobs: bool,
+        queued_at: float,
+    ) -> None:
+        self._stream = stream
+        self._detokenizer = detokenizer
+        self._matcher = matcher
+        self._end_tokens = end_tokens
+        self._prompt = prompt
+        self._left = max_tokens
+        self._logprobs = logprobs
+        self._queued = queued_at
+        self._started: float | None = None
+        self._first: float | None = None
+        self.cached = 0
+        self.generated = 0
+
+    def start(self, now: float, cached: int) -> None:
+        """The first step is about to be submitted. Computing again after a preemption is not a second start."""
+        if self._started is None:
+            self._started, self.cached = now, cached
+
+    @property
+    def first_at(self) -> float | None:
+        return self._first
+
+    def accept(self, sampled: Sampled, now: float) -> FinishReason | None:
+        """Puts one chunk; the reason why it was the last one, or None."""
+        token = sampled.token
+        if self._first is None:
+            self._first = now
+        self.generated += 1
+        self._left -= 1
+        reason: FinishReason | None = None
+        if token in self._end_tokens:
+            reason = "stop"
+            text = self._detokenizer.flush()
+        else:
+            text = self._detokenizer.push(token)
+            if not self._left:
+                reason = "length"
+                text += self._detokenizer.flush()
+        if self._matcher is not None:
+            text, matched = self._matcher.push(text)
+            if matched:
+                reason = "stop"
+            elif reason is not None:
+                text += self._matcher.flush()
+        if reason is None and not self._logprobs:
+            self._stream.put(Chunk(text, token))
+            return None
+        timing = self._timing(now) if reason is not None else None
+        if self._logprobs:
+            self._stream.put(Chunk(text, token, sampled.logprob, sampled.top, reason, timing))
+        else:
+            self._stream.put(Chunk(text, token, None, (), reason, timing))
+        return reason
+
+    def _timing(self, now: float) -> Timing:
+        assert self._started is not None
+        assert self._first is not None
+        return Timing(
+            prompt_tokens=self._prompt,
+            cached_tokens=self.cached,
+            generated_tokens=self.generated,
+            queue_s=self._started - self._queued,
+            ttft_s=self._first - self._queued,
+            prefill_s=self._first - self._started,
+            decode_s=now - self._first,
+        )
