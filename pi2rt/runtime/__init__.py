@@ -1,1 +1,2 @@
-"""Work items, channels, actors and their supervision. Knows no concrete executor and no model architecture."""
+"""Work items, channels, actors and their supervision. Knows no concrete executor and no model
+architecture."""

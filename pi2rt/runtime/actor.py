@@ -91,9 +91,9 @@ class Actor:
         self._failures: deque[float] = deque()  # Trio time of each
         self._room = trio.lowlevel.ParkingLot()  # submit waits here
         self._news = trio.lowlevel.ParkingLot()  # result waits here while nothing is in flight
-        self._idle = trio.lowlevel.ParkingLot()  # the owner waits here until nobody is inside executor.wait
+        self._left = trio.lowlevel.ParkingLot()  # the owner waits here for a task to leave executor.wait
         self._taking = False  # a task is in result
-        self._wait_scope: trio.CancelScope | None = None  # around executor.wait
+        self._waiting = False  # and it is inside executor.wait
         self._attention = trio.Event()  # wakes the owner
         self._scope = trio.CancelScope()  # around the owner
         self._finished = trio.Event()
@@ -236,7 +236,8 @@ class Actor:
 
         Raises:
             ClosedError: closed before it was open.
-            ExecutorError: the executor could not be closed (unless ``aclose`` reports it).
+            ExecutorError: the executor could not be closed (unless ``aclose`` reports it), or left a task
+                hanging in ``result``.
             Exception: whatever constructing or opening the executor raised, as itself.
         """
         if self._state != "new":
@@ -268,15 +269,15 @@ class Actor:
         assert executor is not None  # while anything is in flight
         failure: Exception | None = None
         result: StepResult | None = None
-        with trio.CancelScope() as self._wait_scope:
-            try:
-                result = await executor.wait()
-            except Exception as error:
-                failure = error
-            finally:
-                self._wait_scope = None
-                if self._idle:
-                    self._idle.unpark_all()
+        self._waiting = True
+        try:
+            result = await executor.wait()
+        except Exception as error:
+            failure = error
+        finally:
+            self._waiting = False
+            if self._left:
+                self._left.unpark_all()
         if executor is not self._executor or not self._in_flight:
             return None
         step = self._in_flight.popleft()
@@ -328,8 +329,6 @@ class Actor:
         self._failures.append(trio.current_time())
         if self.track is not None:
             self.track.instant("failed", time.perf_counter_ns(), cause=_say(cause))
-        if self._wait_scope is not None:
-            self._wait_scope.cancel()
         self._attention.set()
         self._wake_all()
 
@@ -359,12 +358,14 @@ class Actor:
                 raise ExecutorError(
                     self.name,
                     "rebuild",
-                    f"{len(self._failures)} failures within {FAILURE_WINDOW:g} s, the last: {_say(self._cause)}",
+                    f"{len(self._failures)} failures within {FAILURE_WINDOW:g} s; last: {_say(self._cause)}",
                 ) from self._cause
             await self._open()
             self._state = "ready"
         except Exception as error:
             self._state, self._cause = "broken", error
+            if self._waiting:  # for ever: only the nursery can free that task now
+                raise
         if self.track is not None:
             self.track.span("rebuild", started_ns, time.perf_counter_ns(), outcome=self._state)
         self._wake_all()
@@ -372,21 +373,23 @@ class Actor:
     async def _retire(self, executor: Executor) -> None:
         """Closes an executor whatever happens around, within CLOSE_SECONDS.
 
+        Closing also ends a ``wait`` in progress; so the protocol has it, because a cancel scope around every
+        wait would cost more than the rest of the actor.
+
         Raises:
-            ExecutorError: it did not stop, or raised.
+            ExecutorError: it did not stop, or raised, or a task still hangs in its ``wait``.
         """
+        what = f"executor {executor.name!r}"
         with trio.move_on_after(CLOSE_SECONDS, shield=True):
-            while self._wait_scope is not None:
-                self._wait_scope.cancel()
-                await self._idle.park()
             try:
                 await executor.aclose()
             except Exception as error:
                 raise ExecutorError(self.name, "aclose", _say(error)) from error
+            what = f"wait of {what}, which closed,"
+            while self._waiting:
+                await self._left.park()
             return
-        raise ExecutorError(
-            self.name, "aclose", f"executor {executor.name!r} did not stop within {CLOSE_SECONDS:g} s"
-        )
+        raise ExecutorError(self.name, "aclose", f"{what} did not stop within {CLOSE_SECONDS:g} s")
 
     async def _finish(self) -> None:
         closing = self._scope.cancel_called
@@ -399,7 +402,7 @@ class Actor:
             if executor is not None:
                 await self._retire(executor)
         except ExecutorError as error:
-            if not closing:
+            if not closing or self._waiting:
                 raise
             self._close_error = error
         finally:

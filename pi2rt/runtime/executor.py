@@ -1,7 +1,9 @@
-"""The executor protocol: what drives one hardware unit. Built-in executors and plug-ins are found alike, by entry
-point (group ``pi2rt.executors``), and pass the same conformance tests (``tests/executors/conformance.py``).
+"""The executor protocol: what drives one hardware unit. Built-in executors and plug-ins are found alike, by
+entry point (group ``pi2rt.executors``), and pass the same conformance tests
+(``tests/executors/conformance.py``).
 
-An executor is owned by one actor and called from its Trio task only; it may use threads of its own underneath.
+An executor is owned by one actor and called from its Trio task only; it may use threads of its own
+underneath.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ class ExecutorOptions:
     """What the runtime tells an executor when it opens a model.
 
     ``slots``: sequences at once; ``pages``: pages of KV cache; ``context``: positions per sequence at most;
-    ``max_tokens``: tokens in one step at most. ``cores``: core numbers to run on, in order; () leaves it to the
-    executor. ``kv_type``: "f16" or "q8". ``exact_floats``: dequantise weights to float32 and do not quantise
-    activations (for tests; slow). ``kernels``: name of a kernel variant, None for the best.
+    ``max_tokens``: tokens in one step at most. ``cores``: core numbers to run on, in order; () leaves it to
+    the executor. ``kv_type``: "f16" or "q8". ``exact_floats``: dequantise weights to float32 and do not
+    quantise activations (for tests; slow). ``kernels``: name of a kernel variant, None for the best.
     """
 
     slots: int
@@ -34,7 +36,9 @@ class ExecutorOptions:
     context: int
     max_tokens: int
     cores: tuple[int, ...] = ()
-    assistants: tuple[tuple[str, tuple[int, ...]], ...] = ()  # (actor name, cores) of units that share each layer
+    assistants: tuple[
+        tuple[str, tuple[int, ...]], ...
+    ] = ()  # (actor name, cores) of units that share each layer
     kv_type: str = "f16"
     exact_floats: bool = False
     kernels: str | None = None
@@ -43,7 +47,8 @@ class ExecutorOptions:
 
 @dataclass(frozen=True, slots=True)
 class ExecutorStatistics:
-    """A snapshot. ``busy_ns``: time inside steps; ``bytes``: memory held by name (weights, kv, activations)."""
+    """A snapshot. ``busy_ns``: time inside steps; ``bytes``: memory held by name (weights, kv,
+    activations)."""
 
     steps: int = 0
     tokens: int = 0
@@ -58,8 +63,8 @@ class ExecutorStatistics:
 class Executor(Protocol):
     """Drives one hardware unit. The life of one: construct, ``open``, many ``submit``/``wait``, ``aclose``.
 
-    ``max_in_flight``: how many steps may be submitted and not yet waited for; at least 1. Steps complete in the order
-    of submission.
+    ``max_in_flight``: how many steps may be submitted and not yet waited for; at least 1. Steps complete in
+    the order of submission.
     """
 
     name: str
@@ -68,8 +73,8 @@ class Executor(Protocol):
     async def open(
         self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
     ) -> None:
-        """Loads the model. Cancellable; after a cancellation ``aclose`` is still called. May run ``progress`` from
-        the Trio thread only."""
+        """Loads the model. Cancellable; after a cancellation ``aclose`` is still called. May run ``progress``
+        from the Trio thread only."""
         ...
 
     def submit(self, step: Step) -> None:
@@ -77,17 +82,19 @@ class Executor(Protocol):
         ...
 
     async def wait(self) -> StepResult:
-        """The result of the oldest submitted step; raises what made it fail, which also consumes it. Cancelling
+        """The result of the oldest submitted step; raises what made it fail, which also consumes it.
+        Cancelling
         ``wait`` loses nothing: call it again."""
         ...
 
     def stop(self, step_id: int) -> None:
-        """Asks a submitted step to end early (within a layer). Its result arrives as always, with ``stopped`` set if
-        it did end early. Unknown ids are ignored: the step may just have finished."""
+        """Asks a submitted step to end early (within a layer). Its result arrives as always, with ``stopped``
+        set if it did end early. Unknown ids are ignored: the step may just have finished."""
         ...
 
     async def aclose(self) -> None:
-        """Stops everything, joins threads, frees memory. Bounded; safe to call twice and after a failed ``open``."""
+        """Stops everything, joins threads, frees memory. Bounded; safe to call twice and after a failed
+        ``open``. A ``wait`` in progress in another task, and every call from then on, raises ClosedError."""
         ...
 
     def statistics(self) -> ExecutorStatistics: ...

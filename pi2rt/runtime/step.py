@@ -1,7 +1,8 @@
 """The work item of inference: one pass of a model over some tokens of some sequences.
 
-A step is as large as the plan allows: for a resident model it is the whole decode step of all running sequences, so
-that the control plane is crossed once per step and not once per layer (the two planes, ``docs/design.md``).
+A step is as large as the plan allows: for a resident model it is the whole decode step of all running
+sequences, so that the control plane is crossed once per step and not once per layer (the two planes,
+``docs/design.md``).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ PAGE_TOKENS = 64
 class Sampling:
     """How one slot picks its tokens. Fields as in ``SamplingParams``; ``seed`` is always set.
 
-    ``temperature == 0`` is greedy. The random number for a token depends on (seed, position) alone, so the text does
-    not depend on what else is in the batch.
+    ``temperature == 0`` is greedy. The random number for a token depends on (seed, position) alone, so the
+    text does not depend on what else is in the batch.
     """
 
     temperature: float = 0.0
@@ -54,12 +55,13 @@ class Bind:
 class Slice:
     """Consecutive tokens of one sequence, at positions ``start .. start + count``.
 
-    ``pages``: the sequence's page table, int32, at least ``ceil((start + count) / PAGE_TOKENS)`` entries; position p
-    lives in page ``pages[p // PAGE_TOKENS]``. Pages that other sequences share are only read.
-    ``tokens``: int32 (count,). Empty means: one token, the one sampled last for this slot by the step before, which
-    may still be running (that is how the engine runs ahead).
-    ``sample``: sample the token after the last one. ``targets``: int32 (count,), return the log probability of each
-    target after its token (perplexity); negative entries are skipped. ``logits``: return the logits of every token.
+    ``pages``: the sequence's page table, int32, at least ``ceil((start + count) / PAGE_TOKENS)`` entries;
+    position p lives in page ``pages[p // PAGE_TOKENS]``. Pages that other sequences share are only read.
+    ``tokens``: int32 (count,). Empty means: one token, the one sampled last for this slot by the step before,
+    which may still be running (that is how the engine runs ahead).
+    ``sample``: sample the token after the last one. ``targets``: int32 (count,), return the log probability
+    of each target after its token (perplexity); negative entries are skipped. ``logits``: return the logits
+    of every token.
     """
 
     slot: int
@@ -93,8 +95,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The token sampled for one slice. Log probabilities (natural) are of the distribution after temperature-free
-    softmax of the penalised logits; NaN and () where they were not asked for."""
+    """The token sampled for one slice. Log probabilities (natural) are of the distribution after
+    temperature-free softmax of the penalised logits; NaN and () where they were not asked for."""
 
     token: int
     logprob: float = float("nan")
@@ -105,8 +107,9 @@ class Sampled:
 class StepResult:
     """What a step gives back. ``sampled``, ``scores``, ``logits`` are aligned with ``Step.slices``.
 
-    ``stopped``: the step was cancelled on its way; nothing in it is valid and its sequences' KV entries from ``start``
-    on are undefined. Times are ``time.perf_counter_ns``; ``kernel_ns`` is time inside kernels, averaged over threads.
+    ``stopped``: the step was cancelled on its way; nothing in it is valid and its sequences' KV entries from
+    ``start`` on are undefined. Times are ``time.perf_counter_ns``; ``kernel_ns`` is time inside kernels,
+    averaged over threads.
     """
 
     id: int
