@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from pi2rt._errors import ModelFormatError, ModelNotFoundError
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies. ``shape`` is numpy's, rows first; ``type`` is a name in ``pi2rt.formats.quants.TYPES``
-    ("F32", "Q4_K"); rows are contiguous, ``nbytes / shape[0]`` each."""
+    """Where a tensor lies. ``shape`` is numpy's, rows first; ``type`` is a name in
+    ``pi2rt.formats.quants.TYPES`` ("F32", "Q4_K"); rows are contiguous, ``nbytes / shape[0]`` each."""
 
     name: str
     type: str
@@ -27,8 +30,8 @@ class TensorInfo:
 
 
 class ModelFile(ABC):
-    """An open model: metadata and tensors. Every length, offset and count was checked against the file when it was
-    opened, so reads stay inside it (and a file that shrank since is a ModelFormatError)."""
+    """An open model: metadata and tensors. Every length, offset and count was checked against the file when
+    it was opened, so reads stay inside it (and a file that shrank since is a ModelFormatError)."""
 
     path: Path
     architecture: str
@@ -46,14 +49,36 @@ class ModelFile(ABC):
         """The raw bytes of a tensor, as uint8 (nbytes,)."""
         tensor = self.tensors[name]
         out = np.empty(tensor.nbytes, np.uint8)
-        self.read_into(tensor, 0, memoryview(out))
+        self.read_into(tensor, 0, out.data)
         return out
 
-    def __enter__(self) -> ModelFile:
+    def companion(self, name: str) -> Path | None:
+        """A file that came with the model ("tokenizer.json"), or None: a single file has no companions."""
+        return None
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def printable(name: str) -> str:
+    """A name from a file as it may go into an error message: no control characters, and not endless."""
+    shown = name if name.isprintable() else ascii(name)[1:-1]
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def refuse_overlap(tensors: Mapping[str, TensorInfo]) -> None:
+    """Raises ModelFormatError where two tensors of one file share bytes."""
+    order = sorted((t for t in tensors.values() if t.nbytes), key=lambda t: t.offset)
+    for before, after in itertools.pairwise(order):
+        if before.offset + before.nbytes > after.offset:
+            raise ModelFormatError(
+                after.path,
+                f"tensor {printable(after.name)}: offset",
+                f"byte {after.offset} of the file lies inside tensor {printable(before.name)}",
+            )
 
 
 def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
@@ -63,7 +88,6 @@ def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
         ModelNotFoundError: nothing is there.
         ModelFormatError: it is malformed; the message names the file and the field.
     """
-    from pi2rt._errors import ModelFormatError, ModelNotFoundError
     from pi2rt.formats.gguf import GgufFile
     from pi2rt.formats.huggingface import HuggingFaceDirectory
 

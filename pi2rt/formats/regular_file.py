@@ -1,0 +1,80 @@
+"""A file opened for positioned reads."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from pi2rt._errors import ClosedError, ModelFormatError, ModelNotFoundError
+
+
+class RegularFile:
+    """A regular file opened for reading at any offset, from any thread, without a shared file position.
+
+    Reads go through ``pread`` and not through a mapping, so what was read counts as ours and nothing else
+    does.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ModelNotFoundError: it cannot be opened.
+        ModelFormatError: it is a directory, a pipe or a device.
+    """
+
+    __slots__ = ("_fd", "path", "size")
+
+    def __init__(self, path: Path) -> None:
+        try:
+            # Non-blocking, so that opening a pipe nobody writes to returns and is refused below.
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ModelNotFoundError(f"{path}: cannot be opened: {reason}") from error
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise ModelFormatError(path, "file", "is not a regular file")
+        self.path, self.size, self._fd = path, status.st_size, fd
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills ``buffer`` from byte ``offset`` on. Releases the GIL while it waits.
+
+        Raises:
+            ClosedError: the file was closed.
+            ModelFormatError: the file ends before the buffer is full.
+            OSError: the read failed; names the file.
+        """
+        if self._fd < 0:
+            raise ClosedError(f"{self.path} is closed")
+        with buffer.cast("B") as view:
+            done, total = 0, len(view)
+            while done < total:
+                try:  # one call may give less than asked for; EINTR is retried by Python (PEP 475)
+                    with view[done:] as rest:
+                        count = os.preadv(self._fd, [rest], offset + done)
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, str(self.path)) from error
+                if count == 0:
+                    raise ModelFormatError(
+                        self.path,
+                        "file",
+                        f"ended at byte {offset + done} while reading up to byte {offset + total}; "
+                        f"it had {self.size} bytes when it was opened",
+                    )
+                done += count
+
+    def read(self, offset: int, count: int) -> bytearray:
+        """``count`` bytes from byte ``offset`` on. The caller has checked ``count``: it is allocated
+        first."""
+        out = bytearray(count)
+        with memoryview(out) as view:
+            self.read_into(offset, view)
+        return out
+
+    def close(self) -> None:
+        """Closes the file; again is nothing. No read may be running."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
