@@ -87,9 +87,9 @@ def _local_base(c: Checkpoint) -> float:
 
 def _logit_scale(c: Checkpoint) -> float:
     if not c.gguf:
-        return c.number(None, "query_pre_attn_scalar") ** -0.5
+        return 1 / math.sqrt(c.number(None, "query_pre_attn_scalar"))
     inferred = c.dim / c.n_heads if c.n_layers == _LAYERS_OF_27B else c.head_dim
-    return c.number("attention.scale", None, default=float(inferred) ** -0.5)
+    return c.number("attention.scale", None, default=1 / math.sqrt(inferred))
 
 
 def _embedding_scale(c: Checkpoint) -> float:
@@ -101,4 +101,4 @@ def _embedding_scale(c: Checkpoint) -> float:
         return float(np.float16(scale))
     bits = int(np.float32(scale).view(np.uint32))
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000  # to the nearest, ties to even
-    return float(np.uint32(rounded).view(np.float32))
+    return float(np.array(rounded, np.uint32).view(np.float32))

@@ -1,0 +1,199 @@
+"""The forward pass in plain numpy float32: what the blocks of a description mean.
+
+Shapes in comments: t tokens of one sequence, n positions it has after them, h query heads, g key-value heads,
+d elements of a head.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from pi2rt.models import Activation, Attention, FeedForward, Linear, ModelDescription, Norm, Rope
+from pi2rt.runtime.step import PAGE_TOKENS, Floats, Int32s
+
+Weights = Mapping[str, Floats]
+Mark = tuple[str, int, int]
+"""(block, start, end), in nanoseconds of ``time.perf_counter_ns``."""
+
+_LOGIT_ROWS = 64  # rows of logits at once, which bounds memory
+
+
+class StoppedError(Exception):
+    """The forward pass was asked to stop between two layers."""
+
+
+class ReferenceModel:
+    """A model and its paged KV cache (float32, whatever the runtime would like).
+
+    Args:
+        model: what to compute.
+        weights: float32 arrays by tensor name, shaped as ``iterate_tensors`` says.
+        pages: pages of KV cache.
+    """
+
+    def __init__(self, model: ModelDescription, weights: Weights, pages: int) -> None:
+        self.model = model
+        self.weights = weights
+        self._caches = {
+            (i, j): np.zeros((2, pages, PAGE_TOKENS, block.n_kv_heads, block.head_dim), np.float32)
+            for i, layer in enumerate(model.layers)
+            for j, block in enumerate(layer.blocks)
+            if isinstance(block, Attention)
+        }
+        self.kv_bytes = sum(cache.nbytes for cache in self._caches.values())
+
+    def forward(
+        self,
+        tokens: Int32s,
+        start: int,
+        pages: Int32s,
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+        marks: list[Mark] | None = None,
+    ) -> Floats:
+        """Runs all layers over consecutive tokens of one sequence and writes their keys and values.
+
+        Args:
+            tokens: int32 (t,), at positions ``start`` on.
+            start: positions before them, whose keys and values are in the cache.
+            pages: int32, the sequence's page table.
+            should_stop: asked before every layer.
+            marks: gets one entry for each block.
+
+        Returns:
+            The residual stream after the last layer, (t, dim), before the final norm.
+
+        Raises:
+            StoppedError: ``should_stop`` said so.
+        """
+        x = self.weights[self.model.embedding][tokens] * np.float32(self.model.embedding_scale)  # (t, dim)
+        for i, layer in enumerate(self.model.layers):
+            if should_stop():
+                raise StoppedError
+            for j, block in enumerate(layer.blocks):
+                begun = time.perf_counter_ns()
+                y = self._norm(block.norm, x)
+                if isinstance(block, Attention):
+                    y = self._attention(block, y, start, pages, self._caches[i, j])
+                else:
+                    y = self._feed_forward(block, y)
+                x = x + (y if block.post_norm is None else self._norm(block.post_norm, y))
+                if marks is not None:
+                    marks.append((f"{i} {type(block).__name__}", begun, time.perf_counter_ns()))
+        return x
+
+    def logits(self, x: Floats) -> Floats:
+        """(t, dim) to (t, vocab_size)."""
+        out = np.empty((len(x), self.model.vocab_size), np.float32)
+        for i in range(0, len(x), _LOGIT_ROWS):
+            rows = slice(i, i + _LOGIT_ROWS)
+            y = self._linear(self.model.head, self._norm(self.model.final_norm, x[rows]))
+            out[rows] = _softcap(y, self.model.logit_softcap)
+        return out
+
+    # -- blocks
+
+    def _attention(self, block: Attention, x: Floats, start: int, pages: Int32s, cache: Floats) -> Floats:
+        """``cache``: keys and values, (2, pages, PAGE_TOKENS, g, d)."""
+        t, d = len(x), block.head_dim
+        q = self._linear(block.q, x).reshape(t, block.n_heads, d)  # (t, h, d)
+        k = self._linear(block.k, x).reshape(t, block.n_kv_heads, d)  # (t, g, d)
+        v = self._linear(block.v, x).reshape(t, block.n_kv_heads, d)  # (t, g, d)
+        if block.q_norm is not None:
+            q = self._norm(block.q_norm, q)
+        if block.k_norm is not None:
+            k = self._norm(block.k_norm, k)
+        positions = np.arange(start, start + t)
+        if block.rope is not None:
+            q, k = rotate(block.rope, q, positions), rotate(block.rope, k, positions)
+
+        cache[:, pages[positions // PAGE_TOKENS], positions % PAGE_TOKENS] = k, v
+        n = start + t
+        used = cache[:, pages[: -(-n // PAGE_TOKENS)]]
+        keys, values = used.reshape(2, -1, block.n_kv_heads, d)[:, :n]  # (n, g, d) each
+
+        seen = np.arange(n) <= positions[:, None]  # (t, n)
+        if block.window is not None:
+            seen &= np.arange(n) > positions[:, None] - block.window
+        hidden = np.where(seen, np.float32(0), np.float32(-np.inf))
+        group = block.n_heads // block.n_kv_heads
+        out = np.empty((t, block.n_heads, d), np.float32)
+        for head in range(block.n_heads):
+            scores = q[:, head] @ keys[:, head // group].T * np.float32(block.scale)  # (t, n)
+            weights = _softmax(_softcap(scores, block.softcap) + hidden)
+            out[:, head] = weights @ values[:, head // group]
+        return self._linear(block.out, out.reshape(t, -1))
+
+    def _feed_forward(self, block: FeedForward, x: Floats) -> Floats:
+        up = self._linear(block.up, x)  # (t, hidden)
+        if block.gate is None:
+            return self._linear(block.down, activate(block.activation, up))
+        if block.up_activation is not None:
+            up = activate(block.up_activation, up)
+        return self._linear(block.down, activate(block.activation, self._linear(block.gate, x)) * up)
+
+    def _linear(self, linear: Linear, x: Floats) -> Floats:
+        y: Floats = x @ self.weights[linear.weight].T
+        return y if linear.bias is None else y + self.weights[linear.bias]
+
+    def _norm(self, norm: Norm, x: Floats) -> Floats:
+        """Over the last axis."""
+        mean = np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float32)
+        weight = self.weights[norm.weight] + np.float32(norm.offset)
+        y: Floats = x / np.sqrt(mean + np.float32(norm.eps)) * weight
+        return y
+
+
+def rotate(rope: Rope, x: Floats, positions: npt.NDArray[np.int64]) -> Floats:
+    """Rotates the heads (t, heads, d) of tokens at ``positions`` (t,). Angles are float64: at position 100
+    000 those of float32 would be off by a hundredth of a radian."""
+    angles = positions[:, None, None] * np.array(rope.inverse_frequencies)  # (t, 1, pairs)
+    cos = (np.cos(angles) * rope.magnitude).astype(np.float32)
+    sin = (np.sin(angles) * rope.magnitude).astype(np.float32)
+    pairs = len(rope.inverse_frequencies)
+    if rope.style == "interleaved":
+        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    else:
+        first, second = slice(0, pairs), slice(pairs, 2 * pairs)
+    a, b = x[..., first], x[..., second]
+    out = x.copy()
+    out[..., first] = a * cos - b * sin
+    out[..., second] = a * sin + b * cos
+    return out
+
+
+def activate(kind: Activation, x: Floats) -> Floats:
+    """Element by element; float32 in and out."""
+    y: Floats
+    if kind == "silu":
+        with np.errstate(over="ignore"):  # exp of a large number: the quotient is 0, as it should be
+            y = x / (1 + np.exp(-x))
+    elif kind == "gelu":
+        y = np.float32(0.5) * x * (1 + _erf(x * np.float32(math.sqrt(0.5))))
+    elif kind == "gelu_tanh":
+        cube = np.float32(0.044715) * x * x * x
+        y = np.float32(0.5) * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + cube)))
+    elif kind == "relu":
+        y = np.maximum(x, 0)
+    else:  # relu2
+        y = np.square(np.maximum(x, 0))
+    return y
+
+
+def _erf(x: Floats) -> Floats:
+    return np.vectorize(math.erf, otypes=[np.float32])(x)  # type: ignore[no-any-return]
+
+
+def _softmax(scores: Floats) -> Floats:
+    weights = np.exp(scores - np.max(scores, axis=-1, keepdims=True))
+    result: Floats = weights / np.sum(weights, axis=-1, keepdims=True)
+    return result
+
+
+def _softcap(x: Floats, cap: float | None) -> Floats:
+    return x if cap is None else np.tanh(x / np.float32(cap)) * np.float32(cap)
