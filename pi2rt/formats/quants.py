@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pi2rt.formats.quantizers import QUANTIZERS
+
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
@@ -27,15 +29,15 @@ _CHUNK_ELEMENTS = 1 << 16  # what one pass converts: its temporaries stay in the
 class QuantType:
     """A tensor type: rows are whole blocks of ``block_elements`` values in ``block_bytes`` bytes.
 
-    ``scales``: byte offsets, inside a block, of the floating point numbers in it; all of them have the
-    width and format of ``scale_format`` ("F16", "BF16", "F32").
+    ``scales_at``: byte offset inside a block of the floating point numbers in it; ``scale_format``: "F16",
+    "F16x2" (two side by side), "BF16" or "F32".
     """
 
     name: str
     ggml_id: int
     block_elements: int
     block_bytes: int
-    scales: tuple[int, ...] = (0,)
+    scales_at: int = 0
     scale_format: str = "F16"
 
     def nbytes(self, elements: int) -> int:
@@ -53,16 +55,15 @@ TYPES: Mapping[str, QuantType] = MappingProxyType(
             QuantType("F32", 0, 1, 4, scale_format="F32"),
             QuantType("F16", 1, 1, 2),
             QuantType("BF16", 30, 1, 2, scale_format="BF16"),
-            QuantType("Q4_0", 2, 32, 18),  # f16 d, 16 B of 4-bit
-            QuantType("Q4_1", 3, 32, 20, (0, 2)),  # f16 d, f16 m, 16 B of 4-bit
-            QuantType("Q5_0", 6, 32, 22),  # f16 d, 32 fifth bits, 16 B of 4-bit
-            QuantType("Q5_1", 7, 32, 24, (0, 2)),  # f16 d, f16 m, 32 fifth bits, 16 B of 4-bit
-            QuantType("Q8_0", 8, 32, 34),  # f16 d, 32 int8
-            QuantType(
-                "Q4_K", 12, 256, 144, (0, 2)
-            ),  # f16 d, f16 dmin, 8 x 6-bit scale and min, 128 B of 4-bit
-            QuantType("Q5_K", 13, 256, 176, (0, 2)),  # as Q4_K, with 256 fifth bits before the 4-bit part
-            QuantType("Q6_K", 14, 256, 210, (208,)),  # 128 B of 4-bit, 64 B of 2-bit, 16 int8 scales, f16 d
+            QuantType("Q4_0", 2, 32, 18),  # f16 d; 16 B of 4-bit
+            QuantType("Q4_1", 3, 32, 20, scale_format="F16x2"),  # f16 d, f16 m; 16 B of 4-bit
+            QuantType("Q5_0", 6, 32, 22),  # f16 d; 32 fifth bits; 16 B of 4-bit
+            QuantType("Q5_1", 7, 32, 24, scale_format="F16x2"),  # f16 d, f16 m; 32 fifth bits; 16 B of 4-bit
+            QuantType("Q8_0", 8, 32, 34),  # f16 d; 32 int8
+            # f16 d, f16 dmin; 8 scales and 8 mins of 6 bits; (Q5_K: 256 fifth bits;) 128 B of 4-bit
+            QuantType("Q4_K", 12, 256, 144, scale_format="F16x2"),
+            QuantType("Q5_K", 13, 256, 176, scale_format="F16x2"),
+            QuantType("Q6_K", 14, 256, 210, 208),  # 128 B of 4-bit; 64 B of 2-bit; 16 int8 scales; f16 d
         )
     }
 )
@@ -144,7 +145,7 @@ def quantize(type_name: str, values: Floats) -> Bytes:
     blocks = np.ascontiguousarray(values).reshape(-1, kind.block_elements)
     out = np.empty((len(blocks), kind.block_bytes), np.uint8)
     step = _CHUNK_ELEMENTS // kind.block_elements
-    convert = _QUANTIZERS[type_name]
+    convert = QUANTIZERS[type_name]
     with np.errstate(all="ignore"):  # what does not fit is found below
         for i in range(0, len(blocks), step):
             out[i : i + step] = convert(blocks[i : i + step])
@@ -173,37 +174,25 @@ def check_scales(type_name: str, raw: Bytes) -> str | None:
         raise ValueError(
             f"{type_name} is whole blocks of {kind.block_bytes} bytes of uint8, not {raw.size} of {raw.dtype}"
         )
-    flat = np.ascontiguousarray(raw).reshape(-1)
     count = raw.size // kind.block_bytes
-    code, exponent = _EXPONENTS[kind.scale_format]
-    word = "scale" if kind.block_elements > 1 else "value"
-    for offset in kind.scales if count else ():
-        # A strided view: the scales lie block_bytes apart, on no particular alignment.
-        view: npt.NDArray[Any] = np.ndarray((count,), code, flat.data, offset, (kind.block_bytes,))
-        for i in range(0, count, _CHUNK_ELEMENTS):
-            bad = (view[i : i + _CHUNK_ELEMENTS] & exponent) == exponent
-            if bad.any():
-                at = i + int(bad.argmax())
-                bits = int(view[at])
-                mantissa = bits & (int(exponent) & -int(exponent)) - 1
-                sign = "-" if bits >> (8 * view.itemsize - 1) else ""
-                shown = "nan" if mantissa else f"{sign}inf"
-                place = (
-                    f"{word} of block {at} of {count}"
-                    if kind.block_elements > 1
-                    else f"value {at} of {count}"
-                )
-                return f"{place} is {shown}"
+    if count == 0:
+        return None
+    blocks = np.ascontiguousarray(raw).reshape(count, kind.block_bytes)
+    code, exponent, read = _SCALE_FORMATS[kind.scale_format]
+    unsigned = np.dtype(code).type
+    lowest, sign = unsigned(exponent & ~(exponent << 1)), unsigned(exponent << 1 & ~exponent)
+    words: npt.NDArray[Any] = np.ndarray(count, code, blocks.data, kind.scales_at, kind.block_bytes)
+    for start in range(0, count, _CHUNK_ELEMENTS):
+        # Adding the lowest bit of an exponent carries into the sign exactly where all its bits are set.
+        carried = words[start : start + _CHUNK_ELEMENTS] & unsigned(exponent)
+        carried += lowest
+        if np.bitwise_or.reduce(carried) & sign:
+            at = start + int(((carried & sign) != 0).argmax())
+            with np.errstate(all="ignore"):
+                numbers = read(words[at : at + 1].copy().view(np.uint8)[None, :]).ravel()
+            bad = numbers[~np.isfinite(numbers)][0]
+            return f"{'scale of block' if kind.block_elements > 1 else 'value'} {at} of {count} is {bad}"
     return None
-
-
-_EXPONENTS: Mapping[str, tuple[str, np.unsignedinteger[Any]]] = MappingProxyType(
-    {
-        "F32": ("<u4", np.uint32(0x7F800000)),
-        "F16": ("<u2", np.uint16(0x7C00)),
-        "BF16": ("<u2", np.uint16(0x7F80)),
-    }
-)
 
 
 def _type(name: str) -> QuantType:
@@ -301,6 +290,16 @@ def _read_q6_k(b: Bytes) -> Floats:
     return d[:, :, None] * q.reshape(len(b), 16, 16)
 
 
+_SCALE_FORMATS: Mapping[str, tuple[str, int, Callable[[Bytes], Floats]]] = MappingProxyType(
+    {
+        "F32": ("<u4", 0x7F800000, _read_f32),
+        "BF16": ("<u2", 0x7F80, _read_bf16),
+        "F16": ("<u2", 0x7C00, _f16),
+        "F16x2": ("<u4", 0x7C007C00, _f16),
+    }
+)
+"""By ``QuantType.scale_format``: the word that holds the numbers, its exponent bits, how to read them."""
+
 _DEQUANTIZERS: Mapping[str, Callable[[Bytes], Floats]] = MappingProxyType(
     {
         "F32": _read_f32,
@@ -314,151 +313,5 @@ _DEQUANTIZERS: Mapping[str, Callable[[Bytes], Floats]] = MappingProxyType(
         "Q4_K": _read_q4_k,
         "Q5_K": _read_q5_k,
         "Q6_K": _read_q6_k,
-    }
-)
-
-
-# Writing. Each takes float32 (blocks, block_elements) and returns uint8 (blocks, block_bytes).
-
-
-def _write_f32(x: Floats) -> Bytes:
-    return x.astype("<f4").view(np.uint8)
-
-
-def _write_f16(x: Floats) -> Bytes:
-    return x.astype("<f2").view(np.uint8)
-
-
-def _write_bf16(x: Floats) -> Bytes:
-    bits = x.view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").view(np.uint8)  # nearest, ties to even
-
-
-def _inverse(d: Floats) -> Floats:
-    return np.where(d == 0, np.float32(0), 1 / d)
-
-
-def _codes(x: Floats, top: int) -> Bytes:
-    """Rounds what is known to be at least -0.5, and clips it to 0..top."""
-    rounded: Floats = np.trunc(x + np.float32(0.5))
-    return rounded.clip(0, top).astype(np.uint8)
-
-
-def _pack_nibbles(q: Bytes, group: int) -> Bytes:
-    """The inverse of ``_nibbles``; only the low four bits count."""
-    runs = q.reshape(len(q), -1, 2, group)
-    return (runs[:, :, 0] & np.uint8(15) | runs[:, :, 1] << _FOUR).reshape(len(q), -1)
-
-
-def _write_symmetric(x: Floats, half: int) -> tuple[Bytes, Bytes]:
-    """Scale and codes 0..2*half-1: the value of largest magnitude gets the code 0, so keeps its sign and
-    size."""
-    extreme = np.take_along_axis(x, np.abs(x).argmax(axis=1, keepdims=True), axis=1)
-    d = extreme / np.float32(-half)
-    q = np.trunc(x * _inverse(d) + np.float32(half + 0.5)).clip(0, 2 * half - 1).astype(np.uint8)
-    return _write_f16(d), q
-
-
-def _write_affine(x: Floats, top: int) -> tuple[Bytes, Bytes, Bytes]:
-    low = x.min(axis=1, keepdims=True)
-    d = (x.max(axis=1, keepdims=True) - low) / np.float32(top)
-    return _write_f16(d), _write_f16(low), _codes((x - low) * _inverse(d), top)
-
-
-def _pack_fifth_bits(q: Bytes) -> Bytes:
-    return np.packbits(q >> 4, axis=1, bitorder="little")
-
-
-def _write_q4_0(x: Floats) -> Bytes:
-    d, q = _write_symmetric(x, 8)
-    return np.concatenate((d, _pack_nibbles(q, 16)), axis=1)
-
-
-def _write_q4_1(x: Floats) -> Bytes:
-    d, m, q = _write_affine(x, 15)
-    return np.concatenate((d, m, _pack_nibbles(q, 16)), axis=1)
-
-
-def _write_q5_0(x: Floats) -> Bytes:
-    d, q = _write_symmetric(x, 16)
-    return np.concatenate((d, _pack_fifth_bits(q), _pack_nibbles(q, 16)), axis=1)
-
-
-def _write_q5_1(x: Floats) -> Bytes:
-    d, m, q = _write_affine(x, 31)
-    return np.concatenate((d, m, _pack_fifth_bits(q), _pack_nibbles(q, 16)), axis=1)
-
-
-def _write_q8_0(x: Floats) -> Bytes:
-    d = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
-    scaled = x * _inverse(d)
-    magnitude = np.abs(scaled)
-    whole = np.floor(magnitude)
-    q = np.sign(scaled) * (whole + np.floor(2 * (magnitude - whole)))  # halves away from zero, as roundf
-    return np.concatenate((_write_f16(d), q.astype(np.int8).view(np.uint8)), axis=1)
-
-
-def _write_k(x: Floats, top: int) -> tuple[Bytes, Bytes]:
-    """The 16 bytes of scales of a Q4_K or Q5_K block, and its codes 0..top, uint8 (blocks, 256)."""
-    sub = x.reshape(len(x), 8, 32)
-    low = np.minimum(sub.min(axis=2), 0)  # mins are stored as what is subtracted, so never negative
-    wanted = (np.maximum(sub.max(axis=2), 0) - low) / np.float32(top)
-    d16 = (wanted.max(axis=1, keepdims=True) / 63).astype("<f2")
-    m16 = (-low.min(axis=1, keepdims=True) / 63).astype("<f2")
-    d, m = d16.astype(np.float32), m16.astype(np.float32)
-    scales = _codes(wanted * _inverse(d), 63)
-    mins = _codes(-low * _inverse(m), 63)
-    packed = np.concatenate(
-        (
-            scales[:, :4] | scales[:, 4:] >> 4 << 6,
-            mins[:, :4] | mins[:, 4:] >> 4 << 6,
-            scales[:, 4:] & 15 | mins[:, 4:] << 4,
-        ),
-        axis=1,
-    )
-    shifted = sub + (m * mins)[:, :, None]
-    q = _codes(shifted * _inverse((d * scales).astype(np.float32))[:, :, None], top).reshape(len(x), 256)
-    return np.concatenate((d16.view(np.uint8), m16.view(np.uint8), packed), axis=1), q
-
-
-def _write_q4_k(x: Floats) -> Bytes:
-    head, q = _write_k(x, 15)
-    return np.concatenate((head, _pack_nibbles(q, 32)), axis=1)
-
-
-def _write_q5_k(x: Floats) -> Bytes:
-    head, q = _write_k(x, 31)
-    bits = np.packbits(q.reshape(len(q), 8, 32) >> 4, axis=1, bitorder="little").reshape(len(q), 32)
-    return np.concatenate((head, bits, _pack_nibbles(q, 32)), axis=1)
-
-
-def _write_q6_k(x: Floats) -> Bytes:
-    sub = x.reshape(len(x), 16, 16)
-    extreme = np.take_along_axis(sub, np.abs(sub).argmax(axis=2, keepdims=True), axis=2)[:, :, 0]
-    wanted = extreme / np.float32(-32)
-    d16 = (np.abs(wanted).max(axis=1, keepdims=True) / 127).astype("<f2")
-    d = d16.astype(np.float32)
-    scales = np.rint(wanted * _inverse(d)).clip(-127, 127).astype(np.int8)
-    step = _inverse((d * scales).astype(np.float32))[:, :, None]
-    q = (np.rint(sub * step).clip(-32, 31) + 32).astype(np.uint8).reshape(len(x), 256)
-    runs = (q >> 4).reshape(len(q), 2, 4, 32)
-    high = runs[:, :, 0] | runs[:, :, 1] << 2 | runs[:, :, 2] << 4 | runs[:, :, 3] << 6
-    parts = (_pack_nibbles(q, 64), high.reshape(len(q), 64), scales.view(np.uint8), d16.view(np.uint8))
-    return np.concatenate(parts, axis=1)
-
-
-_QUANTIZERS: Mapping[str, Callable[[Floats], Bytes]] = MappingProxyType(
-    {
-        "F32": _write_f32,
-        "F16": _write_f16,
-        "BF16": _write_bf16,
-        "Q4_0": _write_q4_0,
-        "Q4_1": _write_q4_1,
-        "Q5_0": _write_q5_0,
-        "Q5_1": _write_q5_1,
-        "Q8_0": _write_q8_0,
-        "Q4_K": _write_q4_k,
-        "Q5_K": _write_q5_k,
-        "Q6_K": _write_q6_k,
     }
 )
