@@ -27,8 +27,9 @@ class ExecutorOptions:
 
     ``slots``: sequences at once; ``pages``: pages of KV cache; ``context``: positions per sequence at most;
     ``max_tokens``: tokens in one step at most. ``cores``: core numbers to run on, in order; () leaves it to
-    the executor. ``kv_type``: "f16" or "q8". ``exact_floats``: dequantise weights to float32 and do not
-    quantise activations (for tests; slow). ``kernels``: name of a kernel variant, None for the best.
+    the executor. ``assistants``: (actor name, cores) of units that share each layer. ``kv_type``: "f16" or
+    "q8". ``exact_floats``: dequantise weights to float32 and do not quantise activations (for tests; slow).
+    ``kernels``: name of a kernel variant, None for the best.
     """
 
     slots: int
@@ -36,9 +37,7 @@ class ExecutorOptions:
     context: int
     max_tokens: int
     cores: tuple[int, ...] = ()
-    assistants: tuple[
-        tuple[str, tuple[int, ...]], ...
-    ] = ()  # (actor name, cores) of units that share each layer
+    assistants: tuple[tuple[str, tuple[int, ...]], ...] = ()
     kv_type: str = "f16"
     exact_floats: bool = False
     kernels: str | None = None
@@ -83,8 +82,7 @@ class Executor(Protocol):
 
     async def wait(self) -> StepResult:
         """The result of the oldest submitted step; raises what made it fail, which also consumes it.
-        Cancelling
-        ``wait`` loses nothing: call it again."""
+        Cancelling ``wait`` loses nothing: call it again."""
         ...
 
     def stop(self, step_id: int) -> None:
@@ -94,7 +92,8 @@ class Executor(Protocol):
 
     async def aclose(self) -> None:
         """Stops everything, joins threads, frees memory. Bounded; safe to call twice and after a failed
-        ``open``. A ``wait`` in progress in another task, and every call from then on, raises ClosedError."""
+        ``open``. A ``wait`` in progress in another task, and each ``submit`` or ``wait`` from then on, raises
+        ClosedError."""
         ...
 
     def statistics(self) -> ExecutorStatistics: ...
