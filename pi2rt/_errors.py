@@ -100,5 +100,18 @@ class ExecutorError(Pi2rtError):
         self.actor, self.item = actor, item
 
 
+class PluginError(Pi2rtError):
+    """A plug-in cannot be imported, or does not keep to the protocol of what it plugs into.
+
+    Args:
+        plugin: its entry point.
+        problem: every defect found.
+    """
+
+    def __init__(self, plugin: str, problem: str) -> None:
+        super().__init__(f"plug-in {plugin}: {problem}")
+        self.plugin, self.problem = plugin, problem
+
+
 class InternalError(Pi2rtError):
     """A bug in pi2rt: this should never happen. Please report it with the traceback."""
