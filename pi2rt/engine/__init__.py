@@ -1,7 +1,8 @@
 """Sequences, scheduler, prefix reuse: the step loop."""
 
 from pi2rt.engine.chunk import Chunk, Completion, FinishReason, Timing, TopLogprobs
-from pi2rt.engine.engine import Engine, EngineOptions
+from pi2rt.engine.engine import Engine
+from pi2rt.engine.options import EngineOptions
 from pi2rt.engine.sampling_params import SamplingParams
 from pi2rt.engine.statistics import EngineStatistics
 from pi2rt.engine.token_stream import TokenStream

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 FinishReason: TypeAlias = Literal["stop", "length"]
-"""``"stop"``: the model ended its text, or a stop string or stop token came. ``"length"``: ``max_tokens`` or the context
-is used up."""
+"""``"stop"``: the model ended its text, or a stop string or stop token came. ``"length"``: ``max_tokens``
+or the context is used up."""
 
 TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]
 """(token id, natural log probability), the likeliest first."""
@@ -17,9 +17,9 @@ TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]
 class Timing:
     """Where a request's time went, in seconds of the runtime's clock.
 
-    ``cached_tokens`` of the ``prompt_tokens`` were found in the prefix cache and not computed. ``queue_s``: until its
-    first step was submitted; ``prefill_s``: from there to its first token; ``ttft_s``: the sum of both;
-    ``decode_s``: from the first token to the last. Rates are 0.0 where there was nothing to measure.
+    ``cached_tokens`` of the ``prompt_tokens`` were found in the prefix cache and not computed. ``queue_s``:
+    until its first step was submitted; ``prefill_s``: from there to its first token; ``ttft_s``: the sum of
+    both; ``decode_s``: from the first token to the last. Rates are 0.0 where there was nothing to measure.
     """
 
     prompt_tokens: int
@@ -45,9 +45,10 @@ class Timing:
 class Chunk:
     """One generated token.
 
-    ``text`` may be empty: bytes of a character still to come, a possible beginning of a stop string, an end-of-text
-    token. The texts of all chunks together are the text of the completion. ``logprob`` is None and ``top_logprobs``
-    is () unless ``SamplingParams.logprobs`` asked for them. ``finish_reason`` and ``timing`` are set on the last chunk.
+    ``text`` may be empty: bytes of a character still to come, a possible beginning of a stop string, an
+    end-of-text token. The texts of all chunks together are the text of the completion. ``logprob`` is None
+    and ``top_logprobs`` is () unless ``SamplingParams.logprobs`` asked for them. ``finish_reason`` and
+    ``timing`` are set on the last chunk.
     """
 
     text: str
@@ -62,8 +63,8 @@ class Chunk:
 class Completion:
     """The whole of a request's text.
 
-    ``tokens``: every token as it was sampled, the ending one included. ``logprobs`` and ``top_logprobs`` are aligned
-    with ``tokens``, and empty unless asked for.
+    ``tokens``: every token as it was sampled, the ending one included. ``logprobs`` and ``top_logprobs``
+    are aligned with ``tokens``, and empty unless asked for.
     """
 
     text: str

@@ -1,22 +1,22 @@
 """The step loop: continuous batching over one actor, one step ahead of its results.
 
-Step k + 1 is submitted before the result of step k is looked at, so that the executor never waits for Python. Its decode
-slices say "the token sampled last" instead of naming it. Where k turns out to have ended a sequence, the slice of it in
-k + 1 is discarded when it comes back, and only then are its slot and pages free.
+Step k + 1 is submitted before the result of step k is looked at, so that the executor never waits for
+Python. Its decode slices say "the token sampled last" instead of naming it. Where k turns out to have ended
+a sequence, the slice of it in k + 1 is discarded when it comes back, and only then are its slot and pages
+free.
 """
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import trio
 
 from pi2rt._errors import ClosedError, ContextOverflowError, ExecutorError, InternalError, RequestError
+from pi2rt.engine.options import EngineOptions
 from pi2rt.engine.reading import Reading
 from pi2rt.engine.sampling_params import SamplingParams
 from pi2rt.engine.scheduler import Flight, Scheduler
@@ -29,12 +29,18 @@ from pi2rt.runtime.step import PAGE_TOKENS, Floats, Sampling, Step, StepResult
 from pi2rt.runtime.trace import Trace
 from pi2rt.tokenizer import StopMatcher
 
+MOST_IN_FLIGHT = 2
+"""One step that runs and one that waits: more would only be more to discard."""
+
 
 class StepActor(Protocol):
     """What the engine needs of an actor (``pi2rt.runtime.actor.Actor``)."""
 
     @property
     def generation(self) -> int: ...
+
+    @property
+    def max_in_flight(self) -> int: ...
 
     async def submit(self, step: Step, /) -> None: ...
 
@@ -52,37 +58,9 @@ class Vocabulary(Protocol):
     def detokenizer(self) -> Detokenizer: ...
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """``slots``, ``pages``, ``context``, ``max_tokens``: as the executor was told. ``mixed_chunk``: prompt tokens in a
-    step that also decodes, at most. ``ahead``: steps in flight. ``stream_buffer``: chunks that wait for a slow consumer
-    before its sequence is paused."""
-
-    vocab_size: int
-    slots: int
-    pages: int
-    context: int
-    max_tokens: int = 512
-    mixed_chunk: int = 64
-    ahead: int = 2
-    stream_buffer: int = 1024
-
-    def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name}={getattr(self, name)}: at least 1 is needed")
-        if self.pages * PAGE_TOKENS < self.context:
-            raise RequestError(
-                f"pages={self.pages}: {-(-self.context // PAGE_TOKENS)} are needed for a context of {self.context} tokens"
-            )
-        if self.max_tokens < self.slots:
-            raise RequestError(
-                f"max_tokens={self.max_tokens}: a step must have room for one token of each of {self.slots} sequences"
-            )
-
-
 class Engine:
-    """Runs requests. All methods are called from the Trio thread; ``run`` is a task of the caller's nursery."""
+    """Runs requests. All methods are called from the Trio thread; ``run`` is a task of the caller's
+    nursery."""
 
     def __init__(
         self, actor: StepActor, vocabulary: Vocabulary, options: EngineOptions, trace: Trace | None = None
@@ -95,7 +73,11 @@ class Engine:
         self.pool = PagePool(options.pages)
         self._index = PrefixIndex(self.pool, PAGE_TOKENS)
         self._scheduler = Scheduler(
-            self._index, options.slots, options.max_tokens, options.mixed_chunk, trio.current_time
+            self._index,
+            options.slots,
+            options.max_tokens,
+            options.mixed_chunk,
+            None if trace is None else self._record_request,
         )
         self._flights: deque[Flight] = deque()
         self._work = trio.Event()
@@ -106,11 +88,14 @@ class Engine:
     # The step loop
 
     async def run(self) -> None:
-        """Submits steps and handles their results until ``close``. An error that leaves it is a bug in pi2rt."""
+        """Submits steps and handles their results until ``close``. An error that leaves it is a bug in
+        pi2rt."""
+        depth = min(MOST_IN_FLIGHT, self._actor.max_in_flight)
         while True:
-            while len(self._flights) < self.options.ahead and (flight := self._scheduler.compose()):
-                self._flights.append(flight)
-                await self._actor.submit(flight.step)
+            if self._actor.generation != self._generation:
+                await self._recover(None, None)
+            while len(self._flights) < depth and (flight := self._scheduler.compose()) is not None:
+                await self._submit(flight)
             if self._flights:
                 await self._receive()
             elif self._closed:
@@ -119,21 +104,27 @@ class Engine:
                 self._work = trio.Event()
                 await self._work.wait()
 
+    async def _submit(self, flight: Flight) -> None:
+        self._flights.append(flight)
+        try:
+            await self._actor.submit(flight.step)
+        except ExecutorError as error:
+            self._flights.pop()
+            await self._recover(error, flight)
+
     async def _receive(self) -> None:
         """Waits for the oldest step and hands out what it brought."""
         try:
             result = await self._actor.result()
         except ExecutorError as error:
-            await self._recover(error)
-            return
-        if self._actor.generation != self._generation:
-            await self._recover(None)
+            await self._recover(error, self._flights.popleft())
             return
         flight = self._flights.popleft()
         if result.id != flight.step.id:
             raise InternalError(f"the result of step {result.id} came where {flight.step} was expected")
         self._steps += 1
-        now = trio.current_time()
+        if self._trace is not None:
+            self._record_step(self._trace, flight, result)
         for i, sequence in enumerate(flight.members):
             sequence.in_flight -= 1
             if sequence.state is SequenceState.LEAVING:
@@ -143,14 +134,13 @@ class Engine:
             elif result.stopped:  # only where the executor stops on its own account: what it had done is lost
                 self._scheduler.leave(sequence, again=True)
             else:
-                self._advance(sequence, flight, result, i, now)
-        if self._trace is not None:
-            self._record(self._trace, flight, result)
+                self._advance(sequence, flight, result, i)
 
-    def _advance(self, sequence: Sequence, flight: Flight, result: StepResult, i: int, now: float) -> None:
+    def _advance(self, sequence: Sequence, flight: Flight, result: StepResult, i: int) -> None:
         """One slice of a live sequence has returned."""
         slice_ = flight.step.slices[i]
         sequence.computed = slice_.start + slice_.count
+        self._prefilled += len(slice_.tokens)
         writer = sequence.writer
         if writer is None:
             reading = sequence.reading
@@ -161,7 +151,7 @@ class Engine:
             return
         if sequence.computed - sequence.table.committed >= PAGE_TOKENS:
             sequence.table.commit(sequence.known, sequence.computed)
-        if sequence.on_prefill is not None and sequence.computed <= sequence.prompt and writer.first_at is None:
+        if sequence.on_prefill is not None and not writer.generated:
             try:
                 sequence.on_prefill(sequence.computed, sequence.prompt)
             except Exception as error:
@@ -172,34 +162,33 @@ class Engine:
             assert sampled is not None
             sequence.known.append(sampled.token)
             self._generated += 1
-            if writer.accept(sampled, now) is not None:
+            if writer.accept(sampled) is not None:
                 self._finish(sequence)
 
-    async def _recover(self, error: ExecutorError | None) -> None:
-        """The executor was rebuilt and with it the KV cache is gone. The requests in the failed step fail; every other
+    async def _recover(self, error: ExecutorError | None, failed: Flight | None) -> None:
+        """The executor was lost and the KV cache with it. The requests in the failed step fail; every other
         one is computed again from the tokens it knows, and its consumer notices only the time."""
-        failed = self._flights[0].members if error is not None else []
-        lost = list(self._flights)
+        lost = [*self._flights]
         self._flights.clear()
-        for sequence in failed:
-            if sequence.live:
-                self._fail(sequence, _own(error))
-        for _ in lost[1:]:  # they ran on nothing, or failed with the first
-            try:
+        for _ in lost:
+            try:  # they went down with the executor
                 await self._actor.result()
             except ExecutorError:
                 continue
-        self._generation = self._actor.generation
-        self._rebuilds += 1
-        for flight in lost:
+        for flight in [*lost, failed] if failed is not None else lost:
             for sequence in flight.members:
                 sequence.in_flight -= 1
+        for sequence in failed.members if failed is not None else ():
+            if sequence.live:
+                self._fail(sequence, _own(error))
         for sequence in self._scheduler.running.copy():
-            if sequence.state is SequenceState.LEAVING:
-                self._scheduler.release(sequence)
-            else:
+            if sequence.live:
                 self._scheduler.leave(sequence, again=True)
+            else:
+                self._scheduler.release(sequence)
         self._index.clear()
+        self._generation = self._actor.generation
+        self._rebuilds += 1
 
     # The ways out of it
 
@@ -252,7 +241,8 @@ class Engine:
     ) -> TokenStream:
         """Starts a request for the text after ``prompt`` (token ids).
 
-        ``on_prefill(done, total)``, in prompt tokens, is called in the engine's task; what it raises ends the request.
+        ``on_prefill(done, total)``, in prompt tokens, is called in the engine's task; what it raises ends
+        the request.
 
         Raises:
             RequestError: the prompt is empty or has a token outside the vocabulary.
@@ -271,7 +261,6 @@ class Engine:
         if not params.ignore_eos:
             ends |= self._vocabulary.eos_ids
         stream = TokenStream(self.options.stream_buffer)
-        queued_at = trio.current_time()
         writer = Writer(
             stream,
             self._vocabulary.detokenizer(),
@@ -280,9 +269,8 @@ class Engine:
             prompt=len(known),
             max_tokens=max_tokens,
             logprobs=params.logprobs is not None,
-            queued_at=queued_at,
         )
-        self._enqueue(known, len(known) + max_tokens, params.sampling(), stream, writer, queued_at, on_prefill)
+        self._enqueue(known, len(known) + max_tokens, params.sampling(), stream, writer, on_prefill)
         return stream
 
     async def score(self, tokens: Iterable[int]) -> Floats:
@@ -313,6 +301,7 @@ class Engine:
             free_slots=self._scheduler.free_slots,
             steps=self._steps,
             steps_in_flight=len(self._flights),
+            prefill_tokens=self._prefilled,
             generated_tokens=self._generated,
             discarded_slices=self._discarded,
             preemptions=self._scheduler.preemptions,
@@ -327,7 +316,7 @@ class Engine:
             raise ContextOverflowError(len(known), 0, self.options.context)
         reading = Reading(kind)
         stream = TokenStream(self.options.stream_buffer)
-        self._enqueue(known, len(known), Sampling(), stream, reading, trio.current_time(), None)
+        self._enqueue(known, len(known), Sampling(), stream, reading, None)
         async with stream:
             async for _ in stream:
                 raise InternalError("a sequence that is only read has sampled a token")
@@ -340,14 +329,11 @@ class Engine:
         sampling: Sampling,
         stream: TokenStream,
         output: Writer | Reading,
-        queued_at: float,
         on_prefill: Callable[[int, int], None] | None,
     ) -> None:
         self._requests += 1
         table = PageTable(self._index, -(-limit // PAGE_TOKENS))
-        sequence = Sequence(
-            self._requests, known, limit, sampling, stream, table, output, queued_at, on_prefill
-        )
+        sequence = Sequence(self._requests, known, limit, sampling, stream, table, output, on_prefill)
         stream.attach(lambda: self._cancel(sequence), self._work.set)
         self._scheduler.add(sequence)
         self._work.set()
@@ -371,8 +357,11 @@ class Engine:
                 f"{where}: token id {token} is outside the vocabulary of {self.options.vocab_size} tokens"
             )
 
-    def _record(self, trace: Trace, flight: Flight, result: StepResult) -> None:
-        decoding = sum(not len(slice_.tokens) for slice_ in flight.step.slices)
+    def _record_step(self, trace: Trace, flight: Flight, result: StepResult) -> None:
+        decoding = 0
+        for sequence, slice_ in zip(flight.members, flight.step.slices, strict=True):
+            decoding += not len(slice_.tokens)
+            sequence.stamp(result.started_ns, result.finished_ns, sampled=slice_.sample)
         trace.track("engine", "steps").span(
             f"step {flight.step.id}",
             result.started_ns,
@@ -382,6 +371,24 @@ class Engine:
             prefill_tokens=flight.step.tokens - decoding,
             stopped=result.stopped,
         )
+
+    def _record_request(self, sequence: Sequence) -> None:
+        """Its slot is free: one track for each slot, so that the spans of a track follow each other."""
+        if self._trace is None or not sequence.started_ns:
+            return
+        track = self._trace.track("requests", f"slot {sequence.slot}")
+        start, first, last = sequence.started_ns, sequence.first_ns, sequence.last_ns
+        track.span(
+            f"request {sequence.id}",
+            start,
+            last,
+            prompt_tokens=sequence.prompt,
+            generated_tokens=len(sequence.known) - sequence.prompt,
+            again=sequence.again,
+        )
+        track.span("prefill", start, first or last)
+        if first and last > first:
+            track.span("decode", first, last)
 
 
 def _own(error: ExecutorError | None) -> ExecutorError | None:

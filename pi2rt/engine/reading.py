@@ -13,8 +13,8 @@ LOGITS_CHUNK = 64
 
 
 class Reading:
-    """``scores``: for each token but the first, its natural log probability after those before it; ``logits``: for
-    each token, the logits of the next."""
+    """``scores``: for each token but the first, its natural log probability after those before it;
+    ``logits``: for each token, the logits of the next."""
 
     __slots__ = ("_parts", "kind")
 
@@ -38,5 +38,3 @@ class Reading:
         """scores: float32 (n - 1,); logits: float32 (n, vocab_size)."""
         whole = np.concatenate([part for _, part in self._parts]).astype(np.float32, copy=False)
         return whole[:-1] if self.kind == "scores" else whole
-
-

@@ -16,11 +16,11 @@ MOST_LOGPROBS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the text of one request is made. The default is greedy: the likeliest token each time, the same text for the
-    same prompt.
+    """How the text of one request is made. The default is greedy: the likeliest token each time, the same
+    text for the same prompt.
 
-    Order: penalties and ``logit_bias`` change the logits; then temperature; then ``top_k``, ``top_p`` and ``min_p`` keep
-    the likelier tokens; then one is drawn.
+    Order: penalties and ``logit_bias`` change the logits; then temperature; then ``top_k``, ``top_p`` and
+    ``min_p`` keep the likelier tokens; then one is drawn.
 
     Raises:
         RequestError: a value out of its range; the message names the field, the value and the range.
@@ -33,11 +33,13 @@ class SamplingParams:
     top_k: int = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the smallest set of likeliest tokens whose probabilities reach this, in (0, 1]. Holtzman et al., 2019."""
+    """Keep the smallest set of likeliest tokens whose probabilities reach this, in (0, 1]. Holtzman et al.,
+    2019."""
     min_p: float = 0.0
     """Keep tokens at least this likely relative to the likeliest, in [0, 1]. Nguyen et al., 2024."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens already there, in (0, 100]. Keskar et al., 2019."""
+    """Divides positive and multiplies negative logits of tokens already there, in (0, 100]. Keskar et al.,
+    2019."""
     presence_penalty: float = 0.0
     """Subtracted once from the logit of every token already there, in [-100, 100]."""
     frequency_penalty: float = 0.0
@@ -77,7 +79,9 @@ class SamplingParams:
                 _check_float(f"logit_bias[{token}]", bias, -1e9, 1e9)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(s, str) and s for s in stop) or len(stop) > MOST_STOPS:
-            raise RequestError(f"stop={self.stop!r}: at most {MOST_STOPS} strings, none of them empty, are allowed")
+            raise RequestError(
+                f"stop={self.stop!r}: at most {MOST_STOPS} strings, none of them empty, are allowed"
+            )
         object.__setattr__(self, "stop", stop)
         ids = tuple(self.stop_token_ids)
         for token in ids:
@@ -91,7 +95,8 @@ class SamplingParams:
         return self.stop
 
     def sampling(self) -> Sampling:
-        """The part that executors read. Draws a seed where none was given, so call it once for each request."""
+        """The part that executors read. Draws a seed where none was given, so call it once for each
+        request."""
         return Sampling(
             temperature=float(self.temperature),
             top_k=self.top_k,

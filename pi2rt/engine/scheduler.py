@@ -1,14 +1,15 @@
 """Which tokens of which sequences go into the next step.
 
-Every running sequence that is past its prompt gets one token; what room is left is given to prompts, the oldest first:
-``max_tokens`` of them where nothing decodes, ``mixed_chunk`` where something does, so that a long prompt costs the others
-a little per step and never stalls them.
+Every running sequence that is past its prompt gets one token; what room is left is given to prompts, the
+oldest first: ``max_tokens`` of them where nothing decodes, ``mixed_chunk`` where something does, so that a
+long prompt costs the others a little per step and never stalls them.
 
-Pages are taken as they are needed, not reserved for the longest text a request might become: most texts end long before
-their limit, and reserving would leave most of the cache idle. When pages run out, a sequence gives all of its pages back
-and is computed again later from the tokens it knows (mostly out of the prefix index, if nobody took its pages): first one
-whose consumer has stopped reading, else the youngest. The oldest is never asked while another can be, and the pool holds
-at least one whole context, so the oldest always goes on: there is no deadlock.
+Pages are taken as they are needed, not reserved for the longest text a request might become: most texts end
+long before their limit, and reserving would leave most of the cache idle. When pages run out, a sequence
+gives all of its pages back and is computed again later from the tokens it knows (mostly out of the prefix
+index, if nobody took its pages): first one whose consumer has stopped reading, else the youngest. The
+oldest is never asked while another can be, and the pool holds at least one whole context, so the oldest
+always goes on: there is no deadlock.
 """
 
 from __future__ import annotations
@@ -47,17 +48,22 @@ class Scheduler:
         slots: sequences that run at once.
         max_tokens: tokens in one step at most.
         mixed_chunk: prompt tokens in a step that also decodes, at most.
-        now: the clock.
+        released: told of each sequence whose slot and pages are about to become free.
     """
 
     def __init__(
-        self, index: PrefixIndex, slots: int, max_tokens: int, mixed_chunk: int, now: Callable[[], float]
+        self,
+        index: PrefixIndex,
+        slots: int,
+        max_tokens: int,
+        mixed_chunk: int,
+        released: Callable[[Sequence], None] | None = None,
     ) -> None:
         self._index = index
         self._slots = list(range(slots - 1, -1, -1))
         self._max_tokens = max_tokens
         self._mixed_chunk = mixed_chunk
-        self._now = now
+        self._released = released
         self._steps = 0
         self._refused: tuple[int, int] | None = None
         self.waiting: list[Sequence] = []  # oldest first, as is
@@ -72,7 +78,8 @@ class Scheduler:
         insort(self.waiting, sequence, key=_by_age)
 
     def compose(self) -> Flight | None:
-        """The next step, as if every step before it had returned already; None where there is nothing to do."""
+        """The next step, as if every step before it had returned already; None where there is nothing to
+        do."""
         slices: list[Slice] = []
         members: list[Sequence] = []
         binds: list[Bind] = []
@@ -102,7 +109,8 @@ class Scheduler:
         sequence.reset(SequenceState.GONE)
 
     def leave(self, sequence: Sequence, *, again: bool = False) -> None:
-        """A running sequence ends, or (``again``) goes back to the queue, as soon as its steps have returned."""
+        """A running sequence ends, or (``again``) goes back to the queue, as soon as its steps have
+        returned."""
         sequence.state = SequenceState.LEAVING
         sequence.again = again
         if not sequence.in_flight:
@@ -110,6 +118,8 @@ class Scheduler:
 
     def release(self, sequence: Sequence) -> None:
         """The last step of a leaving sequence has returned: its slot and pages are free."""
+        if self._released is not None:
+            self._released(sequence)
         self.running.remove(sequence)
         self._slots.append(sequence.slot)
         sequence.table.release()
@@ -126,7 +136,7 @@ class Scheduler:
         sequence.paused = sequence.stream.pause(sequence.in_flight)
         if sequence.paused:
             return False
-        if sequence.table.missing(sequence.submitted + 1):
+        if sequence.submitted == sequence.table.count * self._index.page_tokens:
             if not self._make_room(1, sequence):
                 return False
             sequence.table.extend(1)
@@ -159,7 +169,9 @@ class Scheduler:
         else:
             targets = reading.targets(tokens, None if last else sequence.known[end])
             logits = reading.kind == "logits"
-            slices.append(Slice(sequence.slot, start, sequence.table.pages, tokens, targets=targets, logits=logits))
+            slices.append(
+                Slice(sequence.slot, start, sequence.table.pages, tokens, targets=targets, logits=logits)
+            )
         members.append(sequence)
         sequence.submitted = end
         sequence.in_flight += 1
@@ -168,8 +180,9 @@ class Scheduler:
         return end - start
 
     def _admit(self) -> Sequence | None:
-        """Takes the oldest waiting sequence in, if there is a slot and there are pages for all it knows and one more for
-        each that runs already. Younger ones never overtake it, except while its consumer is not reading."""
+        """Takes the oldest waiting sequence in, if there is a slot and there are pages for all it knows and
+        one more for each that runs already. Younger ones never overtake it, except while its consumer is
+        not reading."""
         sequence = next((s for s in self.waiting if not s.stream.pause(0)), None)
         if sequence is None:
             return None
@@ -196,7 +209,8 @@ class Scheduler:
         insort(self.running, sequence, key=_by_age)
         sequence.enter(self._slots.pop(), cached)
         if sequence.writer is not None:
-            sequence.writer.start(self._now(), cached)
+            self._index.count(len(sequence.known), cached)
+            sequence.writer.start(cached)
         return sequence
 
     def _make_room(self, pages: int, asker: Sequence | None) -> bool:

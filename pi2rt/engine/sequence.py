@@ -16,7 +16,8 @@ from pi2rt.runtime.step import Bind, Int32s, Sampling
 
 
 class SequenceState(Enum):
-    """WAITING -> PREFILL -> DECODE -> LEAVING -> GONE; a preempted sequence goes from LEAVING back to WAITING."""
+    """WAITING -> PREFILL -> DECODE -> LEAVING -> GONE; a preempted sequence goes from LEAVING back to
+    WAITING."""
 
     WAITING = auto()
     """In the queue. Holds no slot and no page."""
@@ -25,19 +26,22 @@ class SequenceState(Enum):
     DECODE = auto()
     """All it knows is submitted; each further slice is one token, sampled by the slice before."""
     LEAVING = auto()
-    """Finished, failed, cancelled or preempted, but steps with slices of it are in flight. What they bring is discarded."""
+    """Finished, failed, cancelled or preempted, but steps with slices of it are in flight. What they bring
+    is discarded."""
     GONE = auto()
     """Holds nothing."""
 
 
 class Sequence:
-    """Positions are counted four ways, each at most the next: ``computed`` (their steps have returned), ``submitted``
-    (their steps were submitted), ``expected`` (tokens known or being sampled in flight), ``limit`` (tokens there may ever be).
+    """Positions are counted four ways, each at most the next: ``computed`` (their steps have returned),
+    ``submitted`` (their steps were submitted), ``expected`` (tokens known or being sampled in flight),
+    ``limit`` (tokens there may ever be).
     """
 
     __slots__ = (
-        "again", "computed", "expected", "id", "in_flight", "known", "limit", "on_prefill", "paused", "prompt", "queued_at",
-        "reading", "sampling", "slot", "state", "stream", "submitted", "table", "writer",
+        "again", "computed", "expected", "first_ns", "id", "in_flight", "known", "last_ns", "limit",
+        "on_prefill", "paused", "prompt", "reading", "sampling", "slot", "started_ns", "state", "stream",
+        "submitted", "table", "writer",
     )  # fmt: skip
 
     def __init__(
@@ -49,7 +53,6 @@ class Sequence:
         stream: TokenStream,
         table: PageTable,
         output: Writer | Reading,
-        queued_at: float,
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> None:
         self.id = id
@@ -61,7 +64,6 @@ class Sequence:
         self.table = table
         self.writer = output if isinstance(output, Writer) else None
         self.reading = output if isinstance(output, Reading) else None
-        self.queued_at = queued_at
         self.on_prefill = on_prefill
         self.state = SequenceState.WAITING
         self.slot = -1
@@ -70,6 +72,7 @@ class Sequence:
         self.in_flight = 0  # steps
         self.paused = False
         self.again = False  # LEAVING, but to be computed again from its known tokens
+        self.started_ns = self.first_ns = self.last_ns = 0  # for the trace; 0: not yet
 
     @property
     def live(self) -> bool:
@@ -95,4 +98,12 @@ class Sequence:
         self.computed = self.submitted = 0
         self.expected = len(self.known)
         self.again = False
+        self.started_ns = self.first_ns = self.last_ns = 0
         self.state = state
+
+    def stamp(self, started_ns: int, finished_ns: int, *, sampled: bool) -> None:
+        """A step with a slice of it ran from ``started_ns`` to ``finished_ns``."""
+        self.started_ns = self.started_ns or started_ns
+        self.last_ns = finished_ns
+        if sampled:
+            self.first_ns = self.first_ns or finished_ns

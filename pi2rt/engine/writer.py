@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 from typing import Protocol
 
+import trio
+
 from pi2rt.engine.chunk import Chunk, FinishReason, Timing
 from pi2rt.engine.token_stream import TokenStream
 from pi2rt.runtime.step import Sampled
@@ -30,8 +32,8 @@ class Writer:
     """Turns each sampled token into one chunk on ``stream``."""
 
     __slots__ = (
-        "_detokenizer", "_end_tokens", "_first", "_left", "_logprobs", "_matcher", "_prompt", "_queued", "_started",
-        "_stream", "cached", "generated",
+        "_detokenizer", "_end_tokens", "_first", "_left", "_logprobs", "_matcher", "_prompt", "_queued",
+        "_started", "_stream", "cached", "generated",
     )  # fmt: skip
 
     def __init__(
@@ -44,7 +46,6 @@ class Writer:
         prompt: int,
         max_tokens: int,
         logprobs: bool,
-        queued_at: float,
     ) -> None:
         self._stream = stream
         self._detokenizer = detokenizer
@@ -53,26 +54,23 @@ class Writer:
         self._prompt = prompt
         self._left = max_tokens
         self._logprobs = logprobs
-        self._queued = queued_at
+        self._queued = trio.current_time()
         self._started: float | None = None
         self._first: float | None = None
         self.cached = 0
         self.generated = 0
 
-    def start(self, now: float, cached: int) -> None:
-        """The first step is about to be submitted. Computing again after a preemption is not a second start."""
+    def start(self, cached: int) -> None:
+        """The first step is about to be submitted. Computing again after a preemption is not a second
+        start."""
         if self._started is None:
-            self._started, self.cached = now, cached
+            self._started, self.cached = trio.current_time(), cached
 
-    @property
-    def first_at(self) -> float | None:
-        return self._first
-
-    def accept(self, sampled: Sampled, now: float) -> FinishReason | None:
+    def accept(self, sampled: Sampled) -> FinishReason | None:
         """Puts one chunk; the reason why it was the last one, or None."""
         token = sampled.token
         if self._first is None:
-            self._first = now
+            self._first = trio.current_time()
         self.generated += 1
         self._left -= 1
         reason: FinishReason | None = None
@@ -93,14 +91,14 @@ class Writer:
         if reason is None and not self._logprobs:
             self._stream.put(Chunk(text, token))
             return None
-        timing = self._timing(now) if reason is not None else None
+        timing = self._timing() if reason is not None else None
         if self._logprobs:
             self._stream.put(Chunk(text, token, sampled.logprob, sampled.top, reason, timing))
         else:
             self._stream.put(Chunk(text, token, None, (), reason, timing))
         return reason
 
-    def _timing(self, now: float) -> Timing:
+    def _timing(self) -> Timing:
         assert self._started is not None
         assert self._first is not None
         return Timing(
@@ -110,5 +108,5 @@ class Writer:
             queue_s=self._started - self._queued,
             ttft_s=self._first - self._queued,
             prefill_s=self._first - self._started,
-            decode_s=now - self._first,
+            decode_s=trio.current_time() - self._first,
         )

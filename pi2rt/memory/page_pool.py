@@ -1,7 +1,7 @@
 """Pages of KV cache: a fixed number of them, counted references.
 
-A page is only a number here; its bytes belong to the executor. Memory that was never touched costs nothing, so the page
-freed last is handed out first: a single conversation touches as few pages as it has tokens.
+A page is only a number here; its bytes belong to the executor. Memory that was never touched costs nothing,
+so the page freed last is handed out first: a single conversation touches as few pages as it has tokens.
 """
 
 from __future__ import annotations

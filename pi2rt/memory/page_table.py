@@ -14,11 +14,12 @@ from pi2rt.memory.prefix_index import ROOT, PrefixIndex
 class PageTable:
     """Position ``p`` lives in page ``self.pages[p // index.page_tokens]``.
 
-    The table owns one reference to each of its pages. Where the index already had a page with the same tokens, the table
-    also holds that one (``_chain``), so that who holds a page of a chain holds all pages before it.
+    The table owns one reference to each of its pages. Where the index already had a page with the same
+    tokens, the table also holds that one (``_chain``), so that who holds a page of a chain holds all pages
+    before it.
     """
 
-    __slots__ = ("_chain", "_index", "_page_tokens", "_parent", "_table", "count", "pages")
+    __slots__ = ("_chain", "_index", "_page_tokens", "_parent", "_table", "committed", "count", "pages")
 
     def __init__(self, index: PrefixIndex, most_pages: int) -> None:
         self._index = index
@@ -26,18 +27,17 @@ class PageTable:
         self._table = np.empty(most_pages, np.int32)
         self._chain: list[int | None] = []  # per committed page: the index's page held beside our own
         self._parent = ROOT  # the last link of the chain so far
+        self.committed = 0
+        """Positions whose pages are in the index."""
         self.count = 0
+        """Pages held."""
         self.pages: npt.NDArray[np.int32] = self._table[:0]
         """int32 (count,), a view; entries never change once they are there."""
 
-    @property
-    def committed(self) -> int:
-        """Positions whose pages are in the index."""
-        return len(self._chain) * self._page_tokens
-
     def match(self, tokens: array[int]) -> int:
-        """Takes the indexed pages that hold the beginning of ``tokens``; gives the number of positions they cover.
-        That is fewer than all: the last token is always computed again, since its logits are wanted."""
+        """Takes the indexed pages that hold the beginning of ``tokens``; gives the number of positions they
+        cover. That is fewer than all: the last token is always computed again, since its logits are
+        wanted."""
         if self.count:
             raise InternalError("a page table matches a prefix only while it is empty")
         size = self._page_tokens
@@ -51,7 +51,8 @@ class PageTable:
             self._parent = link.serial
             self.count += 1
         self.pages = self._table[: self.count]
-        return self.count * size
+        self.committed = self.count * size
+        return self.committed
 
     def missing(self, positions: int) -> int:
         """Pages to allocate before ``positions`` positions fit."""
@@ -65,7 +66,8 @@ class PageTable:
         self.pages = self._table[:end]
 
     def commit(self, tokens: array[int], computed: int) -> None:
-        """Offers the full pages among the first ``computed`` positions, which hold ``tokens``, to later sequences."""
+        """Offers the full pages among the first ``computed`` positions, which hold ``tokens``, to later
+        sequences."""
         size = self._page_tokens
         for at in range(len(self._chain), computed // size):
             content = tokens[at * size : (at + 1) * size].tobytes()
@@ -77,6 +79,7 @@ class PageTable:
                 self._index.retain(link.page)
                 self._chain.append(link.page)
             self._parent = link.serial
+        self.committed = len(self._chain) * size
 
     def release(self) -> None:
         """Gives every page back, the last one first. The table is empty afterwards and can be used again."""
@@ -86,7 +89,7 @@ class PageTable:
             self._index.release(int(self._table[at]))
         self._chain.clear()
         self._parent = ROOT
-        self.count = 0
+        self.committed = self.count = 0
         # Steps still referring to the old table keep it; a new one is never written under them.
         self._table = np.empty(len(self._table), np.int32)
         self.pages = self._table[:0]

@@ -1,12 +1,14 @@
-"""Which pages hold the KV cache of which tokens, so that a prompt whose beginning was seen before starts there.
+"""Which pages hold the KV cache of which tokens, so that a prompt whose beginning was seen before starts
+there.
 
-Full pages only, in chains: a page is found by (the page before it in the chain, its own token ids). The key is the token
-ids themselves, not a digest of them, so a hit is exact and there is nothing to collide.
+Full pages only, in chains: a page is found by (the page before it in the chain, its own token ids). The key
+is the token ids themselves, not a digest of them, so a hit is exact and there is nothing to collide.
 
-Why the order of eviction is a plain queue. Who holds a page of a chain holds every page before it too (``PageTable``
-keeps that rule, also where a sequence computed a page of its own that the index already had), and lets go of the last
-one first. So pages enter the queue of the unused with the children before the parent, and the oldest unused page never
-has a used child: evicting from the front never breaks a chain in its middle.
+Why the order of eviction is a plain queue. Who holds a page of a chain holds every page before it too
+(``PageTable`` keeps that rule, also where a sequence computed a page of its own that the index already
+had), and lets go of the last one first. So pages enter the queue of the unused with the children before the
+parent, and the oldest unused page never has a used child: evicting from the front never breaks a chain in
+its middle.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ ROOT = 0
 
 @dataclass(frozen=True, slots=True)
 class PrefixIndexStatistics:
-    """``pages``: indexed now; ``unused``: of these, held by nobody else and so free to evict; ``hit_tokens`` of
-    ``asked_tokens`` prompt tokens were found."""
+    """``pages``: indexed now; ``unused``: of these, held by nobody else and so free to evict;
+    ``hit_tokens`` of ``asked_tokens`` prompt tokens were found."""
 
     pages: int
     unused: int
@@ -104,7 +106,8 @@ class PrefixIndex:
         self._hit += hit_tokens
 
     def clear(self) -> None:
-        """Forgets everything: the cache was lost, or is to be given back. Pages in use stay with their owners."""
+        """Forgets everything: the cache was lost, or is to be given back. Pages in use stay with their
+        owners."""
         for page in self._by_page:
             self._pool.release(page)
         self._links.clear()
