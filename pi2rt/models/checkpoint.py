@@ -7,13 +7,12 @@ Every number is checked against sane bounds here, before anything is built from 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
-from pi2rt.formats.model_file import ModelFile
+from pi2rt.formats.model_file import ModelFile, printable
 from pi2rt.models.description import Linear, Norm
 
 MAX_LAYERS = 1024
@@ -150,7 +149,9 @@ class Checkpoint:
             or not isinstance(value, (int, np.integer))
             or not low <= value <= high
         ):
-            raise self.error(gguf, huggingface, f"{value!r} is not an integer between {low} and {high}")
+            raise self.error(
+                gguf, huggingface, f"{printable(repr(value))} is not an integer between {low} and {high}"
+            )
         return int(value)
 
     def number(
@@ -181,18 +182,20 @@ class Checkpoint:
     ) -> float:
         if (
             isinstance(value, (bool, np.bool_))
-            or not isinstance(value, Real)
-            or not low < float(value) <= high
+            or not isinstance(value, (int, float, np.number))
+            or not low < value <= high
         ):
             raise self.error(
-                gguf, huggingface, f"{value!r} is not a number above {low:g} and at most {high:g}"
+                gguf,
+                huggingface,
+                f"{printable(repr(value))} is not a number above {low:g} and at most {high:g}",
             )
         return float(value)
 
     def optional_number(self, gguf: str | None, huggingface: str | None) -> float | None:
         """As ``number``, but None where it is missing, null or 0 (how files say "off")."""
         value = self.value(gguf, huggingface)
-        if value is None or (isinstance(value, Real) and value == 0):
+        if value is None or (isinstance(value, (int, float, np.number)) and value == 0):
             return None
         return self.number(gguf, huggingface)
 
@@ -288,5 +291,5 @@ class Checkpoint:
             return [bool(flag) for flag in flags]
         for kind in flags:
             if kind not in ("full_attention", "sliding_attention"):
-                raise self.unsupported(gguf, huggingface, f"{kind!r}")
+                raise self.unsupported(gguf, huggingface, printable(repr(kind)))
         return [kind == "sliding_attention" for kind in flags]

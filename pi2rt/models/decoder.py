@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pi2rt.formats.model_file import printable
 from pi2rt.models.checkpoint import Checkpoint
 from pi2rt.models.description import Activation, Attention, FeedForward, Layer, ModelDescription, Rope
 
@@ -62,7 +63,7 @@ def activation_name(c: Checkpoint, key: str = "hidden_act", default: str = "silu
     name = c.value("hidden_activation", key) or default
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise c.unsupported(
-            "hidden_activation", key, f"activation {name!r} (known: {', '.join(ACTIVATIONS)})"
+            "hidden_activation", key, f"activation {printable(repr(name))} (known: {', '.join(ACTIVATIONS)})"
         )
     if name == "fatrelu" and c.value(None, "hidden_act_param"):
         raise c.unsupported(None, "hidden_act_param", "a FATReLU threshold other than 0")

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
-from pi2rt.formats.model_file import ModelFile
+from pi2rt.formats.model_file import ModelFile, printable
 from pi2rt.models.checkpoint import layer_prefix
 from pi2rt.models.description import ModelDescription
 from pi2rt.models.gemma3 import describe_gemma3
@@ -56,7 +56,7 @@ def describe(file: ModelFile, context: int | None = None) -> ModelDescription:
         raise UnsupportedModelError(
             file.path,
             "architecture",
-            f"{file.architecture!r} is not supported; pi2rt runs {', '.join(sorted(ARCHITECTURES))}",
+            f"{printable(repr(file.architecture))} is not supported; pi2rt runs {', '.join(sorted(ARCHITECTURES))}",
         )
     model = describe_architecture(file, context)
     _check_tensors(file, model)
@@ -77,5 +77,7 @@ def _check_tensors(file: ModelFile, model: ModelDescription) -> None:
     for name in file.tensors:
         if name.startswith(prefix) and name not in used and not name.endswith(_UNUSED):
             raise UnsupportedModelError(
-                file.path, f"tensor {name}", f"is not part of {file.architecture!r} as pi2rt knows it"
+                file.path,
+                f"tensor {printable(name)}",
+                f"is not part of {file.architecture!r} as pi2rt knows it",
             )

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pi2rt._errors import ModelFormatError
+from pi2rt.formats.model_file import printable
 from pi2rt.models import rope_scaling
 from pi2rt.models.checkpoint import MAX_CONTEXT, Checkpoint
 from pi2rt.models.description import Rope
@@ -88,7 +89,7 @@ def _from_gguf(c: Checkpoint, style: Literal["interleaved", "halves"], base: flo
         attention_factor = c.optional_number("rope.scaling.yarn_attn_factor", None)
         magnitude *= attention_factor or rope_scaling.yarn_magnitude(factor)
     elif kind != "longrope":
-        raise c.unsupported("rope.scaling.type", None, f"{kind!r}")
+        raise c.unsupported("rope.scaling.type", None, printable(repr(kind)))
 
     long = c.context > original
     for role in ("rope_freqs", "rope_factors_long" if long else "rope_factors_short"):
@@ -131,7 +132,7 @@ class _HuggingFaceParameters:
             self.key = "rope_scaling"
             given = c.value(None, self.key) or {}
         if not isinstance(given, Mapping):
-            raise c.error(None, self.key, f"{given!r} is not an object")
+            raise c.error(None, self.key, f"{printable(repr(given))} is not an object")
         nested = given.get(layer_type)
         self._given: Mapping[str, Any] = nested if isinstance(nested, Mapping) else given
         kind = self._given.get("rope_type", self._given.get("type", "default"))
@@ -156,7 +157,9 @@ class _HuggingFaceParameters:
         if value is None:
             value = default
         if value is None:
-            raise self.c.error(None, f"{self.key}.{name}", f"missing; rope type {self.kind!r} needs it")
+            raise self.c.error(
+                None, f"{self.key}.{name}", f"missing; rope type {printable(repr(self.kind))} needs it"
+            )
         return self.c.check_number(None, f"{self.key}.{name}", value, low=low, high=high)
 
     @property
@@ -198,7 +201,7 @@ def _from_huggingface(
         return _yarn(c, style, p)
     if p.kind == "longrope":
         return _longrope(c, style, p, frequencies)
-    raise c.unsupported(None, f"{p.key}.rope_type", f"{p.kind!r}")
+    raise c.unsupported(None, f"{p.key}.rope_type", printable(repr(p.kind)))
 
 
 def _yarn(c: Checkpoint, style: Literal["interleaved", "halves"], p: _HuggingFaceParameters) -> Rope:

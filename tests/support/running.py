@@ -1,0 +1,82 @@
+"""Running an executor in tests: one sequence, one step."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pi2rt.formats import open_model_file
+from pi2rt.models import describe
+from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.step import PAGE_TOKENS, Bind, Sampling, Slice, Step
+
+NOTHING = np.array([], np.int32)
+
+
+@asynccontextmanager
+async def opened(
+    executor: Executor,
+    path: Path,
+    *,
+    slots: int = 4,
+    context: int = 1024,
+    model_context: int | None = None,
+    pages: int | None = None,
+) -> AsyncIterator[Executor]:
+    """The executor with the model at ``path``, closed at the end. ``model_context``: what the model is
+    described for; see ``describe``."""
+    pages = slots * -(-context // PAGE_TOKENS) if pages is None else pages
+    options = ExecutorOptions(
+        slots=slots, pages=pages, context=context, max_tokens=context, exact_floats=True
+    )
+    with open_model_file(path) as file:
+        try:
+            await executor.open(file, describe(file, model_context), options, lambda done, total: None)
+            yield executor
+        finally:
+            await executor.aclose()
+
+
+def page_table(slot: int, context: int = 1024) -> npt.NDArray[np.int32]:
+    """Pages of its own for a slot, in an order that is not the plain one."""
+    count = -(-context // PAGE_TOKENS)
+    return np.arange(slot * count, (slot + 1) * count, dtype=np.int32)[::-1].copy()
+
+
+async def all_logits(
+    executor: Executor, tokens: npt.NDArray[np.int32], context: int = 1024
+) -> npt.NDArray[np.float32]:
+    """Logits (tokens, vocab_size) of one fresh sequence, in one step."""
+    part = Slice(0, 0, page_table(0, context), tokens, logits=True)
+    executor.submit(Step(0, (part,), (Bind(0, Sampling(), NOTHING),)))
+    logits = (await executor.wait()).logits[0]
+    assert logits is not None
+    return logits
+
+
+async def greedy(
+    executor: Executor,
+    prompt: npt.NDArray[np.int32],
+    count: int,
+    *,
+    sampling: Sampling | None = None,
+    slot: int = 0,
+    context: int = 1024,
+) -> list[int]:
+    """``count`` tokens after ``prompt``; the steps run ahead as the engine's do."""
+    pages = page_table(slot, context)
+    bind = Bind(slot, sampling or Sampling(), prompt)
+    executor.submit(Step(0, (Slice(slot, 0, pages, prompt, sample=True),), (bind,)))
+    out: list[int] = []
+    for i in range(count):
+        if i + 1 < count:
+            start = len(prompt) + i
+            executor.submit(Step(i + 1, (Slice(slot, start, pages, NOTHING, sample=True),)))
+        sampled = (await executor.wait()).sampled[0]
+        assert sampled is not None
+        out.append(sampled.token)
+    return out
