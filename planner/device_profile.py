@@ -55,14 +55,12 @@ def measure_device(
     free = available_memory()
     if buffer_bytes > free:
         raise MemoryBudgetError(
-            f"measuring memory bandwidth needs {buffer_bytes >> 20} MiB for its buffer, and {free >> 20} MiB are free"
+            f"measuring memory bandwidth needs {buffer_bytes >> 20} MiB, and only {free >> 20} MiB are free"
         )
     if read_bandwidth is None:
-        from pi2rt.cython_kernels import native
-
-        read_bandwidth = native.read_bandwidth
-
-    measure = read_bandwidth
+        from pi2rt.cython_kernels.native import read_bandwidth as measure
+    else:
+        measure = read_bandwidth
 
     def of(cores: Sequence[int]) -> float:
         return median(measure(buffer_bytes, cores) for _ in range(repeat))
