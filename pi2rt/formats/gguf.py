@@ -107,7 +107,7 @@ class GgufFile(ModelFile):
     def _read_metadata(self, header: GgufHeader, count: int) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
         for i in range(count):
-            key = header.string(f"metadata key {i} of {count}", MAX_KEY_BYTES)
+            key = header.name(f"metadata key {i} of {count}", MAX_KEY_BYTES)
             if key in metadata:
                 raise ModelFormatError(self.path, f"metadata {printable(key)}", "is there twice")
             metadata[key] = header.value(f"metadata {printable(key)}")
@@ -148,7 +148,7 @@ class GgufFile(ModelFile):
         size = header.position + header.remaining
         relative: dict[str, TensorInfo] = {}
         for i in range(count):
-            name = header.string(f"name of tensor {i} of {count}", MAX_TENSOR_NAME_BYTES)
+            name = header.name(f"name of tensor {i} of {count}", MAX_TENSOR_NAME_BYTES)
             if name in relative:
                 raise ModelFormatError(self.path, f"tensor {printable(name)}", "is there twice")
             relative[name] = self._read_tensor(header, name, alignment, size)

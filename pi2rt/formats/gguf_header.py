@@ -94,6 +94,13 @@ class GgufHeader:
         except UnicodeDecodeError as error:
             raise ModelFormatError(self._file.path, field, f"is not UTF-8: {error.reason}") from None
 
+    def name(self, field: str, limit: int) -> str:
+        """A string that is not empty and at most ``limit`` bytes long."""
+        text = self.string(field, limit)
+        if not text:
+            raise ModelFormatError(self._file.path, field, "is empty")
+        return text
+
     def value(self, field: str) -> Any:
         """A metadata value behind its type number: int, float, bool, str, a read-only one-dimensional numpy
         array (array of numbers or bools), a list of str, or a list of those (nested arrays)."""

@@ -216,7 +216,7 @@ def test_threads_read_at_once(tmp_path: Path) -> None:
     assert not wrong
 
 
-# Arrays of strings are read in vectorised passes where that applies; these are the strings for which it does not.
+# Arrays of strings are read in vectorised passes where that applies; to these strings it does not.
 AWKWARD = [
     "",
     "\0",
