@@ -125,7 +125,7 @@ class ExecutorConformance:
 
     # -- life ----------
 
-    def test_keeps_to_the_protocol(self) -> None:
+    async def test_keeps_to_the_protocol(self) -> None:
         check_executor(type(self).__name__, self.make_executor)
         assert isinstance(self.make_executor(), Executor)
 

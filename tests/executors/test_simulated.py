@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
+import trio.testing
 from pi2rt.executors.simulated import (
     Faults,
     SimulatedExecutor,
@@ -27,10 +28,9 @@ from .stand_in import STAND_IN_MODEL, StandInFile
 OPTIONS = ExecutorOptions(slots=3, pages=8, context=200, max_tokens=200)
 
 
-@pytest.mark.usefixtures("autojump_clock")
 class TestSimulated(ExecutorConformance):
     def make_executor(self) -> Executor:
-        return SimulatedExecutor(seconds_per_step=0.004, seconds_per_token=0.001, seconds_to_open=1.0)
+        return SimulatedExecutor(seconds_per_step=2e-4, seconds_per_token=1e-5, seconds_to_open=1e-3)
 
     def open_model(self) -> tuple[ModelFile, ModelDescription]:
         return StandInFile(), STAND_IN_MODEL
