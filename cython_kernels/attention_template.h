@@ -1,0 +1,153 @@
+/* Attention over KV pages, tiled: one page (64 positions) is scored, one softmax correction follows, then V is added.
+ *
+ * Keys are stored [position/16][head_dim][16]: sixteen positions are sixteen lanes, so scores need no sum across lanes,
+ * and one load of keys serves every query vector of the tile (grouped heads, and rows of a prefill chunk). Online
+ * softmax: Milakov and Gimelshein, 2018; tiling over keys: Dao et al., FlashAttention, 2022. */
+
+static void kv_store(const pi2_kv *kv, int64_t position, const float *k, const float *v) {
+  uint8_t *page = (uint8_t *)kv->base + kv->pages[position / PI2_PAGE] * kv->page_stride;
+  const int at = (int)(position % PI2_PAGE), hd = kv->head_dim;
+  if (kv->q8) {
+    float k_top = 0, v_top_ = 0;
+    for (int i = 0; i < hd; i++) {
+      k_top = fabsf(k[i]) > k_top ? fabsf(k[i]) : k_top;
+      v_top_ = fabsf(v[i]) > v_top_ ? fabsf(v[i]) : v_top_;
+    }
+    float dk = k_top / 127.0f, dv = v_top_ / 127.0f;
+    float ik = dk > 1e-37f ? 1.0f / dk : 0.0f, iv = dv > 1e-37f ? 1.0f / dv : 0.0f;
+    int8_t *keys = (int8_t *)page, *values = (int8_t *)page + kv->v_offset;
+    for (int i = 0; i < hd; i++) {
+      keys[((at / 16) * hd + i) * 16 + at % 16] = (int8_t)rintf(k[i] * ik);
+      values[at * hd + i] = (int8_t)rintf(v[i] * iv);
+    }
+    ((float *)(keys + PI2_PAGE * hd))[at] = dk;
+    ((float *)(values + PI2_PAGE * hd))[at] = dv;
+    return;
+  }
+  uint16_t *keys = (uint16_t *)page, *values = (uint16_t *)(page + kv->v_offset);
+  for (int i = 0; i < hd; i += 16) {
+    uint16_t halves[16];
+    v_store_f16(halves, v_load(k + i));
+    for (int j = 0; j < 16; j++) keys[((at / 16) * hd + i + j) * 16 + at % 16] = halves[j];
+    v_store_f16(values + at * hd + i, v_load(v + i));
+  }
+}
+
+INLINE vf kv_load(int q8, const uint8_t *p, int64_t i) {
+  return q8 ? v_load_i8((const int8_t *)p + i) : v_load_f16((const uint16_t *)p + i);
+}
+
+/* scores[i*64 + j] = q[i] . key j of the page; positions [first, last) of it, in whole sixteens */
+INLINE void score_tile(int q8, const int tile, const uint8_t *keys, int hd, const float *q, int64_t ldq,
+                       int first, int last, float *scores) {
+  for (int b = first / 16; b * 16 < last; b++) {
+    vf sum[PI2_TILE];
+    for (int i = 0; i < tile; i++) sum[i] = v_zero();
+    for (int d = 0; d < hd; d++) {
+      vf key = kv_load(q8, keys, (int64_t)(b * hd + d) * 16);
+      for (int i = 0; i < tile; i++) sum[i] = v_fma(v_set(q[i * ldq + d]), key, sum[i]);
+    }
+    for (int i = 0; i < tile; i++) v_store(scores + i * PI2_PAGE + b * 16, sum[i]);
+  }
+}
+/* acc[i] += sum over positions of p[i*64 + j] * value j */
+INLINE void value_tile(int q8, const int tile, const uint8_t *values, int hd, const float *p, int first, int last,
+                       float *acc) {
+  for (int d = 0; d < hd; d += 16) {
+    vf sum[PI2_TILE];
+    for (int i = 0; i < tile; i++) sum[i] = v_load(acc + i * hd + d);
+    for (int j = first; j < last; j++) {
+      vf value = kv_load(q8, values, (int64_t)j * hd + d);
+      for (int i = 0; i < tile; i++) sum[i] = v_fma(v_set(p[i * PI2_PAGE + j]), value, sum[i]);
+    }
+    for (int i = 0; i < tile; i++) v_store(acc + i * hd + d, sum[i]);
+  }
+}
+
+INLINE void attend_as(const int q8, const pi2_kv *kv, const float *q, int64_t ldq, int nq, const int32_t *lo,
+                      const int32_t *hi, int64_t begin, int64_t end, float cap, float *max, float *sum, float *acc,
+                      float *scratch) {
+  const int hd = kv->head_dim;
+  for (int i = 0; i < nq; i++) {
+    max[i] = -__builtin_inff();
+    sum[i] = 0;
+    memset(acc + (int64_t)i * hd, 0, (size_t)hd * sizeof(float));
+  }
+  for (int64_t base = begin / PI2_PAGE * PI2_PAGE; base < end; base += PI2_PAGE) {
+    const uint8_t *keys = kv->base + kv->pages[base / PI2_PAGE] * kv->page_stride, *values = keys + kv->v_offset;
+    const int first = base < begin ? (int)(begin - base) : 0;
+    const int last = end - base < PI2_PAGE ? (int)(end - base) : PI2_PAGE;
+    int done = 0;
+    for (; nq - done >= PI2_TILE; done += PI2_TILE)
+      score_tile(q8, PI2_TILE, keys, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
+    for (; nq - done >= 3; done += 3)
+      score_tile(q8, 3, keys, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
+    for (; done < nq; done++) score_tile(q8, 1, keys, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
+
+    const float *key_scale = (const float *)(keys + PI2_PAGE * hd);     /* used where q8 */
+    const float *value_scale = (const float *)(values + PI2_PAGE * hd);
+    for (int i = 0; i < nq; i++) {
+      float *p = scratch + i * PI2_PAGE;
+      const int from = lo[i] - base > first ? (int)(lo[i] - base) : first;
+      const int to = hi[i] - base < last ? (int)(hi[i] - base) : last;
+      float *a = acc + (int64_t)i * hd;
+      if (from >= to) { /* sees nothing here; zeros keep value_tile branch-free */
+        for (int b = first / 16; b * 16 < last; b++) v_store(p + b * 16, v_zero());
+        continue;
+      }
+      vf top = v_set(-__builtin_inff());
+      for (int b = first / 16; b * 16 < last; b++) {
+        vf s = v_load(p + b * 16);
+        if (q8) s = v_mul(s, v_load(key_scale + b * 16));
+        if (cap > 0) {
+          v_store(p + b * 16, s);
+          softcap(p + b * 16, cap, 16);
+          s = v_load(p + b * 16);
+        }
+        s = v_window(s, -__builtin_inff(), from - b * 16, to - b * 16);
+        v_store(p + b * 16, s);
+        top = v_max(top, s);
+      }
+      float page_max = v_top(top), new_max = page_max > max[i] ? page_max : max[i];
+      vf total = v_zero(), m = v_set(new_max);
+      for (int b = first / 16; b * 16 < last; b++) {
+        vf e = v_window(v_exp(v_sub(v_load(p + b * 16), m)), 0.0f, from - b * 16, to - b * 16);
+        total = v_add(total, e);
+        if (q8) e = v_window(v_mul(e, v_load(value_scale + b * 16)), 0.0f, from - b * 16, to - b * 16);
+        v_store(p + b * 16, e);
+      }
+      if (new_max > max[i]) { /* exp(-inf) is 0 on the first page */
+        float f[16];
+        v_store(f, v_exp(v_set(max[i] - new_max)));
+        sum[i] *= f[0];
+        for (int d = 0; d < hd; d += 16) v_store(a + d, v_mul(v_load(a + d), v_set(f[0])));
+        max[i] = new_max;
+      }
+      sum[i] += v_sum(total);
+    }
+    for (done = 0; nq - done >= PI2_TILE; done += PI2_TILE)
+      value_tile(q8, PI2_TILE, values, hd, scratch + done * PI2_PAGE, first, last, acc + (int64_t)done * hd);
+    for (; nq - done >= 3; done += 3)
+      value_tile(q8, 3, values, hd, scratch + done * PI2_PAGE, first, last, acc + (int64_t)done * hd);
+    for (; done < nq; done++)
+      value_tile(q8, 1, values, hd, scratch + done * PI2_PAGE, first, last, acc + (int64_t)done * hd);
+  }
+}
+static void attend(const pi2_kv *kv, const float *q, int64_t ldq, int nq, const int32_t *lo, const int32_t *hi,
+                   int64_t begin, int64_t end, float cap, float *max, float *sum, float *acc, float *scratch) {
+  if (kv->q8) attend_as(1, kv, q, ldq, nq, lo, hi, begin, end, cap, max, sum, acc, scratch);
+  else attend_as(0, kv, q, ldq, nq, lo, hi, begin, end, cap, max, sum, acc, scratch);
+}
+
+static void attend_merge(float *max, float *sum, float *acc, float max2, float sum2, const float *acc2, int hd) {
+  if (!(sum2 > 0)) return; /* the split saw nothing */
+  float both = max2 > *max ? max2 : *max;
+  float e[16], in[16] = {0};
+  in[0] = *max - both;
+  in[1] = max2 - both;
+  v_store(e, v_exp(v_load(in)));
+  vf f1 = v_set(e[0]), f2 = v_set(e[1]);
+  *sum = fmaf(sum2, e[1], *sum * e[0]);
+  for (int d = 0; d < hd; d += 16) v_store(acc + d, v_fma(v_load(acc2 + d), f2, v_mul(v_load(acc + d), f1)));
+  *max = both;
+}

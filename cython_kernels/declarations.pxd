@@ -1,0 +1,46 @@
+# kernels.h, as the .pyx files use it. Declarations only: nothing here exists at run time.
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint64_t
+
+cdef extern from "kernels.h" nogil:
+    enum: PI2_TYPES, PI2_PAGE, PI2_SPLIT, PI2_ROWS
+    ctypedef struct pi2_q8:
+        int8_t *q
+        float *d
+        float *s
+        int16_t *h
+        int64_t ldq, ldb
+    ctypedef struct pi2_kv:
+        const uint8_t *base
+        int64_t page_stride
+        const int32_t *pages
+        int64_t v_offset
+        int head_dim
+        int q8
+    ctypedef void (*pi2_gemm)(const uint8_t *, int64_t, const pi2_q8 *, int, float *, int64_t) noexcept nogil
+    ctypedef void (*pi2_gemm_float)(const uint8_t *, int64_t, const float *, int64_t, int, float *, int64_t) noexcept nogil
+    ctypedef struct pi2_kernels:
+        const char *name
+        int lanes
+        pi2_gemm gemm[31]
+        pi2_gemm_float gemm_float[31]
+        void (*quantize)(const float *, int64_t, int8_t *, float *, float *, int16_t *) noexcept nogil
+        void (*rmsnorm)(const float *, const float *, float, float, float *, int64_t) noexcept nogil
+        void (*add)(const float *, float *, int64_t) noexcept nogil
+        void (*activate)(int, int, const float *, const float *, float *, int64_t) noexcept nogil
+        void (*rope)(float *, const float *, const float *, int, int) noexcept nogil
+        void (*kv_store)(const pi2_kv *, int64_t, const float *, const float *) noexcept nogil
+        void (*attend)(const pi2_kv *, const float *, int64_t, int, const int32_t *, const int32_t *, int64_t, int64_t,
+                       float, float *, float *, float *, float *) noexcept nogil
+        void (*attend_merge)(float *, float *, float *, float, float, const float *, int) noexcept nogil
+        void (*scale)(const float *, float, float *, int64_t) noexcept nogil
+        int64_t (*argmax)(const float *, int64_t) noexcept nogil
+        double (*logsumexp)(const float *, int64_t) noexcept nogil
+        void (*softcap)(float *, float, int64_t) noexcept nogil
+        uint64_t (*read)(const uint8_t *, int64_t) noexcept nogil
+    const pi2_kernels *const *pi2_variants()
+    int pi2_variant_runs(const pi2_kernels *)
+    int64_t pi2_row_bytes(int, int64_t)
+    int64_t pi2_row_block_bytes(int, int64_t)
+    int64_t pi2_repack(int, const uint8_t *, int64_t, int64_t, uint8_t *)
+    void pi2_unpack_row(int, const uint8_t *, int64_t, int64_t, float *)
+

@@ -1,0 +1,150 @@
+#define _GNU_SOURCE
+#include "gang.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+int64_t pi2_now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void futex_wait(_Atomic uint32_t *word, uint32_t expected) {
+  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, NULL, NULL, 0);
+}
+static void futex_wake_all(_Atomic uint32_t *word) {
+  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1 << 30, NULL, NULL, 0);
+}
+
+/* Waits until *word differs from `old`: spins for spin_ns, then sleeps. `sleepers` lets the waker skip the system call. */
+static void wait_change(pi2_gang *g, _Atomic uint32_t *word, uint32_t old, int64_t spin_ns) {
+  if (spin_ns > 0) {
+    int64_t deadline = 0;
+    for (uint32_t i = 1;; i++) {
+      if (atomic_load_explicit(word, memory_order_acquire) != old) return;
+      if (i % 16 == 0) pi2_pause();
+      if (i % 256 == 0) {
+        int64_t now = pi2_now_ns();
+        if (!deadline) deadline = now + spin_ns;
+        else if (now > deadline) break;
+      }
+    }
+  }
+  atomic_fetch_add(&g->sleepers, 1);
+  while (atomic_load(word) == old) futex_wait(word, old);
+  atomic_fetch_sub(&g->sleepers, 1);
+}
+static void change(pi2_gang *g, _Atomic uint32_t *word) {
+  atomic_fetch_add(word, 1); /* sequentially consistent: a sleeper registered before it is seen below */
+  if (atomic_load(&g->sleepers)) futex_wake_all(word);
+}
+
+int pi2_barrier(pi2_worker *w) {
+  pi2_gang *g = w->gang;
+  uint32_t phase = atomic_load_explicit(&g->phase, memory_order_relaxed);
+  if (atomic_fetch_add(&g->arrived, 1) + 1 == (uint32_t)g->n) {
+    atomic_store_explicit(&g->arrived, 0, memory_order_relaxed);
+    g->stopped = atomic_load_explicit(g->stop, memory_order_relaxed);
+    change(g, &g->phase);
+  } else {
+    wait_change(g, &g->phase, phase, g->spin_ns);
+  }
+  return g->stopped;
+}
+
+void pi2_job_begin(pi2_worker *w, _Atomic int *stop) {
+  /* Every thread stores the same pointer before its first barrier; the job before ended with one. */
+  if (w->index == 0) w->gang->stop = stop;
+  pi2_gang *g = w->gang;
+  uint32_t phase = atomic_load_explicit(&g->phase, memory_order_relaxed);
+  if (atomic_fetch_add(&g->arrived, 1) + 1 == (uint32_t)g->n) {
+    atomic_store_explicit(&g->arrived, 0, memory_order_relaxed);
+    g->stopped = 0;
+    change(g, &g->phase);
+  } else {
+    wait_change(g, &g->phase, phase, g->spin_ns);
+  }
+}
+
+static void *worker_main(void *argument) {
+  pi2_worker *w = argument;
+  pi2_gang *g = w->gang;
+  if (w->core >= 0) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET((unsigned)w->core, &set);
+    sched_setaffinity(0, sizeof set, &set); /* a core that went away leaves the thread unpinned */
+  }
+  char name[16];
+  snprintf(name, sizeof name, "pi2rt/%d", w->index);
+  pthread_setname_np(pthread_self(), name);
+  for (;;) {
+    if (atomic_load(&g->posted) == w->seen) wait_change(g, &g->posted, w->seen, 0);
+    if (atomic_load(&g->posted) == w->seen) continue;
+    if (atomic_load(&g->quit) && w->seen + 1 == atomic_load(&g->posted)) return NULL;
+    g->queue[w->seen % PI2_QUEUE].run(g->queue[w->seen % PI2_QUEUE].context, w);
+    w->seen++;
+    /* the job's last barrier has passed: everything it wrote is visible */
+    if (w->index == 0) {
+      atomic_fetch_add(&g->finished, 1);
+      uint64_t one = 1;
+      if (write(g->event_fd, &one, sizeof one) < 0) { /* full counter: it is readable already */ }
+    }
+  }
+}
+
+pi2_gang *pi2_gang_create(int n, const int *cores, int64_t spin_ns) {
+  pi2_gang *g = aligned_alloc(64, (sizeof *g + 63) / 64 * 64);
+  if (!g) return NULL;
+  *g = (pi2_gang){.n = n, .spin_ns = spin_ns};
+  g->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+  g->workers = calloc((size_t)n, sizeof *g->workers);
+  if (g->event_fd < 0 || !g->workers) goto fail;
+  for (int i = 0; i < n; i++) {
+    g->workers[i] = (pi2_worker){.gang = g, .index = i, .core = cores[i]};
+    int error = pthread_create(&g->workers[i].thread, NULL, worker_main, &g->workers[i]);
+    if (error) {
+      g->n = i;
+      pi2_gang_destroy(g);
+      errno = error;
+      return NULL;
+    }
+  }
+  return g;
+fail:
+  if (g->event_fd >= 0) close(g->event_fd);
+  free(g->workers);
+  free(g);
+  return NULL;
+}
+
+static void no_job(void *context, pi2_worker *worker) { (void)context; (void)worker; }
+
+int pi2_gang_post(pi2_gang *g, pi2_job run, void *context) {
+  uint32_t posted = atomic_load(&g->posted);
+  if (posted - atomic_load(&g->finished) >= PI2_QUEUE) return -1;
+  g->queue[posted % PI2_QUEUE].run = run;
+  g->queue[posted % PI2_QUEUE].context = context;
+  change(g, &g->posted);
+  return 0;
+}
+
+void pi2_gang_destroy(pi2_gang *g) {
+  atomic_store(&g->quit, 1);
+  uint32_t posted = atomic_load(&g->posted);
+  g->queue[posted % PI2_QUEUE].run = no_job; /* never run: it only moves `posted` past the last job */
+  atomic_fetch_add(&g->posted, 1);
+  futex_wake_all(&g->posted);
+  for (int i = 0; i < g->n; i++) pthread_join(g->workers[i].thread, NULL);
+  close(g->event_fd);
+  free(g->workers);
+  free(g);
+}

@@ -1,0 +1,68 @@
+/* A gang: pinned native threads that run one job at a time together, with barriers inside.
+ *
+ * The threads of several actors may form one gang (big and little cores share each layer's rows through atomic cursors,
+ * with no hop through Python). Waiting spins for a bounded time, then sleeps on a futex; idle threads sleep at once, so
+ * that the control plane finds a free core. */
+#ifndef PI2_GANG_H
+#define PI2_GANG_H
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+
+#define PI2_QUEUE 4 /* jobs posted and not finished, at most */
+
+typedef struct pi2_gang pi2_gang;
+typedef struct pi2_worker {
+  pi2_gang *gang;
+  int index, core; /* core < 0: not pinned */
+  pthread_t thread;
+  uint32_t seen;
+} pi2_worker;
+
+/* Runs on every thread; `stopped` (see pi2_barrier) is per job. */
+typedef void (*pi2_job)(void *context, pi2_worker *worker);
+
+struct pi2_gang {
+  int n, event_fd; /* event_fd: readable when a job has finished */
+  int64_t spin_ns;
+  pi2_worker *workers;
+  struct { pi2_job run; void *context; } queue[PI2_QUEUE];
+  _Atomic uint32_t posted;    /* futex: jobs posted */
+  _Atomic uint32_t finished;  /* jobs finished */
+  _Atomic int quit;
+  _Alignas(64) _Atomic uint32_t arrived;
+  _Alignas(64) _Atomic uint32_t phase; /* futex: barriers passed */
+  _Alignas(64) _Atomic int sleepers;
+  _Atomic int *stop;          /* of the running job: asked to stop */
+  int stopped;                /* latched at a barrier: all threads agree */
+};
+
+/* NULL and errno on failure. cores[i] < 0 leaves thread i unpinned. */
+pi2_gang *pi2_gang_create(int n, const int *cores, int64_t spin_ns);
+/* Returns 0, or -1 when PI2_QUEUE jobs are unfinished. Called from one thread only. */
+int pi2_gang_post(pi2_gang *gang, pi2_job run, void *context);
+/* Joins all threads; unfinished jobs are finished first (stop them before). */
+void pi2_gang_destroy(pi2_gang *gang);
+/* All threads of the running job meet. Returns nonzero, the same on every thread, when the job was asked to stop. */
+int pi2_barrier(pi2_worker *worker);
+/* First thing of a job, on every thread: names the flag that stops it. */
+void pi2_job_begin(pi2_worker *worker, _Atomic int *stop);
+
+#if defined(__x86_64__)
+#include <x86intrin.h>
+static inline uint64_t pi2_ticks(void) { return __rdtsc(); }
+static inline void pi2_pause(void) { _mm_pause(); }
+#elif defined(__aarch64__)
+static inline uint64_t pi2_ticks(void) { uint64_t t; __asm__ volatile("mrs %0, cntvct_el0" : "=r"(t)); return t; }
+static inline void pi2_pause(void) { __asm__ volatile("yield"); }
+#else
+#include <time.h>
+static inline uint64_t pi2_ticks(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+static inline void pi2_pause(void) {}
+#endif
+int64_t pi2_now_ns(void); /* CLOCK_MONOTONIC, as time.perf_counter_ns */
+#endif

@@ -1,0 +1,169 @@
+/* Matrix products, written once over the sixteen lanes of simd_*.h and compiled for every instruction set.
+ *
+ * One row block (16 rows, in registers a lane each) times a tile of up to PI2_TILE columns: a block of 32 weights is
+ * unpacked once and used for every column of the tile. A column's float sum runs over the blocks in order, whatever
+ * the tile, so results do not depend on the batch. */
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* How a block of a type is unpacked: w[8], and the scales dw and (where HAS_MIN) mw with value = dw*q + mw. */
+typedef struct {
+  const uint8_t *scales, *quants;
+} cursor;
+
+INLINE void nibbles(const uint8_t *p, vb w[8]) {
+  for (int g = 0; g < 4; g++) {
+    vb both = b_load(p + 64 * g);
+    w[g] = b_low(both);
+    w[g + 4] = b_high(both);
+  }
+}
+INLINE void fifths(const uint8_t *p, vb w[8]) {
+  for (int g = 0; g < 8; g++) w[g] = b_fifth(w[g], p + 8 * g);
+}
+INLINE void unpack_weights(int type, const uint8_t *quants, int64_t b, vb w[8]) {
+  switch (type) {
+    case PI2_Q4_0: case PI2_Q4_1: case PI2_Q4_K:
+      nibbles(quants + b * 256, w);
+      break;
+    case PI2_Q5_0: case PI2_Q5_1: case PI2_Q5_K:
+      nibbles(quants + b * 320, w);
+      fifths(quants + b * 320 + 256, w);
+      break;
+    case PI2_Q6_K: {
+      nibbles(quants + b * 384, w);
+      vb low = b_load(quants + b * 384 + 256), high = b_load(quants + b * 384 + 320);
+      for (int g = 0; g < 4; g++) {
+        w[g] = b_sixth(w[g], low, g);
+        w[g + 4] = b_sixth(w[g + 4], high, g);
+      }
+      break;
+    }
+    default: /* Q8_0 */
+      for (int g = 0; g < 8; g++) w[g] = b_load(quants + b * 512 + 64 * g);
+  }
+}
+INLINE int quants_stride(int type) {
+  return type == PI2_Q4_0 || type == PI2_Q4_1 || type == PI2_Q4_K ? 256
+       : type == PI2_Q5_0 || type == PI2_Q5_1 || type == PI2_Q5_K ? 320 : type == PI2_Q6_K ? 384 : 512;
+}
+INLINE int has_min(int type) { return type != PI2_Q8_0 && type != PI2_Q6_K; }
+
+/* value = dw * q + mw; the zero points of Q4_0 and Q5_0 become minimums */
+INLINE void unpack_scales(int type, const uint8_t *scales, int64_t b, vf *dw, vf *mw) {
+  *mw = v_zero();
+  switch (type) {
+    case PI2_Q4_0: case PI2_Q5_0:
+      *dw = v_load_f16((const uint16_t *)(scales + b * 32));
+      *mw = v_mul(*dw, v_set(type == PI2_Q4_0 ? -8.0f : -16.0f));
+      break;
+    case PI2_Q4_1: case PI2_Q5_1:
+      *dw = v_load_f16((const uint16_t *)(scales + b * 64));
+      *mw = v_load_f16((const uint16_t *)(scales + b * 64 + 32));
+      break;
+    case PI2_Q4_K: case PI2_Q5_K: { /* products of 11 and 6 significant bits: exact */
+      const uint8_t *super = scales + (b >> 3) * 320, *fine = super + 64 + (b & 7) * 32;
+      *dw = v_mul(v_load_f16((const uint16_t *)super), v_load_u8(fine));
+      *mw = v_mul(v_load_f16((const uint16_t *)(super + 32)), v_load_u8(fine + 16));
+      *mw = v_sub(v_zero(), *mw);
+      break;
+    }
+    case PI2_Q6_K:
+      *dw = v_load_f16((const uint16_t *)(scales + (b >> 3) * 288));
+      break;
+    default:
+      *dw = v_load_f16((const uint16_t *)(scales + b * 32));
+  }
+}
+
+/* out[c][16], c < tile; tile is a constant at every call, so the loops over it unroll into registers */
+INLINE void gemm_tile(int type, const int tile, const uint8_t *w, int64_t k, const pi2_q8 *x, int64_t row,
+                      float *out, int64_t ldo) {
+  const uint8_t *scales = w, *quants = w + pi2_scales_bytes_of(type, k);
+  const int8_t *xq[PI2_TILE];
+  vf sum[PI2_TILE];
+  for (int c = 0; c < tile; c++) {
+    xq[c] = x->q + (row + c) * x->ldq;
+    sum[c] = v_zero();
+  }
+  const float *xd = x->d + row * x->ldb, *xs = x->s + row * x->ldb;
+  const int16_t *xh = x->h + 2 * row * x->ldb;
+  const int64_t ldb = x->ldb, blocks = k / PI2_BLOCK;
+  for (int64_t b = 0; b < blocks; b++) {
+    vb q[8];
+    vf dw, mw;
+    unpack_weights(type, quants, b, q);
+    unpack_scales(type, scales, b, &dw, &mw);
+    if (tile == 1) /* memory-bound: pull what the next blocks need */
+      for (int i = 0; i < quants_stride(type); i += 64)
+        v_prefetch(quants + b * quants_stride(type) + PI2_PREFETCH + i);
+    v6scale s6;
+    if (type == PI2_Q6_K) s6 = scale6_load((const int8_t *)scales + (b >> 3) * 288 + 32 + (b & 7) * 32);
+    for (int c = 0; c < tile; c++) {
+      const int8_t *y = xq[c] + b * PI2_BLOCK;
+      vi dot = type == PI2_Q6_K ? dot_u6(q, y, s6, xh + 2 * (c * ldb + b))
+             : type == PI2_Q8_0 ? dot_s8(q, y)
+             : type == PI2_Q5_0 || type == PI2_Q5_1 || type == PI2_Q5_K ? dot_u5(q, y) : dot_u4(q, y);
+      sum[c] = v_fma(v_mul(i_to_float(dot), v_set(xd[c * ldb + b])), dw, sum[c]);
+      if (has_min(type)) sum[c] = v_fma(v_set(xs[c * ldb + b]), mw, sum[c]);
+    }
+  }
+  for (int c = 0; c < tile; c++) v_store(out + c * ldo, sum[c]);
+}
+
+#define GEMM_CASE(T, N) case N: gemm_tile(T, N, w, k, x, done, out + done * ldo, ldo); break;
+#define GEMM(T, name)                                                                              \
+  static void gemm_##name(const uint8_t *w, int64_t k, const pi2_q8 *x, int n, float *out, int64_t ldo) { \
+    int done = 0;                                                                                  \
+    for (; n - done >= PI2_TILE; done += PI2_TILE)                                                 \
+      gemm_tile(T, PI2_TILE, w, k, x, done, out + done * ldo, ldo);                                \
+    switch (n - done) { GEMM_CASE(T, 1) GEMM_CASE(T, 2) GEMM_CASE(T, 3) GEMM_TAILS(T) default: break; } \
+  }
+#if PI2_TILE == 8
+#define GEMM_TAILS(T) GEMM_CASE(T, 4) GEMM_CASE(T, 5) GEMM_CASE(T, 6) GEMM_CASE(T, 7)
+#else
+#define GEMM_TAILS(T)
+#endif
+GEMM(PI2_Q4_0, q4_0)
+GEMM(PI2_Q4_1, q4_1)
+GEMM(PI2_Q5_0, q5_0)
+GEMM(PI2_Q5_1, q5_1)
+GEMM(PI2_Q8_0, q8_0)
+GEMM(PI2_Q4_K, q4_k)
+GEMM(PI2_Q5_K, q5_k)
+GEMM(PI2_Q6_K, q6_k)
+
+/* Float weights [k][16], float activations. Two sums per column, even and odd k, hide the latency of one column. */
+INLINE vf load_weights(int type, const uint8_t *w, int64_t i) {
+  return type == PI2_F32 ? v_load((const float *)w + i * 16)
+       : type == PI2_F16 ? v_load_f16((const uint16_t *)w + i * 16) : v_load_bf16((const uint16_t *)w + i * 16);
+}
+INLINE void gemm_float_tile(int type, const int tile, const uint8_t *w, int64_t k, const float *x, int64_t ldx,
+                            float *out, int64_t ldo) {
+  vf even[PI2_TILE], odd[PI2_TILE];
+  for (int c = 0; c < tile; c++) even[c] = odd[c] = v_zero();
+  int64_t i = 0;
+  for (; i + 1 < k; i += 2) {
+    vf w0 = load_weights(type, w, i), w1 = load_weights(type, w, i + 1);
+    for (int c = 0; c < tile; c++) {
+      even[c] = v_fma(v_set(x[c * ldx + i]), w0, even[c]);
+      odd[c] = v_fma(v_set(x[c * ldx + i + 1]), w1, odd[c]);
+    }
+  }
+  if (i < k) {
+    vf w0 = load_weights(type, w, i);
+    for (int c = 0; c < tile; c++) even[c] = v_fma(v_set(x[c * ldx + i]), w0, even[c]);
+  }
+  for (int c = 0; c < tile; c++) v_store(out + c * ldo, v_add(even[c], odd[c]));
+}
+#define GEMM_FLOAT(T, name)                                                                                     \
+  static void gemm_##name(const uint8_t *w, int64_t k, const float *x, int64_t ldx, int n, float *out, int64_t ldo) { \
+    int done = 0;                                                                                               \
+    for (; n - done >= PI2_TILE; done += PI2_TILE)                                                              \
+      gemm_float_tile(T, PI2_TILE, w, k, x + done * ldx, ldx, out + done * ldo, ldo);                           \
+    for (; n - done >= 2; done += 2) gemm_float_tile(T, 2, w, k, x + done * ldx, ldx, out + done * ldo, ldo);   \
+    if (n > done) gemm_float_tile(T, 1, w, k, x + done * ldx, ldx, out + done * ldo, ldo);                      \
+  }
+GEMM_FLOAT(PI2_F32, f32)
+GEMM_FLOAT(PI2_F16, f16)
+GEMM_FLOAT(PI2_BF16, bf16)

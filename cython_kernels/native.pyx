@@ -1,0 +1,330 @@
+"""Weight layout, memory, and every kernel by itself (for tests and measurements)."""
+
+from libc.errno cimport errno
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint64_t, uintptr_t
+from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap)
+
+from declarations cimport *
+
+import os
+
+import numpy as np
+
+from pi2rt._errors import KernelUnavailableError
+
+cdef extern from "sys/mman.h" nogil:
+    int madvise(void *, size_t, int)
+    enum: MADV_HUGEPAGE
+
+TYPE_IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13,
+            "Q6_K": 14, "BF16": 30}
+ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
+
+
+cdef const pi2_kernels *find_variant(object name) except NULL:
+    """The variant called ``name``, or with None: ``PI2RT_KERNELS`` of the environment, else the best that runs."""
+    cdef const pi2_kernels *const *v = pi2_variants()
+    cdef const pi2_kernels *best = NULL
+    wanted = name if name is not None else os.environ.get("PI2RT_KERNELS")
+    names = []
+    while v[0] != NULL:
+        this = v[0].name.decode()
+        runs = bool(pi2_variant_runs(v[0]))
+        names.append(this)
+        if this == wanted:
+            if not runs:
+                raise KernelUnavailableError(f"kernel variant {wanted!r} is built in, but this processor cannot run it")
+            return v[0]
+        if runs:
+            best = v[0]
+        v += 1
+    if wanted:
+        raise KernelUnavailableError(f"no kernel variant {wanted!r} in this build; it has: {', '.join(names)}")
+    return best
+
+
+def variants():
+    """Every variant in this build, worst first: ``(name, runs_here, float_lanes)``."""
+    cdef const pi2_kernels *const *v = pi2_variants()
+    found = []
+    while v[0] != NULL:
+        found.append((v[0].name.decode(), bool(pi2_variant_runs(v[0])), v[0].lanes))
+        v += 1
+    return tuple(found)
+
+
+def current(name=None):
+    """Name of the variant that ``name`` (None: environment, then the best) selects."""
+    return find_variant(name).name.decode()
+
+
+def kernels_address(name=None):
+    """Address of a variant's table, for ``program``."""
+    return <uintptr_t>find_variant(name)
+
+
+cdef class Memory:
+    """Anonymous memory outside the interpreter: zeroed, page-aligned, resident only where touched.
+
+    ``address`` and ``nbytes``; ``view()`` is a uint8 array over it that must not outlive it; ``close()`` gives it back.
+    """
+
+    cdef readonly uintptr_t address
+    cdef readonly int64_t nbytes
+
+    def __cinit__(self, int64_t nbytes, *, bint huge_pages=True):
+        if nbytes <= 0:
+            raise ValueError(f"nbytes={nbytes}: must be positive")
+        cdef void *p = mmap(NULL, <size_t>nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        if p == MAP_FAILED:
+            raise MemoryError(f"mmap of {nbytes} bytes: {os.strerror(errno)}")
+        if huge_pages:
+            madvise(p, <size_t>nbytes, MADV_HUGEPAGE)  # fewer page walks; refusal costs only speed
+        self.address = <uintptr_t>p
+        self.nbytes = nbytes
+
+    def view(self):
+        if not self.address:
+            raise ValueError("memory is closed")
+        return np.asarray(<uint8_t[:self.nbytes]><uint8_t *>self.address)
+
+    def close(self):
+        if self.address:
+            munmap(<void *>self.address, <size_t>self.nbytes)
+            self.address = 0
+
+    def __dealloc__(self):
+        if self.address:
+            munmap(<void *>self.address, <size_t>self.nbytes)
+
+
+def row_bytes(type_name, int64_t k):
+    """Bytes of one row of ``k`` values in a model file; 0 where k is no multiple of the type's block."""
+    return pi2_row_bytes(TYPE_IDS[type_name], k)
+
+
+def matrix_bytes(type_name, int64_t rows, int64_t k):
+    """Bytes of a (rows, k) matrix as row blocks."""
+    return (rows + PI2_ROWS - 1) // PI2_ROWS * pi2_row_block_bytes(TYPE_IDS[type_name], k)
+
+
+def repack(type_name, const uint8_t[::1] source, int64_t rows, int64_t k, uintptr_t address):
+    """Puts ``rows`` rows of a model file's bytes into row blocks at ``address`` (64-byte aligned, ``matrix_bytes``
+    long). Releases the GIL. Returns None, or the index of the first row with a scale or value that is not finite."""
+    cdef int type_id = TYPE_IDS[type_name]
+    cdef int64_t bad
+    if source.shape[0] != rows * pi2_row_bytes(type_id, k):
+        raise ValueError(f"{source.shape[0]} bytes for {rows} rows of {k} {type_name} values")
+    if address % 64 or not address:
+        raise ValueError("address must be a multiple of 64")
+    if rows == 0 or k == 0:
+        return None
+    with nogil:
+        bad = pi2_repack(type_id, &source[0], rows, k, <uint8_t *>address)
+    return bad - 1 if bad else None
+
+
+def unpack(type_name, uintptr_t address, int64_t rows, int64_t k):
+    """Row blocks back to float32 (rows, k), with the file format's own arithmetic."""
+    cdef int type_id = TYPE_IDS[type_name]
+    out = np.empty((rows, k), np.float32)
+    cdef float[:, ::1] o = out
+    cdef int64_t i
+    if rows and k:
+        for i in range(rows):
+            pi2_unpack_row(type_id, <const uint8_t *>address, k, i, &o[i, 0])
+    return out
+
+
+def read_bandwidth(int64_t nbytes, int threads, int repeats=3, name=None):
+    """Bytes per second that ``threads`` threads together read from ``nbytes`` of memory, best of ``repeats``."""
+    from concurrent.futures import ThreadPoolExecutor
+    from time import perf_counter
+
+    share = nbytes // threads // 256 * 256
+    blocks = [Memory(share) for _ in range(threads)]
+    for block in blocks:
+        block.view()[:] = 1
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repeats):
+            start = perf_counter()
+            list(pool.map(lambda block: _read(block, name), blocks))
+            best = max(best, share * threads / (perf_counter() - start))
+    for block in blocks:
+        block.close()
+    return best
+
+
+def _read(Memory block, name):
+    cdef const pi2_kernels *k = find_variant(name)
+    cdef uint64_t sum
+    with nogil:
+        sum = k.read(<const uint8_t *>block.address, block.nbytes)
+    return sum
+
+
+cdef class Kernels:
+    """One variant's kernels, callable from Python on numpy arrays. Shapes are checked; speed is not the point."""
+
+    cdef const pi2_kernels *k
+
+    def __init__(self, name=None):
+        self.k = find_variant(name)
+
+    @property
+    def name(self):
+        return self.k.name.decode()
+
+    def quantize(self, const float[::1] x):
+        """float32 (n,), n a multiple of 32, to (q int8 (n,), d, s float32 (n/32,), h int16 (n/16,))."""
+        cdef int64_t n = x.shape[0]
+        if n % 32:
+            raise ValueError(f"{n} values: not a multiple of 32")
+        q = np.empty(n, np.int8)
+        d = np.empty(n // 32, np.float32)
+        s = np.empty(n // 32, np.float32)
+        h = np.empty(n // 16, np.int16)
+        cdef int8_t[::1] qv = q
+        cdef float[::1] dv = d, sv = s
+        cdef int16_t[::1] hv = h
+        if n:
+            self.k.quantize(&x[0], n, &qv[0], &dv[0], &sv[0], &hv[0])
+        return q, d, s, h
+
+    def gemm(self, type_name, uintptr_t address, int64_t rows, int64_t k, const float[:, ::1] x):
+        """W (rows, k) as row blocks at ``address`` times x float32 (n, k): (n, rows), activations as int8 where W is
+        quantised."""
+        cdef int type_id = TYPE_IDS[type_name]
+        cdef int64_t n = x.shape[0], size = pi2_row_block_bytes(type_id, k), blocks = (rows + 15) // 16, b
+        cdef bint is_float = self.k.gemm[type_id] == NULL
+        cdef pi2_q8 q8
+        cdef int8_t[:, ::1] q
+        cdef float[:, ::1] d, s, o
+        cdef int16_t[:, ::1] h
+        if x.shape[1] != k:
+            raise ValueError(f"x has {x.shape[1]} columns, W {k}")
+        out = np.zeros((n, blocks * 16), np.float32)
+        if n == 0 or rows == 0:
+            return out[:, :rows]
+        o = out
+        if k == 0:
+            return out[:, :rows]
+        if not is_float:
+            q = np.empty((n, k), np.int8)
+            d = np.empty((n, k // 32), np.float32)
+            s = np.empty((n, k // 32), np.float32)
+            h = np.empty((n, k // 16), np.int16)
+            for b in range(n):
+                self.k.quantize(&x[b, 0], k, &q[b, 0], &d[b, 0], &s[b, 0], &h[b, 0])
+            q8.q, q8.d, q8.s, q8.h, q8.ldq, q8.ldb = &q[0, 0], &d[0, 0], &s[0, 0], &h[0, 0], k, k // 32
+        for b in range(blocks):
+            if is_float:
+                self.k.gemm_float[type_id](<const uint8_t *>address + b * size, k, &x[0, 0], k, <int>n, &o[0, b * 16], blocks * 16)
+            else:
+                self.k.gemm[type_id](<const uint8_t *>address + b * size, k, &q8, <int>n, &o[0, b * 16], blocks * 16)
+        return out[:, :rows]
+
+    def rmsnorm(self, const float[::1] x, const float[::1] w, float offset, float eps):
+        if x.shape[0] != w.shape[0]:
+            raise ValueError("x and w differ in length")
+        out = np.empty(x.shape[0], np.float32)
+        cdef float[::1] o = out
+        if x.shape[0]:
+            self.k.rmsnorm(&x[0], &w[0], offset, eps, &o[0], x.shape[0])
+        return out
+
+    def activate(self, activation, up_activation, gate, const float[::1] up):
+        """act(gate) * up_act(up); gate None: act(up)."""
+        cdef const float[::1] g
+        out = np.empty(up.shape[0], np.float32)
+        cdef float[::1] o = out
+        if not up.shape[0]:
+            return out
+        if gate is None:
+            self.k.activate(ACTIVATIONS[activation], ACTIVATIONS[up_activation], NULL, &up[0], &o[0], up.shape[0])
+        else:
+            g = gate
+            if g.shape[0] != up.shape[0]:
+                raise ValueError("gate and up differ in length")
+            self.k.activate(ACTIVATIONS[activation], ACTIVATIONS[up_activation], &g[0], &up[0], &o[0], up.shape[0])
+        return out
+
+    def rope(self, const float[::1] x, const float[::1] cosine, const float[::1] sine, bint interleaved):
+        if sine.shape[0] != cosine.shape[0] or 2 * cosine.shape[0] > x.shape[0]:
+            raise ValueError("cosine and sine: one value per pair of x")
+        out = np.array(x, np.float32)
+        cdef float[::1] o = out
+        if cosine.shape[0]:
+            self.k.rope(&o[0], &cosine[0], &sine[0], <int>cosine.shape[0], interleaved)
+        return out
+
+    def add(self, const float[::1] x, const float[::1] y):
+        out = np.array(y, np.float32)
+        cdef float[::1] o = out
+        if x.shape[0] != y.shape[0]:
+            raise ValueError("x and y differ in length")
+        if x.shape[0]:
+            self.k.add(&x[0], &o[0], x.shape[0])
+        return out
+
+    def scale(self, const float[::1] x, float a):
+        out = np.empty(x.shape[0], np.float32)
+        cdef float[::1] o = out
+        if x.shape[0]:
+            self.k.scale(&x[0], a, &o[0], x.shape[0])
+        return out
+
+    def softcap(self, const float[::1] x, float cap):
+        out = np.array(x, np.float32)
+        cdef float[::1] o = out
+        if x.shape[0]:
+            self.k.softcap(&o[0], cap, x.shape[0])
+        return out
+
+    def argmax(self, const float[::1] x):
+        if not x.shape[0]:
+            raise ValueError("empty")
+        return self.k.argmax(&x[0], x.shape[0])
+
+    def logsumexp(self, const float[::1] x):
+        if not x.shape[0]:
+            raise ValueError("empty")
+        return self.k.logsumexp(&x[0], x.shape[0])
+
+    def attention(self, const float[:, ::1] keys, const float[:, ::1] values, const float[:, ::1] queries,
+                  const int32_t[::1] lo, const int32_t[::1] hi, *, bint q8=False, float softcap=0,
+                  splits=((0, None),)):
+        """Stores keys and values (positions, head_dim) in pages laid out backwards, then attends queries (nq, head_dim)
+        over the given position ranges, merged in order. Returns (nq, head_dim)."""
+        cdef int64_t n = keys.shape[0], hd = keys.shape[1], nq = queries.shape[0], i, pages = (n + 63) // 64
+        cdef int64_t half = PI2_PAGE * hd * (1 if q8 else 2) + (4 * PI2_PAGE if q8 else 0)
+        cdef Memory memory = Memory(2 * half * pages + 64)
+        cdef int32_t[::1] table = np.arange(pages, dtype=np.int32)[::-1].copy()
+        cdef pi2_kv kv
+        kv.base, kv.page_stride, kv.pages, kv.v_offset = <const uint8_t *>memory.address, 2 * half, &table[0], half
+        kv.head_dim, kv.q8 = <int>hd, q8
+        if hd % 16:
+            raise ValueError("head_dim must be a multiple of 16")
+        memory.view()[:] = 0xff  # what was not written is NaN: it must not leak
+        for i in range(n):
+            self.k.kv_store(&kv, i, &keys[i, 0], &values[i, 0])
+        cdef float[::1] m1 = np.empty(nq, np.float32), s1 = np.empty(nq, np.float32)
+        cdef float[::1] m2 = np.empty(nq, np.float32), s2 = np.empty(nq, np.float32)
+        cdef float[:, ::1] a1 = np.empty((nq, hd), np.float32), a2 = np.empty((nq, hd), np.float32)
+        cdef float[::1] scratch = np.empty(nq * PI2_PAGE, np.float32)
+        first = True
+        for begin, end in splits:
+            end = n if end is None else end
+            if first:
+                self.k.attend(&kv, &queries[0, 0], hd, <int>nq, &lo[0], &hi[0], begin, end, softcap, &m1[0], &s1[0],
+                              &a1[0, 0], &scratch[0])
+            else:
+                self.k.attend(&kv, &queries[0, 0], hd, <int>nq, &lo[0], &hi[0], begin, end, softcap, &m2[0], &s2[0],
+                              &a2[0, 0], &scratch[0])
+                for i in range(nq):
+                    self.k.attend_merge(&m1[i], &s1[i], &a1[i, 0], m2[i], s2[i], &a2[i, 0], <int>hd)
+            first = False
+        result = np.asarray(a1) / np.asarray(s1)[:, None]
+        memory.close()
+        return result

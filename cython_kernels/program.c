@@ -1,0 +1,266 @@
+#include "program.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static void *allocate(pi2_program *p, int64_t count, size_t size) {
+  int64_t bytes = pi2_align(count * (int64_t)size + 64, 64);
+  p->activation_bytes += bytes;
+  return aligned_alloc(64, (size_t)bytes); /* touched on use: the first large batch pays, not the start */
+}
+static int allocate_q8(pi2_program *p, pi2_q8 *q, int64_t rows, int64_t k) {
+  q->ldq = pi2_align(k, 64) + 64; /* off the 4096-byte stride that would map a tile's rows to one cache set */
+  q->ldb = k / PI2_BLOCK;
+  q->q = allocate(p, rows * q->ldq, 1);
+  q->d = allocate(p, rows * q->ldb, 4);
+  q->s = allocate(p, rows * q->ldb, 4);
+  q->h = allocate(p, rows * q->ldb * 2, 2);
+  return q->q && q->d && q->s && q->h;
+}
+static void free_q8(pi2_q8 *q) { free(q->q); free(q->d); free(q->s); free(q->h); }
+
+static int prepare_run(pi2_program *p, pi2_run *r) {
+  const int64_t pages = p->context / PI2_PAGE + 1;
+  r->program = p;
+  r->done = 1;
+  r->token = allocate(p, p->max_rows, 4);
+  r->position = allocate(p, p->max_rows, 4);
+  r->slice_of = allocate(p, p->max_rows, 4);
+  r->head_row = allocate(p, p->max_rows, 4);
+  r->prefill_row = allocate(p, p->max_rows, 4);
+  r->slices = allocate(p, p->max_slots, sizeof(pi2_slice));
+  r->pages = allocate(p, p->max_slots * pages, 4);
+  r->targets = allocate(p, p->max_rows, 4);
+  r->scores = allocate(p, p->max_rows, 4);
+  r->cursors = allocate(p, 4 * (p->n_ops + p->max_rows / PI2_HEAD_ROWS + 1), 4);
+  r->splits_left = allocate(p, p->max_slots * p->max_kv_heads, 4);
+  r->busy = allocate(p, p->gang->n, 8);
+  r->op_begin = allocate(p, (int64_t)p->gang->n * p->n_ops, 8);
+  r->op_end = allocate(p, (int64_t)p->gang->n * p->n_ops, 8);
+  return r->token && r->position && r->slice_of && r->head_row && r->prefill_row && r->slices && r->pages &&
+         r->targets && r->scores && r->cursors && r->splits_left && r->busy && r->op_begin && r->op_end;
+}
+static void free_run(pi2_run *r) {
+  free(r->token); free(r->position); free(r->slice_of); free(r->head_row); free(r->prefill_row); free(r->slices);
+  free(r->pages); free(r->targets); free(r->scores); free(r->cursors); free(r->splits_left); free(r->busy);
+  free(r->op_begin); free(r->op_end); free(r->units);
+}
+
+int pi2_program_prepare(pi2_program *p) {
+  const int64_t rows = p->max_rows;
+  int ok = 1;
+  for (int i = 0; i < p->n_ops; i++) {
+    const pi2_op *op = &p->ops[i];
+    for (int j = 0; j < op->n_matrices; j++) p->max_k = op->matrix[j].k > p->max_k ? op->matrix[j].k : p->max_k;
+    if (op->kind == PI2_LINEAR) {
+      int64_t columns = 0;
+      for (int j = 0; j < op->n_matrices; j++) columns += op->matrix[j].rows;
+      p->y_columns = columns > p->y_columns ? columns : p->y_columns;
+    } else if (op->kind == PI2_FFN) {
+      p->hidden = op->matrix[0].rows > p->hidden ? op->matrix[0].rows : p->hidden;
+    } else if (op->kind == PI2_ATTENTION) {
+      int64_t columns = (int64_t)op->n_heads * op->head_dim;
+      p->attention_columns = columns > p->attention_columns ? columns : p->attention_columns;
+      p->max_heads = op->n_heads > p->max_heads ? op->n_heads : p->max_heads;
+      p->max_kv_heads = op->n_kv_heads > p->max_kv_heads ? op->n_kv_heads : p->max_kv_heads;
+      p->max_head_dim = op->kv.head_dim > p->max_head_dim ? op->kv.head_dim : p->max_head_dim;
+      const int group = op->n_heads / op->n_kv_heads;
+      p->max_group = group > p->max_group ? group : p->max_group;
+    }
+  }
+  for (int i = 0; i < p->n_ropes; i++) {
+    p->ropes[i].cosine = allocate(p, rows * p->ropes[i].half, 4);
+    p->ropes[i].sine = allocate(p, rows * p->ropes[i].half, 4);
+    ok &= p->ropes[i].cosine && p->ropes[i].sine;
+  }
+  p->partial_splits = (p->context + PI2_SPLIT - 1) / PI2_SPLIT;
+  p->x = allocate(p, rows * p->dim, 4);
+  p->y = allocate(p, rows * p->y_columns, 4);
+  p->attention = allocate(p, rows * p->attention_columns, 4);
+  p->hidden_floats = allocate(p, rows * p->hidden, 4);
+  p->prepared = allocate(p, rows * p->max_k, 4);
+  p->logits = allocate(p, PI2_HEAD_ROWS * p->vocab, 4);
+  p->partial = allocate(p, p->max_slots * p->max_heads * p->partial_splits * (p->max_head_dim + 16), 4);
+  p->slots = calloc((size_t)p->max_slots, sizeof *p->slots);
+  p->scratch = calloc((size_t)p->gang->n, sizeof *p->scratch);
+  ok &= allocate_q8(p, &p->q8_prepared, rows, p->max_k);
+  ok &= allocate_q8(p, &p->q8_attention, rows, p->attention_columns);
+  ok &= allocate_q8(p, &p->q8_hidden, rows, p->hidden);
+  ok &= p->x && p->y && p->attention && p->hidden_floats && p->prepared && p->logits && p->partial && p->slots &&
+        p->scratch;
+  if (!ok) return -1;
+  const int64_t vectors = p->max_group > 32 ? p->max_group : 32; /* queries of one attention tile */
+  for (int t = 0; t < p->gang->n; t++) {
+    pi2_scratch *s = &p->scratch[t];
+    ok &= allocate_q8(p, &s->q8, PI2_REPLICATED, p->max_k);
+    s->floats = allocate(p, PI2_REPLICATED * p->max_k, 4);
+    s->tile = allocate(p, 4 * 128 * PI2_ROWS, 4);
+    s->queries = allocate(p, vectors * p->max_head_dim, 4);
+    s->scores = allocate(p, vectors * PI2_PAGE, 4);
+    s->acc = allocate(p, vectors * (p->max_head_dim + 2), 4);
+    s->acc2 = allocate(p, vectors * (p->max_head_dim + 2), 4);
+    s->candidates = allocate(p, p->vocab, sizeof(pi2_candidate));
+    ok &= s->floats && s->tile && s->queries && s->scores && s->acc && s->acc2 && s->candidates;
+  }
+  for (int i = 0; i < PI2_QUEUE; i++) ok &= prepare_run(p, &p->runs[i]);
+  return ok ? 0 : -1;
+}
+
+void pi2_program_free(pi2_program *p) {
+  for (int i = 0; i < p->n_ropes; i++) {
+    free((void *)p->ropes[i].frequencies);
+    free(p->ropes[i].cosine);
+    free(p->ropes[i].sine);
+  }
+  for (int i = 0; p->slots && i < p->max_slots; i++) {
+    free(p->slots[i].bias_ids);
+    free(p->slots[i].bias);
+    free(p->slots[i].counts);
+  }
+  for (int t = 0; p->scratch && t < p->gang->n; t++) {
+    pi2_scratch *s = &p->scratch[t];
+    free_q8(&s->q8);
+    free(s->floats); free(s->tile); free(s->queries); free(s->scores); free(s->acc); free(s->acc2); free(s->candidates);
+  }
+  for (int i = 0; i < PI2_QUEUE; i++) free_run(&p->runs[i]);
+  free_q8(&p->q8_prepared);
+  free_q8(&p->q8_attention);
+  free_q8(&p->q8_hidden);
+  free(p->x); free(p->y); free(p->attention); free(p->hidden_floats); free(p->prepared); free(p->logits);
+  free(p->partial); free(p->slots); free(p->scratch); free(p->ops); free(p->ropes);
+}
+
+pi2_run *pi2_run_new(pi2_program *p) {
+  pi2_run *r = &p->runs[p->next_run % PI2_QUEUE];
+  if (!r->done) return NULL;
+  r->n_rows = r->n_slices = r->n_units = r->n_prefill = r->n_head = r->trace = 0;
+  return r;
+}
+
+static int add_unit(pi2_run *r, pi2_unit unit) {
+  if (r->n_units == r->units_capacity) {
+    int64_t capacity = r->units_capacity ? 2 * r->units_capacity : 256;
+    pi2_unit *bigger = realloc(r->units, (size_t)capacity * sizeof *bigger);
+    if (!bigger) return -1;
+    r->units = bigger;
+    r->units_capacity = capacity;
+  }
+  r->units[r->n_units++] = unit;
+  return 0;
+}
+
+/* Units of attention: the same for every layer, with the most KV heads of any; a layer with fewer skips. Single rows
+ * are cut along the context, so that a long one is shared; rows of a chunk are cut in tiles, the last (longest) first. */
+static int make_units(pi2_run *r) {
+  const pi2_program *p = r->program;
+  for (int i = 0; i < r->n_slices; i++) {
+    const pi2_slice *s = &r->slices[i];
+    if (s->count == 1) {
+      const int splits = s->start / PI2_SPLIT + 1;
+      for (int split = splits - 1; split >= 0; split--)
+        for (int h = 0; h < p->max_kv_heads; h++)
+          if (add_unit(r, (pi2_unit){i, s->row, 1, h, split, splits})) return -1;
+    } else {
+      const int tile = p->max_group >= 32 ? 1 : 32 / p->max_group;
+      for (int first = (s->count - 1) / tile * tile; first >= 0; first -= tile)
+        for (int h = 0; h < p->max_kv_heads; h++) {
+          const int rows = s->count - first < tile ? s->count - first : tile;
+          if (add_unit(r, (pi2_unit){i, s->row + first, rows, h, 0, 0})) return -1;
+        }
+    }
+  }
+  return 0;
+}
+
+int pi2_run_post(pi2_run *r) {
+  pi2_program *p = r->program;
+  for (int i = 0; i < r->n_slices; i++) {
+    const pi2_slice *s = &r->slices[i];
+    for (int j = 0; j < s->count; j++) {
+      r->slice_of[s->row + j] = i;
+      r->position[s->row + j] = s->start + j;
+      if (s->count > 1) r->prefill_row[r->n_prefill++] = s->row + j;
+      if (s->want_logits || (s->targets && s->targets[j] >= 0) || (s->sample && j == s->count - 1))
+        r->head_row[r->n_head++] = s->row + j;
+    }
+  }
+  if (make_units(r)) return -1;
+  memset((void *)r->cursors, 0, (size_t)(4 * (p->n_ops + p->max_rows / PI2_HEAD_ROWS + 1)) * 4);
+  memset((void *)r->splits_left, 0, (size_t)(p->max_slots * p->max_kv_heads) * 4);
+  memset(r->busy, 0, (size_t)p->gang->n * 8);
+  atomic_store(&r->stop, 0);
+  r->stopped = r->done = 0;
+  if (pi2_gang_post(p->gang, pi2_run_job, r)) return -1;
+  p->next_run++;
+  return 0;
+}
+
+/* Token embeddings and, with them, the step's rotations. */
+static void op_embed(pi2_run *r, int index) {
+  const pi2_program *p = r->program;
+  for (uint32_t row; (row = pi2_take(r, index, 0)) < (uint32_t)r->n_rows;) {
+    int32_t token = r->token[row];
+    if (token < 0) token = p->slots[r->slices[r->slice_of[row]].slot].last;
+    float *x = p->x + row * p->dim;
+    pi2_unpack_row(p->embedding.type, p->embedding.data, p->dim, token, x);
+    if (p->embedding_scale != 1.0f) p->kernels->scale(x, p->embedding_scale, x, p->dim);
+    for (int i = 0; i < p->n_ropes; i++) {
+      const pi2_rope *rope = &p->ropes[i];
+      for (int j = 0; j < rope->half; j++) {
+        double angle = r->position[row] * rope->frequencies[j];
+        rope->cosine[row * rope->half + j] = (float)cos(angle) * rope->magnitude;
+        rope->sine[row * rope->half + j] = (float)sin(angle) * rope->magnitude;
+      }
+    }
+  }
+}
+
+/* x += norm(y): the second norm of a block that has one */
+static void op_add_norm(pi2_run *r, const pi2_op *op, int index) {
+  const pi2_program *p = r->program;
+  for (uint32_t row; (row = pi2_take(r, index, 0)) < (uint32_t)r->n_rows;) {
+    float *y = p->y + row * p->y_columns;
+    p->kernels->rmsnorm(y, op->norm.weight, op->norm.offset, op->norm.eps, y, p->dim);
+    p->kernels->add(y, p->x + row * p->dim, p->dim);
+  }
+}
+
+void pi2_run_job(void *context, pi2_worker *w) {
+  pi2_run *r = context;
+  pi2_program *p = r->program;
+  pi2_job_begin(w, &r->stop);
+  if (w->index == 0) {
+    r->begin_ns = pi2_now_ns();
+    r->begin_ticks = pi2_ticks();
+  }
+  int stopped = 0;
+  uint64_t busy = 0;
+  for (int i = 0; i < p->n_ops && !stopped; i++) {
+    const pi2_op *op = &p->ops[i];
+    const uint64_t begin = pi2_ticks();
+    switch (op->kind) {
+      case PI2_EMBED: op_embed(r, i); break;
+      case PI2_LINEAR: stopped = pi2_op_linear(r, op, i, w); break;
+      case PI2_ATTENTION: stopped = pi2_op_attention(r, op, i, w); break;
+      case PI2_FFN: stopped = pi2_op_ffn(r, op, i, w); break;
+      case PI2_ADD_NORM: op_add_norm(r, op, i); break;
+      case PI2_HEAD: stopped = pi2_op_head(r, op, i, w); break;
+    }
+    const uint64_t end = pi2_ticks();
+    busy += end - begin;
+    if (r->trace) {
+      r->op_begin[w->index * p->n_ops + i] = begin;
+      r->op_end[w->index * p->n_ops + i] = end;
+    }
+    if (!stopped) stopped = pi2_barrier(w);
+  }
+  r->busy[w->index] = busy;
+  if (w->index == 0) {
+    r->end_ticks = pi2_ticks();
+    r->end_ns = pi2_now_ns();
+    r->stopped = stopped;
+  }
+  pi2_barrier(w); /* what the run wrote is complete; the gang may report it */
+  if (w->index == 0) r->done = 1;
+}

@@ -1,0 +1,177 @@
+/* A program: a model's forward pass as a flat array of operations with pointers, built once, run once per step.
+ *
+ * The same program serves every batch size: an operation reads the number of rows from the run. Between operations all
+ * threads of the gang meet; inside one, units of rows are handed out by an atomic cursor, so that unequal cores share
+ * a layer. Steps with few rows repeat small per-row work (norm, quantisation) on every thread instead of paying for
+ * another barrier. */
+#ifndef PI2_PROGRAM_H
+#define PI2_PROGRAM_H
+#include <stdatomic.h>
+
+#include "gang.h"
+#include "kernels.h"
+#include "sampler.h"
+
+#define PI2_REPLICATED 4 /* rows up to which every thread prepares all inputs itself */
+#define PI2_HEAD_ROWS 32 /* rows of logits at once */
+
+typedef struct {
+  int type;
+  int64_t rows, k;
+  const uint8_t *data; /* row blocks */
+  const float *bias;   /* (rows) or NULL */
+} pi2_matrix;
+
+typedef struct { /* weight NULL: no norm */
+  const float *weight;
+  float offset, eps;
+} pi2_norm;
+
+typedef struct {
+  int half, interleaved;
+  const double *frequencies; /* (half) */
+  float magnitude;
+  float *cosine, *sine; /* (max_rows, half), filled per step */
+} pi2_rope;
+
+enum pi2_op_kind { PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD_NORM, PI2_HEAD };
+enum pi2_source { PI2_FROM_X, PI2_FROM_ATTENTION, PI2_FROM_HIDDEN };
+enum pi2_sink { PI2_TO_Y, PI2_ADD_TO_X };
+
+typedef struct {
+  int kind, layer;
+  /* LINEAR: y or x += W [norm](source). FFN: hidden = act(gate) * up. HEAD: logits. */
+  pi2_norm norm;
+  int source, sink, n_matrices;
+  pi2_matrix matrix[3]; /* LINEAR: outputs one after the other. FFN: up, gate. HEAD: one */
+  int activation, up_activation;
+  int q8_in, q8_out; /* the source is int8 already; the next operation wants int8: quantise while it is in cache */
+  /* ATTENTION */
+  int n_heads, n_kv_heads, head_dim, window; /* window 0: all. kv.head_dim: padded to a multiple of 16 */
+  float scale, softcap;
+  int rope; /* index or -1 */
+  pi2_norm q_norm, k_norm;
+  pi2_kv kv; /* base, strides; the page table is the slice's */
+  int64_t kv_head_stride;
+} pi2_op;
+
+typedef struct { /* one slice of a step */
+  int32_t slot, start, count, row; /* row: of its first token */
+  const int32_t *pages;            /* owned by the run */
+  int32_t sample, want_logits;
+  const int32_t *targets;          /* (count), owned by the run, or NULL */
+  float *scores;                   /* (count) or NULL */
+  float *logits;                   /* (count, vocab), owned by the caller, or NULL */
+  pi2_pick pick;
+  pi2_pick *top;                   /* (slot's logprobs) or NULL */
+} pi2_slice;
+
+typedef struct { int32_t slice, row, rows, kv_head, split, splits; } pi2_unit;
+
+typedef struct pi2_run {
+  struct pi2_program *program;
+  int n_rows, n_slices, n_units, n_prefill, n_head, trace;
+  int32_t *token, *position, *slice_of; /* (max_rows); token -1: the slot's last */
+  int32_t *head_row;                    /* (max_rows) rows that need logits */
+  int32_t *prefill_row;                 /* (max_rows) rows whose keys must be stored before attention */
+  pi2_slice *slices;                    /* (max_slots) */
+  pi2_unit *units;
+  int64_t units_capacity;
+  int32_t *pages, *targets;             /* arenas of this run's page tables and targets */
+  float *scores;
+  _Atomic int stop;
+  _Atomic uint32_t *cursors;
+  _Atomic uint32_t *splits_left;        /* (max_slots, max KV heads): splits done in this layer */
+  int stopped, done;
+  int64_t begin_ns, end_ns;
+  uint64_t begin_ticks, end_ticks;
+  uint64_t *busy;                       /* (threads) ticks in kernels */
+  uint64_t *op_begin, *op_end;          /* (threads, ops) ticks, where trace is on */
+} pi2_run;
+
+typedef struct { /* one thread's own */
+  pi2_q8 q8;       /* (PI2_REPLICATED, max k) */
+  float *floats;   /* (PI2_REPLICATED, max k) */
+  float *tile;     /* GEMM outputs */
+  float *queries, *scores, *acc, *acc2; /* attention */
+  pi2_candidate *candidates;
+} pi2_scratch;
+
+typedef struct pi2_program {
+  const pi2_kernels *kernels;
+  pi2_gang *gang;
+  int64_t dim, vocab, max_rows, max_slots, context, max_k, hidden, y_columns, attention_columns;
+  int max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
+  pi2_op *ops;
+  pi2_rope *ropes;
+  pi2_matrix embedding;
+  float embedding_scale, logit_softcap;
+  float *x, *y, *attention, *hidden_floats, *prepared, *logits;
+  pi2_q8 q8_prepared, q8_attention, q8_hidden;
+  float *partial; /* attention of one row split along the context */
+  int64_t partial_splits;
+  pi2_slot *slots;
+  pi2_scratch *scratch;
+  pi2_run runs[PI2_QUEUE];
+  uint32_t next_run;
+  int64_t activation_bytes;
+} pi2_program;
+
+/* Allocates buffers for the ops in place. Returns 0, or -1 out of memory. The program owns ops' and ropes' arrays from
+ * then on, not the weights. */
+int pi2_program_prepare(pi2_program *p);
+void pi2_program_free(pi2_program *p);
+
+/* A run to fill (rows, slices), then post. NULL when PI2_QUEUE are unfinished. */
+pi2_run *pi2_run_new(pi2_program *p);
+/* Derives units and head rows from the slices and hands the run to the gang. Returns 0 or -1 (out of memory). */
+int pi2_run_post(pi2_run *run);
+
+/* The job the gang runs; context is the run. */
+void pi2_run_job(void *run, pi2_worker *worker);
+
+/* ops_*.c: each runs on every thread and ends before its closing barrier; returns nonzero if stopped at an inner one. */
+int pi2_op_linear(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
+int pi2_op_ffn(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
+int pi2_op_attention(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
+int pi2_op_head(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
+
+/* Inputs of a matrix product, as its type wants them. */
+typedef struct {
+  pi2_q8 q8;
+  const float *floats;
+  int64_t ld;
+} pi2_input;
+/* Prepares `rows` rows: row i is source row rows_of[i] (or i, where NULL). May meet a barrier; *stopped is set then. */
+pi2_input pi2_prepare(pi2_run *run, const pi2_op *op, int index, pi2_worker *w, int64_t k, const int32_t *row_of,
+                      int rows, int needs_q8, int *stopped);
+static inline pi2_q8 pi2_q8_row(const pi2_q8 *x, int64_t row) {
+  pi2_q8 r = *x;
+  r.q += row * r.ldq;
+  r.d += row * r.ldb;
+  r.s += row * r.ldb;
+  r.h += 2 * row * r.ldb;
+  return r;
+}
+/* Next unit of cursor c (0..3) of operation `index`. */
+static inline uint32_t pi2_take(pi2_run *run, int index, int c) {
+  return atomic_fetch_add_explicit(&run->cursors[4 * index + c], 1, memory_order_relaxed);
+}
+static inline int pi2_is_float(int type) { return type == PI2_F32 || type == PI2_F16 || type == PI2_BF16; }
+/* One row block of m times `n` rows from row `row` on: tile[c*ld + r]. */
+static inline void pi2_multiply(const pi2_kernels *k, const pi2_matrix *m, int64_t block, const pi2_input *in,
+                                int64_t row, int n, float *tile, int64_t ld) {
+  const uint8_t *w = m->data + block * pi2_row_block_bytes(m->type, m->k);
+  if (pi2_is_float(m->type)) {
+    k->gemm_float[m->type](w, m->k, in->floats + row * in->ld, in->ld, n, tile, ld);
+  } else {
+    pi2_q8 x = pi2_q8_row(&in->q8, row);
+    k->gemm[m->type](w, m->k, &x, n, tile, ld);
+  }
+}
+/* Rows per pass, so that their activations stay in the second-level cache while the unit's row blocks pass by. */
+static inline int pi2_pass_rows(int64_t k) {
+  int64_t rows = (192 * 1024 / (k > 0 ? k : 1)) / 8 * 8;
+  return (int)(rows < 8 ? 8 : rows > 128 ? 128 : rows);
+}
+#endif

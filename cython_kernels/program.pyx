@@ -1,0 +1,502 @@
+"""The data plane: a gang of native threads and the program it runs (gang.h, program.h)."""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy, memset
+
+from declarations cimport *
+
+import os
+
+import numpy as np
+
+from pi2rt._errors import BusyError, InternalError, RequestError
+from pi2rt.runtime.step import Sampled, StepResult
+
+cdef extern from "gang.h" nogil:
+    ctypedef struct pi2_gang:
+        int n, event_fd
+    pi2_gang *pi2_gang_create(int, const int *, int64_t)
+    void pi2_gang_destroy(pi2_gang *)
+    uint64_t pi2_ticks()
+    int64_t pi2_now_ns()
+
+cdef extern from "sampler.h" nogil:
+    ctypedef struct pi2_slot:
+        float temperature, top_p, min_p, repetition, presence, frequency
+        int32_t top_k
+        uint64_t seed
+        int32_t logprobs, n_bias
+        int32_t *bias_ids
+        float *bias
+        int32_t *counts
+        int32_t last
+    ctypedef struct pi2_pick:
+        int32_t token
+        float logprob
+    ctypedef struct pi2_candidate:
+        float value
+        int32_t id
+    pi2_pick pi2_sample(const pi2_kernels *, pi2_slot *, float *, int64_t, int64_t, pi2_pick *, pi2_candidate *)
+
+cdef extern from "program.h" nogil:
+    enum: PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD_NORM, PI2_HEAD
+    enum: PI2_QUEUE
+    ctypedef struct pi2_matrix:
+        int type
+        int64_t rows, k
+        const uint8_t *data
+        const float *bias
+    ctypedef struct pi2_norm:
+        const float *weight
+        float offset, eps
+    ctypedef struct pi2_rope:
+        int half, interleaved
+        const double *frequencies
+        float magnitude
+    ctypedef struct pi2_op:
+        int kind, layer
+        pi2_norm norm
+        int source, sink, n_matrices
+        pi2_matrix matrix[3]
+        int activation, up_activation, q8_in, q8_out
+        int n_heads, n_kv_heads, head_dim, window
+        float scale, softcap
+        int rope
+        pi2_norm q_norm, k_norm
+        pi2_kv kv
+        int64_t kv_head_stride
+    ctypedef struct pi2_slice:
+        int32_t slot, start, count, row
+        const int32_t *pages
+        int32_t sample, want_logits
+        const int32_t *targets
+        float *scores
+        float *logits
+        pi2_pick pick
+        pi2_pick *top
+    ctypedef struct pi2_run:
+        int n_rows, n_slices, trace
+        int32_t *token
+        pi2_slice *slices
+        int32_t *pages
+        int32_t *targets
+        float *scores
+        int stop
+        int stopped, done
+        int64_t begin_ns, end_ns
+        uint64_t begin_ticks, end_ticks
+        uint64_t *busy
+        uint64_t *op_begin
+        uint64_t *op_end
+    ctypedef struct pi2_program:
+        const pi2_kernels *kernels
+        pi2_gang *gang
+        int64_t dim, vocab, max_rows, max_slots, context
+        int n_ropes, n_ops
+        pi2_op *ops
+        pi2_rope *ropes
+        pi2_matrix embedding
+        float embedding_scale, logit_softcap
+        pi2_slot *slots
+        int64_t activation_bytes
+    int pi2_program_prepare(pi2_program *)
+    void pi2_program_free(pi2_program *)
+    pi2_run *pi2_run_new(pi2_program *)
+    int pi2_run_post(pi2_run *)
+
+SOURCES = {"x": 0, "attention": 1, "hidden": 2}
+SINKS = {"y": 0, "x": 1}
+
+
+cdef class Gang:
+    """Native threads, one per entry of ``cores`` (-1: not pinned), asleep until a program is posted.
+
+    ``event_fd`` becomes readable when a run has finished. ``close()`` joins the threads after finishing what was
+    posted; it may block for one run, so stop runs first.
+    """
+
+    cdef pi2_gang *gang
+    cdef readonly tuple cores
+
+    def __cinit__(self, cores, *, int64_t spin_ns=50_000):
+        cdef int[256] c
+        self.cores = tuple(cores)
+        if not 0 < len(self.cores) <= 256:
+            raise ValueError(f"{len(self.cores)} threads: 1 to 256")
+        for i, core in enumerate(self.cores):
+            c[i] = core
+        self.gang = pi2_gang_create(<int>len(self.cores), c, spin_ns)
+        if self.gang == NULL:
+            raise MemoryError("cannot start the compute threads")
+
+    @property
+    def event_fd(self):
+        if self.gang == NULL:
+            raise ValueError("gang is closed")
+        return self.gang.event_fd
+
+    def close(self):
+        cdef pi2_gang *gang = self.gang
+        self.gang = NULL
+        if gang != NULL:
+            with nogil:
+                pi2_gang_destroy(gang)
+
+    def __dealloc__(self):
+        if self.gang != NULL:
+            pi2_gang_destroy(self.gang)
+
+
+cdef class Matrix:
+    """Row blocks of a weight matrix: ``address`` stays valid as long as the program lives."""
+
+    cdef pi2_matrix m
+    cdef object bias
+
+    def __init__(self, int type_id, int64_t rows, int64_t k, uintptr_t address, bias=None):
+        cdef const float[::1] b
+        self.m.type, self.m.rows, self.m.k, self.m.data = type_id, rows, k, <const uint8_t *>address
+        self.m.bias = NULL
+        self.bias = bias
+        if bias is not None:
+            b = bias
+            if b.shape[0] != rows:
+                raise ValueError(f"bias of {b.shape[0]} values for {rows} rows")
+            self.m.bias = &b[0]
+
+
+cdef class Program:
+    """A model's operations. Build in order with ``embed``, ``linear``, ``attention``, ``ffn``, ``add_norm``, ``head``,
+    then ``prepare``; then ``post`` steps and ``result`` them in order.
+
+    Norms are ``(weight float32 (n,), offset, eps)`` or None. Everything passed in must stay alive and unmoved.
+    """
+
+    cdef pi2_program p
+    cdef Gang gang
+    cdef list keep, waiting
+    cdef int capacity, capacity_ropes
+    cdef bint prepared
+    cdef readonly int64_t weight_bytes
+
+    def __init__(self, Gang gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
+                 int64_t context, float embedding_scale=1, float logit_softcap=0):
+        self.gang = gang
+        self.keep = []
+        self.waiting = []
+        p = &self.p
+        p.gang, p.kernels = gang.gang, <const pi2_kernels *>kernels
+        p.dim, p.vocab, p.max_rows, p.max_slots, p.context = dim, vocab, max_rows, max_slots, context
+        p.embedding_scale, p.logit_softcap = embedding_scale, logit_softcap
+
+    cdef pi2_op *add(self, int kind, int layer) except NULL:
+        cdef pi2_op *ops
+        if self.p.n_ops == self.capacity:
+            self.capacity = max(64, 2 * self.capacity)
+            ops = <pi2_op *>realloc(self.p.ops, self.capacity * sizeof(pi2_op))
+            if ops == NULL:
+                raise MemoryError("program")
+            self.p.ops = ops
+        ops = &self.p.ops[self.p.n_ops]
+        memset(ops, 0, sizeof(pi2_op))
+        ops.kind, ops.layer, ops.rope = kind, layer, -1
+        self.p.n_ops += 1
+        return ops
+
+    cdef pi2_norm norm_of(self, norm) except *:
+        cdef pi2_norm n
+        cdef const float[::1] w
+        n.weight, n.offset, n.eps = NULL, 0, 0
+        if norm is not None:
+            w = norm[0]
+            self.keep.append(norm[0])
+            n.weight, n.offset, n.eps = &w[0], norm[1], norm[2]
+        return n
+
+    cdef int set_matrices(self, pi2_op *op, matrices) except -1:
+        cdef Matrix m
+        for i, matrix in enumerate(matrices):
+            m = matrix
+            op.matrix[i] = m.m
+            self.keep.append(m)
+            self.weight_bytes += (m.m.rows + PI2_ROWS - 1) // PI2_ROWS * pi2_row_block_bytes(m.m.type, m.m.k)
+        op.n_matrices = <int>len(matrices)
+        return 0
+
+    def rope(self, frequencies, bint interleaved, float magnitude):
+        """Adds a rotation; returns its number."""
+        cdef const double[::1] f = frequencies
+        cdef pi2_rope *ropes = <pi2_rope *>realloc(self.p.ropes, (self.p.n_ropes + 1) * sizeof(pi2_rope))
+        if ropes == NULL:
+            raise MemoryError("program")
+        self.p.ropes = ropes
+        memset(&ropes[self.p.n_ropes], 0, sizeof(pi2_rope))
+        cdef double *copy = <double *>malloc(max(1, f.shape[0]) * sizeof(double))
+        if copy == NULL:
+            raise MemoryError("program")
+        memcpy(copy, &f[0], f.shape[0] * sizeof(double))
+        ropes[self.p.n_ropes].frequencies = copy
+        ropes[self.p.n_ropes].half = <int>f.shape[0]
+        ropes[self.p.n_ropes].interleaved = interleaved
+        ropes[self.p.n_ropes].magnitude = magnitude
+        self.p.n_ropes += 1
+        return self.p.n_ropes - 1
+
+    def embed(self, Matrix matrix):
+        self.add(PI2_EMBED, -1)
+        self.p.embedding = matrix.m
+        self.keep.append(matrix)
+
+    def linear(self, int layer, norm, source, sink, matrices, *, bint q8_in=False):
+        op = self.add(PI2_LINEAR, layer)
+        op.norm = self.norm_of(norm)
+        op.source, op.sink, op.q8_in = SOURCES[source], SINKS[sink], q8_in
+        self.set_matrices(op, matrices)
+
+    def ffn(self, int layer, norm, Matrix up, gate, int activation, int up_activation, *, bint q8_out):
+        op = self.add(PI2_FFN, layer)
+        op.norm = self.norm_of(norm)
+        op.activation, op.up_activation, op.q8_out = activation, up_activation, q8_out
+        self.set_matrices(op, [up] if gate is None else [up, gate])
+
+    def attention(self, int layer, *, int n_heads, int n_kv_heads, int head_dim, int window, float scale, float softcap,
+                  int rope, q_norm, k_norm, uintptr_t kv, int64_t page_stride, int64_t head_stride, int64_t v_offset,
+                  bint kv_q8, bint q8_out):
+        if n_heads % n_kv_heads or n_heads // n_kv_heads > 128:
+            raise ValueError(f"{n_heads} heads over {n_kv_heads} KV heads")
+        op = self.add(PI2_ATTENTION, layer)
+        op.n_heads, op.n_kv_heads, op.head_dim, op.window = n_heads, n_kv_heads, head_dim, window
+        op.scale, op.softcap, op.rope, op.q8_out = scale, softcap, rope, q8_out
+        op.q_norm, op.k_norm = self.norm_of(q_norm), self.norm_of(k_norm)
+        op.kv.base, op.kv.page_stride, op.kv.v_offset = <const uint8_t *>kv, page_stride, v_offset
+        op.kv.head_dim, op.kv.q8 = (head_dim + 15) // 16 * 16, kv_q8
+        op.kv_head_stride = head_stride
+
+    def add_norm(self, int layer, norm):
+        self.add(PI2_ADD_NORM, layer).norm = self.norm_of(norm)
+
+    def head(self, norm, Matrix matrix):
+        op = self.add(PI2_HEAD, -1)
+        op.norm = self.norm_of(norm)
+        self.set_matrices(op, [matrix])
+
+    def prepare(self):
+        if pi2_program_prepare(&self.p):
+            raise MemoryError("activation buffers")
+        self.prepared = True
+
+    @property
+    def activation_bytes(self):
+        return self.p.activation_bytes
+
+    @property
+    def operations(self):
+        """Names of the operations, for traces: ``"layer 3 attention"``."""
+        names = {PI2_EMBED: "embed", PI2_LINEAR: "linear", PI2_ATTENTION: "attention", PI2_FFN: "ffn",
+                 PI2_ADD_NORM: "norm", PI2_HEAD: "head"}
+        out = []
+        for i in range(self.p.n_ops):
+            op = &self.p.ops[i]
+            name = names[op.kind]
+            if op.kind == PI2_LINEAR:
+                name = "qkv" if op.n_matrices == 3 else "down" if op.source == 2 else "out"
+            out.append(name if op.layer < 0 else f"layer {op.layer} {name}")
+        return tuple(out)
+
+    def bind(self, bind):
+        """Gives a slot to a new sequence. The slot must not be part of a run in flight."""
+        cdef int slot = bind.slot
+        cdef pi2_slot *s
+        cdef const int32_t[::1] history = bind.history
+        cdef int64_t i
+        if not 0 <= slot < self.p.max_slots:
+            raise InternalError(f"slot {slot} of {self.p.max_slots}")
+        s = &self.p.slots[slot]
+        o = bind.sampling
+        s.temperature, s.top_k, s.top_p, s.min_p = o.temperature, o.top_k, o.top_p, o.min_p
+        s.repetition, s.presence, s.frequency = o.repetition_penalty, o.presence_penalty, o.frequency_penalty
+        s.seed, s.logprobs, s.last = o.seed & 0xffffffffffffffff, min(o.logprobs, 1024), 0
+        free(s.bias_ids)
+        free(s.bias)
+        free(s.counts)
+        s.bias_ids, s.bias, s.counts, s.n_bias = NULL, NULL, NULL, 0
+        for token, _ in o.logit_bias:
+            if not 0 <= token < self.p.vocab:
+                raise RequestError(f"logit_bias: token {token} is outside the vocabulary of {self.p.vocab}")
+        if o.logit_bias:
+            n = len(o.logit_bias)
+            s.bias_ids = <int32_t *>malloc(n * 4)
+            s.bias = <float *>malloc(n * 4)
+            if s.bias_ids == NULL or s.bias == NULL:
+                raise MemoryError("logit bias")
+            for j, (token, value) in enumerate(o.logit_bias):
+                s.bias_ids[j], s.bias[j] = token, value
+            s.n_bias = n
+        if o.repetition_penalty != 1 or o.presence_penalty or o.frequency_penalty:
+            s.counts = <int32_t *>calloc(self.p.vocab, 4)
+            if s.counts == NULL:
+                raise MemoryError("penalty counts")
+            for i in range(history.shape[0]):
+                if 0 <= history[i] < self.p.vocab:
+                    s.counts[history[i]] += 1
+
+    def post(self, step, bint trace=False):
+        """Starts a step; BusyError when too many are unfinished."""
+        cdef pi2_run *r
+        cdef pi2_slice *s
+        cdef const int32_t[::1] tokens, pages, targets
+        cdef float[:, ::1] logits
+        cdef int64_t row = 0, page_room = self.p.context // PI2_PAGE + 1, i, count, needed, index = 0
+        cdef pi2_slot *slot
+        if not self.prepared:
+            raise InternalError("program was not prepared")
+        r = pi2_run_new(&self.p)
+        if r == NULL:
+            raise BusyError(f"{PI2_QUEUE} steps are in flight")
+        if len(step.slices) > self.p.max_slots or step.tokens > self.p.max_rows:
+            raise InternalError(f"{step!r} exceeds {self.p.max_slots} slots or {self.p.max_rows} tokens")
+        for bind in step.binds:
+            self.bind(bind)
+        held = []
+        for sl in step.slices:
+            s = &r.slices[index]
+            memset(s, 0, sizeof(pi2_slice))
+            tokens, pages = sl.tokens, sl.pages
+            count = max(1, tokens.shape[0])
+            s.slot, s.start, s.count, s.row, s.sample = sl.slot, sl.start, <int32_t>count, <int32_t>row, sl.sample
+            needed = (s.start + count + PI2_PAGE - 1) // PI2_PAGE
+            if not (0 <= s.slot < self.p.max_slots and s.start >= 0 and s.start + count <= self.p.context
+                    and needed <= pages.shape[0] and needed <= page_room):
+                raise InternalError(f"slice {sl!r} does not fit its pages or the context")
+            s.pages = r.pages + index * page_room
+            index += 1
+            memcpy(<void *>s.pages, &pages[0], needed * 4)
+            if tokens.shape[0] == 0:
+                r.token[row] = -1
+            else:
+                for i in range(count):
+                    if not 0 <= tokens[i] < self.p.vocab:
+                        raise RequestError(f"token {tokens[i]} is outside the vocabulary of {self.p.vocab}")
+                    r.token[row + i] = tokens[i]
+            score = None
+            if sl.targets is not None:
+                targets = sl.targets
+                if targets.shape[0] != count:
+                    raise InternalError("targets and tokens differ in length")
+                for i in range(count):
+                    r.targets[row + i] = targets[i] if targets[i] < self.p.vocab else -1
+                s.targets = r.targets + row
+                s.scores = r.scores + row
+                for i in range(count):
+                    s.scores[i] = float("nan")
+            rows = None
+            if sl.logits:
+                rows = np.empty((count, self.p.vocab), np.float32)
+                logits = rows
+                s.want_logits, s.logits = 1, &logits[0, 0]
+            top = None
+            slot = &self.p.slots[s.slot]
+            if sl.sample and slot.logprobs > 0:
+                top = np.empty((slot.logprobs, 2), np.int32)  # pi2_pick: int32 and float32
+                s.top = <pi2_pick *><uintptr_t>top.ctypes.data
+            held.append((rows, top, slot.logprobs))
+            row += count
+        r.n_rows, r.n_slices, r.trace = <int>row, <int>len(step.slices), trace
+        if pi2_run_post(r):
+            raise MemoryError("attention units")
+        self.waiting.append((<uintptr_t>r, step, held))
+
+    def stop(self, step_id):
+        """Asks a step in flight to end at its next barrier."""
+        for address, step, _ in self.waiting:
+            if step.id == step_id:
+                (<pi2_run *><uintptr_t>address).stop = 1
+
+    @property
+    def in_flight(self):
+        return len(self.waiting)
+
+    def ready(self):
+        """Whether the oldest step has finished."""
+        return bool(self.waiting) and (<pi2_run *><uintptr_t>self.waiting[0][0]).done
+
+    def result(self):
+        """StepResult of the oldest step, which has finished; and, where it was traced, (begin, end) nanoseconds of
+        every operation on every thread, int64 (threads, operations)."""
+        cdef pi2_run *r
+        cdef pi2_slice *s
+        cdef int i, t, n = self.p.n_ops
+        cdef uint64_t busy = 0
+        cdef double ns_per_tick
+        if not self.ready():
+            raise InternalError("no finished step")
+        address, step, held = self.waiting.pop(0)
+        r = <pi2_run *><uintptr_t>address
+        for t in range(self.p.gang.n):
+            busy += r.busy[t]
+        ns_per_tick = (r.end_ns - r.begin_ns) / max(1.0, <double>(r.end_ticks - r.begin_ticks))
+        kernel_ns = <int64_t>(busy * ns_per_tick / self.p.gang.n)
+        if r.stopped:
+            return StepResult(step.id, stopped=True, started_ns=r.begin_ns, finished_ns=r.end_ns, kernel_ns=kernel_ns), None
+        sampled, scores, logits = [], [], []
+        for i, (rows, top, logprobs) in enumerate(held):
+            s = &r.slices[i]
+            if s.sample:
+                if s.pick.token < 0:
+                    raise ValueError(f"the logits at position {s.start + s.count} are not numbers; the model's weights are broken")
+                if top is None:
+                    sampled.append(Sampled(s.pick.token, s.pick.logprob))
+                else:
+                    ids, values = top[:, 0], top[:, 1].view(np.float32)
+                    sampled.append(Sampled(s.pick.token, s.pick.logprob, tuple(zip(ids.tolist(), values.tolist()))))
+            else:
+                sampled.append(None)
+            if s.targets != NULL:
+                row = np.empty(s.count, np.float32)
+                memcpy(<void *><uintptr_t>row.ctypes.data, s.scores, s.count * 4)
+                scores.append(row)
+            else:
+                scores.append(None)
+            logits.append(rows)
+        times = None
+        if r.trace:
+            begin = np.empty((self.p.gang.n, n), np.uint64)
+            end = np.empty((self.p.gang.n, n), np.uint64)
+            memcpy(<void *><uintptr_t>begin.ctypes.data, r.op_begin, self.p.gang.n * n * 8)
+            memcpy(<void *><uintptr_t>end.ctypes.data, r.op_end, self.p.gang.n * n * 8)
+            to_ns = lambda x: r.begin_ns + ((x - r.begin_ticks).astype(np.int64) * ns_per_tick).astype(np.int64)
+            times = to_ns(begin), to_ns(end)
+        return StepResult(step.id, tuple(sampled), tuple(scores), tuple(logits), False, r.begin_ns, r.end_ns, kernel_ns,
+                          self.weight_bytes), times
+
+    def __dealloc__(self):
+        # the gang was closed before (it joins its threads after finishing what was posted)
+        if self.prepared:
+            pi2_program_free(&self.p)
+
+
+def sample(uintptr_t kernels, logits, sampling, counts, int64_t position):
+    """One draw by itself, for tests: as ``pi2rt.executors.reference_sampling.sample``. Returns (token, logprob)."""
+    cdef pi2_slot s
+    cdef float[::1] x = np.array(logits, np.float32)
+    cdef int32_t[::1] c = np.array(counts, np.int32)
+    cdef int64_t n = x.shape[0]
+    memset(&s, 0, sizeof(pi2_slot))
+    s.temperature, s.top_k, s.top_p, s.min_p = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+    s.repetition, s.presence, s.frequency = (sampling.repetition_penalty, sampling.presence_penalty,
+                                             sampling.frequency_penalty)
+    s.seed, s.logprobs = sampling.seed & 0xffffffffffffffff, min(0, sampling.logprobs)
+    ids = np.array([i for i, _ in sampling.logit_bias] or [0], np.int32)
+    values = np.array([v for _, v in sampling.logit_bias] or [0], np.float32)
+    cdef int32_t[::1] iv = ids
+    cdef float[::1] vv = values
+    s.n_bias, s.bias_ids, s.bias = len(sampling.logit_bias), &iv[0], &vv[0]
+    if sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty:
+        s.counts = &c[0]
+    cdef pi2_candidate *scratch = <pi2_candidate *>malloc(n * sizeof(pi2_candidate))
+    if scratch == NULL:
+        raise MemoryError("sample")
+    pick = pi2_sample(<const pi2_kernels *>kernels, &s, &x[0], n, position, NULL, scratch)
+    free(scratch)
+    return pick.token, pick.logprob

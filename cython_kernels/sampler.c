@@ -1,0 +1,121 @@
+#include "sampler.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+static uint64_t splitmix64(uint64_t z) { /* Steele, Lea, Flood, 2014 */
+  z += 0x9e3779b97f4a7c15u;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+  return z ^ z >> 31;
+}
+double pi2_uniform(uint64_t seed, uint64_t position) {
+  return (double)(splitmix64(seed ^ splitmix64(position)) >> 11) * 0x1p-53;
+}
+
+static void penalise(const pi2_slot *s, float *logits, int64_t vocab) {
+  for (int32_t i = 0; i < s->n_bias; i++) logits[s->bias_ids[i]] += s->bias[i];
+  if (!s->counts) return;
+  for (int64_t i = 0; i < vocab; i++) {
+    if (!s->counts[i]) continue;
+    float x = logits[i];
+    x = x > 0 ? x / s->repetition : x * s->repetition;
+    logits[i] = x - (s->presence + s->frequency * (float)s->counts[i]);
+  }
+}
+
+static int descending(const void *a, const void *b) {
+  const pi2_candidate *x = a, *y = b;
+  if (x->value != y->value) return x->value < y->value ? 1 : -1;
+  return x->id < y->id ? -1 : x->id > y->id;
+}
+
+/* The candidates within `range` of the largest value, sorted: the head of the full sorted list. */
+static int64_t collect(const float *x, int64_t vocab, float top, float range, pi2_candidate *out) {
+  int64_t n = 0;
+  float bound = top - range;
+  for (int64_t i = 0; i < vocab; i++) {
+    if (x[i] >= bound) out[n++] = (pi2_candidate){x[i], (int32_t)i};
+  }
+  qsort(out, (size_t)n, sizeof *out, descending);
+  return n;
+}
+
+/* Draws from logits/temperature. Sorting a whole vocabulary takes as long as a layer, so the sorted head is widened
+ * only until it holds all that the draw can reach. */
+static int32_t draw(const pi2_kernels *k, const pi2_slot *s, float *x, int64_t vocab, int64_t position,
+                    pi2_candidate *head) {
+  k->scale(x, 1.0f / s->temperature, x, vocab);
+  const float top = x[k->argmax(x, vocab)];
+  const double all = k->logsumexp(x, vocab), u = pi2_uniform(s->seed, (uint64_t)position);
+  for (float range = 12;; range *= 4) {
+    const int whole = range > 1e4f;
+    int64_t n = collect(x, vocab, top, whole ? INFINITY : range, head);
+    if (!whole && s->top_k && n < s->top_k && n < vocab) continue;
+    if (s->top_k && n > s->top_k) n = s->top_k;
+    double mass = 0, total = 1;
+    if (s->top_k) {
+      total = 0;
+      for (int64_t i = 0; i < n; i++) total += exp((double)head[i].value - all);
+    }
+    int64_t kept = 0;
+    const double floor_ = (double)s->min_p * exp((double)top - all);
+    int closed = s->top_k != 0 || n == vocab; /* no candidate beyond the head can matter */
+    while (kept < n) {
+      double p = exp((double)head[kept].value - all);
+      if (s->min_p > 0 && p < floor_) { closed = 1; break; }
+      mass += p;
+      kept++;
+      if (mass >= (double)s->top_p * total && s->top_p < 1) { closed = 1; break; }
+    }
+    /* without a cut-off the tail's mass is known without listing it */
+    const double target = u * (closed ? mass : total);
+    if (!closed && mass <= target && !whole) continue;
+    if (!closed && (s->top_p < 1 || s->min_p > 0) && !whole) continue; /* the cut lies beyond the head */
+    double sum = 0;
+    for (int64_t i = 0; i < kept; i++) {
+      sum += exp((double)head[i].value - all);
+      if (sum > target) return head[i].id;
+    }
+    return kept ? head[kept - 1].id : (int32_t)k->argmax(x, vocab);
+  }
+}
+
+static int32_t likeliest(const float *x, int64_t vocab, int32_t n, double all, pi2_pick *top) {
+  if (n > vocab) n = (int32_t)vocab;
+  for (int32_t have = 0; have < n; have++) { /* n is small: one pass each, ties by index */
+    int64_t best = -1;
+    for (int64_t i = 0; i < vocab; i++) {
+      if (best >= 0 && !(x[i] > x[best])) continue;
+      int taken = 0;
+      for (int32_t j = 0; j < have; j++) taken |= top[j].token == i;
+      if (!taken) best = i;
+    }
+    top[have] = (pi2_pick){(int32_t)best, (float)((double)x[best] - all)};
+  }
+  return n;
+}
+
+pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *s, float *logits, int64_t vocab, int64_t position, pi2_pick *top,
+                    pi2_candidate *scratch) {
+  pi2_pick pick = {0, NAN};
+  penalise(s, logits, vocab);
+  const int64_t best = k->argmax(logits, vocab);
+  double all = 0;
+  if (!isfinite(logits[best])) return (pi2_pick){-1, NAN}; /* broken weights: the caller raises */
+  if (s->logprobs >= 0) {
+    all = k->logsumexp(logits, vocab);
+    likeliest(logits, vocab, s->logprobs, all, top);
+  }
+  if (s->temperature <= 0) {
+    pick.token = (int32_t)best;
+    if (s->logprobs >= 0) pick.logprob = (float)((double)logits[best] - all);
+  } else {
+    double t = s->temperature;
+    pick.token = draw(k, s, logits, vocab, position, scratch); /* leaves logits/temperature behind */
+    if (s->logprobs >= 0) pick.logprob = (float)((double)logits[pick.token] * t - all);
+  }
+  if (s->counts) s->counts[pick.token]++;
+  s->last = pick.token;
+  return pick;
+}

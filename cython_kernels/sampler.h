@@ -1,0 +1,36 @@
+/* Picking a token, as executors/reference_sampling.py specifies it. */
+#ifndef PI2_SAMPLER_H
+#define PI2_SAMPLER_H
+#include <stdint.h>
+
+#include "kernels.h"
+
+typedef struct {
+  float temperature, top_p, min_p, repetition, presence, frequency;
+  int32_t top_k;
+  uint64_t seed;
+  int32_t logprobs;      /* -1: none; n: of the chosen and the n likeliest */
+  int32_t n_bias;
+  int32_t *bias_ids;     /* owned */
+  float *bias;           /* owned */
+  int32_t *counts;       /* owned, (vocab); NULL without penalties */
+  int32_t last;          /* the token sampled last */
+} pi2_slot;
+
+typedef struct {
+  int32_t token;
+  float logprob;
+} pi2_pick;
+
+/* Scratch for one row: candidate list. */
+typedef struct {
+  float value;
+  int32_t id;
+} pi2_candidate;
+
+/* logits (vocab) are changed in place. `position` is that of the sampled token. top: room for slot->logprobs picks;
+ * *n_top filled. scratch: vocab candidates. Updates slot->last and the counts. */
+pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *slot, float *logits, int64_t vocab, int64_t position, pi2_pick *top,
+                    pi2_candidate *scratch);
+double pi2_uniform(uint64_t seed, uint64_t position);
+#endif

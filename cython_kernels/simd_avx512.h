@@ -1,0 +1,176 @@
+/* Sixteen lanes as one AVX-512 register (F, BW, VL, DQ); PI2_VNNI adds vpdpbusd.
+ *
+ * Without VNNI the products go through vpmaddubsw (u8 x s8, pairs, 16-bit saturating). It never saturates here:
+ * activations lie in [-127, 127], so eight sums of 4-bit pairs reach 8*2*15*127 = 30480, four of 5-bit pairs
+ * 4*2*31*127 = 31496, two of 6-bit pairs 2*2*63*127 = 32004, one of |8-bit| pairs 2*128*127 = 32512, all < 32768. */
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef __m512 vf;
+typedef __m512i vi;
+typedef __m512i vb;
+
+static inline vf v_zero(void) { return _mm512_setzero_ps(); }
+static inline vf v_set(float a) { return _mm512_set1_ps(a); }
+static inline vf v_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void v_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
+static inline vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+static inline vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+static inline vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static inline vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+static inline vf v_abs(vf a) { return _mm512_abs_ps(a); }
+static inline vf v_rint(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline vf v_pow2(vf n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+static inline vf v_zero_below(vf a, vf x, float bound) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_GE_OQ), a);
+}
+static inline vf v_window(vf a, float b, int lo, int hi) {
+  uint32_t below_hi = hi >= 16 ? 0xffff : hi <= 0 ? 0 : (1u << hi) - 1;
+  uint32_t below_lo = lo >= 16 ? 0xffff : lo <= 0 ? 0 : (1u << lo) - 1;
+  return _mm512_mask_mov_ps(_mm512_set1_ps(b), (__mmask16)(below_hi & ~below_lo), a);
+}
+static inline float v_sum(vf a) {
+  __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+static inline float v_top(vf a) {
+  __m256 b = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  c = _mm_max_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_max_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+static inline vf v_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline vf v_load_bf16(const uint16_t *p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+static inline vf v_load_u8(const uint8_t *p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+static inline vf v_load_i8(const int8_t *p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+static inline void v_store_f16(uint16_t *p, vf a) {
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline vi v_to_int(vf a) { return _mm512_cvtps_epi32(a); }
+static inline void i_store_i8(int8_t *p, vi a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(a)); }
+static inline int32_t i_sum(vi a) { return _mm512_reduce_add_epi32(a); }
+static inline vf i_to_float(vi a) { return _mm512_cvtepi32_ps(a); }
+
+static inline vb b_load(const uint8_t *p) { return _mm512_load_si512(p); }
+static inline vb b_low(vb a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+static inline vb b_high(vb a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+static inline vb b_fifth(vb a, const uint8_t *word) {
+  __mmask64 m;
+  memcpy(&m, word, 8);
+  return _mm512_mask_add_epi8(a, m, a, _mm512_set1_epi8(16));
+}
+static inline vb b_sixth(vb a, vb top, int t) {
+  __m512i bits = t < 2 ? _mm512_slli_epi16(top, (unsigned)(4 - 2 * t)) : _mm512_srli_epi16(top, (unsigned)(2 * t - 4));
+  return _mm512_ternarylogic_epi32(a, bits, _mm512_set1_epi8(0x30), 0xf8); /* a | (bits & 0x30) */
+}
+
+static inline __m512i broadcast4(const int8_t *x) {
+  int32_t four;
+  memcpy(&four, x, 4);
+  return _mm512_set1_epi32(four);
+}
+typedef struct { __m512i s[2]; } v6scale;
+#ifdef PI2_VNNI
+static inline vi dot_u4(const vb w[8], const int8_t *x) {
+  vi a = _mm512_setzero_si512(), b = a; /* two chains: vpdpbusd takes five cycles */
+  for (int g = 0; g < 8; g += 2) {
+    a = _mm512_dpbusd_epi32(a, w[g], broadcast4(x + 4 * g));
+    b = _mm512_dpbusd_epi32(b, w[g + 1], broadcast4(x + 4 * g + 4));
+  }
+  return _mm512_add_epi32(a, b);
+}
+static inline vi dot_u5(const vb w[8], const int8_t *x) { return dot_u4(w, x); }
+static inline v6scale scale6_load(const int8_t *p) {
+  v6scale r = {{_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)),
+                _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p + 16)))}};
+  return r;
+}
+static inline vi dot_u6(const vb w[8], const int8_t *x, v6scale s, const int16_t *half_sums) {
+  /* start at -32 * sum(x): the offset costs nothing */
+  vi a = _mm512_set1_epi32(-32 * half_sums[0]), b = _mm512_set1_epi32(-32 * half_sums[1]);
+  for (int g = 0; g < 4; g++) {
+    a = _mm512_dpbusd_epi32(a, w[g], broadcast4(x + 4 * g));
+    b = _mm512_dpbusd_epi32(b, w[g + 4], broadcast4(x + 16 + 4 * g));
+  }
+  return _mm512_add_epi32(_mm512_mullo_epi32(a, s.s[0]), _mm512_mullo_epi32(b, s.s[1]));
+}
+#else
+static inline vi pairs(vi a) { return _mm512_madd_epi16(a, _mm512_set1_epi16(1)); }
+static inline vi dot_u4(const vb w[8], const int8_t *x) {
+  vi a = _mm512_maddubs_epi16(w[0], broadcast4(x)), b = _mm512_maddubs_epi16(w[1], broadcast4(x + 4));
+  for (int g = 2; g < 8; g += 2) {
+    a = _mm512_add_epi16(a, _mm512_maddubs_epi16(w[g], broadcast4(x + 4 * g)));
+    b = _mm512_add_epi16(b, _mm512_maddubs_epi16(w[g + 1], broadcast4(x + 4 * g + 4)));
+  }
+  return pairs(_mm512_add_epi16(a, b));
+}
+static inline vi dot_u5(const vb w[8], const int8_t *x) {
+  vi a = _mm512_maddubs_epi16(w[0], broadcast4(x)), b = _mm512_maddubs_epi16(w[4], broadcast4(x + 16));
+  for (int g = 1; g < 4; g++) {
+    a = _mm512_add_epi16(a, _mm512_maddubs_epi16(w[g], broadcast4(x + 4 * g)));
+    b = _mm512_add_epi16(b, _mm512_maddubs_epi16(w[g + 4], broadcast4(x + 16 + 4 * g)));
+  }
+  return _mm512_add_epi32(pairs(a), pairs(b));
+}
+static inline v6scale scale6_load(const int8_t *p) { /* each scale twice, as 16-bit factors of vpmaddwd */
+  v6scale r;
+  for (int h = 0; h < 2; h++) {
+    __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p + 16 * h)));
+    wide = _mm512_and_si512(wide, _mm512_set1_epi32(0xffff));
+    r.s[h] = _mm512_or_si512(wide, _mm512_slli_epi32(wide, 16));
+  }
+  return r;
+}
+static inline vi dot_u6(const vb w[8], const int8_t *x, v6scale s, const int16_t *half_sums) {
+  vi total = _mm512_setzero_si512();
+  for (int h = 0; h < 2; h++) {
+    for (int g = 0; g < 4; g += 2) {
+      const int8_t *y = x + 16 * h + 4 * g;
+      vi a = _mm512_add_epi16(_mm512_maddubs_epi16(w[4 * h + g], broadcast4(y)),
+                              _mm512_maddubs_epi16(w[4 * h + g + 1], broadcast4(y + 4)));
+      total = _mm512_add_epi32(total, _mm512_madd_epi16(a, s.s[h]));
+    }
+  }
+  /* minus 32 * (s0*sum0 + s1*sum1): interleave the two scales, one vpmaddwd */
+  vi both = _mm512_mask_mov_epi16(s.s[0], 0xaaaaaaaa, s.s[1]);
+  vi sums = _mm512_set1_epi32((int32_t)((uint32_t)(uint16_t)half_sums[0] | (uint32_t)(uint16_t)half_sums[1] << 16));
+  return _mm512_sub_epi32(total, _mm512_slli_epi32(_mm512_madd_epi16(both, sums), 5));
+}
+#endif
+/* |w| x (x with w's sign), so that the unsigned operand stays unsigned */
+static inline vi dot_s8(const vb w[8], const int8_t *x) {
+  vi total = _mm512_setzero_si512();
+  for (int g = 0; g < 8; g++) {
+    __m512i y = broadcast4(x + 4 * g);
+    y = _mm512_mask_sub_epi8(y, _mm512_movepi8_mask(w[g]), _mm512_setzero_si512(), y);
+#ifdef PI2_VNNI
+    total = _mm512_dpbusd_epi32(total, _mm512_abs_epi8(w[g]), y);
+#else
+    total = _mm512_add_epi32(total, pairs(_mm512_maddubs_epi16(_mm512_abs_epi8(w[g]), y)));
+#endif
+  }
+  return total;
+}
+static inline void v_prefetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+static inline uint64_t read_256(const uint8_t *p) {
+  __m512i a = _mm512_xor_si512(_mm512_load_si512(p), _mm512_load_si512(p + 64));
+  __m512i b = _mm512_xor_si512(_mm512_load_si512(p + 128), _mm512_load_si512(p + 192));
+  a = _mm512_xor_si512(a, b);
+  __m256i c = _mm256_xor_si256(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+  __m128i d = _mm_xor_si128(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1));
+  return (uint64_t)_mm_cvtsi128_si64(d) ^ (uint64_t)_mm_extract_epi64(d, 1);
+}
+#define PI2_TILE 8
