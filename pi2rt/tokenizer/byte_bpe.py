@@ -1,0 +1,110 @@
+"""Byte-level BPE from a GGUF vocabulary, run by the ``tokenizers`` library."""
+
+from __future__ import annotations
+
+import logging
+
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+from pi2rt._errors import ModelFormatError, UnsupportedModelError
+from pi2rt.tokenizer.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from pi2rt.tokenizer.special_splitter import SpecialSplitter
+from pi2rt.tokenizer.vocabulary import PREFIX, TokenKind, Vocabulary
+
+_log = logging.getLogger(__name__)
+
+
+class ByteBpe:
+    """Encodes text as its vocabulary says; special tokens per call.
+
+    Raises:
+        ModelFormatError: a merge joins what are not tokens, or makes what is not one.
+        UnsupportedModelError: the name of the split is unknown.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.pre = pre_tokenizer_of(vocabulary)
+        self._engine = Tokenizer(_model(vocabulary, self.pre))
+        # `tokenizers` bounds neither the time nor the stack of its regular expressions; these are ours, and linear
+        self._engine.pre_tokenizer = Sequence(
+            [Split(Regex(pattern), "isolated") for pattern in self.pre.patterns]
+            + [ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        if self.pre.nfc:
+            self._engine.normalizer = NFC()
+        user_defined = dict(vocabulary.of_kind(TokenKind.USER_DEFINED))
+        control = dict(vocabulary.of_kind(TokenKind.CONTROL, TokenKind.UNKNOWN))
+        self._splitters = (SpecialSplitter(user_defined), SpecialSplitter(user_defined | control))
+
+    def encode(self, text: str, parse_special: bool) -> list[int]:
+        ids: list[int] = []
+        for piece in self._splitters[parse_special].split(text):
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                ids += self._engine.encode(piece, add_special_tokens=False).ids
+        return ids
+
+
+def pre_tokenizer_of(vocabulary: Vocabulary) -> PreTokenizer:
+    """The split of a vocabulary's family.
+
+    Raises:
+        UnsupportedModelError: its name is unknown.
+    """
+    if vocabulary.pre is None:
+        _log.warning(
+            "%s: no %spre; text is split as converters did before they wrote it, which may not be how this model "
+            "was trained. Convert the model again for correct tokens.",
+            vocabulary.path,
+            PREFIX,
+        )
+        return PRE_TOKENIZERS["default"]
+    pre = PRE_TOKENIZERS.get(vocabulary.pre)
+    if pre is None:
+        raise UnsupportedModelError(
+            vocabulary.path,
+            PREFIX + "pre",
+            f"is {vocabulary.pre[:80]!r}, a way to split text that pi2rt does not know, and a wrong one would change "
+            f"tokens silently",
+        )
+    return pre
+
+
+def _model(vocabulary: Vocabulary, pre: PreTokenizer) -> BPE:
+    merges = vocabulary.merges
+    # one join and one split over all of them are several times faster than a split of each
+    parts = " ".join(merges).split(" ") if merges else []
+    if len(parts) != 2 * len(merges) or not all(" " in merge for merge in merges):
+        index, merge = next((i, merge) for i, merge in enumerate(merges) if merge.count(" ") != 1)
+        raise vocabulary.error("merges", f"entry {index} is {merge[:80]!r}, not two tokens and a space")
+    ids = dict(vocabulary.ids)
+    if pre.ignore_merges:
+        # or a word of a user's text that is spelled like a control token would become it
+        for text, id_ in vocabulary.of_kind(TokenKind.CONTROL, TokenKind.UNKNOWN):
+            if ids.get(text) == id_:
+                del ids[text]
+    try:
+        return BPE(
+            vocab=ids,
+            merges=list(zip(parts[::2], parts[1::2], strict=True)),
+            ignore_merges=pre.ignore_merges,
+        )
+    except Exception as error:  # the library's errors have no type of their own
+        raise _explain(vocabulary, ids, parts, error) from error
+
+
+def _explain(
+    vocabulary: Vocabulary, ids: dict[str, int], parts: list[str], error: Exception
+) -> ModelFormatError:
+    for index in range(len(parts) // 2):
+        left, right = parts[2 * index : 2 * index + 2]
+        for token in (left, right, left + right):
+            if token not in ids:
+                return vocabulary.error(
+                    "merges", f"entry {index}, {left[:80]!r} + {right[:80]!r}: {token[:80]!r} is not a token"
+                )
+    return vocabulary.error("merges", f"are refused: {error}")

@@ -1,0 +1,223 @@
+"""The tokenizer of a Hugging Face directory: tokenizer.json, run by ``tokenizers``, and what stands beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from tokenizers import Tokenizer as Engine
+
+from pi2rt._errors import ModelFormatError, TemplateError, UnsupportedModelError
+from pi2rt.tokenizer import byte_level
+from pi2rt.tokenizer.chat_template import MAX_SOURCE_CHARACTERS, ChatTemplate
+from pi2rt.tokenizer.end_tokens import end_of_turn_ids
+from pi2rt.tokenizer.tokenizer import Tokenizer
+from pi2rt.tokenizer.vocabulary import MAX_TOKENS
+
+MAX_TOKENIZER_BYTES = 128 << 20  # Gemma's 262,144 tokens take 33 MB
+MAX_CONFIG_BYTES = 8 << 20
+
+_TOKENIZER, _CONFIG, _GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+
+
+def load_huggingface_tokenizer(directory: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer in a directory.
+
+    Args:
+        directory: it holds tokenizer.json, and may hold tokenizer_config.json, generation_config.json and
+            chat_template.jinja.
+        config: what its config.json says.
+
+    Raises:
+        ModelFormatError: one of the files is malformed; the message names it.
+        UnsupportedModelError: there is no tokenizer.json, or its tokens are spelled in a way pi2rt does not have.
+    """
+    return _Loader(directory, config).load()
+
+
+class _Encoder:
+    def __init__(self, path: Path, engine: Engine) -> None:
+        self._path, self._engine = path, engine
+        self._lock = Lock()  # whether special tokens are recognised is a property of the engine
+
+    def encode(self, text: str, parse_special: bool) -> list[int]:
+        with self._lock:
+            self._engine.encode_special_tokens = not parse_special
+            try:
+                ids: list[int] = self._engine.encode(text, add_special_tokens=False).ids
+            except Exception as error:  # the library's errors have no type of their own
+                raise ModelFormatError(self._path, "file", f"cannot encode with it: {error}") from error
+            return ids
+
+    def ends(self) -> tuple[list[int], list[int]]:
+        """What the file's own template puts before and after a text."""
+        encoding = self._engine.encode("a", add_special_tokens=True)
+        added = encoding.special_tokens_mask
+        text = [index for index, is_added in enumerate(added) if not is_added]
+        if not text:
+            return [], []
+        return encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]
+
+
+class _Loader:
+    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        self._directory, self._model_config = directory, config
+        self._path = directory / _TOKENIZER
+        if not self._path.is_file():
+            raise UnsupportedModelError(
+                directory, _TOKENIZER, "is missing; convert the model's tokenizer to it with transformers"
+            )
+        self._engine = self._read_engine()
+        self._config = self._read_json(_CONFIG)
+        self._generation = self._read_json(_GENERATION)
+        self._ids: dict[str, int] = self._engine.get_vocab(with_added_tokens=True)
+        self._added = self._engine.get_added_tokens_decoder()
+
+    def load(self) -> Tokenizer:
+        decoders = list(self._decoders())
+        kinds = {decoder.get("type") for decoder in decoders}
+        is_byte_level = "ByteLevel" in kinds
+        if not is_byte_level and not kinds & {"Metaspace", "Replace", "ByteFallback"}:
+            raise UnsupportedModelError(
+                self._path,
+                "decoder",
+                f"is {sorted(map(str, kinds))}; pi2rt has byte-level BPE and SentencePiece's spelling of tokens",
+            )
+        encoder = _Encoder(self._path, self._engine)
+        prefix, suffix = encoder.ends()
+        bos_id = self._special("bos_token")
+        eos_id = self._special("eos_token")
+        control = {token.content: id_ for id_, token in self._added.items() if token.special}
+        ends = end_of_turn_ids(control) | set(self._eos_ids()) | ({eos_id} if eos_id is not None else set())
+        vocab_size = self._vocab_size()
+        return Tokenizer(
+            encoder,
+            partial(_spell, self._engine, frozenset(self._added), is_byte_level),
+            vocab_size=vocab_size,
+            special_ids=frozenset(control.values()),
+            bos_id=bos_id,
+            eos_ids=frozenset(id_ for id_ in ends if id_ < vocab_size),
+            prefix_ids=self._overruled("add_bos_token", bos_id, prefix),
+            suffix_ids=self._overruled("add_eos_token", eos_id, suffix),
+            strip_space=any(map(_strips_space, decoders)),
+            chat_template=self._chat_template,
+        )
+
+    def _read_engine(self) -> Engine:
+        data = self._read(_TOKENIZER, MAX_TOKENIZER_BYTES)
+        try:
+            return Engine.from_str(data)
+        except BaseException as error:  # a panic of the library's is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ModelFormatError(self._path, "file", f"is not a tokenizer: {error}") from None
+
+    def _read(self, name: str, limit: int) -> str:
+        path = self._directory / name
+        try:
+            with path.open("rb") as file:
+                data = file.read(limit + 1)
+            text = data.decode()
+        except OSError as error:
+            raise ModelFormatError(path, "file", f"cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ModelFormatError(path, "file", f"is not UTF-8 at byte {error.start}") from None
+        if len(data) > limit:
+            raise ModelFormatError(path, "file", f"has more than the {limit} bytes allowed")
+        return text
+
+    def _read_json(self, name: str) -> Mapping[str, Any]:
+        if not (self._directory / name).is_file():
+            return {}
+        try:
+            value = json.loads(self._read(name, MAX_CONFIG_BYTES))
+        except (ValueError, RecursionError) as error:
+            raise ModelFormatError(self._directory / name, "file", f"is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ModelFormatError(self._directory / name, "file", "is not a JSON object")
+        return value
+
+    def _decoders(self) -> Iterator[dict[str, Any]]:
+        """The decoder's parts, in order."""
+        decoder = self._engine.decoder
+        if decoder is None:
+            return
+        state = json.loads(decoder.__getstate__())
+        yield from state["decoders"] if state.get("type") == "Sequence" else [state]
+
+    def _vocab_size(self) -> int:
+        """Above every id, and no smaller than the model's own, which may have rows for tokens that do not exist."""
+        size = max(self._ids.values(), default=-1) + 1
+        nested = self._model_config.get("text_config")
+        for config in (self._model_config, nested if isinstance(nested, Mapping) else {}):
+            declared = config.get("vocab_size")
+            if type(declared) is int:
+                size = max(size, declared)
+        if not 0 < size <= MAX_TOKENS:
+            raise ModelFormatError(self._path, "vocab", f"has ids up to {size - 1}; {MAX_TOKENS} are allowed")
+        return size
+
+    def _text(self, key: str) -> str:
+        """A special token's text, as tokenizer_config.json has it: plain, or an object."""
+        value = self._config.get(key)
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        return value if isinstance(value, str) else ""
+
+    def _special(self, key: str) -> int | None:
+        id_ = self._ids.get(self._text(key))
+        if id_ is None:
+            declared = self._model_config.get(f"{key}_id")
+            if type(declared) is int and declared in self._ids.values():
+                return declared
+        return id_
+
+    def _eos_ids(self) -> Iterator[int]:
+        for config in (self._model_config, self._generation):
+            value = config.get("eos_token_id")
+            for id_ in value if isinstance(value, list) else [value]:
+                if type(id_) is int and id_ >= 0:
+                    yield id_
+
+    def _overruled(self, key: str, id_: int | None, default: list[int]) -> list[int]:
+        """tokenizer_config.json overrules the template in tokenizer.json, as it does in transformers."""
+        wanted = self._config.get(key)
+        if type(wanted) is not bool:
+            return default
+        return [id_] if wanted and id_ is not None else []
+
+    def _chat_template(self) -> ChatTemplate | None:
+        source = self._config.get("chat_template")
+        if (self._directory / "chat_template.jinja").is_file():
+            source = self._read("chat_template.jinja", 4 * MAX_SOURCE_CHARACTERS)
+        if isinstance(source, list):
+            named = {
+                entry.get("name"): entry.get("template") for entry in source if isinstance(entry, Mapping)
+            }
+            source = named.get("default")
+        if source is None:
+            return None
+        if not isinstance(source, str):
+            raise TemplateError(f"{self._directory / _CONFIG}: chat_template: is not a string")
+        return ChatTemplate(source, bos_token=self._text("bos_token"), eos_token=self._text("eos_token"))
+
+
+def _spell(engine: Engine, added: frozenset[int], is_byte_level: bool, id_: int) -> bytes:
+    token = engine.id_to_token(id_)
+    if token is None:
+        return b""  # a row of the model's that no token has
+    if id_ in added:
+        return bytes(token.encode())
+    if is_byte_level:
+        return byte_level.token_bytes(token)
+    return byte_level.hexadecimal_byte(token) or byte_level.unescape_spaces(token)
+
+
+def _strips_space(decoder: dict[str, Any]) -> bool:
+    if decoder.get("type") == "Metaspace":
+        return decoder.get("prepend_scheme", "always") != "never"
+    return decoder.get("type") == "Strip" and decoder.get("content") == " " and decoder.get("start", 0) > 0

@@ -1,0 +1,143 @@
+"""Text to token ids and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Protocol
+
+from pi2rt._errors import RequestError
+from pi2rt.tokenizer.chat_template import ChatTemplate
+from pi2rt.tokenizer.detokenizer import Detokenizer
+
+
+class Encoder(Protocol):
+    """What turns text into ids, without the tokens a file asks for at both ends. Called from several threads."""
+
+    def encode(self, text: str, parse_special: bool) -> list[int]: ...
+
+
+class Tokenizer:
+    """The vocabulary of one model. Made by ``load_tokenizer``; safe to use from several threads.
+
+    Args:
+        encoder: turns text into ids.
+        spell: the bytes of a token; called once for each.
+        vocab_size: ids are below it.
+        special_ids: control and unknown tokens.
+        bos_id: the token a text begins with, if the vocabulary has one.
+        eos_ids: tokens that end a generation.
+        prefix_ids, suffix_ids: what ``add_special`` puts at both ends.
+        strip_space: whether encoding puts a space before text, for decoding to take away.
+        chat_template: makes the chat template at its first use, if there is one; a bad one harms nobody before.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        spell: Callable[[int], bytes],
+        *,
+        vocab_size: int,
+        special_ids: frozenset[int],
+        bos_id: int | None,
+        eos_ids: frozenset[int],
+        prefix_ids: Sequence[int],
+        suffix_ids: Sequence[int],
+        strip_space: bool,
+        chat_template: Callable[[], ChatTemplate | None],
+    ) -> None:
+        self.vocab_size, self.bos_id, self.eos_ids = vocab_size, bos_id, eos_ids
+        self._encoder, self._spell = encoder, spell
+        self._special_ids = special_ids
+        self._prefix_ids, self._suffix_ids = tuple(prefix_ids), tuple(suffix_ids)
+        self._strip_space = strip_space
+        self._make_chat_template = chat_template
+        self._pieces: list[bytes | None] = [None] * vocab_size
+        self._shown: list[bytes | None] = [None] * vocab_size
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The model's chat template.
+
+        Raises:
+            TemplateError: there is one, and it is invalid or too large.
+        """
+        return self._make_chat_template()
+
+    def encode(self, text: str, *, parse_special: bool = False, add_special: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any text; a rendered chat wants ``parse_special=True, add_special=False``, since its template wrote
+                the control tokens, the one at the beginning too.
+            parse_special: whether text that is spelled like a control token becomes that token. Never for text from
+                users, who could end their turn and begin another's.
+            add_special: whether to add the tokens at the beginning and end that the model's file asks for.
+
+        Raises:
+            RequestError: the text has surrogates, so it cannot be written as UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start} and is not "
+                f"valid Unicode; decode its bytes with errors='replace'"
+            ) from None
+        ids = self._encoder.encode(text, parse_special)
+        return [*self._prefix_ids, *ids, *self._suffix_ids] if add_special else ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True, continuation: bool = False) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: token ids.
+            skip_special: whether to leave out control tokens.
+            continuation: whether other text stands before this one, so that a space at its beginning is one.
+
+        Raises:
+            RequestError: the vocabulary has no such id.
+        """
+        data = b"".join(map(self._shown_bytes if skip_special else self.token_bytes, ids))
+        if self._strip_space and not continuation:
+            data = data.removeprefix(b" ")
+        return data.decode(errors="replace")
+
+    def detokenizer(self, *, skip_special: bool = True, continuation: bool = False) -> Detokenizer:
+        """``decode`` for ids that come one by one."""
+        piece = self._shown_bytes if skip_special else self.token_bytes
+        return Detokenizer(piece, self._strip_space and not continuation)
+
+    def token_bytes(self, id_: int) -> bytes:
+        """The bytes a token stands for; a control token's are its name.
+
+        Raises:
+            RequestError: the vocabulary has no such id.
+        """
+        self._check(id_)
+        piece = self._pieces[id_]
+        if piece is None:
+            piece = self._pieces[id_] = self._spell(id_)
+        return piece
+
+    def is_special(self, id_: int) -> bool:
+        """Whether a token is a control token (or the unknown one), and no text.
+
+        Raises:
+            RequestError: the vocabulary has no such id.
+        """
+        self._check(id_)
+        return id_ in self._special_ids
+
+    def _shown_bytes(self, id_: int) -> bytes:
+        if 0 <= id_ < self.vocab_size:
+            piece = self._shown[id_]
+            if piece is not None:
+                return piece
+        piece = b"" if self.is_special(id_) else self.token_bytes(id_)
+        self._shown[id_] = piece
+        return piece
+
+    def _check(self, id_: int) -> None:
+        if not 0 <= id_ < self.vocab_size:
+            raise RequestError(f"token id {id_} is outside the vocabulary of {self.vocab_size} tokens")
