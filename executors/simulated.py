@@ -142,6 +142,7 @@ class SimulatedExecutor:
         self._faults = faults
         self._cache: SimulatedCache | None = None  # while open
         self._vocab_size = self._max_tokens = 0
+        self._free_at = 0.0  # when the last step that was waited for ended
         self._epoch_ns = 0  # perf_counter_ns at Trio's time 0
         self._queue: deque[_Running] = deque()
         self._changed = trio.lowlevel.ParkingLot()  # wait waits here, until a deadline or a change of it
@@ -202,6 +203,7 @@ class SimulatedExecutor:
             if scope.cancelled_caught:  # not a comparison of times: those are rounded
                 break
         self._queue.popleft()
+        self._free_at = head.ends
         spent_ns = round((head.ends - head.starts) * 1e9)
         self._steps += 1
         self._tokens += head.step.tokens
@@ -262,7 +264,7 @@ class SimulatedExecutor:
 
     def _schedule(self) -> None:
         """Lays the steps in flight end to end."""
-        free_at = 0.0
+        free_at = self._free_at
         for running in self._queue:
             running.starts = max(running.submitted, free_at)
             running.ends = free_at = running.starts + running.cost

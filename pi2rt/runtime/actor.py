@@ -352,7 +352,7 @@ class Actor:
         try:
             if old is not None:
                 await self._retire(old)
-            while self._failures[0] < trio.current_time() - FAILURE_WINDOW:
+            while self._failures[0] <= trio.current_time() - FAILURE_WINDOW:
                 self._failures.popleft()
             if len(self._failures) > MAX_FAILURES:
                 raise ExecutorError(

@@ -78,13 +78,16 @@ async def test_steps_take_their_time_one_after_another(autojump_clock: trio.test
     executor.submit(Step(2, (Slice(1, 0, ids(1), ids(1, 2, 3, 4)),), (bind(1),)))
     first = await executor.wait()
     assert trio.current_time() == 10.0
+    executor.submit(Step(3, (Slice(1, 4, ids(1), ids(5)),)))  # does not move the one before
     second = await executor.wait()
     assert trio.current_time() == 14.0
+    await executor.wait()
+    assert trio.current_time() == 16.5
     assert first.finished_ns - first.started_ns == 3_000_000_000
     assert second.started_ns == first.finished_ns
     assert second.finished_ns - second.started_ns == 4_000_000_000
-    assert executor.statistics().busy_ns == 7_000_000_000
-    assert executor.statistics().tokens == 6
+    assert executor.statistics().busy_ns == 9_500_000_000
+    assert executor.statistics().tokens == 7
 
 
 async def test_real_time_is_perf_counter() -> None:
