@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from itertools import repeat
+from operator import contains
 
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import BPE
@@ -28,7 +30,8 @@ class ByteBpe:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.pre = pre_tokenizer_of(vocabulary)
         self._engine = Tokenizer(_model(vocabulary, self.pre))
-        # `tokenizers` bounds neither the time nor the stack of its regular expressions; these are ours, and linear
+        # `tokenizers` bounds neither the time nor the stack of its regular expressions; these are ours, and
+        # linear
         self._engine.pre_tokenizer = Sequence(
             [Split(Regex(pattern), "isolated") for pattern in self.pre.patterns]
             + [ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -57,8 +60,8 @@ def pre_tokenizer_of(vocabulary: Vocabulary) -> PreTokenizer:
     """
     if vocabulary.pre is None:
         _log.warning(
-            "%s: no %spre; text is split as converters did before they wrote it, which may not be how this model "
-            "was trained. Convert the model again for correct tokens.",
+            "%s: no %spre; text is split as converters did before they wrote it, which may not be how this "
+            "model was trained. Convert the model again for correct tokens.",
             vocabulary.path,
             PREFIX,
         )
@@ -68,8 +71,8 @@ def pre_tokenizer_of(vocabulary: Vocabulary) -> PreTokenizer:
         raise UnsupportedModelError(
             vocabulary.path,
             PREFIX + "pre",
-            f"is {vocabulary.pre[:80]!r}, a way to split text that pi2rt does not know, and a wrong one would change "
-            f"tokens silently",
+            f"is {vocabulary.pre[:80]!r}, a way to split text that pi2rt does not know, and a wrong one "
+            f"would change tokens silently",
         )
     return pre
 
@@ -78,7 +81,7 @@ def _model(vocabulary: Vocabulary, pre: PreTokenizer) -> BPE:
     merges = vocabulary.merges
     # one join and one split over all of them are several times faster than a split of each
     parts = " ".join(merges).split(" ") if merges else []
-    if len(parts) != 2 * len(merges) or not all(" " in merge for merge in merges):
+    if len(parts) != 2 * len(merges) or not all(map(contains, merges, repeat(" "))):
         index, merge = next((i, merge) for i, merge in enumerate(merges) if merge.count(" ") != 1)
         raise vocabulary.error("merges", f"entry {index} is {merge[:80]!r}, not two tokens and a space")
     ids = dict(vocabulary.ids)

@@ -1,7 +1,8 @@
 """How vocabularies spell bytes as characters: GPT-2's way, and SentencePiece's.
 
-GPT-2 (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners") writes each of the 256 bytes as one
-printable character. SentencePiece writes text, with U+2581 for a space, and has ``<0x41>`` for a byte.
+GPT-2 (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners") writes each of the 256
+bytes as one printable character. SentencePiece writes text, with U+2581 for a space, and has ``<0x41>`` for a
+byte.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ _HEXADECIMAL = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _spelling() -> tuple[str, ...]:
-    """The character of every byte: itself where that is printable and not a space, otherwise the next from U+0100 on."""
+    """The character of every byte: itself where that is printable and not a space, otherwise the next from
+    U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     characters, unused = [], 0x100
     for byte in range(256):

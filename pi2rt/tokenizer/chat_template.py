@@ -17,8 +17,8 @@ _MAX_MESSAGE = 500  # of what a template says about itself
 
 
 class ChatTemplate:
-    """A compiled template. Templates come from model files and are not trusted: they see what they are given and
-    nothing else, and one that runs too long, or makes too much, ends in an error.
+    """A compiled template. Templates come from model files and are not trusted: they see what they are given
+    and nothing else, and one that runs too long, or makes too much, ends in an error.
 
     Args:
         source: Jinja, with the settings and functions that transformers gives it (``raise_exception``,

@@ -9,8 +9,8 @@ _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class Detokenizer:
-    """Turns a stream of token ids into text. What ``push`` and then ``flush`` return, joined, is what ``decode``
-    returns for all ids at once; bytes that are not UTF-8 become U+FFFD.
+    """Turns a stream of token ids into text. What ``push`` and then ``flush`` return, joined, is what
+    ``decode`` returns for all ids at once; bytes that are not UTF-8 become U+FFFD.
 
     Args:
         piece: the bytes of a token, empty for those to leave out.

@@ -1,4 +1,5 @@
-"""The tokenizer of a Hugging Face directory: tokenizer.json, run by ``tokenizers``, and what stands beside it."""
+"""The tokenizer of a Hugging Face directory: tokenizer.json, run by ``tokenizers``, and what stands beside
+it."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def load_huggingface_tokenizer(directory: Path, config: Mapping[str, Any]) -> To
 
     Raises:
         ModelFormatError: one of the files is malformed; the message names it.
-        UnsupportedModelError: there is no tokenizer.json, or its tokens are spelled in a way pi2rt does not have.
+        UnsupportedModelError: there is no tokenizer.json, or its tokens are spelled in a way pi2rt does not
+            have.
     """
     return _Loader(directory, config).load()
 
@@ -85,7 +87,7 @@ class _Loader:
             raise UnsupportedModelError(
                 self._path,
                 "decoder",
-                f"is {sorted(map(str, kinds))}; pi2rt has byte-level BPE and SentencePiece's spelling of tokens",
+                f"is {sorted(map(str, kinds))}; pi2rt has byte-level BPE and SentencePiece's spelling",
             )
         encoder = _Encoder(self._path, self._engine)
         prefix, suffix = encoder.ends()
@@ -150,7 +152,8 @@ class _Loader:
         yield from state["decoders"] if state.get("type") == "Sequence" else [state]
 
     def _vocab_size(self) -> int:
-        """Above every id, and no smaller than the model's own, which may have rows for tokens that do not exist."""
+        """Above every id, and no smaller than the model's own, which may have rows for tokens that do not
+        exist."""
         size = max(self._ids.values(), default=-1) + 1
         nested = self._model_config.get("text_config")
         for config in (self._model_config, nested if isinstance(nested, Mapping) else {}):
@@ -220,4 +223,4 @@ def _spell(engine: Engine, added: frozenset[int], is_byte_level: bool, id_: int)
 def _strips_space(decoder: dict[str, Any]) -> bool:
     if decoder.get("type") == "Metaspace":
         return decoder.get("prepend_scheme", "always") != "never"
-    return decoder.get("type") == "Strip" and decoder.get("content") == " " and decoder.get("start", 0) > 0
+    return decoder.get("type") == "Strip" and decoder.get("content") == " " and bool(decoder.get("start"))

@@ -16,8 +16,8 @@ _TEMPLATE_KEY = "tokenizer.chat_template"
 
 
 def load_tokenizer(file: MetadataSource) -> Tokenizer:
-    """The tokenizer of an open model file: from the metadata of a GGUF file, or from the tokenizer.json that lies in a
-    Hugging Face directory. Takes about 0.1 s for 50,000 tokens.
+    """The tokenizer of an open model file: from the metadata of a GGUF file, or from the tokenizer.json that
+    lies in a Hugging Face directory. Takes about 0.1 s for 50,000 tokens.
 
     Args:
         file: a ``ModelFile``; only its ``path`` and ``metadata`` are read.

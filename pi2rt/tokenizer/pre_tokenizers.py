@@ -1,7 +1,8 @@
 """How each family of byte-level BPE splits text before merging: ``tokenizer.ggml.pre`` by name.
 
-A wrong split changes tokens silently, so an unknown name is an error. The expressions are the ones of each family's own
-tokenizer.json, in Oniguruma's syntax, which ``tokenizers`` runs; the names are those that GGUF converters write.
+A wrong split changes tokens silently, so an unknown name is an error. The expressions are the ones of each
+family's own tokenizer.json, in Oniguruma's syntax, which ``tokenizers`` runs; the names are those that GGUF
+converters write.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """Splits applied one after the other, each to the pieces of the one before; text between matches is a piece too.
+    """Splits applied one after the other, each to the pieces of the one before; text between matches is a
+    piece too.
 
-    ``ignore_merges``: a piece that is a token as it stands is not merged up to it. ``add_bos`` where the file does not
-    say. ``nfc``: text is brought to Unicode's normal form C first.
+    ``ignore_merges``: a piece that is a token as it stands is not merged up to it. ``add_bos`` where the file
+    does not say. ``nfc``: text is brought to Unicode's normal form C first.
     """
 
     patterns: tuple[str, ...]

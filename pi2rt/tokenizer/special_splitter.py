@@ -18,7 +18,8 @@ class SpecialSplitter:
     """
 
     def __init__(self, tokens: Mapping[str, int]) -> None:
-        # the matching itself is the Aho-Corasick automaton of `tokenizers`; its model has one word for all other text
+        # the matching itself is the Aho-Corasick automaton of `tokenizers`; its model has one word for all
+        # other text
         self._matcher = Tokenizer(WordLevel({"": _TEXT}, unk_token=""))
         self._matcher.add_tokens([AddedToken(text, normalized=False) for text in tokens])
         self._ids = (-1, *tokens.values())

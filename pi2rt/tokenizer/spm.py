@@ -1,8 +1,8 @@
 """SentencePiece's BPE from a GGUF vocabulary: neighbours merge, best score first.
 
-Kudo and Richardson, 2018, "SentencePiece: A simple and language independent subword tokenizer"; the reference is
-bpe_model.cc of google/sentencepiece. Of equal scores the leftmost pair merges first, which ranked merge lists cannot
-say: therefore an encoder of our own, and not the one of ``tokenizers``.
+Kudo and Richardson, 2018, "SentencePiece: A simple and language independent subword tokenizer"; the reference
+is bpe_model.cc of google/sentencepiece. Of equal scores the leftmost pair merges first, which ranked merge
+lists cannot say: therefore an encoder of our own, and not the one of ``tokenizers``.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _CACHED_CHARACTERS = 32  # of a chunk; longer ones hardly come twice
 
 
 # what a vocabulary holds beside pieces of text; a user who types "<s>" gets those three characters
-_NEVER_TEXT = frozenset((TokenKind.UNKNOWN, TokenKind.CONTROL, TokenKind.BYTE))
+_NEVER_TEXT = (TokenKind.UNKNOWN, TokenKind.CONTROL, TokenKind.BYTE)
 
 
 class Spm:
     """Encodes text as its vocabulary says; special tokens per call.
 
-    A character that is no token becomes the tokens of its UTF-8 bytes, or the unknown token where the vocabulary has
-    no byte tokens.
+    A character that is no token becomes the tokens of its UTF-8 bytes, or the unknown token where the
+    vocabulary has no byte tokens.
 
     Raises:
         ModelFormatError: some of the byte tokens are missing, or all of them and the unknown token too.
@@ -39,11 +39,10 @@ class Spm:
     def __init__(self, vocabulary: Vocabulary) -> None:
         scores = vocabulary.scores
         assert scores is not None
-        self._ids = {
-            text: id_ for text, id_ in vocabulary.ids.items() if vocabulary.kinds[id_] not in _NEVER_TEXT
-        }
+        never = set(np.flatnonzero(np.isin(vocabulary.kinds, _NEVER_TEXT)).tolist())
+        self._ids = {text: id_ for text, id_ in vocabulary.ids.items() if id_ not in never}
         # scores as ranks: equal scores keep equal ranks, and a rank and two positions pack into one integer
-        order = np.unique([-scores[id_] for id_ in self._ids.values()], return_inverse=True)[1]
+        order = np.unique(-scores[list(self._ids.values())], return_inverse=True)[1]
         self._ranks = {
             text: rank for text, rank in zip(self._ids, order.tolist(), strict=True) if len(text) > 1
         }
@@ -90,8 +89,8 @@ class Spm:
             ids += known
 
     def _cuts(self, text: str) -> list[int]:
-        """Ends of chunks that cannot merge with each other, 0 first: two characters that are neighbours in no token
-        stay apart whatever merges around them. Makes words of most text, which then repeat."""
+        """Ends of chunks that cannot merge with each other, 0 first: two characters that are neighbours in no
+        token stay apart whatever merges around them. Makes words of most text, which then repeat."""
         pairs = _pairs(text)
         at = np.searchsorted(self._pairs, pairs)
         apart = self._pairs[np.minimum(at, self._pairs.size - 1)] != pairs
@@ -159,7 +158,7 @@ def _neighbours(pieces: Iterable[str]) -> npt.NDArray[np.int64]:
 
 def _byte_tokens(vocabulary: Vocabulary) -> list[int] | None:
     """The token of each byte, or None where there are no byte tokens."""
-    found = {text: id_ for text, id_ in vocabulary.of_kind(TokenKind.BYTE)}
+    found = dict(vocabulary.of_kind(TokenKind.BYTE))
     names = [f"<0x{byte:02X}>" for byte in range(256)]
     tokens = [found[name] for name in names if name in found]
     if tokens and len(tokens) < 256:

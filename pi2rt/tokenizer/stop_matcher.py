@@ -10,8 +10,9 @@ from pi2rt._errors import RequestError
 class StopMatcher:
     """Lets text through up to the first stop string, and holds back what may be the beginning of one.
 
-    The result does not depend on how the text is cut: the stop string that is complete first ends it, the longest of
-    those that end at the same character. Knuth, Morris and Pratt, 1977; constant time per character and stop string.
+    The result does not depend on how the text is cut: the stop string that is complete first ends it, the
+    longest of those that end at the same character. Knuth, Morris and Pratt, 1977; constant time per
+    character and stop string.
 
     Args:
         stops: strings to stop at. With none, all text passes at once.

@@ -1,9 +1,9 @@
 """What one rendering of a chat template may use up: time, memory, output.
 
-A template is a program from a model file, so from anywhere. Jinja's sandbox keeps it away from Python, but not from
-loops, nor from ``'a' * 10**9``. A thread cannot be stopped from outside and a process per chat turn is too slow;
-instead everything a template does that can loop or grow goes through here (``template_sandbox``), and each single
-operation is small enough to check the clock between two.
+A template is a program from a model file, so from anywhere. Jinja's sandbox keeps it away from Python, but
+not from loops, nor from ``'a' * 10**9``. A thread cannot be stopped from outside and a process per chat turn
+is too slow; instead everything a template does that can loop or grow goes through here
+(``template_sandbox``), and each single operation is small enough to check the clock between two.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class Budget:
         return text
 
     def charge(self, value: T) -> T | Iterator[Any]:
-        """Counts a value the template just made, and returns it; of a generator, one that counts its items."""
+        """Counts a value the template just made, and returns it; of a generator, one that counts its
+        items."""
         kind = type(value)
         if kind is bool or value is None or kind is float:
             return value
@@ -131,9 +132,9 @@ class Budget:
         return listed
 
     def weigh(self, value: object) -> int:
-        """About how many characters ``str(value)`` has. A list that holds another one twice is twice as heavy, since
-        whoever prints, compares or serialises it walks it twice: sixty lists that each hold the last one twice
-        would otherwise take for ever.
+        """About how many characters ``str(value)`` has. A list that holds another one twice is twice as
+        heavy, since whoever prints, compares or serialises it walks it twice: sixty lists that each hold the
+        last one twice would otherwise take for ever.
 
         Raises:
             TemplateError: it is too heavy, or nested too deeply.

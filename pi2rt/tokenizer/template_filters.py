@@ -21,13 +21,13 @@ Filter = Callable[..., Any]
 
 # Jinja's own, as they are: they return at most a few times what they get
 _PLAIN = (
-    "abs", "attr", "capitalize", "count", "d", "default", "e", "escape", "first", "float", "int", "items", "last",
-    "length", "lower", "safe", "string", "upper",
+    "abs", "attr", "capitalize", "count", "d", "default", "e", "escape", "first", "float", "int", "items",
+    "last", "length", "lower", "safe", "string", "upper",
 )  # fmt: skip
 # Jinja's own, over the items of a list, or over the characters of a string if it is not too long
 _OVER_ITEMS = (
-    "dictsort", "groupby", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr", "sort",
-    "unique",
+    "dictsort", "groupby", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr",
+    "sort", "unique",
 )  # fmt: skip
 # Jinja's own, with numbers that say how large the result is
 _SIZED = {"batch": MAX_ITEMS, "slice": MAX_ITEMS, "round": 300, "truncate": MAX_ITEMS}
@@ -161,7 +161,8 @@ def _tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """As transformers has it: no escapes for HTML. The text is made in parts, for indents add up with depth."""
+    """As transformers has it: no escapes for HTML. The text is made in parts, for indents add up with
+    depth."""
     budget.weigh(value)
     if indent is not None and (len(indent) if isinstance(indent, str) else indent) > 16:
         raise TemplateError("the chat template calls 'tojson' with an indent over 16")

@@ -1,7 +1,8 @@
 """Jinja's immutable sandbox, with a budget for everything that can loop or grow.
 
-Every loop, call, filter, test, operator, list and string that a template makes is routed through the ``Budget`` of the
-rendering: some by Jinja's own hooks, and the rest, for which it has none, by rewriting the parsed template.
+Every loop, call, filter, test, operator, list and string that a template makes is routed through the
+``Budget`` of the rendering: some by Jinja's own hooks, and the rest, for which it has none, by rewriting the
+parsed template.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             for name, function in template_filters.built_in_filters().items()
         }
         self.filters = own | built_in
-        self.tests = {name: self._checked("", function) for name, function in self.tests.items()}
+        tests: dict[str, Function] = self.tests  # type: ignore[assignment]
+        self.tests = {name: self._checked("", function) for name, function in tests.items()}
 
     def template(self, source: str) -> Any:
         """A compiled template; ``root_render_func`` and ``new_context`` are for use inside ``spending``."""
@@ -100,16 +102,16 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     def wrap_str_format(self, value: Any) -> Function | None:
         return None  # call() below does more
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
-        if __obj is __self.ticked or __obj is __self.tick:
-            return __obj(*args)
-        budget = __self._budget
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if obj is self.ticked or obj is self.tick:
+            return obj(*args)
+        budget = self._budget
         budget.tick()
-        owner = getattr(__obj, "__self__", None)
+        owner = getattr(obj, "__self__", None)
         if isinstance(owner, str):
-            result = call_method(__self, budget, owner, __obj.__name__, args, kwargs)
+            result = call_method(self, budget, owner, obj.__name__, args, kwargs)
         else:
-            result = super().call(__context, __obj, *args, **kwargs)
+            result = super().call(context, obj, *args, **kwargs)
         return budget.charge(result)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -117,7 +119,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         budget.tick()
         return budget.charge(template_operators.apply(budget, operator, left, right))
 
-    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]  # Jinja has it as a plain attribute
+    def concat(self, parts: Iterable[str]) -> str:
         budget = self._budget
         budget.tick()
         return str(budget.charge(concatenate(budget, parts)))
@@ -201,7 +203,8 @@ class _Namespace(Namespace):
 
 
 class _Generation(Extension):
-    """``{% generation %}``, which transformers marks the assistant's words with; here it is as if it were not there."""
+    """``{% generation %}``, which transformers marks the assistant's words with; here it is as if it were not
+    there."""
 
     tags = {"generation"}  # noqa: RUF012  # as the base class has it
 

@@ -1,4 +1,5 @@
-"""Operations on strings whose result can be far larger than what goes in, or that take far longer: measured first."""
+"""Operations on strings whose result can be far larger than what goes in, or that take far longer: measured
+first."""
 
 from __future__ import annotations
 
@@ -23,9 +24,9 @@ _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 # what templates may call on strings; everything else of str is refused
 _PLAIN_METHODS = frozenset(
     (
-        "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal",
-        "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "lower", "partition", "removeprefix",
-        "removesuffix", "startswith", "swapcase", "title", "upper",
+        "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii",
+        "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "lower", "partition",
+        "removeprefix", "removesuffix", "startswith", "swapcase", "title", "upper",
     )
 )  # fmt: skip
 
@@ -70,7 +71,8 @@ def width(value: object) -> int:
 
 
 def percent(budget: Budget, template: str, arguments: object) -> str:
-    """``template % arguments``, once the widths in it and the lengths of its arguments are known to be small."""
+    """``template % arguments``, once the widths in it and the lengths of its arguments are known to be
+    small."""
     if len(template) > MAX_FORMAT_CHARACTERS:
         raise TemplateError(f"the chat template formats by a string of {len(template)} characters")
     fields, characters = 0, len(template)

@@ -12,7 +12,8 @@ from pi2rt.tokenizer.detokenizer import Detokenizer
 
 
 class Encoder(Protocol):
-    """What turns text into ids, without the tokens a file asks for at both ends. Called from several threads."""
+    """What turns text into ids, without the tokens a file asks for at both ends. Called from several
+    threads."""
 
     def encode(self, text: str, parse_special: bool) -> list[int]: ...
 
@@ -29,7 +30,8 @@ class Tokenizer:
         eos_ids: tokens that end a generation.
         prefix_ids, suffix_ids: what ``add_special`` puts at both ends.
         strip_space: whether encoding puts a space before text, for decoding to take away.
-        chat_template: makes the chat template at its first use, if there is one; a bad one harms nobody before.
+        chat_template: makes the chat template at its first use, if there is one; a bad one harms nobody
+            before.
     """
 
     def __init__(
@@ -68,10 +70,10 @@ class Tokenizer:
         """Token ids of a text.
 
         Args:
-            text: any text; a rendered chat wants ``parse_special=True, add_special=False``, since its template wrote
-                the control tokens, the one at the beginning too.
-            parse_special: whether text that is spelled like a control token becomes that token. Never for text from
-                users, who could end their turn and begin another's.
+            text: any text; a rendered chat wants ``parse_special=True, add_special=False``, since its
+                template wrote the control tokens, the one at the beginning too.
+            parse_special: whether text that is spelled like a control token becomes that token. Never for
+                text from users, who could end their turn and begin another's.
             add_special: whether to add the tokens at the beginning and end that the model's file asks for.
 
         Raises:
@@ -81,8 +83,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start} and is not "
-                f"valid Unicode; decode its bytes with errors='replace'"
+                f"text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start} and "
+                f"is not valid Unicode; decode its bytes with errors='replace'"
             ) from None
         ids = self._encoder.encode(text, parse_special)
         return [*self._prefix_ids, *ids, *self._suffix_ids] if add_special else ids

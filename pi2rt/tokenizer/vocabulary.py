@@ -5,11 +5,13 @@ Keys and their meaning: https://github.com/ggml-org/ggml/blob/master/docs/gguf.m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
 
@@ -44,18 +46,19 @@ class TokenKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Tokens by id. ``kinds`` and ``scores`` are as long as ``tokens``; every special id is below that length.
+    """Tokens by id. ``kinds`` and ``scores`` are as long as ``tokens``; every special id is below that
+    length.
 
-    ``ids`` maps text to id and leaves out empty tokens (they match nothing); of tokens with the same text it has the
-    last, as llama.cpp did while it still accepted such files.
+    ``ids`` maps text to id and leaves out empty tokens (they match nothing); of tokens with the same text it
+    has the last, as llama.cpp did while it still accepted such files.
     """
 
     path: object
     model: str  # "gpt2" or "llama"
     pre: str | None
     tokens: Sequence[str]
-    kinds: Sequence[int]
-    scores: Sequence[float] | None
+    kinds: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float64] | None
     merges: Sequence[str]
     ids: Mapping[str, int]
     bos_id: int | None
@@ -69,9 +72,9 @@ class Vocabulary:
 
     def of_kind(self, *kinds: TokenKind) -> Iterator[tuple[str, int]]:
         """(text, id) of the tokens of these kinds, in order of ids, without empty ones."""
-        for id_, (text, kind) in enumerate(zip(self.tokens, self.kinds, strict=True)):
-            if kind in kinds and text:
-                yield text, id_
+        for id_ in np.flatnonzero(np.isin(self.kinds, kinds)).tolist():
+            if self.tokens[id_]:
+                yield self.tokens[id_], id_
 
     def error(self, field: str, problem: str) -> ModelFormatError:
         return ModelFormatError(self.path, PREFIX + field, problem)
@@ -81,7 +84,8 @@ def read_vocabulary(file: MetadataSource) -> Vocabulary:
     """Reads and checks the ``tokenizer.ggml.*`` keys.
 
     Raises:
-        ModelFormatError: a key is missing, of the wrong type, or disagrees with another; the message names it.
+        ModelFormatError: a key is missing, of the wrong type, or disagrees with another; the message names
+            it.
         UnsupportedModelError: the kind of tokenizer is one pi2rt does not have.
     """
     return _Reader(file).read()
@@ -106,7 +110,8 @@ class _Reader:
         scores = self._scores(len(tokens)) if model == "llama" else None
         ids = dict(zip(tokens, range(len(tokens)), strict=True))
         ids.pop("", None)
-        # SentencePiece files from before these keys existed rely on these ids, which are SentencePiece's own defaults
+        # SentencePiece files from before these keys existed rely on these ids, which are SentencePiece's own
+        # defaults
         default_bos, default_eos = (1, 2) if model == "llama" and len(tokens) > 2 else (None, None)
         return Vocabulary(
             path=self._path,
@@ -154,35 +159,36 @@ class _Reader:
         if len(value) > limit:
             raise self._error(key, f"has {len(value)} entries; at most {limit} are allowed")
         strings = list(value)
-        if not all(isinstance(item, str) for item in strings):
+        if not set(map(type, strings)) <= {str}:
             raise self._error(key, "is not an array of strings")
         return strings
 
-    def _kinds(self, n: int, required: bool) -> list[int]:
+    def _kinds(self, n: int, required: bool) -> npt.NDArray[np.int64]:
         value = self._array("token_type")
         if value is None:
             if required:
                 raise self._error("token_type", "is missing: without it bytes cannot be told from text")
-            return [int(TokenKind.NORMAL)] * n
+            return np.full(n, TokenKind.NORMAL, np.int64)
         if len(value) != n:
             raise self._error("token_type", f"has {len(value)} entries for {n} tokens")
-        kinds: list[int] = value.tolist() if hasattr(value, "tolist") else list(value)
-        if not all(type(kind) is int for kind in kinds):
+        kinds = np.asarray(value)
+        if kinds.dtype.kind not in "iu" or kinds.ndim != 1:
             raise self._error("token_type", "is not an array of integers")
         # unknown kinds act as normal tokens, as everywhere else: newer writers may know more than we do
-        return kinds
+        return kinds.astype(np.int64)
 
-    def _scores(self, n: int) -> list[float]:
+    def _scores(self, n: int) -> npt.NDArray[np.float64]:
         value = self._array("scores")
         if value is None:
             raise self._error("scores", "is missing: a SentencePiece vocabulary merges by score")
         if len(value) != n:
             raise self._error("scores", f"has {len(value)} entries for {n} tokens")
-        scores: list[float] = value.tolist() if hasattr(value, "tolist") else list(value)
-        for id_, score in enumerate(scores):
-            if type(score) not in (float, int) or math.isnan(score):
-                raise self._error("scores", f"entry {id_} is {score!r}, not a number")
-        return scores
+        scores = np.asarray(value)
+        if scores.dtype.kind not in "fiu" or scores.ndim != 1:
+            raise self._error("scores", "is not an array of numbers")
+        if np.isnan(scores).any():
+            raise self._error("scores", f"entry {int(np.isnan(scores).argmax())} is not a number")
+        return scores.astype(np.float64)
 
     def _id(self, key: str, n: int, default: int | None) -> int | None:
         value = self._metadata.get(PREFIX + key)
