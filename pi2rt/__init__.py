@@ -1,3 +1,101 @@
-"""pi2rt: language models larger than the memory they are given, inside your own Python service."""
+"""pi2rt: language models larger than the memory they are given, inside your own Python service.
+
+Three faces of one runtime, with the same names and the same ``SamplingParams``::
+
+    async with pi2rt.open_runtime("smollm2") as runtime:      # Trio
+        async with runtime.stream("Why is the sky blue?") as chunks:
+            async for chunk in chunks: ...
+
+    async with pi2rt.AsyncEngine("smollm2") as engine:        # asyncio
+        async for chunk in engine.stream("Why is the sky blue?"): ...
+
+    with pi2rt.Engine("smollm2") as engine:                   # neither
+        for chunk in engine.stream("Why is the sky blue?"): ...
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pi2rt._errors import (
+        BusyError,
+        ClosedError,
+        ContextOverflowError,
+        DownloadError,
+        ExecutorError,
+        InternalError,
+        KernelUnavailableError,
+        MemoryBudgetError,
+        ModelFormatError,
+        ModelNotFoundError,
+        Pi2rtError,
+        PluginError,
+        RequestError,
+        TemplateError,
+        UnsupportedModelError,
+    )
+    from pi2rt.async_engine import AsyncEngine
+    from pi2rt.engine import Chunk, Completion, SamplingParams, Timing
+    from pi2rt.model_info import ModelInfo
+    from pi2rt.sync_engine import Engine
+    from pi2rt.trio_runtime import Runtime, RuntimeStatistics, open_runtime
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AsyncEngine",
+    "BusyError",
+    "Chunk",
+    "ClosedError",
+    "Completion",
+    "ContextOverflowError",
+    "DownloadError",
+    "Engine",
+    "ExecutorError",
+    "InternalError",
+    "KernelUnavailableError",
+    "MemoryBudgetError",
+    "ModelFormatError",
+    "ModelInfo",
+    "ModelNotFoundError",
+    "Pi2rtError",
+    "PluginError",
+    "RequestError",
+    "Runtime",
+    "RuntimeStatistics",
+    "SamplingParams",
+    "TemplateError",
+    "Timing",
+    "UnsupportedModelError",
+    "__version__",
+    "open_runtime",
+]
+
+# Imported at first use: 'import pi2rt' takes a millisecond, so a command that only prints help is quick.
+_MODULES = {
+    "AsyncEngine": "pi2rt.async_engine",
+    "Chunk": "pi2rt.engine",
+    "Completion": "pi2rt.engine",
+    "Engine": "pi2rt.sync_engine",
+    "ModelInfo": "pi2rt.model_info",
+    "Runtime": "pi2rt.trio_runtime",
+    "RuntimeStatistics": "pi2rt.trio_runtime",
+    "SamplingParams": "pi2rt.engine",
+    "Timing": "pi2rt.engine",
+    "open_runtime": "pi2rt.trio_runtime",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(_MODULES.get(name, "pi2rt._errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

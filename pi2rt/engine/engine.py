@@ -23,11 +23,11 @@ from pi2rt.engine.scheduler import Flight, Scheduler
 from pi2rt.engine.sequence import Sequence, SequenceState
 from pi2rt.engine.statistics import EngineStatistics
 from pi2rt.engine.token_stream import TokenStream
-from pi2rt.engine.writer import Detokenizer, Writer
+from pi2rt.engine.writer import Writer
 from pi2rt.memory import PagePool, PageTable, PrefixIndex
 from pi2rt.runtime.step import PAGE_TOKENS, Floats, Sampling, Step, StepResult
 from pi2rt.runtime.trace import Trace
-from pi2rt.tokenizer import StopMatcher
+from pi2rt.tokenizer import StopMatcher, Tokenizer
 
 MOST_IN_FLIGHT = 2
 """One step that runs and one that waits: more would only be more to discard."""
@@ -49,25 +49,16 @@ class StepActor(Protocol):
     def stop(self, step_id: int, /) -> None: ...
 
 
-class Vocabulary(Protocol):
-    """What the engine needs of a tokenizer (``pi2rt.tokenizer.Tokenizer``)."""
-
-    @property
-    def eos_ids(self) -> frozenset[int]: ...
-
-    def detokenizer(self) -> Detokenizer: ...
-
-
 class Engine:
     """Runs requests. All methods are called from the Trio thread; ``run`` is a task of the caller's
     nursery."""
 
     def __init__(
-        self, actor: StepActor, vocabulary: Vocabulary, options: EngineOptions, trace: Trace | None = None
+        self, actor: StepActor, tokenizer: Tokenizer, options: EngineOptions, trace: Trace | None = None
     ) -> None:
         self._actor = actor
         self._generation = actor.generation
-        self._vocabulary = vocabulary
+        self._tokenizer = tokenizer
         self.options = options
         self._trace = trace
         self.pool = PagePool(options.pages)
@@ -162,7 +153,12 @@ class Engine:
             assert sampled is not None
             sequence.known.append(sampled.token)
             self._generated += 1
-            if writer.accept(sampled) is not None:
+            try:
+                finished = writer.accept(sampled) is not None
+            except RequestError as error:  # a token that the model has and the tokenizer has not
+                self._fail(sequence, error)
+                return
+            if finished:
                 self._finish(sequence)
 
     async def _recover(self, error: ExecutorError | None, failed: Flight | None) -> None:
@@ -259,11 +255,12 @@ class Engine:
             self._check_token("logit_bias", token)
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
-            ends |= self._vocabulary.eos_ids
+            ends |= self._tokenizer.eos_ids
         stream = TokenStream(self.options.stream_buffer)
         writer = Writer(
             stream,
-            self._vocabulary.detokenizer(),
+            # A space at the beginning is one, unless nothing that shows stands before it.
+            self._tokenizer.detokenizer(continuation=not all(map(self._tokenizer.is_special, known))),
             StopMatcher(params.stops) if params.stops else None,
             ends,
             prompt=len(known),

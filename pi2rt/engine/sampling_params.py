@@ -6,12 +6,32 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from pi2rt._errors import RequestError
 from pi2rt.runtime.step import Sampling
 
 MOST_STOPS = 64
 MOST_LOGPROBS = 64
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """The fields of ``SamplingParams`` as keywords."""
+
+    max_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    stop: str | tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    logprobs: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

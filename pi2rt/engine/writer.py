@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
-from typing import Protocol
 
 import trio
 
 from pi2rt.engine.chunk import Chunk, FinishReason, Timing
 from pi2rt.engine.token_stream import TokenStream
 from pi2rt.runtime.step import Sampled
-
-
-class Detokenizer(Protocol):
-    """Token ids in, text out; holds back the bytes of unfinished characters."""
-
-    def push(self, token: int, /) -> str: ...
-
-    def flush(self) -> str: ...
-
-
-class Matcher(Protocol):
-    """Text in; text before a stop string out, and whether one was found."""
-
-    def push(self, text: str, /) -> tuple[str, bool]: ...
-
-    def flush(self) -> str: ...
+from pi2rt.tokenizer import Detokenizer, StopMatcher
 
 
 class Writer:
@@ -40,7 +24,7 @@ class Writer:
         self,
         stream: TokenStream,
         detokenizer: Detokenizer,
-        matcher: Matcher | None,
+        matcher: StopMatcher | None,
         end_tokens: AbstractSet[int],
         *,
         prompt: int,
@@ -83,8 +67,8 @@ class Writer:
                 reason = "length"
                 text += self._detokenizer.flush()
         if self._matcher is not None:
-            text, matched = self._matcher.push(text)
-            if matched:
+            text, stop = self._matcher.push(text)
+            if stop is not None:
                 reason = "stop"
             elif reason is not None:
                 text += self._matcher.flush()

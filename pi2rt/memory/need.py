@@ -1,0 +1,81 @@
+"""How much memory a model will take, estimated before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pi2rt._errors import MemoryBudgetError
+from pi2rt.formats import ModelFile
+from pi2rt.models import Attention, FeedForward, ModelDescription
+from pi2rt.models.tensors import iterate_tensors
+
+KV_BYTES = {"f16": 2.0, "q8": 1.0 + 2 / 32}
+"""Bytes of one element of the KV cache; q8 has a half-precision scale for 32 elements."""
+
+MiB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """Bytes: ``weights`` as they lie in memory, ``page`` for one page of KV cache, ``activations`` for the
+    largest step. What the interpreter and its libraries take is not part of it."""
+
+    weights: int
+    page: int
+    activations: int
+
+    def pages(self, available: int, needed: int, wanted: int) -> int:
+        """How many pages to make: ``wanted``, or as many as fit into half of what ``available`` bytes leave
+        (pages that nobody uses are never touched), but at least ``needed``.
+
+        Raises:
+            MemoryBudgetError: not even the needed ones fit.
+        """
+        total = self.weights + self.activations + needed * self.page
+        if total > available:
+            raise MemoryBudgetError(
+                f"the model needs {_mib(total)} and {_mib(available)} are available, "
+                f"{_mib(total - available)} too few: weights {_mib(self.weights)}, "
+                f"KV cache of one context {_mib(needed * self.page)}, activations {_mib(self.activations)}; take a smaller context, kv_type='q8' or a smaller "
+                f"model, or free memory"
+            )
+        room = (available - self.weights - self.activations) // 2 // max(1, self.page)
+        return max(needed, min(wanted, room))
+
+
+def estimate_need(
+    file: ModelFile,
+    model: ModelDescription,
+    *,
+    page_tokens: int,
+    max_tokens: int,
+    slots: int,
+    kv_type: str,
+    exact_floats: bool,
+) -> MemoryNeed:
+    """Estimates from shapes and the file's table of tensors; reads none of them.
+
+    Args:
+        page_tokens: positions in one page.
+        max_tokens: tokens in the largest step.
+        slots: sequences at once, each of which has its logits.
+        kv_type: a key of ``KV_BYTES``.
+        exact_floats: weights are float32, whatever the file has.
+    """
+    names = {name: math.prod(shape) for name, shape in iterate_tensors(model)}
+    weights = sum(4 * size if exact_floats else file.tensors[name].nbytes for name, size in names.items())
+    row = widest = 0
+    for layer in model.layers:
+        for block in layer.blocks:
+            if isinstance(block, Attention):
+                row += 2 * block.n_kv_heads * block.head_dim
+                widest = max(widest, (2 * block.n_heads + 2 * block.n_kv_heads) * block.head_dim)
+            elif isinstance(block, FeedForward):
+                widest = max(widest, 2 * block.hidden)
+    activations = 4 * (max_tokens * (4 * model.dim + widest) + 2 * slots * model.vocab_size)
+    return MemoryNeed(weights, math.ceil(row * page_tokens * KV_BYTES[kv_type]), activations)
+
+
+def _mib(size: int) -> str:
+    return f"{size / MiB:.1f} MiB"

@@ -1,0 +1,77 @@
+"""How a runtime is opened: the keywords that ``open_runtime``, ``AsyncEngine`` and ``Engine`` share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypedDict
+
+from pi2rt._errors import RequestError
+from pi2rt.memory import KV_BYTES
+from pi2rt.runtime.executor import Executor, Progress
+
+MIXED_CHUNK = 64
+"""Prompt tokens in a step that also decodes: what a long prompt of one request may cost the others per
+token."""
+
+
+class RuntimeKeywords(TypedDict, total=False):
+    """As ``RuntimeOptions``, all of them optional."""
+
+    context: int
+    max_sequences: int
+    executor: str | Callable[[], Executor]
+    threads: int | None
+    cores: Mapping[str, Sequence[int]] | None
+    kv_type: Literal["f16", "q8"]
+    kernels: str | None
+    exact_floats: bool
+    trace: str | os.PathLike[str] | None
+    on_load: Progress | None
+    prefill_chunk: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeOptions:
+    """Raises RequestError for a value out of its range."""
+
+    context: int = 4096
+    """Tokens per sequence, prompt and answer together; the model's own context where that is smaller."""
+    max_sequences: int = 8
+    """Requests that run at once; more wait their turn."""
+    executor: str | Callable[[], Executor] = "cpu"
+    """An entry point of the group ``pi2rt.executors``, or what makes an executor."""
+    threads: int | None = None
+    """Threads that compute; None: one for each physical core."""
+    cores: Mapping[str, Sequence[int]] | None = None
+    """Cores by class, one actor each, the first one leading: ``{"big": [0, 1], "little": [2, 3]}``. None:
+    as found."""
+    kv_type: Literal["f16", "q8"] = "f16"
+    """Element type of the KV cache; q8 takes about half the memory."""
+    kernels: str | None = None
+    """A kernel variant by name; None: the best for this processor."""
+    exact_floats: bool = False
+    """Weights and activations as float32, for tests; slow."""
+    trace: str | os.PathLike[str] | None = None
+    """A file to write a trace to at the end, for ui.perfetto.dev."""
+    on_load: Progress | None = None
+    """``on_load(done, total)``, in bytes, while the model loads."""
+    prefill_chunk: int = 512
+    """Prompt tokens in one step at most, while nothing else runs."""
+
+    def __post_init__(self) -> None:
+        for name, most in ("context", 1 << 24), ("max_sequences", 4096), ("prefill_chunk", 1 << 16):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise RequestError(f"{name}={value!r}: an integer from 1 to {most} is needed")
+        if self.kv_type not in KV_BYTES:
+            raise RequestError(f"kv_type={self.kv_type!r}: one of {', '.join(map(repr, KV_BYTES))} is needed")
+        if self.trace is not None and not Path(self.trace).absolute().parent.is_dir():
+            raise RequestError(f"trace={os.fspath(self.trace)!r}: its folder does not exist")
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in one step at most: there is always room for one of each sequence."""
+        return max(self.prefill_chunk, self.max_sequences)

@@ -1,0 +1,309 @@
+"""The Trio face: a model that is open, and the requests to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, Unpack
+
+import trio
+
+from pi2rt import catalogue
+from pi2rt._errors import RequestError
+from pi2rt.engine import (
+    Chunk,
+    Completion,
+    Engine,
+    EngineOptions,
+    EngineStatistics,
+    SamplingParams,
+    TokenStream,
+)
+from pi2rt.engine.sampling_params import SamplingKeywords
+from pi2rt.formats import ModelFile, open_model_file
+from pi2rt.memory import estimate_need
+from pi2rt.model_info import ModelInfo, model_info
+from pi2rt.models import ModelDescription, describe
+from pi2rt.planner.placement import Placement, default_placement
+from pi2rt.runtime.actor import Actor, ActorStatistics
+from pi2rt.runtime.channel import ChannelStatistics
+from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress
+from pi2rt.runtime.host_memory import available_memory, peak_rss_bytes
+from pi2rt.runtime.registry import load_executor
+from pi2rt.runtime.step import PAGE_TOKENS, Floats
+from pi2rt.runtime.topology import CoreClass, parse_core_classes, read_topology
+from pi2rt.runtime.trace import Trace
+from pi2rt.runtime_options import MIXED_CHUNK, RuntimeKeywords, RuntimeOptions
+from pi2rt.tokenizer import Tokenizer, load_tokenizer
+
+Prompt: TypeAlias = str | Iterable[int] | Iterable[Mapping[str, Any]]
+"""Text, token ids, or messages (``{"role": "user", "content": "..."}``) for the model's chat template.
+Control tokens spelled out in text or messages become control tokens: mind where your text comes from."""
+
+CLOSE_SECONDS = 5.0
+"""How long steps in flight may take to stop when a runtime is closed."""
+
+LONG_TEXT = 50_000
+"""Characters from which on a prompt is tokenised in a worker thread: below, that takes a few milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeStatistics:
+    """A snapshot. ``memory``: bytes by what they are for, and ``peak_rss`` of the whole process."""
+
+    engine: EngineStatistics
+    actors: tuple[ActorStatistics, ...]
+    channels: tuple[ChannelStatistics, ...]
+    memory: Mapping[str, int]
+
+
+class Runtime:
+    """An open model. Made by ``open_runtime``; all methods are for tasks of the same Trio run."""
+
+    def __init__(self, engine: Engine, actor: Actor, tokenizer: Tokenizer, model: ModelInfo) -> None:
+        self._engine, self._actor = engine, actor
+        self.tokenizer = tokenizer
+        self.model = model
+        self._stopped = trio.Event()
+        self._scope = trio.CancelScope()
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_prefill: Progress | None = None,
+        **overrides: Unpack[SamplingKeywords],
+    ) -> AsyncIterator[TokenStream]:
+        """``async with runtime.stream("Why?", max_tokens=50) as chunks: async for chunk in chunks: ...``
+
+        Leaving the block, or cancelling it, ends the request within a layer of prefill or a step of decode.
+
+        Args:
+            prompt: text, token ids or messages.
+            params: how to make the text; greedy by default.
+            on_prefill: ``on_prefill(done, total)``, in prompt tokens.
+            overrides: fields of ``SamplingParams`` to change in ``params``.
+
+        Raises:
+            RequestError: the prompt is empty or not valid for this model, or a parameter is out of its range.
+            ContextOverflowError: prompt and ``max_tokens`` together exceed the context.
+            ExecutorError: (from iterating) the executor failed on this request; the runtime stays usable.
+            ClosedError: the runtime is closed.
+        """
+        if overrides:
+            params = replace(params or SamplingParams(), **overrides)
+        tokens = await self._encode(prompt)
+        async with self._engine.stream(tokens, params, on_prefill=on_prefill) as chunks:
+            yield chunks
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_prefill: Progress | None = None,
+        **overrides: Unpack[SamplingKeywords],
+    ) -> Completion:
+        """The whole text at once. Arguments and errors as for ``stream``."""
+        chunks: list[Chunk] = []
+        async with self.stream(prompt, params, on_prefill=on_prefill, **overrides) as stream:
+            async for chunk in stream:
+                chunks.append(chunk)  # noqa: PERF401 - not a comprehension: what came stays for the debugger
+        return Completion.of(chunks)
+
+    async def score(self, tokens: Iterable[int]) -> Floats:
+        """The natural log probability of each token but the first, given those before it. float32 (n - 1,).
+
+        Raises:
+            RequestError, ContextOverflowError, ExecutorError, ClosedError: as ``stream``.
+        """
+        return await self._engine.score(tokens)
+
+    async def logits(self, tokens: Iterable[int]) -> Floats:
+        """The logits of the token after each of ``tokens``. float32 (n, vocab_size). Errors as for
+        ``score``."""
+        return await self._engine.logits(tokens)
+
+    def statistics(self) -> RuntimeStatistics:
+        """What is going on now; cheap enough to ask every second."""
+        actor = self._actor.statistics()
+        memory = {**actor.executor.bytes, "peak_rss": peak_rss_bytes()}
+        return RuntimeStatistics(self._engine.statistics(), (actor,), (actor.inbox,), memory)
+
+    async def aclose(self) -> None:
+        """Ends all requests with ClosedError and frees the model. Safe to call twice; leaving
+        ``open_runtime`` calls it.
+
+        Raises:
+            ExecutorError: the executor did not stop in time.
+        """
+        self._engine.close()
+        with trio.move_on_after(CLOSE_SECONDS):
+            await self._stopped.wait()
+        self._scope.cancel()
+        await self._stopped.wait()
+        await self._actor.aclose()
+
+    async def _encode(self, prompt: Prompt) -> list[Any]:
+        """Token ids of any kind of prompt."""
+        if isinstance(prompt, str):
+            return await self._tokenise(prompt, add_special=True)
+        if not isinstance(prompt, Iterable):
+            raise RequestError(f"prompt: text, token ids or messages are needed, not {type(prompt).__name__}")
+        parts: list[Any] = list(prompt)
+        if not any(isinstance(part, Mapping) for part in parts):
+            return parts  # the engine checks each token
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise RequestError(
+                f"prompt: the model {self.model.name!r} has no chat template; pass text or token ids instead "
+                f"of messages"
+            )
+        # Templates write the special tokens themselves, the one at the beginning too.
+        return await self._tokenise(template.render(parts, add_generation_prompt=True), add_special=False)
+
+    async def _tokenise(self, text: str, *, add_special: bool) -> list[int]:
+        def encode() -> list[int]:
+            return self.tokenizer.encode(text, parse_special=True, add_special=add_special)
+
+        return encode() if len(text) < LONG_TEXT else await trio.to_thread.run_sync(encode)
+
+    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
+        """The engine's task."""
+        task_status.started()
+        try:
+            with self._scope:
+                await self._engine.run()
+        finally:
+            self._stopped.set()
+
+
+@asynccontextmanager
+async def open_runtime(
+    model: str | os.PathLike[str], **options: Unpack[RuntimeKeywords]
+) -> AsyncIterator[Runtime]:
+    """Opens a model: ``async with pi2rt.open_runtime("smollm2") as runtime: ...``
+
+    Args:
+        model: a path, or a name that ``pi2rt models`` lists.
+        options: see ``RuntimeOptions``.
+
+    Raises:
+        ModelNotFoundError: there is no such model, or it is not fetched yet.
+        ModelFormatError: its file is malformed. UnsupportedModelError: it has something that pi2rt has not.
+        MemoryBudgetError: it does not fit into the memory there is.
+        RequestError: an option is out of its range.
+    """
+    chosen = RuntimeOptions(**options)
+    path = catalogue.resolve(model)
+    make_executor = load_executor(chosen.executor) if isinstance(chosen.executor, str) else chosen.executor
+    placement = default_placement(read_topology(), chosen.threads, _core_classes(chosen.cores))
+    trace = None if chosen.trace is None else Trace()
+    alone: BaseException | None = None
+    with await trio.to_thread.run_sync(open_model_file, path) as file:
+        description, info = await trio.to_thread.run_sync(_describe, file, chosen.context)
+        executor_options = _executor_options(file, description, chosen, info.context, placement, trace)
+
+        async def open_executor(executor: Executor) -> None:
+            await executor.open(file, description, executor_options, chosen.on_load or _ignore)
+
+        actor = Actor(placement.lead.name, make_executor, open_executor, trace)
+        try:
+            async with trio.open_nursery() as nursery:
+                tokenizer = await _load(nursery, actor, file)
+                engine = Engine(actor, tokenizer, _engine_options(description, executor_options), trace)
+                runtime = Runtime(engine, actor, tokenizer, info)
+                await nursery.start(runtime._run)
+                try:
+                    yield runtime
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await runtime.aclose()
+        except BaseExceptionGroup as group:
+            # The nursery is our own business: an error of the body, or the one that ended it, comes out as it is.
+            if len(group.exceptions) != 1:
+                raise
+            alone = group.exceptions[0]
+        finally:
+            if trace is not None and chosen.trace is not None:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(trace.write, chosen.trace)
+    if alone is not None:
+        raise alone
+
+
+async def _load(nursery: trio.Nursery, actor: Actor, file: ModelFile) -> Tokenizer:
+    """Opens the executor, as a task of ``nursery``, and reads the tokenizer meanwhile."""
+    loaded: list[Tokenizer] = []
+
+    async def read_tokenizer() -> None:
+        loaded.append(await trio.to_thread.run_sync(load_tokenizer, file))
+
+    async with trio.open_nursery() as loading:
+        loading.start_soon(read_tokenizer)
+        await nursery.start(actor.run)
+    return loaded[0]
+
+
+def _describe(file: ModelFile, context: int) -> tuple[ModelDescription, ModelInfo]:
+    own = describe(file).context_length
+    context = min(context, own)
+    description = describe(file, context)
+    return description, model_info(file, description, context, own)
+
+
+def _core_classes(cores: Mapping[str, Sequence[int]] | None) -> tuple[CoreClass, ...]:
+    if cores is None:
+        return ()
+    lists = {name: ",".join(map(str, numbers)) for name, numbers in cores.items()}
+    return parse_core_classes([f"{name}={numbers}" for name, numbers in lists.items()])
+
+
+def _executor_options(
+    file: ModelFile,
+    description: ModelDescription,
+    chosen: RuntimeOptions,
+    context: int,
+    placement: Placement,
+    trace: Trace | None,
+) -> ExecutorOptions:
+    need = estimate_need(
+        file,
+        description,
+        page_tokens=PAGE_TOKENS,
+        max_tokens=chosen.step_tokens,
+        slots=chosen.max_sequences,
+        kv_type=chosen.kv_type,
+        exact_floats=chosen.exact_floats,
+    )
+    each = -(-context // PAGE_TOKENS)
+    return ExecutorOptions(
+        slots=chosen.max_sequences,
+        pages=need.pages(available_memory(), each, each * chosen.max_sequences),
+        context=context,
+        max_tokens=chosen.step_tokens,
+        cores=placement.lead.cores,
+        assistants=placement.assistants,
+        kv_type=chosen.kv_type,
+        exact_floats=chosen.exact_floats,
+        kernels=chosen.kernels,
+        trace=trace,
+    )
+
+
+def _engine_options(description: ModelDescription, options: ExecutorOptions) -> EngineOptions:
+    return EngineOptions(
+        vocab_size=description.vocab_size,
+        slots=options.slots,
+        pages=options.pages,
+        context=options.context,
+        max_tokens=options.max_tokens,
+        mixed_chunk=min(MIXED_CHUNK, options.max_tokens),
+    )
+
+
+def _ignore(done: int, total: int) -> None: ...
