@@ -124,6 +124,7 @@ class ReferenceExecutor:
             self._worker = None
         self._model = None
         self._slots.clear()
+        self._in_flight.clear()
         await trio.lowlevel.checkpoint()
 
     def statistics(self) -> ExecutorStatistics:
@@ -148,7 +149,8 @@ class ReferenceExecutor:
 
     def _serve(self, trio_token: trio.lowlevel.TrioToken) -> None:
         while (step := self._work.get()) is not None and not self._closed:
-            marks: list[Mark] | None = [] if self._options is not None and self._options.trace else None
+            traced = self._options is not None and self._options.trace is not None
+            marks: list[Mark] | None = [] if traced else None
             result: StepResult | Exception
             try:
                 result = self._run(step, marks)
