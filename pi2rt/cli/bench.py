@@ -193,8 +193,8 @@ def _describe(result: Result) -> str:
         f"  first token after {result.ttft_ms:.1f} ms",
         f"  decode of {result.decode_tokens} tokens: {result.decode_tokens_per_s:.1f} tokens/s, "
         f"spread {result.decode_spread:.1%}",
-        f"  efficiency: {result.efficiency:.1%} of what memory allows, {size(result.bytes_per_token)} per token "
-        f"at {bandwidth}",
+        f"  efficiency: {result.efficiency:.1%} of what memory allows "
+        f"({size(result.bytes_per_token)} per token at {bandwidth})",
         f"  outside kernels: {result.runtime_overhead_fraction:.1%} of a decode step",
         f"load: {result.load_s:.2f} s; peak memory: {size(result.peak_rss_bytes)}",
     )

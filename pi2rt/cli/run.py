@@ -108,17 +108,26 @@ def main(options: argparse.Namespace) -> int:
 
 
 async def _run(options: argparse.Namespace, params: SamplingParams, prompt: str | None) -> int:
+    from pi2rt._errors import RequestError
     from pi2rt.cli._chat import chat
 
     async with _runtime.opened(
         options, context=options.context, max_sequences=1, trace=options.trace
     ) as opened:
+        runtime, raw = opened.runtime, options.raw
+        if not raw and runtime.tokenizer.chat_template is None:
+            if prompt is None or options.system is not None:
+                raise RequestError(
+                    "the model has no chat template; a chat and a system message need one: give a prompt alone"
+                )
+            print("pi2rt: the model has no chat template; its text goes on from the prompt", file=sys.stderr)
+            raw = True
         if prompt is None:
-            return await chat(opened.runtime, params, options.system)
+            return await chat(runtime, params, options.system)
         messages = [{"role": "user", "content": prompt}]
         if options.system is not None:
             messages.insert(0, {"role": "system", "content": options.system})
-        last = await _answer(opened.runtime, prompt if options.raw else messages, params, options.json_lines)
+        last = await _answer(runtime, prompt if raw else messages, params, options.json_lines)
         print(closing_line(last), file=sys.stderr)
     return 0
 
