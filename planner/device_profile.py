@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -13,8 +14,8 @@ from pi2rt._errors import MemoryBudgetError
 from pi2rt.runtime.host_memory import available_memory
 
 ReadBandwidth: TypeAlias = Callable[[int, Sequence[int]], float]
-"""``read_bandwidth(bytes, cores)``: one thread pinned to each core, all reading one buffer of ``bytes``
-together; bytes/s."""
+"""``read_bandwidth(bytes, cores)``: bytes/s of as many threads as cores, on these cores, which read ``bytes``
+together."""
 
 BUFFER_BYTES = 256 << 20
 """More than the last-level cache of any device in sight, so that memory is what is measured."""
@@ -57,10 +58,7 @@ def measure_device(
         raise MemoryBudgetError(
             f"measuring memory bandwidth needs {buffer_bytes >> 20} MiB, and only {free >> 20} MiB are free"
         )
-    if read_bandwidth is None:
-        from pi2rt.cython_kernels.native import read_bandwidth as measure
-    else:
-        measure = read_bandwidth
+    measure = _native_read_bandwidth if read_bandwidth is None else read_bandwidth
 
     def of(cores: Sequence[int]) -> float:
         return median(measure(buffer_bytes, cores) for _ in range(repeat))
@@ -68,3 +66,16 @@ def measure_device(
     together = of([core for actor in placement.actors for core in actor.cores])
     alone = {actor.name: of(actor.cores) for actor in placement.actors} if len(placement.actors) > 1 else {}
     return DeviceProfile(together, alone or {placement.lead.name: together}, buffer_bytes)
+
+
+def _native_read_bandwidth(count: int, cores: Sequence[int]) -> float:
+    from pi2rt.cython_kernels.native import read_bandwidth
+
+    if not hasattr(os, "sched_setaffinity"):
+        return float(read_bandwidth(count, len(cores)))
+    before = os.sched_getaffinity(0)  # of this thread; the reading threads inherit it
+    os.sched_setaffinity(0, cores)
+    try:
+        return float(read_bandwidth(count, len(cores)))
+    finally:
+        os.sched_setaffinity(0, before)

@@ -76,6 +76,10 @@ class Trace:
         """Events held."""
         return self._count
 
+    def __bool__(self) -> bool:
+        """An empty trace is a trace: ``if trace`` means the same as ``if trace is not None``."""
+        return True
+
     @property
     def dropped(self) -> int:
         """Events that found no room."""
