@@ -199,6 +199,13 @@ class Checkpoint:
             return None
         return self.number(gguf, huggingface)
 
+    def text(self, gguf: str | None, huggingface: str | None) -> str | None:
+        """None where it is missing, null or empty."""
+        value = self.value(gguf, huggingface)
+        if value is None or isinstance(value, str):
+            return value or None
+        raise self.error(gguf, huggingface, f"{printable(repr(value))} is not a name")
+
     def windows(self, *, period: int = 1, first: int = 0) -> tuple[int | None, ...]:
         """The attention window of every layer, None for full attention.
 

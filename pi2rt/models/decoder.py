@@ -60,8 +60,8 @@ def attention(
 
 def activation_name(c: Checkpoint, key: str = "hidden_act", default: str = "silu") -> str:
     """A key of ``ACTIVATIONS``. ``key``: where config.json names it."""
-    name = c.value("hidden_activation", key) or default
-    if not isinstance(name, str) or name not in ACTIVATIONS:
+    name = c.text("hidden_activation", key) or default
+    if name not in ACTIVATIONS:
         raise c.unsupported(
             "hidden_activation", key, f"activation {printable(repr(name))} (known: {', '.join(ACTIVATIONS)})"
         )

@@ -1,8 +1,9 @@
 """What a model is, without running it: hyperparameters and a list of layers.
 
-A layer is a list of blocks; a block reads the residual stream, adds to it, and may keep state. Executors read this
-description and nothing else, so an architecture is one file that builds one of these (see ``llama.py``). Tensors are
-named as the model file names them; shapes are numpy's (rows, columns): a linear map is ``y = W @ x + b``.
+A layer is a list of blocks; a block reads the residual stream, adds to it, and may keep state. Executors read
+this description and nothing else, so an architecture is one file that builds one of these (see ``llama.py``).
+Tensors are named as the model file names them; shapes are numpy's (rows, columns): a linear map is
+``y = W @ x + b``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """``y = W @ x + b``; ``weight`` names a tensor of shape (outputs, inputs), ``bias`` one of shape (outputs,)."""
+    """``y = W @ x + b``; ``weight``: a tensor of shape (outputs, inputs), ``bias``: one of shape (outputs,)."""
 
     weight: str
     bias: str | None = None
@@ -34,8 +35,8 @@ class Norm:
 class Rope:
     """Rotary position embedding with its scaling already folded into the frequencies (``models/rope.py``).
 
-    Pair ``i`` of a head is rotated by ``position * inverse_frequencies[i]``; cosine and sine are multiplied by
-    ``magnitude`` (YaRN). ``interleaved`` pairs (2i, 2i+1), ``halves`` pairs (i, i + dims/2). Elements from
+    Pair ``i`` of a head is rotated by ``position * inverse_frequencies[i]``; cosine and sine are multiplied
+    by ``magnitude`` (YaRN). ``interleaved`` pairs (2i, 2i+1), ``halves`` pairs (i, i + dims/2). Elements from
     ``2 * len(inverse_frequencies)`` on pass through.
     """
 
@@ -46,7 +47,8 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Grouped-query attention over a KV cache. Query head ``h`` reads KV head ``h // (n_heads // n_kv_heads)``.
+    """Grouped-query attention over a KV cache. Query head ``h`` reads KV head
+    ``h // (n_heads // n_kv_heads)``.
 
     ``window``: a query at position p sees keys in (p - window, p]; None sees all. ``softcap``: logits become
     ``softcap * tanh(logits / softcap)``. ``q_norm``/``k_norm`` act on each head, before the rotation.
@@ -73,7 +75,8 @@ class Attention:
 class FeedForward:
     """``down(activation(gate(x)) * up(x))``, or ``down(activation(up(x)))`` where ``gate`` is None.
 
-    ``up_activation`` acts on ``up(x)`` of a gated block: dReLU is ``activation="relu", up_activation="relu"``.
+    ``up_activation`` acts on ``up(x)`` of a gated block: dReLU has ``activation="relu"`` and
+    ``up_activation="relu"``.
     """
 
     norm: Norm

@@ -45,7 +45,7 @@ def describe_gemma3(file: ModelFile, context: int | None) -> ModelDescription:
     """Gemma Team, 2025."""
     c = Checkpoint(file, defaults=_DEFAULTS, huggingface_names=_NAMES, norm_offset=1.0, context=context)
     everywhere = read_rope(c, "halves", base=1_000_000.0)
-    nearby = plain_rope(c.head_dim, _local_base(c), "halves")
+    nearby = plain_rope(c, c.head_dim, _local_base(c), "halves")
     scale = _logit_scale(c)
     period = c.value("attention.sliding_window_pattern", "sliding_window_pattern")
     if isinstance(period, int) and not isinstance(period, bool):

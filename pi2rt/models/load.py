@@ -53,10 +53,9 @@ def describe(file: ModelFile, context: int | None = None) -> ModelDescription:
     """
     describe_architecture = ARCHITECTURES.get(file.architecture)
     if describe_architecture is None:
+        found, known = printable(repr(file.architecture)), ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedModelError(
-            file.path,
-            "architecture",
-            f"{printable(repr(file.architecture))} is not supported; pi2rt runs {', '.join(sorted(ARCHITECTURES))}",
+            file.path, "architecture", f"{found} is not supported; pi2rt runs {known}"
         )
     model = describe_architecture(file, context)
     _check_tensors(file, model)

@@ -11,6 +11,7 @@ length of each text; a KV cache cannot follow it, so here the context decides on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -42,18 +43,27 @@ def read_rope(
         ModelFormatError: a parameter is missing or out of bounds.
         UnsupportedModelError: a scaling pi2rt does not have.
     """
-    if checkpoint.gguf:
-        return _from_gguf(checkpoint, style, checkpoint.number("rope.freq_base", None, default=base, low=1.0))
-    return _from_huggingface(checkpoint, style, _HuggingFaceParameters(checkpoint, layer_type, base))
+    with np.errstate(all="ignore"):  # what overflows is found in the end
+        if checkpoint.gguf:
+            base = checkpoint.number("rope.freq_base", None, default=base, low=1.0)
+            return _from_gguf(checkpoint, style, base)
+        return _from_huggingface(checkpoint, style, _HuggingFaceParameters(checkpoint, layer_type, base))
 
 
-def plain_rope(dims: int, base: float, style: Literal["interleaved", "halves"]) -> Rope:
-    return _rope(style, rope_scaling.plain(dims, base))
+def plain_rope(
+    checkpoint: Checkpoint, dims: int, base: float, style: Literal["interleaved", "halves"]
+) -> Rope:
+    return _rope(checkpoint, style, rope_scaling.plain(dims, base))
 
 
 def _rope(
-    style: Literal["interleaved", "halves"], frequencies: rope_scaling.Frequencies, magnitude: float = 1.0
+    c: Checkpoint,
+    style: Literal["interleaved", "halves"],
+    frequencies: rope_scaling.Frequencies,
+    magnitude: float = 1.0,
 ) -> Rope:
+    if not np.isfinite(frequencies).all() or not math.isfinite(magnitude):
+        raise c.error("rope", "rope_parameters", "the numbers together give frequencies that are not finite")
     return Rope(style, tuple(float(f) for f in frequencies), magnitude)
 
 
@@ -65,7 +75,7 @@ def _from_gguf(c: Checkpoint, style: Literal["interleaved", "halves"], base: flo
     if dims % 2:
         raise c.error("rope.dimension_count", None, f"{dims} is odd; the rotation needs pairs")
     frequencies = rope_scaling.plain(dims, base)
-    kind = c.value("rope.scaling.type", None)
+    kind = c.text("rope.scaling.type", None)
     factor = (
         c.optional_number("rope.scaling.factor", None) or c.optional_number("rope.scale_linear", None) or 1.0
     )
@@ -103,7 +113,7 @@ def _from_gguf(c: Checkpoint, style: Literal["interleaved", "halves"], base: flo
                 "rope.scaling.type",
                 "'longrope' without the tensors rope_factors_long and _short",
             )
-    return _rope(style, frequencies, magnitude)
+    return _rope(c, style, frequencies, magnitude)
 
 
 def _gguf_factors(c: Checkpoint, role: str, dims: int) -> rope_scaling.Frequencies:
@@ -136,6 +146,8 @@ class _HuggingFaceParameters:
         nested = given.get(layer_type)
         self._given: Mapping[str, Any] = nested if isinstance(nested, Mapping) else given
         kind = self._given.get("rope_type", self._given.get("type", "default"))
+        if not isinstance(kind, str):
+            raise c.error(None, f"{self.key}.rope_type", f"{printable(repr(kind))} is not a name")
         self.kind = "longrope" if kind == "su" else kind
         self.base = self.number("rope_theta", c.number(None, "rope_theta", default=base, low=1.0), low=1.0)
         share = self.number(
@@ -184,18 +196,18 @@ def _from_huggingface(
 ) -> Rope:
     frequencies = rope_scaling.plain(p.dims, p.base)
     if p.kind == "default":
-        return _rope(style, frequencies)
+        return _rope(c, style, frequencies)
     if p.kind == "linear":
-        return _rope(style, rope_scaling.linear(frequencies, p.number("factor")))
+        return _rope(c, style, rope_scaling.linear(frequencies, p.number("factor")))
     if p.kind == "dynamic":
         factor = p.number("factor", low=0.99)
-        return _rope(style, rope_scaling.dynamic_ntk(p.dims, p.base, factor, c.trained_context, c.context))
+        return _rope(c, style, rope_scaling.dynamic_ntk(p.dims, p.base, factor, c.trained_context, c.context))
     if p.kind == "llama3":
         low, high = p.number("low_freq_factor"), p.number("high_freq_factor")
         if not low < high:
             raise c.error(None, f"{p.key}.high_freq_factor", f"{high:g} is not above low_freq_factor {low:g}")
         return _rope(
-            style, rope_scaling.llama3(frequencies, p.number("factor"), low, high, p.original_context)
+            c, style, rope_scaling.llama3(frequencies, p.number("factor"), low, high, p.original_context)
         )
     if p.kind == "yarn":
         return _yarn(c, style, p)
@@ -221,7 +233,7 @@ def _yarn(c: Checkpoint, style: Literal["interleaved", "halves"], p: _HuggingFac
         beta_slow=p.number("beta_slow", 1.0),
         truncate=p.get("truncate") is not False,
     )
-    return _rope(style, frequencies, magnitude)
+    return _rope(c, style, frequencies, magnitude)
 
 
 def _longrope(
@@ -235,4 +247,4 @@ def _longrope(
     default = rope_scaling.longrope_magnitude(factor, original)
     long = p.factors("long_factor")
     factors = long if c.context > original else p.factors("short_factor")
-    return _rope(style, frequencies / factors, p.number("attention_factor", default))
+    return _rope(c, style, frequencies / factors, p.number("attention_factor", default))

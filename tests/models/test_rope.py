@@ -155,6 +155,8 @@ def test_gemma3_rotates_local_layers_without_the_stretch(tmp_path: Path) -> None
             {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0},
             "high_freq_factor: 4 is not above low_freq_factor 4",
         ),
+        ({"rope_type": 7}, "rope_type: 7 is not a name"),
+        ({"rope_type": "linear", "factor": 5e-324}, "frequencies that are not finite"),
         ([1, 2], r"rope_scaling: \[1, 2\] is not an object"),
     ],
 )
