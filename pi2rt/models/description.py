@@ -16,7 +16,7 @@ Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """``y = W @ x + b``; ``weight``: a tensor of shape (outputs, inputs), ``bias``: one of shape (outputs,)."""
+    """``y = W @ x + b``; ``weight``: tensor of shape (outputs, inputs), ``bias``: of shape (outputs,)."""
 
     weight: str
     bias: str | None = None
