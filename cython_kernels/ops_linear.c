@@ -67,7 +67,7 @@ int pi2_op_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   if (stopped) return stopped;
   int64_t blocks = 0;
   for (int i = 0; i < op->n_matrices; i++) blocks += row_blocks(&op->matrix[i]);
-  const int64_t unit = unit_blocks(blocks, p->gang->n);
+  const int64_t unit = unit_blocks(blocks, p->threads);
   const int pass = pi2_pass_rows(k);
   float *tile = p->scratch[w->index].tile;
   float *out = op->sink == PI2_TO_Y ? p->y : p->x;
@@ -106,7 +106,7 @@ int pi2_op_ffn(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   pi2_input in = pi2_prepare(r, op, index, w, up->k, NULL, r->n_rows, needs_q8(op), &stopped);
   if (stopped) return stopped;
   /* Units are pairs of row blocks: 32 hidden values are one block of int8 for the down projection. */
-  const int64_t blocks = row_blocks(up), pairs = (blocks + 1) / 2, unit = unit_blocks(pairs, p->gang->n);
+  const int64_t blocks = row_blocks(up), pairs = (blocks + 1) / 2, unit = unit_blocks(pairs, p->threads);
   const int pass = pi2_pass_rows(up->k) > 64 ? 64 : pi2_pass_rows(up->k);
   float *up_tile = p->scratch[w->index].tile, *gate_tile = up_tile + 2 * 64 * PI2_ROWS;
   for (int64_t first; (first = pi2_take(r, index, 1) * unit) < pairs;) {
@@ -154,7 +154,7 @@ static void finish_row(pi2_run *r, int32_t row, float *logits, pi2_worker *w) {
 int pi2_op_head(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
   const pi2_matrix *m = &op->matrix[0];
-  const int64_t blocks = row_blocks(m), unit = unit_blocks(blocks, p->gang->n * 4);
+  const int64_t blocks = row_blocks(m), unit = unit_blocks(blocks, p->threads * 4);
   int stopped = 0;
   for (int first = 0; first < r->n_head && !stopped; first += PI2_HEAD_ROWS, index++) {
     const int n = r->n_head - first < PI2_HEAD_ROWS ? r->n_head - first : PI2_HEAD_ROWS;

@@ -35,9 +35,9 @@ static int prepare_run(pi2_program *p, pi2_run *r) {
   r->scores = allocate(p, p->max_rows, 4);
   r->cursors = allocate(p, 4 * (p->n_ops + p->max_rows / PI2_HEAD_ROWS + 1), 4);
   r->splits_left = allocate(p, p->max_slots * p->max_kv_heads, 4);
-  r->busy = allocate(p, p->gang->n, 8);
-  r->op_begin = allocate(p, (int64_t)p->gang->n * p->n_ops, 8);
-  r->op_end = allocate(p, (int64_t)p->gang->n * p->n_ops, 8);
+  r->busy = allocate(p, p->threads, 8);
+  r->op_begin = allocate(p, (int64_t)p->threads * p->n_ops, 8);
+  r->op_end = allocate(p, (int64_t)p->threads * p->n_ops, 8);
   return r->token && r->position && r->slice_of && r->head_row && r->prefill_row && r->slices && r->pages &&
          r->targets && r->scores && r->cursors && r->splits_left && r->busy && r->op_begin && r->op_end;
 }
@@ -83,7 +83,7 @@ int pi2_program_prepare(pi2_program *p) {
   p->logits = allocate(p, PI2_HEAD_ROWS * p->vocab, 4);
   p->partial = allocate(p, p->max_slots * p->max_heads * p->partial_splits * (p->max_head_dim + 16), 4);
   p->slots = calloc((size_t)p->max_slots, sizeof *p->slots);
-  p->scratch = calloc((size_t)p->gang->n, sizeof *p->scratch);
+  p->scratch = calloc((size_t)p->threads, sizeof *p->scratch);
   ok &= allocate_q8(p, &p->q8_prepared, rows, p->max_k);
   ok &= allocate_q8(p, &p->q8_attention, rows, p->attention_columns);
   ok &= allocate_q8(p, &p->q8_hidden, rows, p->hidden);
@@ -91,7 +91,7 @@ int pi2_program_prepare(pi2_program *p) {
         p->scratch;
   if (!ok) return -1;
   const int64_t vectors = p->max_group > 32 ? p->max_group : 32; /* queries of one attention tile */
-  for (int t = 0; t < p->gang->n; t++) {
+  for (int t = 0; t < p->threads; t++) {
     pi2_scratch *s = &p->scratch[t];
     ok &= allocate_q8(p, &s->q8, PI2_REPLICATED, p->max_k);
     s->floats = allocate(p, PI2_REPLICATED * p->max_k, 4);
@@ -118,7 +118,7 @@ void pi2_program_free(pi2_program *p) {
     free(p->slots[i].bias);
     free(p->slots[i].counts);
   }
-  for (int t = 0; p->scratch && t < p->gang->n; t++) {
+  for (int t = 0; p->scratch && t < p->threads; t++) {
     pi2_scratch *s = &p->scratch[t];
     free_q8(&s->q8);
     free(s->floats); free(s->tile); free(s->queries); free(s->scores); free(s->acc); free(s->acc2); free(s->candidates);
@@ -188,7 +188,7 @@ int pi2_run_post(pi2_run *r) {
   if (make_units(r)) return -1;
   memset((void *)r->cursors, 0, (size_t)(4 * (p->n_ops + p->max_rows / PI2_HEAD_ROWS + 1)) * 4);
   memset((void *)r->splits_left, 0, (size_t)(p->max_slots * p->max_kv_heads) * 4);
-  memset(r->busy, 0, (size_t)p->gang->n * 8);
+  memset(r->busy, 0, (size_t)p->threads * 8);
   atomic_store(&r->stop, 0);
   r->stopped = r->done = 0;
   if (pi2_gang_post(p->gang, pi2_run_job, r)) return -1;

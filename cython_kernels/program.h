@@ -101,7 +101,7 @@ typedef struct pi2_program {
   const pi2_kernels *kernels;
   pi2_gang *gang;
   int64_t dim, vocab, max_rows, max_slots, context, max_k, hidden, y_columns, attention_columns;
-  int max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
+  int threads, max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
   pi2_op *ops;
   pi2_rope *ropes;
   pi2_matrix embedding;

@@ -93,7 +93,7 @@ cdef extern from "program.h" nogil:
         const pi2_kernels *kernels
         pi2_gang *gang
         int64_t dim, vocab, max_rows, max_slots, context
-        int n_ropes, n_ops
+        int threads, n_ropes, n_ops
         pi2_op *ops
         pi2_rope *ropes
         pi2_matrix embedding
@@ -178,15 +178,16 @@ cdef class Program:
     cdef list keep, waiting
     cdef int capacity, capacity_ropes
     cdef bint prepared
+    cdef int64_t pages
     cdef readonly int64_t weight_bytes
 
     def __init__(self, Gang gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
-                 int64_t context, float embedding_scale=1, float logit_softcap=0):
-        self.gang = gang
+                 int64_t context, int64_t pages, float embedding_scale=1, float logit_softcap=0):
+        self.gang, self.pages = gang, pages
         self.keep = []
         self.waiting = []
         p = &self.p
-        p.gang, p.kernels = gang.gang, <const pi2_kernels *>kernels
+        p.gang, p.threads, p.kernels = gang.gang, gang.gang.n, <const pi2_kernels *>kernels
         p.dim, p.vocab, p.max_rows, p.max_slots, p.context = dim, vocab, max_rows, max_slots, context
         p.embedding_scale, p.logit_softcap = embedding_scale, logit_softcap
 
@@ -369,6 +370,9 @@ cdef class Program:
             if not (0 <= s.slot < self.p.max_slots and s.start >= 0 and s.start + count <= self.p.context
                     and needed <= pages.shape[0] and needed <= page_room):
                 raise InternalError(f"slice {sl!r} does not fit its pages or the context")
+            for i in range(needed):
+                if not 0 <= pages[i] < self.pages:
+                    raise InternalError(f"page {pages[i]} of {self.pages}")
             s.pages = r.pages + index * page_room
             index += 1
             memcpy(<void *>s.pages, &pages[0], needed * 4)
@@ -389,7 +393,7 @@ cdef class Program:
                 s.targets = r.targets + row
                 s.scores = r.scores + row
                 for i in range(count):
-                    s.scores[i] = float("nan")
+                    s.scores[i] = 0
             rows = None
             if sl.logits:
                 rows = np.empty((count, self.p.vocab), np.float32)
@@ -433,10 +437,10 @@ cdef class Program:
             raise InternalError("no finished step")
         address, step, held = self.waiting.pop(0)
         r = <pi2_run *><uintptr_t>address
-        for t in range(self.p.gang.n):
+        for t in range(self.p.threads):
             busy += r.busy[t]
         ns_per_tick = (r.end_ns - r.begin_ns) / max(1.0, <double>(r.end_ticks - r.begin_ticks))
-        kernel_ns = <int64_t>(busy * ns_per_tick / self.p.gang.n)
+        kernel_ns = <int64_t>(busy * ns_per_tick / self.p.threads)
         if r.stopped:
             return StepResult(step.id, stopped=True, started_ns=r.begin_ns, finished_ns=r.end_ns, kernel_ns=kernel_ns), None
         sampled, scores, logits = [], [], []
@@ -461,10 +465,10 @@ cdef class Program:
             logits.append(rows)
         times = None
         if r.trace:
-            begin = np.empty((self.p.gang.n, n), np.uint64)
-            end = np.empty((self.p.gang.n, n), np.uint64)
-            memcpy(<void *><uintptr_t>begin.ctypes.data, r.op_begin, self.p.gang.n * n * 8)
-            memcpy(<void *><uintptr_t>end.ctypes.data, r.op_end, self.p.gang.n * n * 8)
+            begin = np.empty((self.p.threads, n), np.uint64)
+            end = np.empty((self.p.threads, n), np.uint64)
+            memcpy(<void *><uintptr_t>begin.ctypes.data, r.op_begin, self.p.threads * n * 8)
+            memcpy(<void *><uintptr_t>end.ctypes.data, r.op_end, self.p.threads * n * 8)
             to_ns = lambda x: r.begin_ns + ((x - r.begin_ticks).astype(np.int64) * ns_per_tick).astype(np.int64)
             times = to_ns(begin), to_ns(end)
         return StepResult(step.id, tuple(sampled), tuple(scores), tuple(logits), False, r.begin_ns, r.end_ns, kernel_ns,

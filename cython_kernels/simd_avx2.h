@@ -1,0 +1,188 @@
+/* Sixteen lanes as two AVX2 registers (with FMA and F16C): lanes 0-7 and 8-15.
+ *
+ * Dot products go through vpmaddubsw, whose 16-bit sums never saturate here; simd_avx512.h has the bounds. */
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef struct { __m256 l, h; } vf;
+typedef struct { __m256i l, h; } vi;
+typedef struct { __m256i l, h; } vb;
+
+static inline vf two(__m256 l, __m256 h) { vf r = {l, h}; return r; }
+static inline vi two_i(__m256i l, __m256i h) { vi r = {l, h}; return r; }
+static inline vb two_b(__m256i l, __m256i h) { vb r = {l, h}; return r; }
+
+static inline vf v_set(float a) { return two(_mm256_set1_ps(a), _mm256_set1_ps(a)); }
+static inline vf v_zero(void) { return v_set(0.0f); }
+static inline vf v_load(const float *p) { return two(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+static inline void v_store(float *p, vf a) {
+  _mm256_storeu_ps(p, a.l);
+  _mm256_storeu_ps(p + 8, a.h);
+}
+static inline vf v_add(vf a, vf b) { return two(_mm256_add_ps(a.l, b.l), _mm256_add_ps(a.h, b.h)); }
+static inline vf v_sub(vf a, vf b) { return two(_mm256_sub_ps(a.l, b.l), _mm256_sub_ps(a.h, b.h)); }
+static inline vf v_mul(vf a, vf b) { return two(_mm256_mul_ps(a.l, b.l), _mm256_mul_ps(a.h, b.h)); }
+static inline vf v_div(vf a, vf b) { return two(_mm256_div_ps(a.l, b.l), _mm256_div_ps(a.h, b.h)); }
+static inline vf v_fma(vf a, vf b, vf c) {
+  return two(_mm256_fmadd_ps(a.l, b.l, c.l), _mm256_fmadd_ps(a.h, b.h, c.h));
+}
+static inline vf v_max(vf a, vf b) { return two(_mm256_max_ps(a.l, b.l), _mm256_max_ps(a.h, b.h)); }
+static inline vf v_abs(vf a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return two(_mm256_andnot_ps(sign, a.l), _mm256_andnot_ps(sign, a.h));
+}
+#define NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+static inline vf v_rint(vf a) { return two(_mm256_round_ps(a.l, NEAREST), _mm256_round_ps(a.h, NEAREST)); }
+static inline __m256 pow2_of(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+static inline vf v_pow2(vf n) { return two(pow2_of(n.l), pow2_of(n.h)); }
+static inline vf v_zero_below(vf a, vf x, float bound) {
+  const __m256 b = _mm256_set1_ps(bound);
+  return two(_mm256_and_ps(a.l, _mm256_cmp_ps(x.l, b, _CMP_GE_OQ)), _mm256_and_ps(a.h, _mm256_cmp_ps(x.h, b, _CMP_GE_OQ)));
+}
+static inline vf v_window(vf a, float b, int lo, int hi) {
+  const __m256i l = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), h = _mm256_add_epi32(l, _mm256_set1_epi32(8));
+  const __m256i from = _mm256_set1_epi32(lo), to = _mm256_set1_epi32(hi);
+  const __m256i in_l = _mm256_andnot_si256(_mm256_cmpgt_epi32(from, l), _mm256_cmpgt_epi32(to, l));
+  const __m256i in_h = _mm256_andnot_si256(_mm256_cmpgt_epi32(from, h), _mm256_cmpgt_epi32(to, h));
+  const __m256 other = _mm256_set1_ps(b);
+  return two(_mm256_blendv_ps(other, a.l, _mm256_castsi256_ps(in_l)),
+             _mm256_blendv_ps(other, a.h, _mm256_castsi256_ps(in_h)));
+}
+static inline float v_sum(vf a) {
+  __m256 b = _mm256_add_ps(a.l, a.h);
+  __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+static inline float v_top(vf a) {
+  __m256 b = _mm256_max_ps(a.l, a.h);
+  __m128 c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  c = _mm_max_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_max_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+static inline __m128i load_128(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
+static inline __m128i load_64(const void *p) { return _mm_loadl_epi64((const __m128i *)p); }
+static inline vf v_load_f16(const uint16_t *p) { return two(_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 8))); }
+static inline __m256 from_bf16(const uint16_t *p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(p)), 16));
+}
+static inline vf v_load_bf16(const uint16_t *p) { return two(from_bf16(p), from_bf16(p + 8)); }
+static inline vf v_load_u8(const uint8_t *p) {
+  return two(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_64(p))), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_64(p + 8))));
+}
+static inline vf v_load_i8(const int8_t *p) {
+  return two(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_64(p))), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_64(p + 8))));
+}
+static inline void v_store_f16(uint16_t *p, vf a) {
+  _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.l, NEAREST));
+  _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(a.h, NEAREST));
+}
+static inline vi v_to_int(vf a) { return two_i(_mm256_cvtps_epi32(a.l), _mm256_cvtps_epi32(a.h)); }
+static inline void i_store_i8(int8_t *p, vi a) {
+  __m128i l = _mm_packs_epi32(_mm256_castsi256_si128(a.l), _mm256_extracti128_si256(a.l, 1));
+  __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(a.h), _mm256_extracti128_si256(a.h, 1));
+  _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(l, h));
+}
+static inline int32_t i_sum(vi a) {
+  __m256i b = _mm256_add_epi32(a.l, a.h);
+  __m128i c = _mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+  c = _mm_add_epi32(c, _mm_shuffle_epi32(c, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
+}
+static inline vf i_to_float(vi a) { return two(_mm256_cvtepi32_ps(a.l), _mm256_cvtepi32_ps(a.h)); }
+
+static inline vb b_load(const uint8_t *p) {
+  return two_b(_mm256_load_si256((const __m256i *)p), _mm256_load_si256((const __m256i *)(p + 32)));
+}
+static inline vb b_low(vb a) {
+  const __m256i m = _mm256_set1_epi8(15);
+  return two_b(_mm256_and_si256(a.l, m), _mm256_and_si256(a.h, m));
+}
+static inline vb b_high(vb a) { return b_low(two_b(_mm256_srli_epi16(a.l, 4), _mm256_srli_epi16(a.h, 4))); }
+static inline vb b_fifth(vb a, const uint8_t *word) {
+  /* each byte of the word to eight bytes, each of which looks at its own bit */
+  const __m256i spread = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201), sixteen = _mm256_set1_epi8(16);
+  int32_t l, h;
+  memcpy(&l, word, 4);
+  memcpy(&h, word + 4, 4);
+  __m256i in_l = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(l), spread), bit);
+  __m256i in_h = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(h), spread), bit);
+  return two_b(_mm256_or_si256(a.l, _mm256_and_si256(_mm256_cmpeq_epi8(in_l, bit), sixteen)),
+               _mm256_or_si256(a.h, _mm256_and_si256(_mm256_cmpeq_epi8(in_h, bit), sixteen)));
+}
+static inline __m256i sixth_of(__m256i a, __m256i top, int t) {
+  __m256i bits = t < 2 ? _mm256_slli_epi16(top, 4 - 2 * t) : _mm256_srli_epi16(top, 2 * t - 4);
+  return _mm256_or_si256(a, _mm256_and_si256(bits, _mm256_set1_epi8(0x30)));
+}
+static inline vb b_sixth(vb a, vb top, int t) { return two_b(sixth_of(a.l, top.l, t), sixth_of(a.h, top.h, t)); }
+
+static inline __m256i broadcast4(const int8_t *x) {
+  int32_t four;
+  memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
+}
+static inline __m256i pairs(__m256i a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
+static inline vi add_16(vi a, vi b) { return two_i(_mm256_add_epi16(a.l, b.l), _mm256_add_epi16(a.h, b.h)); }
+static inline vi product(vb w, const int8_t *x) { /* 16-bit: columns 0, 1 and 2, 3 of each row */
+  __m256i y = broadcast4(x);
+  return two_i(_mm256_maddubs_epi16(w.l, y), _mm256_maddubs_epi16(w.h, y));
+}
+static inline vi products4(const vb *w, const int8_t *x) {
+  return add_16(add_16(product(w[0], x), product(w[1], x + 4)), add_16(product(w[2], x + 8), product(w[3], x + 12)));
+}
+static inline vi dot_u4(const vb w[8], const int8_t *x) {
+  vi a = add_16(products4(w, x), products4(w + 4, x + 16));
+  return two_i(pairs(a.l), pairs(a.h));
+}
+static inline vi dot_u5(const vb w[8], const int8_t *x) {
+  vi a = products4(w, x), b = products4(w + 4, x + 16);
+  return two_i(_mm256_add_epi32(pairs(a.l), pairs(b.l)), _mm256_add_epi32(pairs(a.h), pairs(b.h)));
+}
+typedef struct { vi s[2]; } v6scale;
+static inline __m256i scale_twice(const int8_t *p) { /* each scale twice, as 16-bit factors of vpmaddwd */
+  __m256i wide = _mm256_and_si256(_mm256_cvtepi8_epi32(load_64(p)), _mm256_set1_epi32(0xffff));
+  return _mm256_or_si256(wide, _mm256_slli_epi32(wide, 16));
+}
+static inline v6scale scale6_load(const int8_t *p) {
+  v6scale r = {{two_i(scale_twice(p), scale_twice(p + 8)), two_i(scale_twice(p + 16), scale_twice(p + 24))}};
+  return r;
+}
+static inline vi dot_u6(const vb w[8], const int8_t *x, v6scale s, const int16_t *half_sums) {
+  /* -32 * (s0*sum0 + s1*sum1) first: interleave the two scales, one vpmaddwd */
+  __m256i sums = _mm256_set1_epi32((int32_t)((uint32_t)(uint16_t)half_sums[0] | (uint32_t)(uint16_t)half_sums[1] << 16));
+  __m256i l = _mm256_slli_epi32(_mm256_madd_epi16(_mm256_blend_epi16(s.s[0].l, s.s[1].l, 0xaa), sums), 5);
+  __m256i h = _mm256_slli_epi32(_mm256_madd_epi16(_mm256_blend_epi16(s.s[0].h, s.s[1].h, 0xaa), sums), 5);
+  vi total = two_i(_mm256_sub_epi32(_mm256_setzero_si256(), l), _mm256_sub_epi32(_mm256_setzero_si256(), h));
+  for (int i = 0; i < 8; i += 2) {
+    vi a = add_16(product(w[i], x + 4 * i), product(w[i + 1], x + 4 * i + 4)), f = s.s[i / 4];
+    total.l = _mm256_add_epi32(total.l, _mm256_madd_epi16(a.l, f.l));
+    total.h = _mm256_add_epi32(total.h, _mm256_madd_epi16(a.h, f.h));
+  }
+  return total;
+}
+/* |w| x (x with w's sign), so that the unsigned operand stays unsigned */
+static inline __m256i signed_product(__m256i w, __m256i x) {
+  return pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)));
+}
+static inline vi dot_s8(const vb w[8], const int8_t *x) {
+  vi total = two_i(_mm256_setzero_si256(), _mm256_setzero_si256());
+  for (int g = 0; g < 8; g++) {
+    __m256i y = broadcast4(x + 4 * g);
+    total.l = _mm256_add_epi32(total.l, signed_product(w[g].l, y));
+    total.h = _mm256_add_epi32(total.h, signed_product(w[g].h, y));
+  }
+  return total;
+}
+static inline void v_prefetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+static inline uint64_t read_256(const uint8_t *p) {
+  const __m256i *q = (const __m256i *)p;
+  __m256i a = _mm256_setzero_si256();
+  for (int i = 0; i < 8; i++) a = _mm256_xor_si256(a, _mm256_load_si256(q + i));
+  __m128i b = _mm_xor_si128(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  return (uint64_t)_mm_cvtsi128_si64(b) ^ (uint64_t)_mm_extract_epi64(b, 1);
+}
+#define PI2_TILE 4

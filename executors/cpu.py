@@ -1,0 +1,136 @@
+"""The processor: a model's whole step runs as one native program on pinned threads of this executor's own.
+
+The lead executor of a device holds the program; the cores of its assistants (another class of cores, an actor of their
+own name in traces and statistics) are threads of the same gang and take rows from the same cursors, so that a layer is
+shared without a hop through the control plane.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+
+import trio
+from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts
+from pi2rt.executors.weights import Weights
+
+from pi2rt._errors import BusyError, ClosedError
+from pi2rt.cython_kernels import native, program
+from pi2rt.formats import ModelFile
+from pi2rt.models import ModelDescription
+from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
+from pi2rt.runtime.step import Step, StepResult
+
+SPIN_NS = 50_000
+"""How long a thread spins at a barrier before it sleeps. A wake-up costs 50 to 100 us."""
+
+
+class CpuExecutor:
+    """See ``pi2rt.runtime.executor.Executor``."""
+
+    name = "cpu"
+    max_in_flight = 2
+
+    def __init__(self) -> None:
+        self._weights: Weights | None = None
+        self._cache: native.Memory | None = None
+        self._gang: program.Gang | None = None
+        self._program: program.Program | None = None
+        self._options: ExecutorOptions | None = None
+        self._in_flight: deque[int] = deque()
+        self._threads: list[tuple[str, int]] = []  # (actor, core) of each thread
+        self._steps = self._tokens = self._busy_ns = self._kernel_ns = 0
+        self._tokens_of: deque[int] = deque()
+
+    async def open(
+        self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
+    ) -> None:
+        """Loads the weights with as many threads as will compute; ``progress`` counts bytes of the file."""
+        cores = options.cores or tuple(sorted(os.sched_getaffinity(0)))
+        self._threads = [("cpu", core) for core in cores]
+        self._threads += [(actor, core) for actor, group in options.assistants for core in group]
+        self._options = options
+        self._weights = Weights(file, model, exact_floats=options.exact_floats)
+        await self._weights.load(progress, len(self._threads))
+        layouts, page_bytes = cache_layouts(model, options.kv_type)
+        self._cache = native.Memory(max(1, options.pages * page_bytes))
+        pinned = [core for _, core in self._threads]
+        spin = SPIN_NS if len(set(pinned)) == len(pinned) else 0  # two on one core would spin for each other
+        self._gang = program.Gang(pinned, spin_ns=spin)
+        builder = ProgramBuilder(file, model, self._weights, options, self._gang)
+        self._program = builder.build(self._cache, layouts, page_bytes)
+
+    def submit(self, step: Step) -> None:
+        if self._program is None or self._options is None:
+            raise ClosedError("the cpu executor is not open")
+        if len(self._in_flight) >= self.max_in_flight:
+            raise BusyError(f"{len(self._in_flight)} steps are in flight already; wait for one")
+        self._program.post(step, self._options.trace is not None)
+        self._in_flight.append(step.id)
+        self._tokens_of.append(step.tokens)
+
+    async def wait(self) -> StepResult:
+        if self._program is None or self._gang is None:
+            raise ClosedError("the cpu executor is not open")
+        while not self._program.ready():
+            await trio.lowlevel.wait_readable(self._gang.event_fd)
+            if self._gang is None:
+                raise ClosedError("the cpu executor was closed")
+            try:
+                os.read(self._gang.event_fd, 8)
+            except BlockingIOError:  # another wait took it
+                pass
+        self._in_flight.popleft()
+        tokens = self._tokens_of.popleft()
+        result, times = self._program.result()
+        self._steps += 1
+        self._tokens += tokens
+        self._busy_ns += result.finished_ns - result.started_ns
+        self._kernel_ns += result.kernel_ns
+        if times is not None and not result.stopped:
+            self._record(times[0], times[1])
+        return result
+
+    def _record(self, starts: object, ends: object) -> None:
+        assert self._options is not None and self._options.trace is not None and self._program is not None
+        names = self._program.operations
+        for thread, (actor, core) in enumerate(self._threads):
+            track = self._options.trace.track(actor, f"core {core}")
+            self._options.trace.extend_native(track, names, starts[thread], ends[thread])
+
+    def stop(self, step_id: int) -> None:
+        if self._program is not None:
+            self._program.stop(step_id)
+
+    async def aclose(self) -> None:
+        gang, self._gang = self._gang, None
+        if gang is not None:
+            if self._program is not None:
+                for step_id in self._in_flight:
+                    self._program.stop(step_id)
+            trio.lowlevel.notify_closing(gang.event_fd)  # whoever waits learns that it is over
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(gang.close)  # joins the threads: each stops at its next barrier
+        self._program = None
+        self._in_flight.clear()
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
+        if self._weights is not None:
+            self._weights.close()
+            self._weights = None
+        await trio.lowlevel.checkpoint()
+
+    def statistics(self) -> ExecutorStatistics:
+        held = {}
+        if self._weights is not None and self._cache is not None and self._program is not None:
+            held = {
+                "weights": self._weights.nbytes + sum(v.nbytes for v in self._weights.vectors.values()),
+                "kv": self._cache.nbytes,
+                "activations": self._program.activation_bytes,
+            }
+        kernels = None if self._options is None else native.current(self._options.kernels)
+        details = {"kernels": kernels, "threads": tuple(self._threads)}
+        return ExecutorStatistics(
+            self._steps, self._tokens, len(self._in_flight), self._busy_ns, self._kernel_ns, held, details
+        )

@@ -1,0 +1,150 @@
+"""From a model description to a native program: one operation after another, with pointers to weights and cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from pi2rt.executors.weights import PackedMatrix, Weights
+
+from pi2rt._errors import UnsupportedModelError
+from pi2rt.cython_kernels import native, program
+from pi2rt.formats import ModelFile
+from pi2rt.models import Attention, FeedForward, Linear, ModelDescription, Norm, Rope
+from pi2rt.runtime.executor import ExecutorOptions
+from pi2rt.runtime.step import PAGE_TOKENS, Floats
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """Where one attention layer's keys and values lie inside a page; bytes.
+
+    A page holds all layers: ``offset`` of the layer, ``head_stride`` from one KV head to the next, ``v_offset`` from a
+    head's keys to its values (``cython_kernels/attention_template.h`` has the layout of both).
+    """
+
+    offset: int
+    head_stride: int
+    v_offset: int
+
+
+def cache_layouts(model: ModelDescription, kv_type: str) -> tuple[list[CacheLayout], int]:
+    """Layouts in order of the attention blocks, and the bytes of a whole page."""
+    layouts, offset = [], 0
+    for layer in model.layers:
+        for block in layer.blocks:
+            if isinstance(block, Attention):
+                padded = (block.head_dim + 15) // 16 * 16  # whole vectors; padding is zero
+                half = PAGE_TOKENS * padded * 2 if kv_type == "f16" else PAGE_TOKENS * (padded + 4)
+                layouts.append(CacheLayout(offset, 2 * half, half))
+                offset += block.n_kv_heads * 2 * half
+    return layouts, offset
+
+
+class ProgramBuilder:
+    """Builds the program of a model for one gang of threads."""
+
+    def __init__(
+        self, file: ModelFile, model: ModelDescription, weights: Weights, options: ExecutorOptions, gang: program.Gang
+    ) -> None:
+        self._file, self._model, self._weights, self._options = file, model, weights, options
+        self._program = program.Program(
+            gang,
+            native.kernels_address(options.kernels),
+            dim=model.dim,
+            vocab=model.vocab_size,
+            max_rows=options.max_tokens,
+            max_slots=options.slots,
+            context=options.context,
+            pages=options.pages,
+            embedding_scale=model.embedding_scale,
+            logit_softcap=model.logit_softcap or 0.0,
+        )
+        self._ropes: dict[Rope, int] = {}
+
+    def build(self, cache: native.Memory, layouts: list[CacheLayout], page_bytes: int) -> program.Program:
+        """``cache``: the memory of ``options.pages`` pages."""
+        p, model = self._program, self._model
+        p.embed(self._matrix(Linear(model.embedding)))
+        attention = iter(layouts)
+        for index, layer in enumerate(model.layers):
+            for block in layer.blocks:
+                if isinstance(block, Attention):
+                    self._attention(index, block, cache.address, next(attention), page_bytes)
+                elif isinstance(block, FeedForward):
+                    self._feed_forward(index, block)
+        p.head(self._norm(model.final_norm), self._matrix(model.head))
+        p.prepare()
+        return p
+
+    def _attention(self, index: int, block: Attention, cache: int, layout: CacheLayout, page_bytes: int) -> None:
+        p = self._program
+        group = block.n_heads // block.n_kv_heads
+        if group > 128:
+            raise UnsupportedModelError(
+                self._file.path, "attention", f"{group} query heads for each KV head; at most 128 are supported"
+            )
+        # The output is quantised where it is made, if its int8 blocks lie within one KV head's share of it.
+        q8 = not self._is_float(block.out) and group * block.head_dim % 32 == 0
+        p.linear(index, self._norm(block.norm), "x", "y", [self._matrix(m) for m in (block.q, block.k, block.v)])
+        p.attention(
+            index,
+            n_heads=block.n_heads,
+            n_kv_heads=block.n_kv_heads,
+            head_dim=block.head_dim,
+            window=block.window or 0,
+            scale=block.scale,
+            softcap=block.softcap or 0.0,
+            rope=self._rope(block.rope),
+            q_norm=self._norm(block.q_norm),
+            k_norm=self._norm(block.k_norm),
+            kv=cache + layout.offset,
+            page_stride=page_bytes,
+            head_stride=layout.head_stride,
+            v_offset=layout.v_offset,
+            kv_q8=self._options.kv_type == "q8",
+            q8_out=q8,
+        )
+        self._output(index, block.out, block.post_norm, "attention", q8)
+
+    def _feed_forward(self, index: int, block: FeedForward) -> None:
+        q8 = not self._is_float(block.down)  # then hidden is a multiple of 32
+        self._program.ffn(
+            index,
+            self._norm(block.norm),
+            self._matrix(block.up),
+            None if block.gate is None else self._matrix(block.gate),
+            native.ACTIVATIONS[block.activation],
+            native.ACTIVATIONS[block.up_activation],
+            q8_out=q8,
+        )
+        self._output(index, block.down, block.post_norm, "hidden", q8)
+
+    def _output(self, index: int, out: Linear, post_norm: Norm | None, source: str, q8: bool) -> None:
+        """The block's last product, added to the residual stream, through its second norm where it has one."""
+        if post_norm is None:
+            self._program.linear(index, None, source, "x", [self._matrix(out)], q8_in=q8)
+        else:
+            self._program.linear(index, None, source, "y", [self._matrix(out)], q8_in=q8)
+            self._program.add_norm(index, self._norm(post_norm))
+
+    def _is_float(self, linear: Linear) -> bool:
+        return self._weights.matrices[linear.weight].type in FLOATS
+
+    def _matrix(self, linear: Linear) -> program.Matrix:
+        packed: PackedMatrix = self._weights.matrices[linear.weight]
+        bias = None if linear.bias is None else self._weights.vectors[linear.bias]
+        return program.Matrix(native.TYPE_IDS[packed.type], packed.rows, packed.columns, packed.address, bias)
+
+    def _norm(self, norm: Norm | None) -> tuple[Floats, float, float] | None:
+        return None if norm is None else (self._weights.vectors[norm.weight], norm.offset, norm.eps)
+
+    def _rope(self, rope: Rope | None) -> int:
+        if rope is None:
+            return -1
+        if rope not in self._ropes:
+            frequencies = np.array(rope.inverse_frequencies, np.float64)
+            self._ropes[rope] = self._program.rope(frequencies, rope.style == "interleaved", rope.magnitude)
+        return self._ropes[rope]

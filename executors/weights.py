@@ -1,0 +1,125 @@
+"""A model's weights in the layout the kernels read, outside the interpreter's heap.
+
+Rows are read from the file in pieces and put into row blocks at once, so that loading needs the weights' own memory and
+a few megabytes, and no page of the file is mapped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import trio
+
+from pi2rt._errors import ModelFormatError
+from pi2rt.cython_kernels import native
+from pi2rt.formats import ModelFile, TensorInfo
+from pi2rt.formats.quants import dequantize
+from pi2rt.models import ModelDescription, iterate_tensors
+from pi2rt.runtime.executor import Progress
+from pi2rt.runtime.step import Floats
+
+PIECE_BYTES = 4 << 20
+"""Bytes of the file read at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """``rows`` x ``columns`` values of ``type`` as row blocks at ``address``."""
+
+    type: str
+    rows: int
+    columns: int
+    address: int
+
+
+class Weights:
+    """Every tensor a description names: matrices as row blocks, vectors as float32.
+
+    ``exact_floats``: matrices become float32, dequantised as the format says.
+    """
+
+    def __init__(self, file: ModelFile, model: ModelDescription, *, exact_floats: bool) -> None:
+        self._file = file
+        self._exact_floats = exact_floats
+        infos = [file.tensors[name] for name, _ in iterate_tensors(model)]
+        self._matrix_infos = [info for info in infos if len(info.shape) == 2]
+        self._vector_infos = [info for info in infos if len(info.shape) == 1]
+        self.vectors: dict[str, Floats] = {}
+        self.matrices: dict[str, PackedMatrix] = {}
+        size = 0
+        for info in self._matrix_infos:
+            size += native.matrix_bytes(self._type(info), *info.shape)
+        self.nbytes = size
+        self._memory = native.Memory(max(size, 1))
+        address = self._memory.address
+        for info in self._matrix_infos:
+            rows, columns = info.shape
+            self.matrices[info.name] = PackedMatrix(self._type(info), rows, columns, address)
+            address += native.matrix_bytes(self._type(info), rows, columns)
+
+    def _type(self, info: TensorInfo) -> str:
+        return "F32" if self._exact_floats else info.type
+
+    async def load(self, progress: Progress, workers: int) -> None:
+        """Reads everything with ``workers`` threads. Cancellable between pieces.
+
+        Raises:
+            ModelFormatError: a scale or value is NaN or infinite, or the file has shrunk.
+        """
+        pieces: deque[tuple[TensorInfo, int, int]] = deque()
+        for info in self._matrix_infos:
+            step = max(16, PIECE_BYTES // max(1, info.nbytes // max(1, info.shape[0])) // 16 * 16)
+            pieces.extend((info, row, min(row + step, info.shape[0])) for row in range(0, info.shape[0], step))
+        total = sum(info.nbytes for info in self._matrix_infos)
+        done = 0
+        limiter = trio.CapacityLimiter(workers)
+
+        async def worker() -> None:
+            nonlocal done
+            while pieces:
+                batch: list[tuple[TensorInfo, int, int]] = []
+                size = 0
+                while pieces and size < PIECE_BYTES:  # small tensors share one hop to the thread
+                    info, first, last = pieces.popleft()
+                    batch.append((info, first, last))
+                    size += info.nbytes // info.shape[0] * (last - first)
+                await trio.to_thread.run_sync(self._load_pieces, batch, limiter=limiter)
+                done += size
+                progress(done, total)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(workers):
+                nursery.start_soon(worker)
+            for info in self._vector_infos:
+                self.vectors[info.name] = np.ascontiguousarray(
+                    dequantize(info.type, self._file.read(info.name), info.shape), np.float32
+                )
+                if not np.isfinite(self.vectors[info.name]).all():
+                    raise ModelFormatError(self._file.path, f"tensor {info.name}", "holds NaN or infinity")
+
+    def _load_pieces(self, pieces: Sequence[tuple[TensorInfo, int, int]]) -> None:
+        buffer = np.empty(max((last - first) * (info.nbytes // info.shape[0]) for info, first, last in pieces), np.uint8)
+        for info, first, last in pieces:
+            row_bytes = info.nbytes // info.shape[0]
+            raw = buffer[: (last - first) * row_bytes]
+            self._file.read_into(info, first * row_bytes, memoryview(raw))
+            packed = self.matrices[info.name]
+            if self._exact_floats:
+                shape = (last - first, info.shape[1])
+                raw = np.ascontiguousarray(dequantize(info.type, raw, shape), np.float32).reshape(-1).view(np.uint8)
+            address = packed.address + native.matrix_bytes(packed.type, first, packed.columns)
+            bad = native.repack(packed.type, raw, last - first, packed.columns, address)
+            if bad is not None:
+                raise ModelFormatError(
+                    self._file.path, f"tensor {info.name}", f"row {first + bad} holds NaN or infinity in a scale or value"
+                )
+
+    def close(self) -> None:
+        self._memory.close()
+        self.matrices.clear()
+        self.vectors.clear()
+
+
