@@ -118,7 +118,7 @@ async def _run(options: argparse.Namespace, params: SamplingParams, prompt: str 
         if not raw and runtime.tokenizer.chat_template is None:
             if prompt is None or options.system is not None:
                 raise RequestError(
-                    "the model has no chat template; a chat and a system message need one: give a prompt alone"
+                    "the model has no chat template, which chats and system messages need; give a plain one"
                 )
             print("pi2rt: the model has no chat template; its text goes on from the prompt", file=sys.stderr)
             raw = True

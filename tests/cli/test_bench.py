@@ -1,0 +1,56 @@
+"""What ``pi2rt bench`` reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pi2rt.cli.bench import bytes_per_token
+from pi2rt.formats import open_model_file
+from tests.cli.conftest import Run
+from tests.support.tiny_models import TinyModel, write_gguf
+
+ARGUMENTS = ("--prefill", "40", "--decode", "8", "--repeat", "3", "--threads", "1")
+
+
+def test_bench_json(pi2rt: Run, model: str) -> None:
+    done = pi2rt("bench", model, *ARGUMENTS, "--json", "--executor", "reference")
+    assert (done.status, done.errors) == (0, "")
+    found = json.loads(done.output)
+    assert found["repeats"] == 3
+    assert (found["prefill_tokens"], found["decode_tokens"], found["threads"]) == (40, 8, 1)
+    # If the prefix cache had given away the prompts, prefill would take as long as one token does.
+    assert 0 < found["prefill_tokens_per_s"] < 1e6
+    assert found["ttft_ms"] / 1000 == pytest.approx(40 / found["prefill_tokens_per_s"], rel=0.5)
+    assert found["decode_tokens_per_s"] > 0
+    assert found["memory_bandwidth_bytes_per_s"] > 1e8
+    bound = found["bytes_per_token"] / found["memory_bandwidth_bytes_per_s"]
+    assert found["efficiency"] == pytest.approx(bound * found["decode_tokens_per_s"])
+    assert 0 <= found["runtime_overhead_fraction"] < 1
+    assert found["load_s"] > 0
+    assert found["peak_rss_bytes"] > 10_000_000
+
+
+def test_bench_for_people(pi2rt: Run, model: str) -> None:
+    done = pi2rt("bench", model, *ARGUMENTS, "--executor", "reference")
+    assert (done.status, done.errors) == (0, "")
+    for words in (
+        "prefill of 40 tokens: ",
+        "decode of 8 tokens: ",
+        "% of what memory allows",
+        "outside kernels: ",
+    ):
+        assert words in done.output
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_per_token_counts_an_embedding_only_where_it_is_the_head(tmp_path: Path, tied: bool) -> None:
+    model = TinyModel(config={"tie_word_embeddings": tied})
+    path = write_gguf(tmp_path / "m.gguf", model)
+    with open_model_file(path) as file:
+        tensors = {name: tensor.nbytes for name, tensor in file.tensors.items()}
+    embedding = tensors.pop("token_embd.weight")
+    expected = sum(tensors.values()) + (embedding if tied else 4 * model.dim)
+    assert bytes_per_token(str(path)) == expected
