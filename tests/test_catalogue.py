@@ -19,6 +19,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -493,7 +494,7 @@ def test_a_catalogue_entry_cannot_leave_the_cache(shelf: Shelf) -> None:
 class _Hub(http.server.BaseHTTPRequestHandler):
     """As much of the Hugging Face Hub as a download of one file needs."""
 
-    def __init__(self, content: bytes, started: Callable[[], None], *args: object) -> None:
+    def __init__(self, content: bytes, started: Callable[[], None], *args: Any) -> None:
         self._content, self._started = content, started
         super().__init__(*args)
 

@@ -19,6 +19,7 @@ async def _until_interrupted(function: Callable[[], Awaitable[int]]) -> int:
     wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     wanted = [number for number in wanted if signal.getsignal(number) != signal.SIG_IGN]
     interrupted_by = 0
+    status: int | None = None
 
     async def watch(nursery_scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
         nonlocal interrupted_by
@@ -33,5 +34,4 @@ async def _until_interrupted(function: Callable[[], Awaitable[int]]) -> int:
             await nursery.start(watch, nursery.cancel_scope)
         status = await function()
         nursery.cancel_scope.cancel()
-        return status
-    return 128 + interrupted_by
+    return 128 + interrupted_by if status is None else status

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
 
@@ -31,7 +32,7 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Columns as wide as their widest cell, two spaces apart."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     lines = (
