@@ -109,6 +109,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         budget.tick()
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, str):
+            for hidden in ("_block_vars", "_loop_vars"):  # Jinja passes these along for its own functions
+                kwargs.pop(hidden, None)
             result = call_method(self, budget, owner, obj.__name__, args, kwargs)
         else:
             result = super().call(context, obj, *args, **kwargs)
