@@ -27,7 +27,8 @@ MAX_NESTING = 4
 _FIRST_CHUNK = 1 << 16
 _LAST_CHUNK = 1 << 20
 _FAST_BYTES = 1 << 16  # what one pass of _short_strings looks at
-_SLOW_STRINGS = 256  # read one by one where a pass gave fewer than that, so that the passes stay linear
+_SLOW_STRINGS = 256  # read one by one where a pass gave fewer than that, so that the passes stay linear;
+_MOST_SLOW_STRINGS = 1 << 14  # twice as many each time in a row
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -164,16 +165,35 @@ class GgufHeader:
 
     def _string_array(self, count: int, field: str) -> list[str]:
         out: list[str] = []
+        slow = _SLOW_STRINGS
         while len(out) < count:
             if len(self._data) - self._pos < _FAST_BYTES:
                 self._refill(0, field)
             fast = self._short_strings(count - len(out))
             out += fast
-            if len(fast) < _SLOW_STRINGS:
-                out += [
-                    self.string(f"{field}[{i}]")
-                    for i in range(len(out), min(len(out) + _SLOW_STRINGS, count))
-                ]
+            if len(fast) >= _SLOW_STRINGS:
+                slow = _SLOW_STRINGS
+                continue
+            whole = self._whole_strings(min(slow, count - len(out)))
+            out += whole
+            if len(whole) < slow and len(out) < count:  # the next one leaves the window, or is malformed
+                out.append(self.string(f"{field}[{len(out)}]"))
+            slow = min(2 * slow, _MOST_SLOW_STRINGS)
+        return out
+
+    def _whole_strings(self, count: int) -> list[str]:
+        """The next ``count`` strings, one by one; fewer where one is not UTF-8 or not all in the window."""
+        out: list[str] = []
+        data, at, end = self._data, self._pos, len(self._data)
+        for _ in range(count):
+            if end - at < 8 or end - at - 8 < (length := _U64.unpack_from(data, at)[0]):
+                break
+            try:
+                out.append(data[at + 8 : at + 8 + length].decode())
+            except UnicodeDecodeError:
+                break
+            at += 8 + length
+        self._pos = at
         return out
 
     def _short_strings(self, count: int) -> list[str]:
