@@ -19,20 +19,24 @@ class SimulatedSequence:
     __slots__ = (
         "bound",
         "first_sample",
+        "known",
+        "length",
         "owned",
         "prompt",
         "sampled",
         "sampled_at",
         "slot",
-        "tokens",
         "written",
     )
 
-    def __init__(self, bind: Bind) -> None:
+    def __init__(self, bind: Bind, context: int) -> None:
         self.slot = bind.slot
         self.bound = bind
-        self.tokens: list[int] = bind.history.tolist()  # by position, as far as they are known
-        self.prompt = len(self.tokens)  # of those, how many must not change
+        self.known = np.empty(context, np.int32)  # tokens by position,
+        self.prompt = self.length = min(
+            len(bind.history), context
+        )  # so many of them; the prompt must not change
+        self.known[: self.length] = bind.history[: self.length]
         self.written: int | None = None  # positions up to here; None: nothing yet, a prefix may be shared
         self.owned: set[int] = set()  # pages it has written
         self.sampled, self.sampled_at = 0, -1  # the token sampled last, and the position it will have
@@ -64,7 +68,7 @@ class SimulatedCache:
         for bind in step.binds:
             if not 0 <= bind.slot < self._slots:
                 raise InternalError(f"{step}: bind of slot {bind.slot}, but there are {self._slots}")
-            self._sequences[bind.slot] = SimulatedSequence(bind)
+            self._sequences[bind.slot] = SimulatedSequence(bind, self._context)
         writers: dict[int, int] = {}
         for piece in step.slices:
             self._check_slice(piece)
@@ -95,8 +99,7 @@ class SimulatedCache:
         context = self._tokens[table].reshape(-1)[:start]
         self._check_read(sequence, table[: _pages_for(start)].tolist(), context, start, where)
         tokens = self._tokens_of(piece, sequence, where)
-        for offset, token in enumerate(tokens.tolist()):
-            self._note(sequence, start + offset, token, where)
+        self._note(sequence, start, tokens, where)
         for page in _written(piece).tolist():
             self._owners[page] = sequence
             sequence.owned.add(page)
@@ -123,13 +126,13 @@ class SimulatedCache:
                 self._tokens[page, position % PAGE_TOKENS] = _EMPTY
         if sequence.written is not None:
             sequence.written = min(sequence.written, start)
-        del sequence.tokens[max(sequence.prompt, start) :]
+        sequence.length = min(sequence.length, max(sequence.prompt, start))
         sequence.sampled_at = -1
 
     def readable(self, piece: Slice) -> bool:
         """Whether all that the slice reads is defined."""
         tokens = self._tokens[piece.pages[: _pages_for(piece.start)]].reshape(-1)[: piece.start]
-        return not bool((tokens == _EMPTY).any())
+        return int(tokens.min(initial=0)) >= 0
 
     def _check_slice(self, piece: Slice) -> None:
         start, end, pages = piece.start, piece.start + piece.count, piece.pages
@@ -150,7 +153,7 @@ class SimulatedCache:
             raise InternalError(f"{where}: {len(pages)} pages in the table, {_pages_for(end)} needed")
         if int(needed.min()) < 0 or int(needed.max()) >= len(self._owners):
             raise InternalError(f"{where}: pages {needed.tolist()}, but there are {len(self._owners)}")
-        if len(np.unique(needed)) != len(needed):
+        if len(set(needed.tolist())) != len(needed):
             raise InternalError(f"{where}: a page stands twice in the table {needed.tolist()}")
         if piece.targets is not None and len(piece.targets) != piece.count:
             raise InternalError(f"{where}: {len(piece.targets)} targets for {piece.count} tokens")
@@ -173,21 +176,21 @@ class SimulatedCache:
             owner = self._owners[page]
             if page in sequence.owned and owner is not sequence and owner is not None:
                 raise InternalError(f"{where}: its page {page} was written by slot {owner.slot} since")
-        empty = np.flatnonzero(context == _EMPTY)
-        if len(empty):
+        if int(context.min(initial=0)) < 0:
+            position = int(context.argmin())
             raise InternalError(
-                f"{where}: reads position {empty[0]} in page {pages[empty[0] // PAGE_TOKENS]}, "
+                f"{where}: reads position {position} in page {pages[position // PAGE_TOKENS]}, "
                 f"which nobody has written"
             )
-        known = np.array(sequence.tokens[:start], np.int32)
-        wrong = np.flatnonzero(known != context[: len(known)])
-        if len(wrong):
-            position = int(wrong[0])
+        both = min(start, sequence.length)
+        wrong = _first_difference(sequence.known[:both], context[:both])
+        if wrong is not None:
             raise InternalError(
-                f"{where}: page {pages[position // PAGE_TOKENS]} holds token {context[position]} at position "
-                f"{position}, but the sequence has {known[position]} there"
+                f"{where}: page {pages[wrong // PAGE_TOKENS]} holds token {context[wrong]} at position "
+                f"{wrong}, but the sequence has {sequence.known[wrong]} there"
             )
-        sequence.tokens.extend(context[len(known) :].tolist())
+        sequence.known[both:start] = context[both:]
+        sequence.length = max(sequence.length, start)
 
     def _tokens_of(self, piece: Slice, sequence: SimulatedSequence, where: str) -> Int32s:
         if len(piece.tokens):
@@ -197,18 +200,24 @@ class SimulatedCache:
             raise InternalError(f"{where}: follows on a sampled token, but {had}")
         return np.array([sequence.sampled], np.int32)
 
-    def _note(self, sequence: SimulatedSequence, position: int, token: int, where: str) -> None:
-        """Keeps the sequence's own list of tokens, which its reads are checked against."""
-        if position < len(sequence.tokens):
-            if sequence.tokens[position] == token:
-                return
-            if position < sequence.prompt:
-                raise InternalError(
-                    f"{where}: token {token} at position {position}, but the prompt given to Bind has "
-                    f"{sequence.tokens[position]} there"
-                )
-            del sequence.tokens[position:]
-        sequence.tokens.append(token)
+    def _note(self, sequence: SimulatedSequence, start: int, tokens: Int32s, where: str) -> None:
+        """Keeps the sequence's own tokens, which its reads are checked against."""
+        end = start + len(tokens)
+        both = min(end, sequence.prompt) - start
+        wrong = _first_difference(sequence.known[start : start + both], tokens[:both]) if both > 0 else None
+        if wrong is not None:
+            raise InternalError(
+                f"{where}: token {tokens[wrong]} at position {start + wrong}, but the prompt given to "
+                f"Bind has {sequence.known[start + wrong]} there"
+            )
+        sequence.known[start:end] = tokens
+        sequence.length = max(end, sequence.prompt)  # what was sampled behind a rewind is void
+
+
+def _first_difference(a: Int32s, b: Int32s) -> int | None:
+    if np.array_equal(a, b):
+        return None
+    return int(np.flatnonzero(a != b)[0])
 
 
 def _pages_for(positions: int) -> int:

@@ -99,6 +99,7 @@ class Actor:
         self._finished = trio.Event()
         self._close_error: Exception | None = None
         self._submitted = self._completed = self._failed = self._peak = 0
+        self._traced_ns = 0  # end of the last span
         self._opened_at = self._busy_since = self._busy = 0.0
 
     @property
@@ -296,10 +297,13 @@ class Actor:
         if self._room:
             self._room.unpark()
         if self.track is not None:
+            # An executor may count a step from its submission; on one track, spans must not overlap.
+            start_ns = max(result.started_ns, self._traced_ns)
+            self._traced_ns = max(result.finished_ns, start_ns)
             self.track.span(
                 "stopped step" if result.stopped else "step",
-                result.started_ns,
-                result.finished_ns,
+                start_ns,
+                self._traced_ns,
                 id=step.id,
                 tokens=step.tokens,
                 sequences=len(step.slices),

@@ -28,7 +28,9 @@ class ExecutorOptions:
     ``slots``: sequences at once; ``pages``: pages of KV cache; ``context``: positions per sequence at most;
     ``max_tokens``: tokens in one step at most. ``cores``: core numbers to run on, in order; () leaves it to
     the executor. ``assistants``: (actor name, cores) of units that share each layer. ``kv_type``: "f16" or
-    "q8". ``exact_floats``: dequantise weights to float32 and do not quantise activations (for tests; slow).
+    "q8". ``activations``: "int16" or "int8", what activations become where they meet quantised weights; int8
+    is faster in prefill and less exact. ``exact_floats``: dequantise weights to float32, quantise no
+    activations, keep keys and values in float32 (for tests; slow).
     ``kernels``: name of a kernel variant, None for the best.
     """
 
@@ -39,6 +41,7 @@ class ExecutorOptions:
     cores: tuple[int, ...] = ()
     assistants: tuple[tuple[str, tuple[int, ...]], ...] = ()
     kv_type: str = "f16"
+    activations: str = "int16"
     exact_floats: bool = False
     kernels: str | None = None
     trace: Trace | None = None

@@ -206,6 +206,31 @@ async def test_trace(autojump_clock: trio.testing.MockClock, tmp_path: Path) -> 
     assert seen["rebuild"]["args"] == {"outcome": "ready"}
 
 
+async def test_spans_of_a_trace_do_not_overlap(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    trace = Trace()
+    bench = Bench(trace=trace)
+    times = iter([(5_000, 9_000), (5_000, 12_000), (5_000, 11_000)])
+
+    async def wait() -> StepResult:
+        await trio.lowlevel.checkpoint()
+        started, finished = (trace.origin_ns + ns for ns in next(times))
+        return StepResult(1, started_ns=started, finished_ns=finished)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(bench.actor.run)
+        bench.made[0].wait = wait  # type: ignore[method-assign]
+        for _ in range(3):
+            await bench.actor.submit(step(1))
+            await bench.actor.result()
+            bench.made[0]._queue.clear()
+        await bench.actor.aclose()
+    trace.write(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [(e["ts"], e["dur"]) for e in events if e["ph"] == "X"] == [(5.0, 4.0), (9.0, 3.0), (12.0, 0.0)]
+
+
 # ---------- supervision ----------
 
 
