@@ -7,7 +7,7 @@
 static void kv_store(const pi2_kv *kv, int64_t position, const float *k, const float *v) {
   uint8_t *page = (uint8_t *)kv->base + kv->pages[position / PI2_PAGE] * kv->page_stride;
   const int at = (int)(position % PI2_PAGE), hd = kv->head_dim;
-  if (kv->q8) {
+  if (kv->type == PI2_KV_Q8) {
     float k_top = 0, v_top_ = 0;
     for (int i = 0; i < hd; i++) {
       k_top = fabsf(k[i]) > k_top ? fabsf(k[i]) : k_top;
@@ -24,6 +24,12 @@ static void kv_store(const pi2_kv *kv, int64_t position, const float *k, const f
     ((float *)(values + PI2_PAGE * hd))[at] = dv;
     return;
   }
+  if (kv->type == PI2_KV_F32) {
+    float *keys = (float *)page, *values = (float *)(page + kv->v_offset);
+    for (int i = 0; i < hd; i++) keys[((at / 16) * hd + i) * 16 + at % 16] = k[i];
+    memcpy(values + at * hd, v, (size_t)hd * sizeof *v);
+    return;
+  }
   uint16_t *keys = (uint16_t *)page, *values = (uint16_t *)(page + kv->v_offset);
   for (int i = 0; i < hd; i += 16) {
     uint16_t halves[16];
@@ -33,41 +39,42 @@ static void kv_store(const pi2_kv *kv, int64_t position, const float *k, const f
   }
 }
 
-INLINE vf kv_load(int q8, const uint8_t *p, int64_t i) {
-  return q8 ? v_load_i8((const int8_t *)p + i) : v_load_f16((const uint16_t *)p + i);
+INLINE vf kv_load(const int type, const uint8_t *p, int64_t i) {
+  return type == PI2_KV_Q8  ? v_load_i8((const int8_t *)p + i)
+       : type == PI2_KV_F16 ? v_load_f16((const uint16_t *)p + i) : v_load((const float *)p + i);
 }
 
 /* scores[i*64 + j] = q[i] . key j of the page; positions [first, last) of it, in whole sixteens */
-INLINE void score_tile(int q8, const int tile, const uint8_t *keys, int hd, const float *q, int64_t ldq,
+INLINE void score_tile(const int type, const int tile, const uint8_t *keys, int hd, const float *q, int64_t ldq,
                        int first, int last, float *scores) {
   for (int b = first / 16; b * 16 < last; b++) {
     vf sum[PI2_TILE];
     for (int i = 0; i < tile; i++) sum[i] = v_zero();
     for (int d = 0; d < hd; d++) {
-      vf key = kv_load(q8, keys, (int64_t)(b * hd + d) * 16);
+      vf key = kv_load(type, keys, (int64_t)(b * hd + d) * 16);
       for (int i = 0; i < tile; i++) sum[i] = v_fma(v_set(q[i * ldq + d]), key, sum[i]);
     }
     for (int i = 0; i < tile; i++) v_store(scores + i * PI2_PAGE + b * 16, sum[i]);
   }
 }
 /* acc[i] += sum over positions of p[i*64 + j] * value j */
-INLINE void value_tile(int q8, const int tile, const uint8_t *values, int hd, const float *p, int first, int last,
+INLINE void value_tile(const int type, const int tile, const uint8_t *values, int hd, const float *p, int first, int last,
                        float *acc) {
   for (int d = 0; d < hd; d += 16) {
     vf sum[PI2_TILE];
     for (int i = 0; i < tile; i++) sum[i] = v_load(acc + i * hd + d);
     for (int j = first; j < last; j++) {
-      vf value = kv_load(q8, values, (int64_t)j * hd + d);
+      vf value = kv_load(type, values, (int64_t)j * hd + d);
       for (int i = 0; i < tile; i++) sum[i] = v_fma(v_set(p[i * PI2_PAGE + j]), value, sum[i]);
     }
     for (int i = 0; i < tile; i++) v_store(acc + i * hd + d, sum[i]);
   }
 }
 
-INLINE void attend_as(const int q8, const pi2_kv *kv, const float *q, int64_t ldq, int nq, const int32_t *lo,
+INLINE void attend_as(const int type, const pi2_kv *kv, const float *q, int64_t ldq, int nq, const int32_t *lo,
                       const int32_t *hi, int64_t begin, int64_t end, float cap, float *max, float *sum, float *acc,
                       float *scratch) {
-  const int hd = kv->head_dim;
+  const int hd = kv->head_dim, q8 = type == PI2_KV_Q8;
   for (int i = 0; i < nq; i++) {
     max[i] = -__builtin_inff();
     sum[i] = 0;
@@ -79,10 +86,10 @@ INLINE void attend_as(const int q8, const pi2_kv *kv, const float *q, int64_t ld
     const int last = end - base < PI2_PAGE ? (int)(end - base) : PI2_PAGE;
     int done = 0;
     for (; nq - done >= PI2_TILE; done += PI2_TILE)
-      score_tile(q8, PI2_TILE, keys, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
+      score_tile(type, PI2_TILE, keys, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
     for (; nq - done >= 3; done += 3)
-      score_tile(q8, 3, keys, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
-    for (; done < nq; done++) score_tile(q8, 1, keys, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
+      score_tile(type, 3, keys, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
+    for (; done < nq; done++) score_tile(type, 1, keys, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
 
     const float *key_scale = (const float *)(keys + PI2_PAGE * hd);     /* used where q8 */
     const float *value_scale = (const float *)(values + PI2_PAGE * hd);
@@ -126,17 +133,20 @@ INLINE void attend_as(const int q8, const pi2_kv *kv, const float *q, int64_t ld
       sum[i] += v_sum(total);
     }
     for (done = 0; nq - done >= PI2_TILE; done += PI2_TILE)
-      value_tile(q8, PI2_TILE, values, hd, scratch + done * PI2_PAGE, first, last, acc + (int64_t)done * hd);
+      value_tile(type, PI2_TILE, values, hd, scratch + done * PI2_PAGE, first, last, acc + (int64_t)done * hd);
     for (; nq - done >= 3; done += 3)
-      value_tile(q8, 3, values, hd, scratch + done * PI2_PAGE, first, last, acc + (int64_t)done * hd);
+      value_tile(type, 3, values, hd, scratch + done * PI2_PAGE, first, last, acc + (int64_t)done * hd);
     for (; done < nq; done++)
-      value_tile(q8, 1, values, hd, scratch + done * PI2_PAGE, first, last, acc + (int64_t)done * hd);
+      value_tile(type, 1, values, hd, scratch + done * PI2_PAGE, first, last, acc + (int64_t)done * hd);
   }
 }
 static void attend(const pi2_kv *kv, const float *q, int64_t ldq, int nq, const int32_t *lo, const int32_t *hi,
                    int64_t begin, int64_t end, float cap, float *max, float *sum, float *acc, float *scratch) {
-  if (kv->q8) attend_as(1, kv, q, ldq, nq, lo, hi, begin, end, cap, max, sum, acc, scratch);
-  else attend_as(0, kv, q, ldq, nq, lo, hi, begin, end, cap, max, sum, acc, scratch);
+  switch (kv->type) {
+    case PI2_KV_F16: attend_as(PI2_KV_F16, kv, q, ldq, nq, lo, hi, begin, end, cap, max, sum, acc, scratch); break;
+    case PI2_KV_Q8: attend_as(PI2_KV_Q8, kv, q, ldq, nq, lo, hi, begin, end, cap, max, sum, acc, scratch); break;
+    default: attend_as(PI2_KV_F32, kv, q, ldq, nq, lo, hi, begin, end, cap, max, sum, acc, scratch);
+  }
 }
 
 static void attend_merge(float *max, float *sum, float *acc, float max2, float sum2, const float *acc2, int hd) {

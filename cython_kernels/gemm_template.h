@@ -6,11 +6,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* How a block of a type is unpacked: w[8], and the scales dw and (where HAS_MIN) mw with value = dw*q + mw. */
-typedef struct {
-  const uint8_t *scales, *quants;
-} cursor;
-
+/* How a block of a type is unpacked: w[8], one register per group of four columns. */
 INLINE void nibbles(const uint8_t *p, vb w[8]) {
   for (int g = 0; g < 4; g++) {
     vb both = b_load(p + 64 * g);
@@ -76,8 +72,15 @@ INLINE void unpack_scales(int type, const uint8_t *scales, int64_t b, vf *dw, vf
   }
 }
 
+/* Q6_K's two scales of a block, each for 16 columns */
+INLINE void six_scales(const uint8_t *scales, int64_t b, vf d, vf out[2]) {
+  const int8_t *fine = (const int8_t *)scales + (b >> 3) * 288 + 32 + (b & 7) * 32;
+  out[0] = v_mul(d, v_load_i8(fine));
+  out[1] = v_mul(d, v_load_i8(fine + 16));
+}
+
 /* out[c][16], c < tile; tile is a constant at every call, so the loops over it unroll into registers */
-INLINE void gemm_tile(int type, const int tile, const uint8_t *w, int64_t k, const pi2_q8 *x, int64_t row,
+INLINE void gemm_tile(int type, const int wide, const int tile, const uint8_t *w, int64_t k, const pi2_q8 *x, int64_t row,
                       float *out, int64_t ldo) {
   const uint8_t *scales = w, *quants = w + pi2_scales_bytes_of(type, k);
   const int8_t *xq[PI2_TILE];
@@ -91,47 +94,68 @@ INLINE void gemm_tile(int type, const int tile, const uint8_t *w, int64_t k, con
   const int64_t ldb = x->ldb, blocks = k / PI2_BLOCK;
   for (int64_t b = 0; b < blocks; b++) {
     vb q[8];
-    vf dw, mw;
+    vf dw, mw, d6[2];
     unpack_weights(type, quants, b, q);
     unpack_scales(type, scales, b, &dw, &mw);
     if (tile == 1) /* memory-bound: pull what the next blocks need */
       for (int i = 0; i < quants_stride(type); i += 64)
         v_prefetch(quants + b * quants_stride(type) + PI2_PREFETCH + i);
-    v6scale s6;
-    if (type == PI2_Q6_K) s6 = scale6_load((const int8_t *)scales + (b >> 3) * 288 + 32 + (b & 7) * 32);
-    for (int c = 0; c < tile; c++) {
-      const int8_t *y = xq[c] + b * PI2_BLOCK;
-      vi dot = type == PI2_Q6_K ? dot_u6(q, y, s6, xh + 2 * (c * ldb + b))
-             : type == PI2_Q8_0 ? dot_s8(q, y)
-             : type == PI2_Q5_0 || type == PI2_Q5_1 || type == PI2_Q5_K ? dot_u5(q, y) : dot_u4(q, y);
-      sum[c] = v_fma(v_mul(i_to_float(dot), v_set(xd[c * ldb + b])), dw, sum[c]);
-      if (has_min(type)) sum[c] = v_fma(v_set(xs[c * ldb + b]), mw, sum[c]);
+    if (wide) {
+      vw pairs[16];
+      widen(q, pairs, type == PI2_Q8_0, type == PI2_Q6_K ? 32 : 0);
+      if (type == PI2_Q6_K) six_scales(scales, b, dw, d6);
+      for (int c = 0; c < tile; c++) {
+        const int16_t *y = (const int16_t *)xq[c] + b * PI2_BLOCK;
+        const vf d = v_set(xd[c * ldb + b]);
+        if (type == PI2_Q6_K) {
+          sum[c] = v_fma(v_mul(i_to_float(dot_wide(pairs, y, 8)), d), d6[0], sum[c]);
+          sum[c] = v_fma(v_mul(i_to_float(dot_wide(pairs + 8, y + 16, 8)), d), d6[1], sum[c]);
+        } else {
+          sum[c] = v_fma(v_mul(i_to_float(dot_wide(pairs, y, 16)), d), dw, sum[c]);
+          if (has_min(type)) sum[c] = v_fma(v_set(xs[c * ldb + b]), mw, sum[c]);
+        }
+      }
+    } else {
+      v6scale s6;
+      if (type == PI2_Q6_K) s6 = scale6_load((const int8_t *)scales + (b >> 3) * 288 + 32 + (b & 7) * 32);
+      for (int c = 0; c < tile; c++) {
+        const int8_t *y = xq[c] + b * PI2_BLOCK;
+        vi dot = type == PI2_Q6_K ? dot_u6(q, y, s6, xh + 2 * (c * ldb + b))
+               : type == PI2_Q8_0 ? dot_s8(q, y)
+               : type == PI2_Q5_0 || type == PI2_Q5_1 || type == PI2_Q5_K ? dot_u5(q, y) : dot_u4(q, y);
+        sum[c] = v_fma(v_mul(i_to_float(dot), v_set(xd[c * ldb + b])), dw, sum[c]);
+        if (has_min(type)) sum[c] = v_fma(v_set(xs[c * ldb + b]), mw, sum[c]);
+      }
     }
   }
   for (int c = 0; c < tile; c++) v_store(out + c * ldo, sum[c]);
 }
 
-#define GEMM_CASE(T, N) case N: gemm_tile(T, N, w, k, x, done, out + done * ldo, ldo); break;
-#define GEMM(T, name)                                                                              \
+#define GEMM_CASE(T, WIDE, N) case N: gemm_tile(T, WIDE, N, w, k, x, done, out + done * ldo, ldo); break;
+#define GEMM(T, WIDE, name)                                                                        \
   static void gemm_##name(const uint8_t *w, int64_t k, const pi2_q8 *x, int n, float *out, int64_t ldo) { \
     int done = 0;                                                                                  \
     for (; n - done >= PI2_TILE; done += PI2_TILE)                                                 \
-      gemm_tile(T, PI2_TILE, w, k, x, done, out + done * ldo, ldo);                                \
-    switch (n - done) { GEMM_CASE(T, 1) GEMM_CASE(T, 2) GEMM_CASE(T, 3) GEMM_TAILS(T) default: break; } \
+      gemm_tile(T, WIDE, PI2_TILE, w, k, x, done, out + done * ldo, ldo);                          \
+    switch (n - done) {                                                                            \
+      GEMM_CASE(T, WIDE, 1) GEMM_CASE(T, WIDE, 2) GEMM_CASE(T, WIDE, 3) GEMM_TAILS(T, WIDE)        \
+      default: break;                                                                              \
+    }                                                                                              \
   }
 #if PI2_TILE == 8
-#define GEMM_TAILS(T) GEMM_CASE(T, 4) GEMM_CASE(T, 5) GEMM_CASE(T, 6) GEMM_CASE(T, 7)
+#define GEMM_TAILS(T, W) GEMM_CASE(T, W, 4) GEMM_CASE(T, W, 5) GEMM_CASE(T, W, 6) GEMM_CASE(T, W, 7)
 #else
-#define GEMM_TAILS(T)
+#define GEMM_TAILS(T, W)
 #endif
-GEMM(PI2_Q4_0, q4_0)
-GEMM(PI2_Q4_1, q4_1)
-GEMM(PI2_Q5_0, q5_0)
-GEMM(PI2_Q5_1, q5_1)
-GEMM(PI2_Q8_0, q8_0)
-GEMM(PI2_Q4_K, q4_k)
-GEMM(PI2_Q5_K, q5_k)
-GEMM(PI2_Q6_K, q6_k)
+#define GEMMS(T, name) GEMM(T, 0, name##_a8) GEMM(T, 1, name##_a16)
+GEMMS(PI2_Q4_0, q4_0)
+GEMMS(PI2_Q4_1, q4_1)
+GEMMS(PI2_Q5_0, q5_0)
+GEMMS(PI2_Q5_1, q5_1)
+GEMMS(PI2_Q8_0, q8_0)
+GEMMS(PI2_Q4_K, q4_k)
+GEMMS(PI2_Q5_K, q5_k)
+GEMMS(PI2_Q6_K, q6_k)
 
 /* Float weights [k][16], float activations. Two sums per column, even and odd k, hide the latency of one column. */
 INLINE vf load_weights(int type, const uint8_t *w, int64_t i) {

@@ -18,6 +18,7 @@ cdef extern from "sys/mman.h" nogil:
 
 TYPE_IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13,
             "Q6_K": 14, "BF16": 30}
+KV_TYPES = {"f16": 0, "q8": 1, "f32": 2}
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
 
 
@@ -108,6 +109,11 @@ def matrix_bytes(type_name, int64_t rows, int64_t k):
     return (rows + PI2_ROWS - 1) // PI2_ROWS * pi2_row_block_bytes(TYPE_IDS[type_name], k)
 
 
+def kv_half_bytes(kv_type, int64_t head_dim):
+    """Bytes of the keys (or values) of one page, layer and KV head; ``head_dim`` a multiple of 16."""
+    return PI2_PAGE * {"f16": 2 * head_dim, "f32": 4 * head_dim, "q8": head_dim + 4}[kv_type]
+
+
 def repack(type_name, const uint8_t[::1] source, int64_t rows, int64_t k, uintptr_t address):
     """Puts ``rows`` rows of a model file's bytes into row blocks at ``address`` (64-byte aligned, ``matrix_bytes``
     long). Releases the GIL. Returns None, or the index of the first row with a scale or value that is not finite."""
@@ -176,28 +182,33 @@ cdef class Kernels:
     def name(self):
         return self.k.name.decode()
 
-    def quantize(self, const float[::1] x):
-        """float32 (n,), n a multiple of 32, to (q int8 (n,), d, s float32 (n/32,), h int16 (n/16,))."""
+    def quantize(self, const float[::1] x, *, bint wide=False):
+        """float32 (n,), n a multiple of 32, to (q int8 or int16 (n,), d, s float32 (n/32,), h int16 (n/16,)). int16
+        values come in the file's order, not in the kernel's; h is of int8 only."""
         cdef int64_t n = x.shape[0]
         if n % 32:
             raise ValueError(f"{n} values: not a multiple of 32")
-        q = np.empty(n, np.int8)
+        q = np.zeros(n, np.int16 if wide else np.int8)
         d = np.empty(n // 32, np.float32)
         s = np.empty(n // 32, np.float32)
-        h = np.empty(n // 16, np.int16)
-        cdef int8_t[::1] qv = q
+        h = np.zeros(n // 16, np.int16)
+        cdef int8_t[::1] qv = q.view(np.int8)
         cdef float[::1] dv = d, sv = s
         cdef int16_t[::1] hv = h
         if n:
-            self.k.quantize(&x[0], n, &qv[0], &dv[0], &sv[0], &hv[0])
+            (self.k.quantize16 if wide else self.k.quantize8)(&x[0], n, &qv[0], &dv[0], &sv[0], &hv[0])
+        if wide:
+            q = q.reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(-1)
         return q, d, s, h
 
-    def gemm(self, type_name, uintptr_t address, int64_t rows, int64_t k, const float[:, ::1] x):
-        """W (rows, k) as row blocks at ``address`` times x float32 (n, k): (n, rows), activations as int8 where W is
-        quantised."""
+    def gemm(self, type_name, uintptr_t address, int64_t rows, int64_t k, const float[:, ::1] x, *, bint wide=False):
+        """W (rows, k) as row blocks at ``address`` times x float32 (n, k): (n, rows). Where W is quantised, activations
+        become int16 (``wide``) or int8."""
         cdef int type_id = TYPE_IDS[type_name]
         cdef int64_t n = x.shape[0], size = pi2_row_block_bytes(type_id, k), blocks = (rows + 15) // 16, b
-        cdef bint is_float = self.k.gemm[type_id] == NULL
+        cdef int64_t ldq = k * (2 if wide else 1)
+        cdef bint is_float = self.k.gemm8[type_id] == NULL
+        cdef pi2_gemm gemm = self.k.gemm16[type_id] if wide else self.k.gemm8[type_id]
         cdef pi2_q8 q8
         cdef int8_t[:, ::1] q
         cdef float[:, ::1] d, s, o
@@ -205,24 +216,22 @@ cdef class Kernels:
         if x.shape[1] != k:
             raise ValueError(f"x has {x.shape[1]} columns, W {k}")
         out = np.zeros((n, blocks * 16), np.float32)
-        if n == 0 or rows == 0:
+        if n == 0 or rows == 0 or k == 0:
             return out[:, :rows]
         o = out
-        if k == 0:
-            return out[:, :rows]
         if not is_float:
-            q = np.empty((n, k), np.int8)
+            q = np.empty((n, ldq), np.int8)
             d = np.empty((n, k // 32), np.float32)
             s = np.empty((n, k // 32), np.float32)
             h = np.empty((n, k // 16), np.int16)
             for b in range(n):
-                self.k.quantize(&x[b, 0], k, &q[b, 0], &d[b, 0], &s[b, 0], &h[b, 0])
-            q8.q, q8.d, q8.s, q8.h, q8.ldq, q8.ldb = &q[0, 0], &d[0, 0], &s[0, 0], &h[0, 0], k, k // 32
+                (self.k.quantize16 if wide else self.k.quantize8)(&x[b, 0], k, &q[b, 0], &d[b, 0], &s[b, 0], &h[b, 0])
+            q8.q, q8.d, q8.s, q8.h, q8.ldq, q8.ldb = &q[0, 0], &d[0, 0], &s[0, 0], &h[0, 0], ldq, k // 32
         for b in range(blocks):
             if is_float:
                 self.k.gemm_float[type_id](<const uint8_t *>address + b * size, k, &x[0, 0], k, <int>n, &o[0, b * 16], blocks * 16)
             else:
-                self.k.gemm[type_id](<const uint8_t *>address + b * size, k, &q8, <int>n, &o[0, b * 16], blocks * 16)
+                gemm(<const uint8_t *>address + b * size, k, &q8, <int>n, &o[0, b * 16], blocks * 16)
         return out[:, :rows]
 
     def rmsnorm(self, const float[::1] x, const float[::1] w, float offset, float eps):
@@ -293,17 +302,17 @@ cdef class Kernels:
         return self.k.logsumexp(&x[0], x.shape[0])
 
     def attention(self, const float[:, ::1] keys, const float[:, ::1] values, const float[:, ::1] queries,
-                  const int32_t[::1] lo, const int32_t[::1] hi, *, bint q8=False, float softcap=0,
+                  const int32_t[::1] lo, const int32_t[::1] hi, *, kv_type="f16", float softcap=0,
                   splits=((0, None),)):
         """Stores keys and values (positions, head_dim) in pages laid out backwards, then attends queries (nq, head_dim)
         over the given position ranges, merged in order. Returns (nq, head_dim)."""
         cdef int64_t n = keys.shape[0], hd = keys.shape[1], nq = queries.shape[0], i, pages = (n + 63) // 64
-        cdef int64_t half = PI2_PAGE * hd * (1 if q8 else 2) + (4 * PI2_PAGE if q8 else 0)
+        cdef int64_t half = kv_half_bytes(kv_type, hd)
         cdef Memory memory = Memory(2 * half * pages + 64)
         cdef int32_t[::1] table = np.arange(pages, dtype=np.int32)[::-1].copy()
         cdef pi2_kv kv
         kv.base, kv.page_stride, kv.pages, kv.v_offset = <const uint8_t *>memory.address, 2 * half, &table[0], half
-        kv.head_dim, kv.q8 = <int>hd, q8
+        kv.head_dim, kv.type = <int>hd, KV_TYPES[kv_type]
         if hd % 16:
             raise ValueError("head_dim must be a multiple of 16")
         memory.view()[:] = 0xff  # what was not written is NaN: it must not leak

@@ -50,7 +50,7 @@ static int gather(pi2_run *r, const pi2_op *op, const pi2_unit *u, float *querie
   return u->rows * group;
 }
 
-/* acc/sum of the unit's vectors to the attention output, and as int8 where the next operation wants it. */
+/* acc/sum of the unit's vectors to the attention output, and as integers where the next operation wants it. */
 static void finish(pi2_run *r, const pi2_op *op, const pi2_unit *u, const float *sum, const float *acc) {
   const pi2_program *p = r->program;
   const int group = op->n_heads / op->n_kv_heads, hd = op->head_dim, width = group * hd, padded = op->kv.head_dim;
@@ -59,9 +59,8 @@ static void finish(pi2_run *r, const pi2_op *op, const pi2_unit *u, const float 
     for (int g = 0; g < group; g++)
       p->kernels->scale(acc + (i * group + g) * padded, 1.0f / sum[i * group + g], out + g * hd, hd);
     if (op->q8_out) {
-      pi2_q8 o = pi2_q8_row(&p->q8_attention, u->row + i);
-      const int64_t at = u->kv_head * width;
-      p->kernels->quantize(out, width, o.q + at, o.d + at / 32, o.s + at / 32, o.h + at / 16);
+      pi2_q8 o = pi2_q8_at(p, &p->q8_attention, u->row + i, (int64_t)u->kv_head * width);
+      pi2_quantize(p, out, width, &o);
     }
   }
 }

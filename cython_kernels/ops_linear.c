@@ -11,7 +11,7 @@ static void prepare_row(const pi2_program *p, const pi2_op *op, const float *x, 
     p->kernels->rmsnorm(x, op->norm.weight, op->norm.offset, op->norm.eps, floats, k);
     x = floats;
   }
-  if (needs_q8) p->kernels->quantize(x, k, q8->q, q8->d, q8->s, q8->h);
+  if (needs_q8) pi2_quantize(p, x, k, q8);
 }
 
 pi2_input pi2_prepare(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, int64_t k, const int32_t *row_of,
@@ -86,7 +86,7 @@ int pi2_op_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
         }
         const int64_t block = b - begin, left = m->rows - block * PI2_ROWS;
         const int64_t rows = left < PI2_ROWS ? left : PI2_ROWS;
-        pi2_multiply(p->kernels, m, block, &in, row, n, tile, PI2_ROWS);
+        pi2_multiply(p, m, block, &in, row, n, tile, PI2_ROWS);
         for (int c = 0; c < n; c++) {
           float *t = tile + c * PI2_ROWS, *o = out + (row + c) * ldo + column + block * PI2_ROWS;
           if (m->bias) p->kernels->add(m->bias + block * PI2_ROWS, t, rows);
@@ -105,7 +105,7 @@ int pi2_op_ffn(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   int stopped = 0;
   pi2_input in = pi2_prepare(r, op, index, w, up->k, NULL, r->n_rows, needs_q8(op), &stopped);
   if (stopped) return stopped;
-  /* Units are pairs of row blocks: 32 hidden values are one block of int8 for the down projection. */
+  /* Units are pairs of row blocks: 32 hidden values are one block of integers for the down projection. */
   const int64_t blocks = row_blocks(up), pairs = (blocks + 1) / 2, unit = unit_blocks(pairs, p->threads);
   const int pass = pi2_pass_rows(up->k) > 64 ? 64 : pi2_pass_rows(up->k);
   float *up_tile = p->scratch[w->index].tile, *gate_tile = up_tile + 2 * 64 * PI2_ROWS;
@@ -116,8 +116,8 @@ int pi2_op_ffn(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
       for (int64_t pair = first; pair < last; pair++) {
         const int64_t left = up->rows - pair * 32, rows = left < 32 ? left : 32;
         for (int i = 0; i < 2 && pair * 2 + i < blocks; i++) { /* tile[c*32 + i*16 + r] */
-          if (gate) pi2_multiply(p->kernels, gate, pair * 2 + i, &in, row, n, gate_tile + i * 16, 32);
-          pi2_multiply(p->kernels, up, pair * 2 + i, &in, row, n, up_tile + i * 16, 32);
+          if (gate) pi2_multiply(p, gate, pair * 2 + i, &in, row, n, gate_tile + i * 16, 32);
+          pi2_multiply(p, up, pair * 2 + i, &in, row, n, up_tile + i * 16, 32);
         }
         for (int c = 0; c < n; c++) {
           float *u = up_tile + c * 32, *g = gate_tile + c * 32;
@@ -125,8 +125,8 @@ int pi2_op_ffn(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
           if (gate && gate->bias) p->kernels->add(gate->bias + pair * 32, g, rows);
           p->kernels->activate(op->activation, op->up_activation, gate ? g : NULL, u, u, rows);
           if (op->q8_out) {
-            pi2_q8 o = pi2_q8_row(&p->q8_hidden, row + c);
-            p->kernels->quantize(u, 32, o.q + pair * 32, o.d + pair, o.s + pair, o.h + 2 * pair);
+            pi2_q8 o = pi2_q8_at(p, &p->q8_hidden, row + c, pair * 32);
+            pi2_quantize(p, u, 32, &o);
           } else {
             memcpy(p->hidden_floats + (row + c) * p->hidden + pair * 32, u, (size_t)rows * sizeof *u);
           }
@@ -164,7 +164,7 @@ int pi2_op_head(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     for (int64_t b; (b = pi2_take(r, index, 1) * unit) < blocks;) {
       for (int64_t block = b; block < b + unit && block < blocks; block++) {
         const int64_t left = m->rows - block * PI2_ROWS, rows = left < PI2_ROWS ? left : PI2_ROWS;
-        pi2_multiply(p->kernels, m, block, &in, 0, n, tile, PI2_ROWS);
+        pi2_multiply(p, m, block, &in, 0, n, tile, PI2_ROWS);
         for (int c = 0; c < n; c++) {
           if (m->bias) p->kernels->add(m->bias + block * PI2_ROWS, tile + c * PI2_ROWS, rows);
           memcpy(p->logits + c * p->vocab + block * PI2_ROWS, tile + c * PI2_ROWS, (size_t)rows * sizeof *tile);

@@ -45,7 +45,7 @@ typedef struct {
   int source, sink, n_matrices;
   pi2_matrix matrix[3]; /* LINEAR: outputs one after the other. FFN: up, gate. HEAD: one */
   int activation, up_activation;
-  int q8_in, q8_out; /* the source is int8 already; the next operation wants int8: quantise while it is in cache */
+  int q8_in, q8_out; /* the source is integers already; the next operation wants them: quantise while in cache */
   /* ATTENTION */
   int n_heads, n_kv_heads, head_dim, window; /* window 0: all. kv.head_dim: padded to a multiple of 16 */
   float scale, softcap;
@@ -100,6 +100,7 @@ typedef struct { /* one thread's own */
 typedef struct pi2_program {
   const pi2_kernels *kernels;
   pi2_gang *gang;
+  int wide; /* activations are int16, else int8 */
   int64_t dim, vocab, max_rows, max_slots, context, max_k, hidden, y_columns, attention_columns;
   int threads, max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
   pi2_op *ops;
@@ -158,20 +159,32 @@ static inline uint32_t pi2_take(pi2_run *run, int index, int c) {
   return atomic_fetch_add_explicit(&run->cursors[4 * index + c], 1, memory_order_relaxed);
 }
 static inline int pi2_is_float(int type) { return type == PI2_F32 || type == PI2_F16 || type == PI2_BF16; }
+static inline void pi2_quantize(const pi2_program *p, const float *x, int64_t k, const pi2_q8 *o) {
+  (p->wide ? p->kernels->quantize16 : p->kernels->quantize8)(x, k, o->q, o->d, o->s, o->h);
+}
+/* Columns [column, column + k) of a row, column a multiple of 32. */
+static inline pi2_q8 pi2_q8_at(const pi2_program *p, const pi2_q8 *x, int64_t row, int64_t column) {
+  pi2_q8 r = pi2_q8_row(x, row);
+  r.q += column << p->wide;
+  r.d += column / 32;
+  r.s += column / 32;
+  r.h += column / 16;
+  return r;
+}
 /* One row block of m times `n` rows from row `row` on: tile[c*ld + r]. */
-static inline void pi2_multiply(const pi2_kernels *k, const pi2_matrix *m, int64_t block, const pi2_input *in,
+static inline void pi2_multiply(const pi2_program *p, const pi2_matrix *m, int64_t block, const pi2_input *in,
                                 int64_t row, int n, float *tile, int64_t ld) {
   const uint8_t *w = m->data + block * pi2_row_block_bytes(m->type, m->k);
   if (pi2_is_float(m->type)) {
-    k->gemm_float[m->type](w, m->k, in->floats + row * in->ld, in->ld, n, tile, ld);
+    p->kernels->gemm_float[m->type](w, m->k, in->floats + row * in->ld, in->ld, n, tile, ld);
   } else {
     pi2_q8 x = pi2_q8_row(&in->q8, row);
-    k->gemm[m->type](w, m->k, &x, n, tile, ld);
+    (p->wide ? p->kernels->gemm16 : p->kernels->gemm8)[m->type](w, m->k, &x, n, tile, ld);
   }
 }
 /* Rows per pass, so that their activations stay in the second-level cache while the unit's row blocks pass by. */
 static inline int pi2_pass_rows(int64_t k) {
-  int64_t rows = (192 * 1024 / (k > 0 ? k : 1)) / 8 * 8;
+  int64_t rows = (384 * 1024 / (k > 0 ? 2 * k : 1)) / 8 * 8;
   return (int)(rows < 8 ? 8 : rows > 128 ? 128 : rows);
 }
 #endif

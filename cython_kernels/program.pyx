@@ -93,7 +93,7 @@ cdef extern from "program.h" nogil:
         const pi2_kernels *kernels
         pi2_gang *gang
         int64_t dim, vocab, max_rows, max_slots, context
-        int threads, n_ropes, n_ops
+        int wide, threads, n_ropes, n_ops
         pi2_op *ops
         pi2_rope *ropes
         pi2_matrix embedding
@@ -170,6 +170,7 @@ cdef class Program:
     """A model's operations. Build in order with ``embed``, ``linear``, ``attention``, ``ffn``, ``add_norm``, ``head``,
     then ``prepare``; then ``post`` steps and ``result`` them in order.
 
+    ``wide``: activations are int16, else int8.
     Norms are ``(weight float32 (n,), offset, eps)`` or None. Everything passed in must stay alive and unmoved.
     """
 
@@ -182,13 +183,14 @@ cdef class Program:
     cdef readonly int64_t weight_bytes
 
     def __init__(self, Gang gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
-                 int64_t context, int64_t pages, float embedding_scale=1, float logit_softcap=0):
+                 int64_t context, int64_t pages, bint wide=True, float embedding_scale=1, float logit_softcap=0):
         self.gang, self.pages = gang, pages
         self.keep = []
         self.waiting = []
         p = &self.p
         p.gang, p.threads, p.kernels = gang.gang, gang.gang.n, <const pi2_kernels *>kernels
         p.dim, p.vocab, p.max_rows, p.max_slots, p.context = dim, vocab, max_rows, max_slots, context
+        p.wide = wide
         p.embedding_scale, p.logit_softcap = embedding_scale, logit_softcap
 
     cdef pi2_op *add(self, int kind, int layer) except NULL:
@@ -263,7 +265,7 @@ cdef class Program:
 
     def attention(self, int layer, *, int n_heads, int n_kv_heads, int head_dim, int window, float scale, float softcap,
                   int rope, q_norm, k_norm, uintptr_t kv, int64_t page_stride, int64_t head_stride, int64_t v_offset,
-                  bint kv_q8, bint q8_out):
+                  int kv_type, bint q8_out):
         if n_heads % n_kv_heads or n_heads // n_kv_heads > 128:
             raise ValueError(f"{n_heads} heads over {n_kv_heads} KV heads")
         op = self.add(PI2_ATTENTION, layer)
@@ -271,7 +273,7 @@ cdef class Program:
         op.scale, op.softcap, op.rope, op.q8_out = scale, softcap, rope, q8_out
         op.q_norm, op.k_norm = self.norm_of(q_norm), self.norm_of(k_norm)
         op.kv.base, op.kv.page_stride, op.kv.v_offset = <const uint8_t *>kv, page_stride, v_offset
-        op.kv.head_dim, op.kv.q8 = (head_dim + 15) // 16 * 16, kv_q8
+        op.kv.head_dim, op.kv.type = (head_dim + 15) // 16 * 16, kv_type
         op.kv_head_stride = head_stride
 
     def add_norm(self, int layer, norm):

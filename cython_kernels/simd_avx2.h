@@ -86,6 +86,10 @@ static inline void i_store_i8(int8_t *p, vi a) {
   __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(a.h), _mm256_extracti128_si256(a.h, 1));
   _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(l, h));
 }
+static inline void i_store_i16_0213(int16_t *p, vi a) {
+  __m256i both = _mm256_packs_epi32(_mm256_shuffle_epi32(a.l, 0xd8), _mm256_shuffle_epi32(a.h, 0xd8));
+  _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(both, 0xd8)); /* packs works in halves */
+}
 static inline int32_t i_sum(vi a) {
   __m256i b = _mm256_add_epi32(a.l, a.h);
   __m128i c = _mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
@@ -174,6 +178,35 @@ static inline vi dot_s8(const vb w[8], const int8_t *x) {
     __m256i y = broadcast4(x + 4 * g);
     total.l = _mm256_add_epi32(total.l, signed_product(w[g].l, y));
     total.h = _mm256_add_epi32(total.h, signed_product(w[g].h, y));
+  }
+  return total;
+}
+typedef vb vw;
+static inline void widen_half(__m256i w, __m256i *even, __m256i *odd, int is_signed, int zero) {
+  if (is_signed) {
+    *even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
+    *odd = _mm256_srai_epi16(w, 8);
+  } else {
+    *even = _mm256_and_si256(w, _mm256_set1_epi16(0xff));
+    *odd = _mm256_srli_epi16(w, 8);
+  }
+  if (zero) {
+    *even = _mm256_sub_epi16(*even, _mm256_set1_epi16((short)zero));
+    *odd = _mm256_sub_epi16(*odd, _mm256_set1_epi16((short)zero));
+  }
+}
+static inline void widen(const vb w[8], vw wide[16], int is_signed, int zero) {
+  for (int g = 0; g < 8; g++) {
+    widen_half(w[g].l, &wide[2 * g].l, &wide[2 * g + 1].l, is_signed, zero);
+    widen_half(w[g].h, &wide[2 * g].h, &wide[2 * g + 1].h, is_signed, zero);
+  }
+}
+static inline vi dot_wide(const vw *wide, const int16_t *x, int n) {
+  vi total = two_i(_mm256_setzero_si256(), _mm256_setzero_si256());
+  for (int p = 0; p < n; p++) {
+    __m256i y = broadcast4((const int8_t *)(x + 2 * p));
+    total.l = _mm256_add_epi32(total.l, _mm256_madd_epi16(wide[p].l, y));
+    total.h = _mm256_add_epi32(total.h, _mm256_madd_epi16(wide[p].h, y));
   }
   return total;
 }

@@ -61,6 +61,10 @@ static inline void v_store_f16(uint16_t *p, vf a) {
 }
 static inline vi v_to_int(vf a) { return _mm512_cvtps_epi32(a); }
 static inline void i_store_i8(int8_t *p, vi a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(a)); }
+static inline void i_store_i16_0213(int16_t *p, vi a) {
+  a = _mm512_shuffle_epi32(a, (_MM_PERM_ENUM)_MM_SHUFFLE(3, 1, 2, 0));
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtsepi32_epi16(a));
+}
 static inline int32_t i_sum(vi a) { return _mm512_reduce_add_epi32(a); }
 static inline vf i_to_float(vi a) { return _mm512_cvtepi32_ps(a); }
 
@@ -163,6 +167,44 @@ static inline vi dot_s8(const vb w[8], const int8_t *x) {
 #endif
   }
   return total;
+}
+typedef __m512i vw;
+static inline void widen(const vb w[8], vw pairs[16], int is_signed, int zero) {
+  const __m512i z = _mm512_set1_epi16((short)zero);
+  for (int g = 0; g < 8; g++) {
+    if (is_signed) {
+      pairs[2 * g] = _mm512_srai_epi16(_mm512_slli_epi16(w[g], 8), 8);
+      pairs[2 * g + 1] = _mm512_srai_epi16(w[g], 8);
+    } else {
+      pairs[2 * g] = _mm512_and_si512(w[g], _mm512_set1_epi16(0xff));
+      pairs[2 * g + 1] = _mm512_srli_epi16(w[g], 8);
+    }
+    if (zero) {
+      pairs[2 * g] = _mm512_sub_epi16(pairs[2 * g], z);
+      pairs[2 * g + 1] = _mm512_sub_epi16(pairs[2 * g + 1], z);
+    }
+  }
+}
+static inline __m512i broadcast2(const int16_t *x) {
+  int32_t two;
+  memcpy(&two, x, 4);
+  return _mm512_set1_epi32(two);
+}
+static inline vi dot_wide(const vw *pairs, const int16_t *x, int n) {
+#ifdef PI2_VNNI
+  vi a = _mm512_setzero_si512(), b = a;
+  for (int p = 0; p < n; p += 2) {
+    a = _mm512_dpwssd_epi32(a, pairs[p], broadcast2(x + 2 * p));
+    b = _mm512_dpwssd_epi32(b, pairs[p + 1], broadcast2(x + 2 * p + 2));
+  }
+#else
+  vi a = _mm512_madd_epi16(pairs[0], broadcast2(x)), b = _mm512_madd_epi16(pairs[1], broadcast2(x + 2));
+  for (int p = 2; p < n; p += 2) {
+    a = _mm512_add_epi32(a, _mm512_madd_epi16(pairs[p], broadcast2(x + 2 * p)));
+    b = _mm512_add_epi32(b, _mm512_madd_epi16(pairs[p + 1], broadcast2(x + 2 * p + 2)));
+  }
+#endif
+  return _mm512_add_epi32(a, b);
 }
 static inline void v_prefetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 static inline uint64_t read_256(const uint8_t *p) {

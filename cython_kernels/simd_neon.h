@@ -84,6 +84,13 @@ static inline void i_store_i8(int8_t *p, vi a) {
   int16x8_t h = vcombine_s16(vqmovn_s32(a.v[2]), vqmovn_s32(a.v[3]));
   vst1q_s8(p, vcombine_s8(vqmovn_s16(l), vqmovn_s16(h)));
 }
+static inline void i_store_i16_0213(int16_t *p, vi a) {
+  static const uint8_t order[16] = {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15};
+  for (int i = 0; i < 4; i += 2) {
+    int16x8_t both = vcombine_s16(vqmovn_s32(a.v[i]), vqmovn_s32(a.v[i + 1]));
+    vst1q_s16(p + 4 * i, vreinterpretq_s16_u8(vqtbl1q_u8(vreinterpretq_u8_s16(both), vld1q_u8(order))));
+  }
+}
 static inline int32_t i_sum(vi a) {
   return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3])));
 }
@@ -130,6 +137,38 @@ static inline vi dot_u6(const vb w[8], const int8_t *x, v6scale s, const int16_t
   vi a = dot_half(i_set(-32 * half_sums[0]), w, x), b = dot_half(i_set(-32 * half_sums[1]), w + 4, x + 16);
   QUARTERS a.v[i] = vmlaq_s32(vmulq_s32(a.v[i], s.s[0].v[i]), b.v[i], s.s[1].v[i]);
   return a;
+}
+/* Columns of a group apart, each 16 rows of int16: there is no multiply that adds pairs of 16 bits. */
+typedef struct { int16x8_t column[2][2]; } vw; /* [first or second of the pair][rows 0-7, 8-15] */
+static inline int16x8_t widen_8(uint8x8_t w, int is_signed, int zero) {
+  int16x8_t r = is_signed ? vmovl_s8(vreinterpret_s8_u8(w)) : vreinterpretq_s16_u16(vmovl_u8(w));
+  return zero ? vsubq_s16(r, vdupq_n_s16((int16_t)zero)) : r;
+}
+static inline void widen(const vb w[8], vw pairs[16], int is_signed, int zero) {
+  for (int g = 0; g < 8; g++) {
+    for (int half = 0; half < 2; half++) { /* rows 8*half to 8*half+7 */
+      uint8x16_t a = w[g].v[2 * half], b = w[g].v[2 * half + 1];
+      uint8x16_t even = vuzp1q_u8(a, b), odd = vuzp2q_u8(a, b); /* columns 0 2 0 2 ..., 1 3 1 3 ... */
+      uint8x16_t c02 = vcombine_u8(vget_low_u8(vuzp1q_u8(even, even)), vget_low_u8(vuzp2q_u8(even, even)));
+      uint8x16_t c13 = vcombine_u8(vget_low_u8(vuzp1q_u8(odd, odd)), vget_low_u8(vuzp2q_u8(odd, odd)));
+      pairs[2 * g].column[0][half] = widen_8(vget_low_u8(c02), is_signed, zero);
+      pairs[2 * g].column[1][half] = widen_8(vget_high_u8(c02), is_signed, zero);
+      pairs[2 * g + 1].column[0][half] = widen_8(vget_low_u8(c13), is_signed, zero);
+      pairs[2 * g + 1].column[1][half] = widen_8(vget_high_u8(c13), is_signed, zero);
+    }
+  }
+}
+static inline vi dot_wide(const vw *pairs, const int16_t *x, int n) {
+  vi r;
+  QUARTERS r.v[i] = vdupq_n_s32(0);
+  for (int p = 0; p < n; p++)
+    for (int c = 0; c < 2; c++)
+      for (int half = 0; half < 2; half++) {
+        int16x8_t w = pairs[p].column[c][half];
+        r.v[2 * half] = vmlal_n_s16(r.v[2 * half], vget_low_s16(w), x[2 * p + c]);
+        r.v[2 * half + 1] = vmlal_n_s16(r.v[2 * half + 1], vget_high_s16(w), x[2 * p + c]);
+      }
+  return r;
 }
 static inline void v_prefetch(const uint8_t *p) { __builtin_prefetch(p); }
 static inline uint64_t read_256(const uint8_t *p) {

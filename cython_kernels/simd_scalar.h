@@ -85,6 +85,13 @@ static inline vi v_to_int(vf a) { vi r; LANES r.v[i] = (int32_t)rintf(a.v[i]); r
 static inline void i_store_i8(int8_t *p, vi a) {
   LANES p[i] = (int8_t)(a.v[i] > 127 ? 127 : a.v[i] < -128 ? -128 : a.v[i]);
 }
+/* as int16, saturated, each four values in the order 0, 2, 1, 3 */
+static inline void i_store_i16_0213(int16_t *p, vi a) {
+  LANES {
+    int32_t v = a.v[(i & ~3) + (i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4)];
+    p[i] = (int16_t)(v > 32767 ? 32767 : v < -32768 ? -32768 : v);
+  }
+}
 static inline int32_t i_sum(vi a) { int32_t s = 0; LANES s += a.v[i]; return s; }
 static inline vf i_to_float(vi a) { vf r; LANES r.v[i] = (float)a.v[i]; return r; }
 
@@ -123,6 +130,26 @@ static inline vi dot_u6(const vb w[8], const int8_t *x, v6scale s, const int16_t
   vi a = dot_groups(w, x, 4, 0), b = dot_groups(w + 4, x + 16, 4, 0);
   LANES a.v[i] = s.s[0][i] * (a.v[i] - 32 * half_sums[0]) + s.s[1][i] * (b.v[i] - 32 * half_sums[1]);
   return a;
+}
+/* Weights of a block as int16 for int16 activations: pairs[2g] holds columns 0 and 2 of group g, pairs[2g+1] columns 1
+ * and 3, less `zero`. */
+typedef struct { int16_t v[32]; } vw;
+static inline void widen(const vb w[8], vw pairs[16], int is_signed, int zero) {
+  for (int g = 0; g < 8; g++)
+    for (int i = 0; i < 64; i++) {
+      int16_t value = is_signed ? (int8_t)w[g].v[i] : (int16_t)w[g].v[i];
+      pairs[2 * g + i % 2].v[i / 2] = (int16_t)(value - zero);
+    }
+}
+/* n/2 groups of columns; x in the order of i_store_i16_0213. |w| <= 128, |x| <= 32767: 32 products stay below 2^31 */
+static inline vi dot_wide(const vw *pairs, const int16_t *x, int n) {
+  vi r;
+  LANES {
+    int32_t sum = 0;
+    for (int p = 0; p < n; p++) sum += pairs[p].v[2 * i] * x[2 * p] + pairs[p].v[2 * i + 1] * x[2 * p + 1];
+    r.v[i] = sum;
+  }
+  return r;
 }
 static inline void v_prefetch(const uint8_t *p) { (void)p; }
 static inline uint64_t read_256(const uint8_t *p) {

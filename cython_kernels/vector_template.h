@@ -40,13 +40,19 @@ INLINE void v_store_tail(float *p, vf a, int64_t n) {
     else v_store_tail((p) + i, a, m);      \
   } while (0)
 
-static void quantize(const float *x, int64_t k, int8_t *q, float *d, float *s, int16_t *h) {
+/* The scale that maps a block's largest magnitude to `limit`, and its inverse; both 0 for a block of zeros, or of numbers
+ * so small that the inverse is not finite. */
+INLINE float block_scale(vf x0, vf x1, float limit, float *inverse) {
+  float scale = v_top(v_max(v_abs(x0), v_abs(x1))) / limit;
+  *inverse = 1.0f / scale;
+  if (*inverse <= 3.0e38f) return scale;
+  *inverse = 0.0f;
+  return 0.0f;
+}
+static void quantize8(const float *x, int64_t k, int8_t *q, float *d, float *s, int16_t *h) {
   for (int64_t b = 0; b < k / PI2_BLOCK; b++) {
     vf x0 = v_load(x + b * 32), x1 = v_load(x + b * 32 + 16);
-    float top = v_top(v_max(v_abs(x0), v_abs(x1)));
-    float scale = top / 127.0f;
-    float inverse = scale > 0 ? 1.0f / scale : 0.0f; /* a block of denormals may quantise to infinity: clamp below */
-    if (!(inverse <= 3.0e38f)) { inverse = 0.0f; scale = 0.0f; }
+    float inverse, scale = block_scale(x0, x1, 127.0f, &inverse);
     vi i0 = v_to_int(v_mul(x0, v_set(inverse))), i1 = v_to_int(v_mul(x1, v_set(inverse)));
     i_store_i8(q + b * 32, i0);
     i_store_i8(q + b * 32 + 16, i1);
@@ -55,6 +61,19 @@ static void quantize(const float *x, int64_t k, int8_t *q, float *d, float *s, i
     s[b] = scale * (float)(h0 + h1);
     h[2 * b] = (int16_t)h0;
     h[2 * b + 1] = (int16_t)h1;
+  }
+}
+static void quantize16(const float *x, int64_t k, int8_t *out, float *d, float *s, int16_t *h) {
+  (void)h;
+  int16_t *q = (int16_t *)out;
+  for (int64_t b = 0; b < k / PI2_BLOCK; b++) {
+    vf x0 = v_load(x + b * 32), x1 = v_load(x + b * 32 + 16);
+    float inverse, scale = block_scale(x0, x1, 32767.0f, &inverse);
+    vi i0 = v_to_int(v_mul(x0, v_set(inverse))), i1 = v_to_int(v_mul(x1, v_set(inverse)));
+    i_store_i16_0213(q + b * 32, i0);
+    i_store_i16_0213(q + b * 32 + 16, i1);
+    d[b] = scale;
+    s[b] = scale * (float)(i_sum(i0) + i_sum(i1));
   }
 }
 

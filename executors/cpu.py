@@ -11,7 +11,7 @@ import os
 from collections import deque
 
 import trio
-from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts
+from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
 from pi2rt.executors.weights import Weights
 
 from pi2rt._errors import BusyError, ClosedError
@@ -52,7 +52,7 @@ class CpuExecutor:
         self._options = options
         self._weights = Weights(file, model, exact_floats=options.exact_floats)
         await self._weights.load(progress, len(self._threads))
-        layouts, page_bytes = cache_layouts(model, options.kv_type)
+        layouts, page_bytes = cache_layouts(model, kv_type(options))
         self._cache = native.Memory(max(1, options.pages * page_bytes))
         pinned = [core for _, core in self._threads]
         spin = SPIN_NS if len(set(pinned)) == len(pinned) else 0  # two on one core would spin for each other

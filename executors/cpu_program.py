@@ -12,7 +12,7 @@ from pi2rt.cython_kernels import native, program
 from pi2rt.formats import ModelFile
 from pi2rt.models import Attention, FeedForward, Linear, ModelDescription, Norm, Rope
 from pi2rt.runtime.executor import ExecutorOptions
-from pi2rt.runtime.step import PAGE_TOKENS, Floats
+from pi2rt.runtime.step import Floats
 
 FLOATS = ("F32", "F16", "BF16")
 
@@ -30,6 +30,11 @@ class CacheLayout:
     v_offset: int
 
 
+def kv_type(options: ExecutorOptions) -> str:
+    """Type of the cache: float32 where exact floats were asked for, or half precision would be their largest error."""
+    return "f32" if options.exact_floats else options.kv_type
+
+
 def cache_layouts(model: ModelDescription, kv_type: str) -> tuple[list[CacheLayout], int]:
     """Layouts in order of the attention blocks, and the bytes of a whole page."""
     layouts, offset = [], 0
@@ -37,7 +42,7 @@ def cache_layouts(model: ModelDescription, kv_type: str) -> tuple[list[CacheLayo
         for block in layer.blocks:
             if isinstance(block, Attention):
                 padded = (block.head_dim + 15) // 16 * 16  # whole vectors; padding is zero
-                half = PAGE_TOKENS * padded * 2 if kv_type == "f16" else PAGE_TOKENS * (padded + 4)
+                half = native.kv_half_bytes(kv_type, padded)
                 layouts.append(CacheLayout(offset, 2 * half, half))
                 offset += block.n_kv_heads * 2 * half
     return layouts, offset
@@ -59,6 +64,7 @@ class ProgramBuilder:
             max_slots=options.slots,
             context=options.context,
             pages=options.pages,
+            wide=options.activations == "int16",
             embedding_scale=model.embedding_scale,
             logit_softcap=model.logit_softcap or 0.0,
         )
@@ -104,7 +110,7 @@ class ProgramBuilder:
             page_stride=page_bytes,
             head_stride=layout.head_stride,
             v_offset=layout.v_offset,
-            kv_q8=self._options.kv_type == "q8",
+            kv_type=native.KV_TYPES[kv_type(self._options)],
             q8_out=q8,
         )
         self._output(index, block.out, block.post_norm, "attention", q8)

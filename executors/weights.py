@@ -90,15 +90,20 @@ class Weights:
                 done += size
                 progress(done, total)
 
-        async with trio.open_nursery() as nursery:
-            for _ in range(workers):
-                nursery.start_soon(worker)
-            for info in self._vector_infos:
-                self.vectors[info.name] = np.ascontiguousarray(
-                    dequantize(info.type, self._file.read(info.name), info.shape), np.float32
-                )
-                if not np.isfinite(self.vectors[info.name]).all():
-                    raise ModelFormatError(self._file.path, f"tensor {info.name}", "holds NaN or infinity")
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(workers):
+                    nursery.start_soon(worker)
+                self._load_vectors()
+        except* ModelFormatError as group:
+            raise group.exceptions[0] from None  # every worker may have found one: the first tells enough
+
+    def _load_vectors(self) -> None:
+        for info in self._vector_infos:
+            raw = self._file.read(info.name)
+            self.vectors[info.name] = np.ascontiguousarray(dequantize(info.type, raw, info.shape), np.float32)
+            if not np.isfinite(self.vectors[info.name]).all():
+                raise ModelFormatError(self._file.path, f"tensor {info.name}", "holds NaN or infinity")
 
     def _load_pieces(self, pieces: Sequence[tuple[TensorInfo, int, int]]) -> None:
         buffer = np.empty(max((last - first) * (info.nbytes // info.shape[0]) for info, first, last in pieces), np.uint8)
