@@ -49,20 +49,23 @@ class _Encoder:
     def encode(self, text: str, parse_special: bool) -> list[int]:
         with self._lock:
             self._engine.encode_special_tokens = not parse_special
-            try:
-                ids: list[int] = self._engine.encode(text, add_special_tokens=False).ids
-            except Exception as error:  # the library's errors have no type of their own
-                raise ModelFormatError(self._path, "file", f"cannot encode with it: {error}") from error
+            ids: list[int] = self._encode(text, add_special_tokens=False).ids
             return ids
 
     def ends(self) -> tuple[list[int], list[int]]:
         """What the file's own template puts before and after a text."""
-        encoding = self._engine.encode("a", add_special_tokens=True)
+        encoding = self._encode("a", add_special_tokens=True)
         added = encoding.special_tokens_mask
         text = [index for index, is_added in enumerate(added) if not is_added]
         if not text:
             return [], []
         return encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]
+
+    def _encode(self, text: str, add_special_tokens: bool) -> Any:
+        try:
+            return self._engine.encode(text, add_special_tokens=add_special_tokens)
+        except Exception as error:  # the library's errors have no type of their own
+            raise ModelFormatError(self._path, "file", f"cannot encode with it: {error}") from error
 
 
 class _Loader:
@@ -222,5 +225,5 @@ def _spell(engine: Engine, added: frozenset[int], is_byte_level: bool, id_: int)
 
 def _strips_space(decoder: dict[str, Any]) -> bool:
     if decoder.get("type") == "Metaspace":
-        return decoder.get("prepend_scheme", "always") != "never"
-    return decoder.get("type") == "Strip" and decoder.get("content") == " " and bool(decoder.get("start"))
+        return bool(decoder.get("prepend_scheme", "always") != "never")
+    return bool(decoder.get("type") == "Strip" and decoder.get("content") == " " and decoder.get("start"))

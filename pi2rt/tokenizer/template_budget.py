@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from itertools import islice
 from types import GeneratorType
 from typing import Any, TypeVar
@@ -22,11 +22,14 @@ from pi2rt._errors import TemplateError
 T = TypeVar("T")
 
 MAX_CHARACTERS = 8 << 20  # of one string, and of the output: some two million tokens
-MAX_ITEMS = 1 << 18  # of one list; Jinja's range() ends at 100,000
+MAX_ITEMS = 1 << 17  # of one list, and of all lists in it; Jinja's range() ends at 100,000
 MAX_DEPTH = 64  # of lists in lists; schemas of tools stay far below
 MAX_ALLOCATED_BYTES = 128 << 20  # made while rendering, whether still in use or not
 MAX_INTEGER_BITS = 4096
 
+_BYTES_PER_ITEM = 24  # of a list; most items are numbers and short strings that it alone holds
+_NUMBERS = (int, float, type(None))
+_CHARACTERS_OF_OTHERS = 8
 _CHARACTERS_PER_TICK = 1 << 14
 _TICKS_PER_LOOK = 16  # looking at the clock costs about as much as a small operation
 
@@ -108,7 +111,8 @@ class Budget:
                 raise TemplateError(f"the chat template makes an integer of over {MAX_INTEGER_BITS} bits")
         elif isinstance(value, (list, tuple, dict, set, frozenset, Namespace)):
             self.weigh(value)
-            self.allocate(sys.getsizeof(value))
+            items = 0 if isinstance(value, Namespace) else len(value)
+            self.allocate(sys.getsizeof(value) + items * _BYTES_PER_ITEM)
         elif isinstance(value, GeneratorType):
             return self.counted(value)
         return value
@@ -139,30 +143,38 @@ class Budget:
         Raises:
             TemplateError: it is too heavy, or nested too deeply.
         """
+        if isinstance(value, str):
+            return len(value)
         characters, items = 0, 0
         pending: list[tuple[object, int]] = [(value, 0)]
         while pending:
             current, depth = pending.pop()
-            items += 1
-            if isinstance(current, str):
-                characters += len(current)
-                continue
-            if isinstance(current, Mapping):
-                children: Iterable[object] = [*current.keys(), *current.values()]
-            elif isinstance(current, (list, tuple, set, frozenset)):
-                children = current
-            elif isinstance(current, (type({}.values()), type({}.items()))):
-                children = list(current)
-            else:
-                characters += 8
+            children = _children(current)
+            if children is None:
+                characters += _CHARACTERS_OF_OTHERS
                 continue
             if depth == MAX_DEPTH:
                 raise TemplateError(f"the chat template nests lists more than {MAX_DEPTH} deep")
-            before = len(pending)
-            pending.extend((child, depth + 1) for child in children)
-            characters += 4 * (len(pending) - before)
-            if items + len(pending) > MAX_ITEMS:
+            items += len(children)
+            if items > MAX_ITEMS:
                 raise TemplateError(f"the chat template makes lists of over {MAX_ITEMS} items in all")
+            for child in children:
+                if isinstance(child, str):
+                    characters += len(child)
+                elif isinstance(child, _NUMBERS):
+                    characters += _CHARACTERS_OF_OTHERS
+                else:
+                    pending.append((child, depth + 1))
+            characters += 4 * len(children)
         self.check_characters(characters)
-        self.tick(items // 16)
+        self.tick(items // 8)
         return characters
+
+
+def _children(value: object) -> Collection[object] | None:
+    """What printing a value prints too, or None if it is no container."""
+    if isinstance(value, Mapping):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)):
+        return value
+    return None

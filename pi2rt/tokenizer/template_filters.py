@@ -24,6 +24,7 @@ _PLAIN = (
     "abs", "attr", "capitalize", "count", "d", "default", "e", "escape", "first", "float", "int", "items",
     "last", "length", "lower", "safe", "string", "upper",
 )  # fmt: skip
+_OF_TEXT = ("capitalize", "e", "escape", "lower", "safe", "string", "truncate", "upper")
 # Jinja's own, over the items of a list, or over the characters of a string if it is not too long
 _OVER_ITEMS = (
     "dictsort", "groupby", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr",
@@ -43,10 +44,8 @@ def checked_arguments(budget: Budget, name: str, args: tuple[Any, ...], kwargs: 
     if name in _OVER_ITEMS or name in ("batch", "slice"):
         if isinstance(value, str):
             budget.check_items(len(value))
-    elif isinstance(value, str):
-        budget.check_characters(len(value))
-    elif value is not None:
-        budget.weigh(value)  # most filters begin by making a string of it
+    elif name in _OF_TEXT:
+        budget.check_characters(budget.weigh(value))  # they begin by making a string of it
     limit = _SIZED.get(name)
     if limit is not None:
         for number in (*args[1:], *kwargs.values()):

@@ -3,7 +3,7 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi2rt.tokenizer import Tokenizer, load_tokenizer
@@ -33,6 +33,7 @@ def stream(tokenizer: Tokenizer, ids: list[int], **options: bool) -> str:
     return "".join(map(detokenizer.push, ids)) + detokenizer.flush()
 
 
+@settings(max_examples=60)
 @given(TOKENIZERS, st.data(), st.booleans(), st.booleans())
 def test_a_stream_of_any_ids_is_what_decode_gives(
     make: type, data: st.DataObject, skip_special: bool, continuation: bool

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi2rt import _errors as errors
@@ -26,6 +26,7 @@ def expected(stops: list[str], text: str) -> tuple[str, str | None]:
     return text, None
 
 
+@settings(max_examples=60)
 @given(
     st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
     st.lists(st.text("abc", max_size=6), max_size=8),
@@ -34,6 +35,7 @@ def test_the_first_stop_string_ends_the_text_however_it_is_cut(stops: list[str],
     assert run(stops, parts) == expected(stops, "".join(parts))
 
 
+@settings(max_examples=60)
 @given(
     st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
     st.lists(st.text("abc", max_size=4), max_size=8),

@@ -1,0 +1,185 @@
+"""Directories with a tokenizer.json, against ``tokenizers`` itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+
+from pi2rt import _errors as errors
+from pi2rt.tokenizer import load_tokenizer
+from pi2rt.tokenizer.byte_level import SPACE
+from tests.tokenizer.texts import TEXTS
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_end|>"]
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    return tokenizer
+
+
+def sentencepiece() -> Tokenizer:
+    """As the tokenizer.json of Llama 2 and Gemma are built."""
+    vocabulary = {token: id_ for id_, token in enumerate(SPECIAL)}
+    for piece in [*(f"<0x{byte:02X}>" for byte in range(256)), SPACE, "h", "i", "hi", SPACE + "hi", "\u65e5"]:
+        vocabulary[piece] = len(vocabulary)
+    merges = [("h", "i"), (SPACE, "hi")]
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def save(
+    directory: Path, tokenizer: Tokenizer, config: dict[str, Any] | None = None, **files: object
+) -> SimpleNamespace:
+    tokenizer.save(str(directory / "tokenizer.json"))
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return SimpleNamespace(path=directory, metadata=config or {})
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+def test_ids_and_text_are_the_ones_of_tokenizers(tmp_path: Path, make: Callable[[], Tokenizer]) -> None:
+    reference = make()
+    tokenizer = load_tokenizer(save(tmp_path, reference))
+    for text in (*TEXTS, "<think>hi</s>", "hi hi", " hi", "\u65e5\u20ac"):
+        ids = tokenizer.encode(text, parse_special=True)
+        assert ids == reference.encode(text).ids
+        assert tokenizer.decode(ids) == reference.decode(ids)
+        detokenizer = tokenizer.detokenizer()
+        assert "".join(map(detokenizer.push, ids)) + detokenizer.flush() == tokenizer.decode(ids)
+    assert tokenizer.vocab_size == reference.get_vocab_size()
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+def test_text_never_becomes_a_control_token_unless_asked(
+    tmp_path: Path, make: Callable[[], Tokenizer]
+) -> None:
+    tokenizer = load_tokenizer(save(tmp_path, make()))
+    text = "hi<|im_end|>\u65e5</s>"
+    assert not any(map(tokenizer.is_special, tokenizer.encode(text, add_special=False)))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    parsed = tokenizer.encode(text, parse_special=True, add_special=False)
+    assert [id_ for id_ in parsed if tokenizer.is_special(id_)] == [3, 2]
+    assert not any(map(tokenizer.is_special, tokenizer.encode(text, add_special=False)))
+
+
+def test_tokens_at_the_ends(tmp_path: Path) -> None:
+    bos, eos = {"bos_token": "<s>"}, {"eos_token": {"content": "</s>"}}
+    for config, prefix, suffix in (
+        ({}, [1], []),
+        ({**bos, "add_bos_token": False}, [], []),
+        ({**bos, **eos, "add_bos_token": True, "add_eos_token": True}, [1], [2]),
+    ):
+        tokenizer = load_tokenizer(save(tmp_path, sentencepiece(), tokenizer_config=config))
+        plain = tokenizer.encode("hi", add_special=False)
+        assert tokenizer.encode("hi") == prefix + plain + suffix
+
+
+def test_special_ids(tmp_path: Path) -> None:
+    file = save(
+        tmp_path,
+        byte_level(),
+        {"eos_token_id": 2, "vocab_size": 1000, "bos_token_id": 1},
+        tokenizer_config={"eos_token": "</s>"},
+        generation_config={"eos_token_id": [2, 7]},
+    )
+    tokenizer = load_tokenizer(file)
+    assert tokenizer.bos_id == 1
+    assert tokenizer.eos_ids == {2, 3, 7}
+    assert tokenizer.vocab_size == 1000  # the model's, which has rows that no token names
+    assert tokenizer.decode([999]) == ""
+
+
+@pytest.mark.parametrize("with_file", [False, True])
+def test_chat_template(tmp_path: Path, with_file: bool) -> None:
+    templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "{{ eos_token }}d"}]
+    config = {"chat_template": templates, "eos_token": {"content": "</s>"}}
+    file = save(tmp_path, byte_level(), tokenizer_config=config)
+    if with_file:
+        (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}file")
+    template = load_tokenizer(file).chat_template
+    assert template is not None
+    assert template.render([]) == ("</s>file" if with_file else "</s>d")
+
+
+def test_without_a_chat_template(tmp_path: Path) -> None:
+    assert load_tokenizer(save(tmp_path, byte_level())).chat_template is None
+
+
+def test_no_tokenizer_file(tmp_path: Path) -> None:
+    with pytest.raises(errors.UnsupportedModelError, match=r"tokenizer\.json: is missing"):
+        load_tokenizer(SimpleNamespace(path=tmp_path, metadata={}))
+
+
+def test_a_spelling_pi2rt_does_not_have(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    with pytest.raises(errors.UnsupportedModelError, match="decoder: is"):
+        load_tokenizer(save(tmp_path, tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", b"", "is not a tokenizer"),
+        ("tokenizer.json", b"{}", "is not a tokenizer"),
+        ("tokenizer.json", b"[" * 100_000, "is not a tokenizer"),
+        (
+            "tokenizer.json",
+            b'{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}',
+            "is not a tokenizer",
+        ),
+        ("tokenizer.json", b"\xff\xfe", "is not UTF-8 at byte 0"),
+        ("tokenizer_config.json", b"[]", "is not a JSON object"),
+        ("tokenizer_config.json", b"[" * 100_000, "is not JSON"),
+        ("tokenizer_config.json", b" " * (8 << 20) + b"{}", "has more than the 8388608 bytes allowed"),
+        ("generation_config.json", b"{", "is not JSON"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    file = save(tmp_path, byte_level())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(errors.ModelFormatError, match=message) as caught:
+        load_tokenizer(file)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_ids_that_would_take_all_memory(tmp_path: Path) -> None:
+    file = save(tmp_path, byte_level())
+    path = tmp_path / "tokenizer.json"
+    state = json.loads(path.read_text())
+    state["model"]["vocab"]["zz"] = 4_000_000_000
+    path.write_text(json.dumps(state))
+    with pytest.raises(errors.ModelFormatError, match="has ids up to 4000000000"):
+        load_tokenizer(file)
+
+
+def test_what_its_own_expressions_choke_on_is_an_error(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="missing"))
+    tokenizer.decoder = decoders.ByteLevel()
+    loaded = load_tokenizer(save(tmp_path, tokenizer))
+    with pytest.raises(errors.ModelFormatError, match="cannot encode with it"):
+        loaded.encode("b")
