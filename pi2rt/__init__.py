@@ -15,8 +15,7 @@ Three faces of one runtime, with the same names and the same ``SamplingParams``:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # known to type checkers; importing typing would take longer than all the rest
 if TYPE_CHECKING:
     from pi2rt._errors import (
         BusyError,

@@ -224,7 +224,7 @@ async def open_runtime(
                     with trio.CancelScope(shield=True):
                         await runtime.aclose()
         except BaseExceptionGroup as group:
-            # The nursery is our own business: an error of the body, or the one that ended it, comes out as it is.
+            # The nursery is our own business: the error of the body, or what ended it, comes out as it is.
             if len(group.exceptions) != 1:
                 raise
             alone = group.exceptions[0]

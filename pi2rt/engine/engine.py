@@ -186,6 +186,10 @@ class Engine:
         self._generation = self._actor.generation
         self._rebuilds += 1
 
+    def _wake(self) -> None:
+        """There may be something to compose again."""
+        self._work.set()
+
     # The ways out of it
 
     def _finish(self, sequence: Sequence) -> None:
@@ -203,7 +207,7 @@ class Engine:
         if sequence.live or sequence.state is SequenceState.WAITING or sequence.again:
             self._cancelled += 1
             self._leave(sequence)
-        self._work.set()
+        self._wake()
 
     def _leave(self, sequence: Sequence) -> None:
         if sequence.state is SequenceState.WAITING:
@@ -224,7 +228,7 @@ class Engine:
             if sequence.live or sequence.state is SequenceState.WAITING or sequence.again:
                 self._fail(sequence, ClosedError("the runtime was closed while this request ran"))
         self._index.clear()
-        self._work.set()
+        self._wake()
 
     # Requests
 
@@ -331,9 +335,9 @@ class Engine:
         self._requests += 1
         table = PageTable(self._index, -(-limit // PAGE_TOKENS))
         sequence = Sequence(self._requests, known, limit, sampling, stream, table, output, on_prefill)
-        stream.attach(lambda: self._cancel(sequence), self._work.set)
+        stream.attach(lambda: self._cancel(sequence), self._wake)
         self._scheduler.add(sequence)
-        self._work.set()
+        self._wake()
 
     def _known(self, tokens: Iterable[int]) -> array[int]:
         if self._closed:

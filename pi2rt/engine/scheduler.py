@@ -209,7 +209,8 @@ class Scheduler:
         insort(self.running, sequence, key=_by_age)
         sequence.enter(self._slots.pop(), cached)
         if sequence.writer is not None:
-            self._index.count(len(sequence.known), cached)
+            if not sequence.writer.generated:
+                self._index.count(sequence.prompt, cached)
             sequence.writer.start(cached)
         return sequence
 
@@ -227,8 +228,9 @@ class Scheduler:
         return True
 
     def _idle(self) -> Sequence | None:
-        """The youngest sequence that runs, but waits for its consumer."""
-        return next((s for s in reversed(self.running) if s.paused and s.live), None)
+        """The youngest sequence that waits for its consumer. Not one with steps in flight: what they bring would
+        be lost, and a sequence that is asked again and again would never get on."""
+        return next((s for s in reversed(self.running) if s.paused and s.live and not s.in_flight), None)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1

@@ -37,8 +37,9 @@ class MemoryNeed:
             raise MemoryBudgetError(
                 f"the model needs {_mib(total)} and {_mib(available)} are available, "
                 f"{_mib(total - available)} too few: weights {_mib(self.weights)}, "
-                f"KV cache of one context {_mib(needed * self.page)}, activations {_mib(self.activations)}; take a smaller context, kv_type='q8' or a smaller "
-                f"model, or free memory"
+                f"KV cache of one context {_mib(needed * self.page)}, activations "
+                f"{_mib(self.activations)}; take a smaller context, kv_type='q8' or a smaller model, or free "
+                f"memory"
             )
         room = (available - self.weights - self.activations) // 2 // max(1, self.page)
         return max(needed, min(wanted, room))

@@ -1,0 +1,152 @@
+"""An engine over a simulated executor, which holds every step against the rules of the KV cache; and the
+check that nothing is left when it closes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import trio
+from pi2rt.executors.simulated import SimulatedExecutor, hashed_token
+
+from pi2rt.engine import Chunk, Engine, EngineOptions, SamplingParams
+from pi2rt.formats import ModelFile
+from pi2rt.models import ModelDescription
+from pi2rt.runtime.actor import Actor
+from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.step import PAGE_TOKENS, Sampling, Step
+from pi2rt.runtime.trace import Trace
+from pi2rt.tokenizer import Tokenizer
+from tests.support.tiny_models import EOS, VOCAB_SIZE
+
+LETTERS = VOCAB_SIZE - 64
+"""Tokens below are ordinary ones."""
+
+
+@dataclass
+class Log:
+    """What an executor was asked to do."""
+
+    steps: list[Step] = field(default_factory=list)
+    stops: list[int] = field(default_factory=list)
+    executors: int = 0
+
+    def prefill_tokens(self) -> list[int]:
+        """Of each step."""
+        return [sum(len(part.tokens) for part in step.slices) for step in self.steps]
+
+    def decode_tokens(self) -> list[int]:
+        return [sum(not len(part.tokens) for part in step.slices) for step in self.steps]
+
+
+class LoggingExecutor(SimulatedExecutor):
+    def __init__(self, log: Log, **options: Any) -> None:
+        super().__init__(**options)
+        self._log = log
+        log.executors += 1
+
+    def submit(self, step: Step) -> None:
+        super().submit(step)
+        self._log.steps.append(step)
+
+    def stop(self, step_id: int) -> None:
+        super().stop(step_id)
+        self._log.stops.append(step_id)
+
+
+@dataclass
+class Opened:
+    engine: Engine
+    actor: Actor
+    log: Log
+
+    async def tokens(self, prompt: Sequence[int], max_tokens: int, **params: Any) -> list[int]:
+        return [chunk.token for chunk in await self.chunks(prompt, max_tokens=max_tokens, **params)]
+
+    async def chunks(self, prompt: Sequence[int], **params: Any) -> list[Chunk]:
+        params.setdefault("ignore_eos", True)
+        async with self.engine.stream(prompt, SamplingParams(**params)) as stream:
+            return [chunk async for chunk in stream]
+
+    async def idle(self) -> None:
+        """Waits until no step is in flight and no sequence is on its way out."""
+        with trio.fail_after(100):
+            while (s := self.engine.statistics()).steps_in_flight or s.leaving:  # noqa: ASYNC110 - simulated time
+                await trio.sleep(0.001)
+
+
+@asynccontextmanager
+async def opened(
+    tokenizer: Tokenizer,
+    *,
+    slots: int = 4,
+    context: int = 1024,
+    pages: int | None = None,
+    max_tokens: int = 512,
+    mixed_chunk: int = 64,
+    stream_buffer: int = 1024,
+    trace: Trace | None = None,
+    make_executor: Callable[[Log], Executor] | None = None,
+    **executor: Any,
+) -> AsyncIterator[Opened]:
+    """``executor``: keywords of SimulatedExecutor. On leaving, every slot and page must be free again."""
+    pages = slots * -(-context // PAGE_TOKENS) if pages is None else pages
+    log = Log()
+    options = ExecutorOptions(slots=slots, pages=pages, context=context, max_tokens=max_tokens)
+    model = cast("ModelDescription", SimpleNamespace(vocab_size=VOCAB_SIZE))  # it reads nothing else
+
+    async def open_executor(made: Executor) -> None:
+        await made.open(cast("ModelFile", None), model, options, lambda done, total: None)
+
+    actor = Actor(
+        "simulated",
+        (lambda: LoggingExecutor(log, **executor)) if make_executor is None else lambda: make_executor(log),
+        open_executor,
+        trace,
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(actor.run)
+        engine = Engine(
+            actor,
+            tokenizer,
+            EngineOptions(
+                vocab_size=VOCAB_SIZE,
+                slots=slots,
+                pages=pages,
+                context=context,
+                max_tokens=max_tokens,
+                mixed_chunk=mixed_chunk,
+                stream_buffer=stream_buffer,
+            ),
+            trace,
+        )
+        nursery.start_soon(engine.run)
+        made = Opened(engine, actor, log)
+        yield made
+        await made.idle()
+        statistics = engine.statistics()
+        used = statistics.pages.held - statistics.prefixes.unused
+        assert (used, statistics.free_slots) == (0, slots)
+        engine.close()
+        assert engine.statistics().pages.held == 0
+        await actor.aclose()
+
+
+def continuation(prompt: Sequence[int], count: int) -> list[int]:
+    """The first ``count`` greedy tokens after ``prompt``."""
+    known = list(prompt)
+    for generated in range(count):
+        known.append(hashed_token(np.array(known, np.int32), generated, Sampling()) % VOCAB_SIZE)
+    return known[len(prompt) :]
+
+
+def numbers(count: int, seed: int = 0) -> list[int]:
+    """A prompt of ``count`` ordinary tokens; different for each seed."""
+    return np.random.default_rng(seed).integers(0, LETTERS, count).tolist()
+
+
+__all__ = ["EOS", "Log", "LoggingExecutor", "Opened", "continuation", "numbers", "opened"]

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pi2rt._errors import MemoryBudgetError
+from pi2rt.formats import open_model_file
+from pi2rt.memory import MemoryNeed, estimate_need
+from pi2rt.models import describe
+from tests.support.tiny_models import VOCAB_SIZE, TinyModel, write_gguf
+
+MIB = 1 << 20
+
+
+def need(path: Path, **changes: object) -> MemoryNeed:
+    options = {"page_tokens": 64, "max_tokens": 512, "slots": 8, "kv_type": "f16", "exact_floats": False}
+    with open_model_file(path) as file:
+        return estimate_need(file, describe(file), **{**options, **changes})  # type: ignore[arg-type]
+
+
+def test_the_need_of_a_tiny_model(tmp_path: Path) -> None:
+    model = TinyModel()
+    path = write_gguf(tmp_path / "tiny.gguf", model, weight_type="F16")
+    found = need(path)
+    parameters = sum(values.size for values in model.weights().values())
+    norms = sum(values.size for values in model.weights().values() if values.ndim == 1)
+    assert found.weights == 2 * (parameters - norms) + 4 * norms
+    assert found.page == 64 * 3 * 2 * 2 * 16 * 2  # positions, layers, k and v, heads, elements, bytes
+    assert found.activations > 4 * (512 * model.dim + 8 * VOCAB_SIZE)
+    assert need(path, exact_floats=True).weights == 4 * parameters
+    assert need(path, kv_type="q8").page == found.page * 34 // 64
+
+
+def test_pages_as_many_as_fit() -> None:
+    small = MemoryNeed(weights=100 * MIB, page=MIB, activations=20 * MIB)
+    assert small.pages(available=10_000 * MIB, needed=64, wanted=512) == 512
+    assert small.pages(available=520 * MIB, needed=64, wanted=512) == 200  # half of what is left
+    assert small.pages(available=184 * MIB, needed=64, wanted=512) == 64
+
+
+def test_too_little_memory_says_by_how_much_and_what_for() -> None:
+    small = MemoryNeed(weights=100 * MIB, page=MIB, activations=20 * MIB)
+    with pytest.raises(
+        MemoryBudgetError,
+        match=r"needs 184\.0 MiB and 183\.0 MiB are available, 1\.0 MiB too few: weights 100\.0 MiB, "
+        r"KV cache of one context 64\.0 MiB, activations 20\.0 MiB; take a smaller context",
+    ):
+        small.pages(available=183 * MIB, needed=64, wanted=512)
