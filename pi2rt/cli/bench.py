@@ -35,7 +35,7 @@ class Result:
 
     model: str
     executor: str
-    kernels: str
+    kernels: str | None
     threads: int
     prefill_tokens: int
     decode_tokens: int
@@ -186,8 +186,9 @@ def _describe(result: Result) -> str:
     from pi2rt.cli._console import size
 
     bandwidth = f"{result.memory_bandwidth_bytes_per_s / 1e9:.1f} GB/s"
+    kernels = f", kernels {result.kernels}" if result.kernels else ""
     lines = (
-        f"{result.model}: executor {result.executor}, kernels {result.kernels}, {result.threads} threads",
+        f"{result.model}: executor {result.executor}{kernels}, {result.threads} threads",
         f"medians of {result.repeats}:",
         f"  prefill of {result.prefill_tokens} tokens: {result.prefill_tokens_per_s:.1f} tokens/s",
         f"  first token after {result.ttft_ms:.1f} ms",

@@ -16,10 +16,10 @@ ARGUMENTS = ("--prefill", "40", "--decode", "8", "--repeat", "3", "--threads", "
 
 
 def test_bench_json(pi2rt: Run, model: str) -> None:
-    done = pi2rt("bench", model, *ARGUMENTS, "--json", "--executor", "reference")
+    done = pi2rt("bench", model, *ARGUMENTS, "--json", "--kernels", "scalar")
     assert (done.status, done.errors) == (0, "")
     found = json.loads(done.output)
-    assert found["repeats"] == 3
+    assert (found["repeats"], found["executor"], found["kernels"]) == (3, "cpu", "scalar")
     assert (found["prefill_tokens"], found["decode_tokens"], found["threads"]) == (40, 8, 1)
     # If the prefix cache had given away the prompts, prefill would take as long as one token does.
     assert 0 < found["prefill_tokens_per_s"] < 1e6

@@ -77,6 +77,11 @@ ERRORS = [
     (["run", "{model}", "-p", "x", "--cores", "big"], 2, "cores 'big': write NAME=CORES"),
     (["run", "{model}", "-p", "x", "--cores", "big=99999"], 2, "cannot use core 99999"),
     (["run", "{model}", "-p", "x", "--executor", "npu"], 2, "no executor 'npu'; available: "),
+    (
+        ["run", "{model}", "-p", "x", "--executor", "cpu", "--kernels", "abacus"],
+        2,
+        "no kernel variant 'abacus'",
+    ),
     (["run", "{model}", "-p", "x", "--trace", "absent/t.json"], 2, "its folder does not exist"),
     (["run", "{bare}", "-p", "x", "--system", "y"], 2, "the model has no chat template"),
     (["run", "{cut}", "-p", "x"], 2, "cut.gguf: "),

@@ -49,6 +49,22 @@ def test_the_same_answer_however_the_prompt_comes(
     assert len(answers[0].output) > 2
 
 
+@pytest.mark.parametrize("options", [(), ("--kv", "q8"), ("--kernels", "scalar"), ("--threads", "1")])
+def test_the_default_executor_with_its_options(pi2rt: Run, model: str, options: tuple[str, ...]) -> None:
+    done = pi2rt("run", model, "-p", "Hi", "-n", "4", *options)
+    assert done.status == 0
+    assert CLOSING.match(done.errors)
+
+
+def test_two_classes_of_cores(pi2rt: Run, model: str) -> None:
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        pytest.skip("two classes of cores need two cores")
+    arguments = ("run", model, "-p", "Hi", "-n", "4")
+    done = pi2rt(*arguments, "--cores", f"big={cores[0]}", f"little={cores[1]}")
+    assert (done.status, done.output) == (0, pi2rt(*arguments).output)
+
+
 def test_json_lines_have_the_same_text(pi2rt: Run, model: str) -> None:
     arguments = ("run", model, "-p", "Hello", "-n", "6", "--temperature", "1", "--seed", "7", *REFERENCE)
     text = pi2rt(*arguments).output
