@@ -7,6 +7,7 @@ shared without a hop through the control plane.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 
@@ -72,14 +73,14 @@ class CpuExecutor:
     async def wait(self) -> StepResult:
         if self._program is None or self._gang is None:
             raise ClosedError("the cpu executor is not open")
+        event_fd = self._gang.event_fd
         while not self._program.ready():
-            await trio.lowlevel.wait_readable(self._gang.event_fd)
-            if self._gang is None:
-                raise ClosedError("the cpu executor was closed")
             try:
-                os.read(self._gang.event_fd, 8)
-            except BlockingIOError:  # another wait took it
-                pass
+                await trio.lowlevel.wait_readable(event_fd)
+            except trio.ClosedResourceError:
+                raise ClosedError("the cpu executor was closed") from None
+            with contextlib.suppress(BlockingIOError):  # the event of a step that was ready before it was waited for
+                os.read(event_fd, 8)
         self._in_flight.popleft()
         tokens = self._tokens_of.popleft()
         result, times = self._program.result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,16 +27,18 @@ async def opened(
     context: int = 1024,
     model_context: int | None = None,
     pages: int | None = None,
+    **options: Any,
 ) -> AsyncIterator[Executor]:
     """The executor with the model at ``path``, closed at the end. ``model_context``: what the model is
-    described for; see ``describe``."""
+    described for; see ``describe``. ``options``: of ``ExecutorOptions``; floats are exact unless they say
+    otherwise."""
     pages = slots * -(-context // PAGE_TOKENS) if pages is None else pages
-    options = ExecutorOptions(
-        slots=slots, pages=pages, context=context, max_tokens=context, exact_floats=True
+    given = ExecutorOptions(
+        **{"slots": slots, "pages": pages, "context": context, "max_tokens": context, "exact_floats": True} | options
     )
     with open_model_file(path) as file:
         try:
-            await executor.open(file, describe(file, model_context), options, lambda done, total: None)
+            await executor.open(file, describe(file, model_context), given, lambda done, total: None)
             yield executor
         finally:
             await executor.aclose()
