@@ -12,6 +12,7 @@ import trio
 
 from pi2rt import catalogue
 from pi2rt._errors import RequestError
+from pi2rt._own_nursery import open_own_nursery
 from pi2rt.engine import (
     Chunk,
     Completion,
@@ -203,7 +204,6 @@ async def open_runtime(
     make_executor = load_executor(chosen.executor) if isinstance(chosen.executor, str) else chosen.executor
     placement = default_placement(read_topology(), chosen.threads, _core_classes(chosen.cores))
     trace = None if chosen.trace is None else Trace()
-    alone: BaseException | None = None
     with await trio.to_thread.run_sync(open_model_file, path) as file:
         description, info = await trio.to_thread.run_sync(_describe, file, chosen.context)
         executor_options = _executor_options(file, description, chosen, info.context, placement, trace)
@@ -213,7 +213,7 @@ async def open_runtime(
 
         actor = Actor(placement.lead.name, make_executor, open_executor, trace)
         try:
-            async with trio.open_nursery() as nursery:
+            async with open_own_nursery() as nursery:
                 tokenizer = await _load(nursery, actor, file)
                 engine = Engine(actor, tokenizer, _engine_options(description, executor_options), trace)
                 runtime = Runtime(engine, actor, tokenizer, info)
@@ -223,17 +223,10 @@ async def open_runtime(
                 finally:
                     with trio.CancelScope(shield=True):
                         await runtime.aclose()
-        except BaseExceptionGroup as group:
-            # The nursery is our own business: the error of the body, or what ended it, comes out as it is.
-            if len(group.exceptions) != 1:
-                raise
-            alone = group.exceptions[0]
         finally:
             if trace is not None and chosen.trace is not None:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(trace.write, chosen.trace)
-    if alone is not None:
-        raise alone
 
 
 async def _load(nursery: trio.Nursery, actor: Actor, file: ModelFile) -> Tokenizer:
@@ -243,7 +236,7 @@ async def _load(nursery: trio.Nursery, actor: Actor, file: ModelFile) -> Tokeniz
     async def read_tokenizer() -> None:
         loaded.append(await trio.to_thread.run_sync(load_tokenizer, file))
 
-    async with trio.open_nursery() as loading:
+    async with open_own_nursery() as loading:
         loading.start_soon(read_tokenizer)
         await nursery.start(actor.run)
     return loaded[0]

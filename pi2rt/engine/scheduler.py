@@ -228,8 +228,8 @@ class Scheduler:
         return True
 
     def _idle(self) -> Sequence | None:
-        """The youngest sequence that waits for its consumer. Not one with steps in flight: what they bring would
-        be lost, and a sequence that is asked again and again would never get on."""
+        """The youngest sequence that waits for its consumer. Not one with steps in flight: what they bring
+        would be lost, and a sequence that is asked again and again would never get on."""
         return next((s for s in reversed(self.running) if s.paused and s.live and not s.in_flight), None)
 
     def _preempt(self, sequence: Sequence) -> None:

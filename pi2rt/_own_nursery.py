@@ -1,0 +1,27 @@
+"""A nursery that is the business of a library function, so that its callers do not meet exception groups."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+
+@asynccontextmanager
+async def open_own_nursery() -> AsyncIterator[trio.Nursery]:
+    """As ``trio.open_nursery``, but an error of the body or of a child comes out as it is. Where there are
+    several, the first one comes out, with a note on each of the others; errors go before cancellations."""
+    first: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except BaseExceptionGroup as group:
+        errors = [error for error in group.exceptions if not isinstance(error, trio.Cancelled)]
+        if not errors:
+            raise
+        first = errors[0]
+        for other in errors[1:]:
+            first.add_note(f"and {type(other).__name__}: {other}")
+    if first is not None:
+        raise first  # out here, where it gets no context that it did not have

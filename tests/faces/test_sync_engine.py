@@ -1,0 +1,207 @@
+"""The synchronous face. The runtime's own thread keeps real time, so the simulated device is quick."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
+
+import pi2rt
+from pi2rt import _runtime_thread
+from pi2rt.engine import EngineStatistics
+from tests.support.tiny_models import EOS
+
+
+def simulated(**options: Any) -> Callable[[], SimulatedExecutor]:
+    return lambda: SimulatedExecutor(**options)
+
+
+def settled(engine: pi2rt.Engine) -> EngineStatistics:
+    """Statistics as soon as nothing runs any more."""
+    while True:
+        found = engine.statistics().engine
+        if not (found.waiting or found.prefilling or found.decoding or found.leaving):
+            assert found.pages.held == found.prefixes.unused
+            return found
+
+
+def alive() -> bool:
+    return any(thread.name == "pi2rt" for thread in threading.enumerate())
+
+
+def test_stream_generate_score(tiny: Path) -> None:
+    calls: list[tuple[str, threading.Thread]] = []
+
+    def noting(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: calls.append((what, threading.current_thread()))
+
+    with pi2rt.Engine(
+        tiny, executor=simulated(next_token=scripted([40, 41, EOS])), on_load=noting("load")
+    ) as engine:
+        assert engine.model.name == "tiny llama"
+        got = list(engine.stream("hi", on_prefill=noting("prefill")))
+        assert [chunk.token for chunk in got] == [40, 41, EOS]
+        assert got[-1].timing is not None
+        with engine.stream([1, 2], pi2rt.SamplingParams(max_tokens=9), max_tokens=1) as chunks:
+            assert [chunk.token for chunk in chunks] == [40]
+        completion = engine.generate("hi", max_tokens=2)
+        assert completion.text == engine.tokenizer.decode([40, 41])
+        assert engine.generate("hi", max_tokens=2, on_prefill=noting("again")).tokens == completion.tokens
+        assert engine.score([1, 2, 3]).shape == (2,)
+        assert engine.logits([1, 2, 3]).shape == (3, 320)
+        settled(engine)
+    assert {what for what, _ in calls} == {"load", "prefill", "again"}
+    assert {thread for _, thread in calls} == {threading.current_thread()}
+    assert not alive()
+
+
+def test_from_several_threads(tiny: Path) -> None:
+    with pi2rt.Engine(tiny, executor="simulated", max_sequences=4) as engine:
+
+        def tokens(i: int) -> tuple[int, ...]:
+            return tuple(chunk.token for chunk in engine.stream([i], max_tokens=30, ignore_eos=True))
+
+        alone = [tokens(i) for i in range(12)]
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(tokens, range(12))) == alone
+
+
+def test_leaving_the_loop_ends_the_request(tiny: Path) -> None:
+    with pi2rt.Engine(tiny, executor=simulated(seconds_per_step=0.001)) as engine:
+        for _ in engine.stream("hi", ignore_eos=True):
+            break
+        assert settled(engine).cancelled == 1
+        stream = engine.stream("hi", ignore_eos=True)
+        next(stream)
+        stream.close()
+        assert list(stream) == []
+        assert settled(engine).cancelled == 2
+
+
+def test_errors_reach_the_caller(tiny: Path) -> None:
+    faults = Faults(raise_in_wait=frozenset([2]))
+    with pi2rt.Engine(tiny, executor=simulated(faults=faults)) as engine:
+        with pytest.raises(pi2rt.ExecutorError, match=r"<Step 2:"):
+            list(engine.stream("hi", ignore_eos=True))
+        with pytest.raises(pi2rt.ContextOverflowError):
+            engine.generate("hi", max_tokens=5000)
+        with pytest.raises(pi2rt.RequestError, match=r"^top_p=3"):
+            engine.stream("hi", top_p=3.0)
+
+        def raises(done: int, total: int) -> None:
+            raise LookupError("no bar")
+
+        with pytest.raises(LookupError, match="no bar"):
+            engine.generate("hi", on_prefill=raises)
+        settled(engine)
+
+
+def test_a_slow_consumer_pauses_its_request(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_runtime_thread, "STREAM_BUFFER", 8)
+    with pi2rt.Engine(tiny, executor="simulated") as engine:
+        expected = engine.generate("hi", max_tokens=300, ignore_eos=True)
+        stream = engine.stream("hi", max_tokens=300, ignore_eos=True)
+        got = [next(stream).token]
+        pump = stream._pump
+        assert pump is not None
+        while not pump._waiting:
+            pass
+        assert pump._sent <= 1 + 8
+        got += [chunk.token for chunk in stream]
+        assert tuple(got) == expected.tokens
+
+
+def test_a_load_that_fails(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(pi2rt.ModelNotFoundError):
+        pi2rt.Engine(tmp_path / "no.gguf")
+    with pytest.raises(RuntimeError, match="injected into open"):
+        pi2rt.Engine(tiny, executor=simulated(faults=Faults(raise_in_open=True)))
+    with pytest.raises(pi2rt.RequestError, match=r"^context=0"):
+        pi2rt.Engine(tiny, context=0)
+
+    def raises(done: int, total: int) -> None:
+        raise LookupError("no bar")
+
+    with pytest.raises(LookupError, match="no bar"):
+        pi2rt.Engine(tiny, executor="simulated", on_load=raises)
+    assert not alive()
+
+
+def test_life(tiny: Path) -> None:
+    engine = pi2rt.Engine(tiny, executor=simulated(seconds_per_step=0.01))
+    stream = engine.stream("hi", ignore_eos=True)
+    next(stream)
+    engine.close()
+    with pytest.raises(pi2rt.ClosedError):
+        list(stream)
+    with pytest.raises(pi2rt.ClosedError):
+        engine.generate("hi")
+    with pytest.raises(pi2rt.ClosedError):
+        list(engine.stream("hi"))
+    engine.close()
+    assert not alive()
+
+
+def test_an_engine_that_nobody_closes(tiny: Path) -> None:
+    stream = pi2rt.Engine(tiny, executor="simulated").stream("hi", ignore_eos=True)
+    gc.collect()
+    next(stream)  # a stream keeps its engine
+    del stream
+    gc.collect()
+    assert not alive()
+
+
+@contextmanager
+def interrupt_after(seconds: float) -> Iterator[None]:
+    """Ctrl-C for the main thread."""
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c(tiny: Path) -> None:
+    faults = Faults(hang=frozenset([3, 6]))
+    with pi2rt.Engine(tiny, executor=simulated(faults=faults)) as engine:
+        with pytest.raises(KeyboardInterrupt), interrupt_after(0.1):
+            for _ in engine.stream("hi", ignore_eos=True):
+                pass
+        assert settled(engine).cancelled == 1
+        with pytest.raises(KeyboardInterrupt), interrupt_after(0.1):
+            engine.generate("hi", ignore_eos=True)
+        assert settled(engine).cancelled == 2
+        assert len(engine.generate("hi", max_tokens=5, ignore_eos=True).tokens) == 5
+
+
+def test_ctrl_c_while_it_loads(tiny: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), interrupt_after(0.3):
+        pi2rt.Engine(tiny, executor=simulated(seconds_to_open=1000))
+    assert not alive()
+
+
+def test_an_interpreter_that_exits_with_an_open_engine(tiny: Path) -> None:
+    code = (
+        "import sys, pi2rt\n"
+        "engine = pi2rt.Engine(sys.argv[1], executor='simulated')\n"
+        "stream = engine.stream('hi', ignore_eos=True)\n"
+        "print(len(next(stream).text) >= 0)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(tiny)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "True\n", "")

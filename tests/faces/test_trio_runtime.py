@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
+from trio.testing import MockClock
+
+import pi2rt
+from pi2rt import trio_runtime
+from pi2rt.formats import ModelFile
+from pi2rt.models import ModelDescription
+from pi2rt.runtime.executor import ExecutorOptions, Progress
+from tests.support.tiny_models import BOS, EOS
+
+
+def simulated(**options: object) -> dict[str, object]:
+    return {"executor": lambda: SimulatedExecutor(**options)}
+
+
+async def test_text_ids_and_messages(tiny: Path) -> None:
+    async with pi2rt.open_runtime(tiny, executor="simulated") as runtime:
+        encode = runtime.tokenizer.encode
+        same = [
+            (await runtime.generate("so it is", max_tokens=5), [BOS, *encode("so it is", add_special=False)]),
+            (
+                await runtime.generate([{"role": "user", "content": "hi"}], max_tokens=5),
+                encode("user:hi|assistant:", add_special=False),
+            ),
+            (await runtime.generate(np.array([5, 6, 7]), max_tokens=5), [5, 6, 7]),
+            (await runtime.generate((id_ for id_ in (5, 6)), max_tokens=5), [5, 6]),
+        ]
+        for completion, ids in same:
+            assert completion.timing.prompt_tokens == len(ids)
+            again = await runtime.generate(ids, max_tokens=5)
+            assert (completion.tokens, completion.text) == (again.tokens, again.text)
+
+
+async def test_a_long_text_is_tokenised_beside_the_loop(tiny: Path) -> None:
+    async with pi2rt.open_runtime(tiny, executor="simulated") as runtime:
+        with pytest.raises(pi2rt.ContextOverflowError):
+            await runtime.generate("so it goes " * 10_000)
+
+
+async def test_prompts_that_cannot_be(tiny: Path, plain: Path) -> None:
+    async with pi2rt.open_runtime(plain, executor="simulated") as runtime:
+        with pytest.raises(pi2rt.RequestError, match=r"^prompt: the model 'tiny llama' has no chat template"):
+            await runtime.generate([{"role": "user", "content": "hi"}])
+        with pytest.raises(pi2rt.RequestError, match=r"not NoneType$"):
+            await runtime.generate(None)  # type: ignore[arg-type]
+        with pytest.raises(pi2rt.RequestError, match="empty"):
+            await runtime.generate([])
+        with pytest.raises(TypeError, match="tempature"):
+            await runtime.generate("hi", tempature=1.0)  # type: ignore[call-arg]
+
+
+async def test_streams_and_overrides(tiny: Path) -> None:
+    script = scripted([30, 31, 32, EOS])
+    async with pi2rt.open_runtime(tiny, **simulated(next_token=script)) as runtime:  # type: ignore[arg-type]
+        params = pi2rt.SamplingParams(max_tokens=2, logprobs=1)
+        async with runtime.stream("hi", params) as chunks:
+            assert [chunk.token async for chunk in chunks] == [30, 31]
+        async with runtime.stream("hi", params, max_tokens=10) as chunks:
+            got = [chunk async for chunk in chunks]
+        assert [chunk.token for chunk in got] == [30, 31, 32, EOS]
+        assert got[-1].finish_reason == "stop"
+        assert got[0].top_logprobs[0][0] == 30
+        calls: list[tuple[int, int]] = []
+        await runtime.generate([1, 2], max_tokens=1, on_prefill=lambda *call: calls.append(call))
+        assert calls == [(2, 2)]
+
+
+async def test_what_it_says_about_the_model(tiny: Path) -> None:
+    async with pi2rt.open_runtime(tiny, executor="simulated", context=300) as runtime:
+        model = runtime.model
+        assert (model.name, model.architecture, model.path) == ("tiny llama", "llama", tiny)
+        assert (model.context, model.model_context, model.layers) == (300, 1024, 3)
+        assert model.quantisation == "F32"
+        assert model.file_bytes == 4 * model.parameters
+    async with pi2rt.open_runtime(tiny, executor="simulated") as runtime:
+        assert runtime.model.context == 1024  # of 4096
+
+
+async def test_scores_and_statistics(tiny: Path) -> None:
+    async with pi2rt.open_runtime(tiny, executor="simulated", max_sequences=3) as runtime:
+        completion = await runtime.generate([1, 2, 3], max_tokens=6, ignore_eos=True)
+        scores = await runtime.score([1, 2, 3, *completion.tokens])
+        assert (scores[2:] > -1).all()
+        assert (await runtime.logits([1, 2, 3]))[-1].argmax() == completion.tokens[0]
+        statistics = runtime.statistics()
+        assert statistics.engine.finished == 3
+        assert statistics.engine.free_slots == 3
+        assert [actor.state for actor in statistics.actors] == ["ready"]
+        assert [channel.buffered for channel in statistics.channels] == [0]
+        assert statistics.memory["peak_rss"] > statistics.memory["kv"] > 0
+
+
+async def test_the_executor_is_told_what_was_asked(tiny: Path) -> None:
+    told: list[tuple[ModelDescription, ExecutorOptions]] = []
+    progress_seen: list[tuple[int, int]] = []
+
+    class Asked(SimulatedExecutor):
+        async def open(
+            self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
+        ) -> None:
+            told.append((model, options))
+            await super().open(file, model, options, progress)
+
+    async with pi2rt.open_runtime(
+        tiny,
+        executor=Asked,
+        context=200,
+        max_sequences=600,
+        threads=1,
+        kv_type="q8",
+        exact_floats=True,
+        kernels="scalar",
+        prefill_chunk=64,
+        on_load=lambda done, total: progress_seen.append((done, total)),
+    ):
+        ((model, options),) = told
+        assert model.architecture == "llama"
+        assert (options.slots, options.context, options.max_tokens) == (600, 200, 600)
+        assert 4 <= options.pages <= 2400
+        assert (options.kv_type, options.exact_floats, options.kernels) == ("q8", True, "scalar")
+        assert len(options.cores) == 1
+        assert options.trace is None
+    assert progress_seen[0][0] == 0
+    assert progress_seen[-1][0] == progress_seen[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 0}, r"^context=0: an integer from 1"),
+        ({"max_sequences": True}, r"^max_sequences=True"),
+        ({"prefill_chunk": 1.5}, r"^prefill_chunk=1.5"),
+        ({"kv_type": "f8"}, r"^kv_type='f8': one of 'f16', 'q8' is needed$"),
+        ({"threads": 0}, r"^threads=0"),
+        ({"executor": "abacus"}, r"^no executor 'abacus'"),
+        ({"cores": {"big": [99999]}}, r"cannot use core 99999"),
+        ({"trace": "/no/such/folder/t.json"}, r"^trace='/no/such/folder/t.json': its folder does not exist"),
+    ],
+)
+async def test_options_that_cannot_be(tiny: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(pi2rt.RequestError, match=message):
+        async with pi2rt.open_runtime(tiny, **options):  # type: ignore[arg-type]
+            pass
+
+
+async def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(pi2rt.ModelNotFoundError):
+        async with pi2rt.open_runtime(tmp_path / "no.gguf"):
+            pass
+
+
+async def test_a_model_larger_than_the_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trio_runtime, "available_memory", lambda: 1 << 20)
+    with pytest.raises(pi2rt.MemoryBudgetError, match=r"1\.0 MiB are available, .* too few: weights"):
+        async with pi2rt.open_runtime(tiny, executor="simulated"):
+            pass
+
+
+async def test_errors_of_the_body_come_out_as_they_are(tiny: Path) -> None:
+    with pytest.raises(LookupError, match="mine"):
+        async with pi2rt.open_runtime(tiny, executor="simulated"):
+            raise LookupError("mine")
+    group = ExceptionGroup("mine", [ValueError(), ValueError()])
+    with pytest.raises(ExceptionGroup) as info:
+        async with pi2rt.open_runtime(tiny, executor="simulated"):
+            raise group
+    assert (info.value.message, info.value.exceptions) == ("mine", group.exceptions)
+
+
+async def test_an_executor_that_cannot_open(tiny: Path) -> None:
+    with pytest.raises(RuntimeError, match="injected into open"):
+        async with pi2rt.open_runtime(tiny, **simulated(faults=Faults(raise_in_open=True))):  # type: ignore[arg-type]
+            pass
+
+
+async def test_a_failing_step_leaves_the_runtime_usable(tiny: Path) -> None:
+    faults = Faults(raise_in_wait=frozenset([2]))
+    async with pi2rt.open_runtime(tiny, **simulated(faults=faults)) as runtime:  # type: ignore[arg-type]
+        with pytest.raises(pi2rt.ExecutorError, match="<Step 2"):
+            await runtime.generate("hi", max_tokens=5, ignore_eos=True)
+        assert len((await runtime.generate("hi", max_tokens=5, ignore_eos=True)).tokens) == 5
+
+
+async def test_cancelling_the_load(tiny: Path, autojump_clock: MockClock) -> None:
+    with trio.move_on_after(1) as scope:
+        async with pi2rt.open_runtime(tiny, **simulated(seconds_to_open=1000)):  # type: ignore[arg-type]
+            pass
+    assert scope.cancelled_caught
+    assert trio.current_time() < 10
+
+
+async def test_cancelling_everything(tiny: Path, autojump_clock: MockClock) -> None:
+    with trio.move_on_after(1) as scope:
+        async with pi2rt.open_runtime(tiny, **simulated(seconds_per_step=10)) as runtime:  # type: ignore[arg-type]
+            await runtime.generate("hi")
+    assert scope.cancelled_caught
+    assert trio.current_time() < 10
+
+
+async def test_closing_early(tiny: Path, autojump_clock: MockClock) -> None:
+    async with pi2rt.open_runtime(tiny, **simulated(seconds_per_step=1)) as runtime:  # type: ignore[arg-type]
+        async with runtime.stream("hi") as chunks:
+            await anext(chunks)
+            await runtime.aclose()
+            with pytest.raises(pi2rt.ClosedError):
+                async for _ in chunks:
+                    pass
+        with pytest.raises(pi2rt.ClosedError):
+            await runtime.generate("hi")
+        with pytest.raises(pi2rt.ClosedError):
+            await runtime.score([1, 2])
+        await runtime.aclose()
+
+
+async def test_closing_an_executor_that_hangs_is_bounded(tiny: Path, autojump_clock: MockClock) -> None:
+    faults = Faults(hang_in_close=True)
+    with pytest.raises(pi2rt.ExecutorError, match="did not stop within 5 s"):
+        async with pi2rt.open_runtime(tiny, **simulated(faults=faults)):  # type: ignore[arg-type]
+            pass
+    assert trio.current_time() < 20
+
+
+async def test_the_trace_is_written_whatever_happens(tiny: Path, tmp_path: Path) -> None:
+    for name in "good", "bad":
+        try:
+            async with pi2rt.open_runtime(tiny, executor="simulated", trace=tmp_path / name) as runtime:
+                await runtime.generate("hi", max_tokens=3, ignore_eos=True)
+                if name == "bad":
+                    raise LookupError
+        except LookupError:
+            pass
+        events = json.loads((tmp_path / name).read_text())["traceEvents"]
+        assert {"request 1", "step 1", "step 3"} <= {event["name"] for event in events}
+
+
+async def test_two_runtimes_at_once(tiny: Path, plain: Path) -> None:
+    async with (
+        pi2rt.open_runtime(tiny, executor="simulated") as one,
+        pi2rt.open_runtime(plain, executor="simulated") as two,
+    ):
+        assert (await one.generate([1, 2], max_tokens=9)).tokens == (
+            await two.generate([1, 2], max_tokens=9)
+        ).tokens
