@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from jinja2 import nodes
-from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -21,7 +20,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
-from pi2rt._errors import TemplateError
 from pi2rt.tokenizer import template_filters, template_operators
 from pi2rt.tokenizer.template_budget import Budget
 from pi2rt.tokenizer.template_strings import call_method, concatenate, is_callable_method, text_of
@@ -100,7 +98,11 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Function | None:
-        return None  # call() below does more
+        """``str.format`` looks up attributes by itself, so templates never get hold of the method."""
+        owner = getattr(value, "__self__", None)
+        if not isinstance(owner, str) or getattr(value, "__name__", "") != "format":
+            return None
+        return lambda *args, **kwargs: call_method(self, self._budget, owner, "format", args, kwargs)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         if obj is self.ticked or obj is self.tick:
@@ -109,7 +111,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         budget.tick()
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, str):
-            for hidden in ("_block_vars", "_loop_vars"):  # Jinja passes these along for its own functions
+            for hidden in ("_block_vars", "_loop_vars"):  # Jinja passes these to all functions
                 kwargs.pop(hidden, None)
             result = call_method(self, budget, owner, obj.__name__, args, kwargs)
         else:
@@ -258,6 +260,3 @@ def _call(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Call:
     function = nodes.EnvironmentAttribute(name, lineno=node.lineno)
     call = nodes.Call(function, list(args), [], None, None, lineno=node.lineno)
     return call.set_environment(node.environment)  # type: ignore[return-value, arg-type]
-
-
-__all__ = ["SecurityError", "TemplateEnvironment", "TemplateError"]

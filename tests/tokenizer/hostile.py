@@ -179,6 +179,11 @@ FAIL: dict[str, tuple[str, str | None]] = {
     "class by filter": ("{{ '' | attr('__class__') | attr('__mro__') }}", ""),
     "class by map": ("{{ [''] | map(attribute='__class__.__mro__') | list }}", None),
     "class by format": ("{{ '{0.__class__.__mro__}'.format('') }}", None),
+    "class by format kept for later": ("{% set f = '{0.__class__.__mro__}'.format %}{{ f('') }}", None),
+    "class by format of items": (
+        "{{ ['{0.__class__.__mro__}'] | map(attribute='format') | map('attr', '__self__') | list }}",
+        "[Undefined]",
+    ),
     "class by sort": ("{{ ['', ''] | sort(attribute='__class__.__mro__') }}", None),
     "globals of a function": ("{{ raise_exception.__globals__.sys }}", None),
     "closure of a function": ("{{ strftime_now.__closure__[0] }}", None),

@@ -19,8 +19,7 @@ from tests.tokenizer.texts import TEXTS
 
 SPLITS = json.loads((Path(__file__).parent / "golden" / "splits.json").read_text())
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "smollm2.json").read_text())
-# llama.cpp's own expressions end a word at a combining mark here; those of the families' tokenizer.json do
-# not
+# llama.cpp's own expressions end a word at a combining mark here; those in tokenizer.json do not
 KNOWN = {(pre, text) for pre in ("tekken", "gpt-4o") for text in TEXTS if "\u094d" in text}
 
 

@@ -120,9 +120,16 @@ def test_tokens(source: str) -> None:
 
 
 @pytest.mark.slow
-@given(st.one_of(TEMPLATES, TOKENS, st.text()))
-@settings(deadline=None, max_examples=20_000, suppress_health_check=list(HealthCheck))
-def test_anything_for_longer(source: str) -> None:
+@given(TEMPLATES)
+@settings(deadline=None, max_examples=2000, suppress_health_check=list(HealthCheck))
+def test_programs_for_longer(source: str) -> None:
+    check(source)
+
+
+@pytest.mark.slow
+@given(st.one_of(TOKENS, st.text()))
+@settings(deadline=None, max_examples=5000, suppress_health_check=list(HealthCheck))
+def test_tokens_for_longer(source: str) -> None:
     check(source)
 
 
