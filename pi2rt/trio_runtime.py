@@ -153,7 +153,7 @@ class Runtime:
         """Token ids of any kind of prompt."""
         if isinstance(prompt, str):
             return await self._tokenise(prompt, add_special=True)
-        if not isinstance(prompt, Iterable):
+        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray):
             raise RequestError(f"prompt: text, token ids or messages are needed, not {type(prompt).__name__}")
         parts: list[Any] = list(prompt)
         if not any(isinstance(part, Mapping) for part in parts):

@@ -18,6 +18,7 @@ import trio
 from pi2rt._errors import ClosedError, ContextOverflowError, ExecutorError, InternalError, RequestError
 from pi2rt.engine.options import EngineOptions
 from pi2rt.engine.reading import Reading
+from pi2rt.engine.recorder import Recorder
 from pi2rt.engine.sampling_params import SamplingParams
 from pi2rt.engine.scheduler import Flight, Scheduler
 from pi2rt.engine.sequence import Sequence, SequenceState
@@ -60,7 +61,7 @@ class Engine:
         self._generation = actor.generation
         self._tokenizer = tokenizer
         self.options = options
-        self._trace = trace
+        self._recorder = None if trace is None else Recorder(trace)
         self.pool = PagePool(options.pages)
         self._index = PrefixIndex(self.pool, PAGE_TOKENS)
         self._scheduler = Scheduler(
@@ -68,7 +69,7 @@ class Engine:
             options.slots,
             options.max_tokens,
             options.mixed_chunk,
-            None if trace is None else self._record_request,
+            None if self._recorder is None else self._recorder.request,
         )
         self._flights: deque[Flight] = deque()
         self._work = trio.Event()
@@ -81,6 +82,12 @@ class Engine:
     async def run(self) -> None:
         """Submits steps and handles their results until ``close``. An error that leaves it is a bug in
         pi2rt."""
+        try:
+            await self._loop()
+        finally:
+            self.close()  # whatever ended it, nobody waits for ever
+
+    async def _loop(self) -> None:
         depth = min(MOST_IN_FLIGHT, self._actor.max_in_flight)
         while True:
             if self._actor.generation != self._generation:
@@ -114,8 +121,8 @@ class Engine:
         if result.id != flight.step.id:
             raise InternalError(f"the result of step {result.id} came where {flight.step} was expected")
         self._steps += 1
-        if self._trace is not None:
-            self._record_step(self._trace, flight, result)
+        if self._recorder is not None:
+            self._recorder.step(flight, result)
         for i, sequence in enumerate(flight.members):
             sequence.in_flight -= 1
             if sequence.state is SequenceState.LEAVING:
@@ -136,7 +143,7 @@ class Engine:
         if writer is None:
             reading = sequence.reading
             assert reading is not None
-            reading.accept(slice_, result.scores[i], result.logits[i])
+            reading.accept(slice_, result, i)
             if sequence.computed == sequence.limit:
                 self._finish(sequence)
             return
@@ -147,6 +154,7 @@ class Engine:
                 sequence.on_prefill(sequence.computed, sequence.prompt)
             except Exception as error:
                 self._fail(sequence, error)
+            if not sequence.live:  # the callback may also have left the stream
                 return
         if slice_.sample:
             sampled = result.sampled[i]
@@ -174,17 +182,20 @@ class Engine:
         for flight in [*lost, failed] if failed is not None else lost:
             for sequence in flight.members:
                 sequence.in_flight -= 1
-        for sequence in failed.members if failed is not None else ():
-            if sequence.live:
-                self._fail(sequence, _own(error))
+        if error is not None and failed is not None:
+            for sequence in failed.members:
+                if sequence.live:
+                    self._fail(sequence, _own(error))
         for sequence in self._scheduler.running.copy():
             if sequence.live:
                 self._scheduler.leave(sequence, again=True)
             else:
                 self._scheduler.release(sequence)
         self._index.clear()
+        self._rebuilds += (
+            self._actor.generation - self._generation
+        )  # none of an actor that is broken for good
         self._generation = self._actor.generation
-        self._rebuilds += 1
 
     def _wake(self) -> None:
         """There may be something to compose again."""
@@ -343,7 +354,7 @@ class Engine:
         if self._closed:
             raise ClosedError("the runtime is closed")
         try:
-            known = array("i", tokens)
+            known = array("i", iter(tokens))
         except (TypeError, OverflowError) as error:
             raise RequestError(f"prompt: token ids are integers: {error}") from None
         if not known:
@@ -358,44 +369,9 @@ class Engine:
                 f"{where}: token id {token} is outside the vocabulary of {self.options.vocab_size} tokens"
             )
 
-    def _record_step(self, trace: Trace, flight: Flight, result: StepResult) -> None:
-        decoding = 0
-        for sequence, slice_ in zip(flight.members, flight.step.slices, strict=True):
-            decoding += not len(slice_.tokens)
-            sequence.stamp(result.started_ns, result.finished_ns, sampled=slice_.sample)
-        trace.track("engine", "steps").span(
-            f"step {flight.step.id}",
-            result.started_ns,
-            result.finished_ns,
-            sequences=len(flight.members),
-            decode_tokens=decoding,
-            prefill_tokens=flight.step.tokens - decoding,
-            stopped=result.stopped,
-        )
 
-    def _record_request(self, sequence: Sequence) -> None:
-        """Its slot is free: one track for each slot, so that the spans of a track follow each other."""
-        if self._trace is None or not sequence.started_ns:
-            return
-        track = self._trace.track("requests", f"slot {sequence.slot}")
-        start, first, last = sequence.started_ns, sequence.first_ns, sequence.last_ns
-        track.span(
-            f"request {sequence.id}",
-            start,
-            last,
-            prompt_tokens=sequence.prompt,
-            generated_tokens=len(sequence.known) - sequence.prompt,
-            again=sequence.again,
-        )
-        track.span("prefill", start, first or last)
-        if first and last > first:
-            track.span("decode", first, last)
-
-
-def _own(error: ExecutorError | None) -> ExecutorError | None:
+def _own(error: ExecutorError) -> ExecutorError:
     """A copy for one consumer: an exception that several tasks raise collects the traceback of each."""
-    if error is None:
-        return None
     own = ExecutorError.__new__(ExecutorError)
     own.args = error.args
     own.__dict__.update(error.__dict__)

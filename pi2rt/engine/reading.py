@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from pi2rt.runtime.step import Floats, Int32s, Slice
+from pi2rt.runtime.step import Floats, Int32s, Slice, StepResult
 
 LOGITS_CHUNK = 64
 """Tokens in one slice that asks for logits: a vocabulary of 262144 makes 1 MiB of each."""
@@ -28,8 +28,9 @@ class Reading:
             return None
         return np.append(tokens[1:], np.int32(-1 if following is None else following)).astype(np.int32)
 
-    def accept(self, slice_: Slice, scores: Floats | None, logits: Floats | None) -> None:
-        part = scores if self.kind == "scores" else logits
+    def accept(self, slice_: Slice, result: StepResult, i: int) -> None:
+        """``slice_`` was number ``i`` of its step. One from the beginning again replaces what came after."""
+        part = result.scores[i] if self.kind == "scores" else result.logits[i]
         assert part is not None
         self._parts = [(start, old) for start, old in self._parts if start < slice_.start]
         self._parts.append((slice_.start, part))

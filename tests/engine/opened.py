@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import trio
+import trio.testing
 from pi2rt.executors.simulated import SimulatedExecutor, hashed_token
 
 from pi2rt.engine import Chunk, Engine, EngineOptions, SamplingParams
@@ -63,6 +64,16 @@ class Opened:
     engine: Engine
     actor: Actor
     log: Log
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    async def run(self) -> None:
+        with self.scope:
+            await self.engine.run()
+
+    async def end(self) -> None:
+        """Cancels the engine's task."""
+        self.scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
 
     async def tokens(self, prompt: Sequence[int], max_tokens: int, **params: Any) -> list[int]:
         return [chunk.token for chunk in await self.chunks(prompt, max_tokens=max_tokens, **params)]
@@ -124,9 +135,12 @@ async def opened(
             ),
             trace,
         )
-        nursery.start_soon(engine.run)
         made = Opened(engine, actor, log)
+        nursery.start_soon(made.run)
         yield made
+        if made.scope.cancel_called:
+            await actor.aclose()
+            return
         await made.idle()
         statistics = engine.statistics()
         used = statistics.pages.held - statistics.prefixes.unused

@@ -83,6 +83,28 @@ async def test_a_stream_that_was_left_is_closed(tokenizer: Tokenizer, autojump_c
         chunks.close()  # twice is fine
 
 
+async def test_leaving_from_the_progress_callback(tokenizer: Tokenizer, autojump_clock: MockClock) -> None:
+    async with opened(tokenizer) as o:
+        chunks = o.engine.stream(numbers(100), on_prefill=lambda done, total: chunks.close())
+        with pytest.raises(ClosedError, match="left already"):
+            await anext(chunks)
+        statistics = o.engine.statistics()
+        assert (statistics.cancelled, statistics.finished, statistics.generated_tokens) == (1, 0, 0)
+
+
+async def test_requests_of_an_engine_that_ends_early_fail(
+    tokenizer: Tokenizer, autojump_clock: MockClock
+) -> None:
+    """Its task was cancelled, or has a bug: nobody waits for ever."""
+    async with opened(tokenizer, seconds_per_step=1) as o:
+        async with o.engine.stream(numbers(3)) as chunks:
+            await anext(chunks)
+            await o.end()
+            with pytest.raises(ClosedError, match="while this request ran"):
+                async for _ in chunks:
+                    pass
+
+
 async def test_closing_the_engine_fails_its_requests(tokenizer: Tokenizer, autojump_clock: MockClock) -> None:
     async with opened(tokenizer, slots=1, seconds_per_step=1) as o:
         async with o.engine.stream(numbers(3)) as running, o.engine.stream(numbers(4)) as waiting:

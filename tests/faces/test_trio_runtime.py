@@ -51,6 +51,8 @@ async def test_prompts_that_cannot_be(tiny: Path, plain: Path) -> None:
             await runtime.generate([{"role": "user", "content": "hi"}])
         with pytest.raises(pi2rt.RequestError, match=r"not NoneType$"):
             await runtime.generate(None)  # type: ignore[arg-type]
+        with pytest.raises(pi2rt.RequestError, match=r"not bytes$"):
+            await runtime.generate(b"hi")
         with pytest.raises(pi2rt.RequestError, match="empty"):
             await runtime.generate([])
         with pytest.raises(TypeError, match="tempature"):

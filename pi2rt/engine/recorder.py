@@ -1,0 +1,52 @@
+"""Requests and steps in the trace."""
+
+from __future__ import annotations
+
+from pi2rt.engine.scheduler import Flight
+from pi2rt.engine.sequence import Sequence
+from pi2rt.runtime.step import StepResult
+from pi2rt.runtime.trace import Trace
+
+
+class Recorder:
+    """Steps on one track; requests on one for each slot, so that the spans of a track follow each other."""
+
+    __slots__ = ("_steps", "_trace")
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._steps = trace.track("engine", "steps")
+
+    def step(self, flight: Flight, result: StepResult) -> None:
+        """A step has returned."""
+        decoding = 0
+        for sequence, slice_ in zip(flight.members, flight.step.slices, strict=True):
+            decoding += not len(slice_.tokens)
+            sequence.stamp(result.started_ns, result.finished_ns, sampled=slice_.sample)
+        self._steps.span(
+            f"step {flight.step.id}",
+            result.started_ns,
+            result.finished_ns,
+            sequences=len(flight.members),
+            decode_tokens=decoding,
+            prefill_tokens=flight.step.tokens - decoding,
+            stopped=result.stopped,
+        )
+
+    def request(self, sequence: Sequence) -> None:
+        """A sequence gives its slot back. What never ran has no span."""
+        if not sequence.started_ns:
+            return
+        track = self._trace.track("requests", f"slot {sequence.slot}")
+        start, first, last = sequence.started_ns, sequence.first_ns, sequence.last_ns
+        track.span(
+            f"request {sequence.id}",
+            start,
+            last,
+            prompt_tokens=sequence.prompt,
+            generated_tokens=len(sequence.known) - sequence.prompt,
+            again=sequence.again,
+        )
+        track.span("prefill", start, first or last)
+        if first and last > first:
+            track.span("decode", first, last)
