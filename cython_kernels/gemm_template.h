@@ -4,7 +4,11 @@
  * unpacked once and used for every column of the tile. A column's float sum runs over the blocks in order, whatever
  * the tile, so results do not depend on the batch. */
 
+#ifdef PI2_GENERIC /* one copy with arguments, not one for each type and tile: the scalar variant need not be fast */
+#define INLINE static __attribute__((noinline, noclone))
+#else
 #define INLINE static inline __attribute__((always_inline))
+#endif
 
 /* How a block of a type is unpacked: w[8], one register per group of four columns. */
 INLINE void nibbles(const uint8_t *p, vb w[8]) {
@@ -131,22 +135,17 @@ INLINE void gemm_tile(int type, const int wide, const int tile, const uint8_t *w
   for (int c = 0; c < tile; c++) v_store(out + c * ldo, sum[c]);
 }
 
-#define GEMM_CASE(T, WIDE, N) case N: gemm_tile(T, WIDE, N, w, k, x, done, out + done * ldo, ldo); break;
-#define GEMM(T, WIDE, name)                                                                        \
+/* Tiles of 8 (where registers allow), 4, 2 and 1 columns make up any n. */
+#define GEMM_TILES(T, WIDE, N) \
+  for (; n - done >= N; done += N) gemm_tile(T, WIDE, N, w, k, x, done, out + done * ldo, ldo);
+#define GEMM(T, WIDE, name)                                                                               \
   static void gemm_##name(const uint8_t *w, int64_t k, const pi2_q8 *x, int n, float *out, int64_t ldo) { \
-    int done = 0;                                                                                  \
-    for (; n - done >= PI2_TILE; done += PI2_TILE)                                                 \
-      gemm_tile(T, WIDE, PI2_TILE, w, k, x, done, out + done * ldo, ldo);                          \
-    switch (n - done) {                                                                            \
-      GEMM_CASE(T, WIDE, 1) GEMM_CASE(T, WIDE, 2) GEMM_CASE(T, WIDE, 3) GEMM_TAILS(T, WIDE)        \
-      default: break;                                                                              \
-    }                                                                                              \
+    int done = 0;                                                                                         \
+    GEMM_TILES(T, WIDE, PI2_TILE)                                                                         \
+    GEMM_TILES(T, WIDE, 4)                                                                                \
+    GEMM_TILES(T, WIDE, 2)                                                                                \
+    GEMM_TILES(T, WIDE, 1)                                                                                \
   }
-#if PI2_TILE == 8
-#define GEMM_TAILS(T, W) GEMM_CASE(T, W, 4) GEMM_CASE(T, W, 5) GEMM_CASE(T, W, 6) GEMM_CASE(T, W, 7)
-#else
-#define GEMM_TAILS(T, W)
-#endif
 #define GEMMS(T, name) GEMM(T, 0, name##_a8) GEMM(T, 1, name##_a16)
 GEMMS(PI2_Q4_0, q4_0)
 GEMMS(PI2_Q4_1, q4_1)

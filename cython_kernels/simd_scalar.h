@@ -158,3 +158,4 @@ static inline uint64_t read_256(const uint8_t *p) {
   return s;
 }
 #define PI2_TILE 4
+#define PI2_GENERIC 1

@@ -1,0 +1,79 @@
+"""pi2rt's half of ``against_llama_cpp.py``: the same commands through the public API, everything included: scheduling,
+sampling, text and delivery."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from typing import Any
+
+import trio
+
+import pi2rt
+from pi2rt.runtime.host_memory import peak_rss_bytes
+
+
+class Model:
+    def __init__(self, runtime: pi2rt.Runtime) -> None:
+        self.runtime = runtime
+        self.random = random.Random(0)
+
+    def prompt(self, count: int) -> list[int]:
+        return [self.random.randrange(300, self.runtime.tokenizer.vocab_size - 300) for _ in range(count)]
+
+    async def run(self, command: dict[str, Any]) -> dict[str, float]:
+        if command["what"] == "prefill":
+            timing = (
+                await self.runtime.generate(self.prompt(command["tokens"]), max_tokens=1, ignore_eos=True)
+            ).timing
+            return {"tokens_per_s": timing.prefill_tokens_per_s}
+        sequences = command.get("sequences", 1)
+        before = self.runtime.statistics().actors[0].executor
+        ends: list[tuple[float, float]] = []  # of each sequence: its first token and its last, on one clock
+        warm = trio.Event()
+        waiting = sequences
+
+        async def generate() -> None:
+            nonlocal waiting
+            prompt = self.prompt(command["context"])
+            async with self.runtime.stream(
+                prompt, max_tokens=command["tokens"] + 1, ignore_eos=True
+            ) as chunks:
+                await anext(chunks)
+                waiting -= 1
+                if not waiting:
+                    warm.set()
+                first = time.perf_counter()
+                async for _ in chunks:
+                    pass
+                ends.append((first, time.perf_counter()))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(sequences):
+                nursery.start_soon(generate)
+        after = self.runtime.statistics().actors[0].executor
+        # sequences that started earlier have decoded alone for a while: count the time from the last first token on,
+        # and of the others' tokens only their share after it
+        start = max(first for first, _ in ends)
+        end = max(last for _, last in ends)
+        tokens = sum(command["tokens"] * (last - start) / (last - first) for first, last in ends)
+        return {
+            "tokens_per_s": tokens / (end - start),
+            "outside_kernels": 1 - (after.kernel_ns - before.kernel_ns) / (after.busy_ns - before.busy_ns),
+        }
+
+
+async def serve(path: str, threads: int, context: int, sequences: int) -> None:
+    begin = time.perf_counter()
+    async with pi2rt.open_runtime(path, threads=threads, context=context, max_sequences=sequences) as runtime:
+        model = Model(runtime)
+        load_s = time.perf_counter() - begin
+        print(json.dumps({"load_s": load_s, "version": pi2rt.__version__}), flush=True)
+        while line := await trio.to_thread.run_sync(sys.stdin.readline):
+            print(json.dumps(await model.run(json.loads(line)) | {"peak_rss": peak_rss_bytes()}), flush=True)
+
+
+if __name__ == "__main__":
+    trio.run(serve, sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
