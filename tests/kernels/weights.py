@@ -37,4 +37,23 @@ def random_rows(
     count = 2 if kind.scale_format == "F16x2" else 1
     scales = (rng.standard_normal((len(blocks), count)) * scale).astype("<f2")
     blocks[:, kind.scales_at : kind.scales_at + 2 * count] = scales.view(np.uint8)
-    return blocks.reshape(rows, -1)
+    return blocks.reshape(rows, k // kind.block_elements * kind.block_bytes)
+
+
+_QUANT_BYTES = {
+    "Q4_0": slice(2, None),
+    "Q4_1": slice(4, None),
+    "Q5_0": slice(2, None),
+    "Q5_1": slice(4, None),
+    "Q8_0": slice(2, None),
+    "Q4_K": slice(16, None),
+    "Q5_K": slice(16, None),
+    "Q6_K": slice(0, 192),
+}
+
+
+def without_quants(type_name: str, raw: Bytes) -> Bytes:
+    """The same rows with every quant 0: what remains of a value does not depend on its quant."""
+    blocks = raw.reshape(-1, TYPES[type_name].block_bytes).copy()
+    blocks[:, _QUANT_BYTES[type_name]] = 0
+    return blocks.reshape(raw.shape)
