@@ -44,30 +44,45 @@ INLINE vf kv_load(const int type, const uint8_t *p, int64_t i) {
        : type == PI2_KV_F16 ? v_load_f16((const uint16_t *)p + i) : v_load((const float *)p + i);
 }
 
+/* Both products keep two sums for each query vector, of even and odd terms: with the three vectors of a small group one
+ * sum each would wait for its own latency. */
+
 /* scores[i*64 + j] = q[i] . key j of the page; positions [first, last) of it, in whole sixteens */
 INLINE void score_tile(const int type, const int tile, const uint8_t *keys, int hd, const float *q, int64_t ldq,
                        int first, int last, float *scores) {
   for (int b = first / 16; b * 16 < last; b++) {
-    vf sum[PI2_TILE];
-    for (int i = 0; i < tile; i++) sum[i] = v_zero();
-    for (int d = 0; d < hd; d++) {
-      vf key = kv_load(type, keys, (int64_t)(b * hd + d) * 16);
-      for (int i = 0; i < tile; i++) sum[i] = v_fma(v_set(q[i * ldq + d]), key, sum[i]);
+    vf even[PI2_TILE], odd[PI2_TILE];
+    for (int i = 0; i < tile; i++) even[i] = odd[i] = v_zero();
+    for (int d = 0; d < hd; d += 2) {
+      const int64_t at = (int64_t)(b * hd + d) * 16;
+      vf key0 = kv_load(type, keys, at), key1 = kv_load(type, keys, at + 16);
+      if (tile <= 4) v_prefetch(keys + (at << (type == PI2_KV_Q8 ? 0 : type == PI2_KV_F16 ? 1 : 2)) + PI2_PREFETCH);
+      for (int i = 0; i < tile; i++) {
+        even[i] = v_fma(v_set(q[i * ldq + d]), key0, even[i]);
+        odd[i] = v_fma(v_set(q[i * ldq + d + 1]), key1, odd[i]);
+      }
     }
-    for (int i = 0; i < tile; i++) v_store(scores + i * PI2_PAGE + b * 16, sum[i]);
+    for (int i = 0; i < tile; i++) v_store(scores + i * PI2_PAGE + b * 16, v_add(even[i], odd[i]));
   }
 }
 /* acc[i] += sum over positions of p[i*64 + j] * value j */
 INLINE void value_tile(const int type, const int tile, const uint8_t *values, int hd, const float *p, int first, int last,
                        float *acc) {
   for (int d = 0; d < hd; d += 16) {
-    vf sum[PI2_TILE];
-    for (int i = 0; i < tile; i++) sum[i] = v_load(acc + i * hd + d);
-    for (int j = first; j < last; j++) {
-      vf value = kv_load(type, values, (int64_t)j * hd + d);
-      for (int i = 0; i < tile; i++) sum[i] = v_fma(v_set(p[i * PI2_PAGE + j]), value, sum[i]);
+    vf even[PI2_TILE], odd[PI2_TILE];
+    for (int i = 0; i < tile; i++) {
+      even[i] = v_load(acc + i * hd + d);
+      odd[i] = v_zero();
     }
-    for (int i = 0; i < tile; i++) v_store(acc + i * hd + d, sum[i]);
+    for (int j = first & ~1; j < last; j += 2) { /* p is zero outside, and the page's own rows are there to load */
+      vf value0 = j >= first ? kv_load(type, values, (int64_t)j * hd + d) : v_zero();
+      vf value1 = j + 1 < last ? kv_load(type, values, (int64_t)(j + 1) * hd + d) : v_zero();
+      for (int i = 0; i < tile; i++) {
+        even[i] = v_fma(v_set(p[i * PI2_PAGE + j]), value0, even[i]);
+        odd[i] = v_fma(v_set(p[i * PI2_PAGE + j + 1]), value1, odd[i]);
+      }
+    }
+    for (int i = 0; i < tile; i++) v_store(acc + i * hd + d, v_add(even[i], odd[i]));
   }
 }
 
@@ -84,9 +99,15 @@ INLINE void attend_as(const int type, const pi2_kv *kv, const float *q, int64_t 
     const uint8_t *keys = kv->base + kv->pages[base / PI2_PAGE] * kv->page_stride, *values = keys + kv->v_offset;
     const int first = base < begin ? (int)(begin - base) : 0;
     const int last = end - base < PI2_PAGE ? (int)(end - base) : PI2_PAGE;
+    if (nq <= 4 && base + PI2_PAGE < end) { /* memory-bound: start on the next page, which lies elsewhere */
+      const uint8_t *next = kv->base + kv->pages[base / PI2_PAGE + 1] * kv->page_stride;
+      for (int i = 0; i < 2048; i += 64) v_prefetch(next + i);
+    }
     int done = 0;
     for (; nq - done >= PI2_TILE; done += PI2_TILE)
       score_tile(type, PI2_TILE, keys, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
+    for (; nq - done >= 4; done += 4)
+      score_tile(type, 4, keys, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
     for (; nq - done >= 3; done += 3)
       score_tile(type, 3, keys, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
     for (; done < nq; done++) score_tile(type, 1, keys, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
@@ -134,6 +155,8 @@ INLINE void attend_as(const int type, const pi2_kv *kv, const float *q, int64_t 
     }
     for (done = 0; nq - done >= PI2_TILE; done += PI2_TILE)
       value_tile(type, PI2_TILE, values, hd, scratch + done * PI2_PAGE, first, last, acc + (int64_t)done * hd);
+    for (; nq - done >= 4; done += 4)
+      value_tile(type, 4, values, hd, scratch + done * PI2_PAGE, first, last, acc + (int64_t)done * hd);
     for (; nq - done >= 3; done += 3)
       value_tile(type, 3, values, hd, scratch + done * PI2_PAGE, first, last, acc + (int64_t)done * hd);
     for (; done < nq; done++)

@@ -156,6 +156,74 @@ GEMMS(PI2_Q4_K, q4_k)
 GEMMS(PI2_Q5_K, q5_k)
 GEMMS(PI2_Q6_K, q6_k)
 
+/* Many columns: PI2_PANEL row blocks together. Their weights of one block are unpacked once for all n columns, into a
+ * buffer of the first-level cache, and PI2_PANEL x 4 integer sums stay in registers while the buffer passes by: a column's
+ * activations are broadcast once for all row blocks, and each float sum waits in `out`. The same sums in the same order
+ * as gemm_tile, so the same bits. */
+INLINE void panel_columns(int type, const int tile, const vw *pairs, const vf *dw, const vf *mw, const int16_t *const *y,
+                          const float *d, const float *s, int64_t ldb, float *out, int64_t ldo) {
+  const int halves = type == PI2_Q6_K ? 2 : 1, steps = 16 / halves;
+  for (int h = 0; h < halves; h++) {
+    vi sum[PI2_PANEL][4];
+    for (int r = 0; r < PI2_PANEL; r++)
+      for (int c = 0; c < tile; c++) sum[r][c] = i_zero();
+    for (int p = h * steps; p < (h + 1) * steps; p++) {
+      for (int c = 0; c < tile; c++) {
+        const vx x = x_load(y[c] + 2 * p);
+        for (int r = 0; r < PI2_PANEL; r++) sum[r][c] = i_madd(sum[r][c], pairs[r * 16 + p], x);
+      }
+    }
+    __asm__ volatile("" : : "r"(dw), "r"(mw) : "memory"); /* keeps the scales out of the loop's registers */
+    for (int c = 0; c < tile; c++)
+      for (int r = 0; r < PI2_PANEL; r++) {
+        float *o = out + c * ldo + r * PI2_ROWS;
+        vf f = v_fma(v_mul(i_to_float(sum[r][c]), v_set(d[c * ldb])), dw[2 * r + h], v_load(o));
+        if (has_min(type)) f = v_fma(v_set(s[c * ldb]), mw[r], f);
+        v_store(o, f);
+      }
+  }
+}
+INLINE void gemm_panel(int type, const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n, float *out,
+                       int64_t ldo) {
+  const int64_t blocks = k / PI2_BLOCK;
+  for (int c = 0; c < n; c++)
+    for (int r = 0; r < PI2_PANEL; r++) v_store(out + c * ldo + r * PI2_ROWS, v_zero());
+  for (int64_t b = 0; b < blocks; b++) {
+    vw pairs[PI2_PANEL * 16];
+    vf dw[2 * PI2_PANEL], mw[PI2_PANEL];
+    for (int r = 0; r < PI2_PANEL; r++) {
+      const uint8_t *scales = w + r * stride, *quants = scales + pi2_scales_bytes_of(type, k);
+      vb q[8];
+      unpack_weights(type, quants, b, q);
+      unpack_scales(type, scales, b, &dw[2 * r], &mw[r]);
+      if (type == PI2_Q6_K) six_scales(scales, b, dw[2 * r], &dw[2 * r]);
+      widen(q, pairs + 16 * r, type == PI2_Q8_0, type == PI2_Q6_K ? 32 : 0);
+    }
+    const int16_t *y[4];
+    int c = 0;
+    for (; c + 4 <= n; c += 4) {
+      for (int i = 0; i < 4; i++) y[i] = (const int16_t *)(x->q + (c + i) * x->ldq) + b * PI2_BLOCK;
+      panel_columns(type, 4, pairs, dw, mw, y, x->d + c * x->ldb + b, x->s + c * x->ldb + b, x->ldb, out + c * ldo, ldo);
+    }
+    for (; c < n; c++) {
+      y[0] = (const int16_t *)(x->q + c * x->ldq) + b * PI2_BLOCK;
+      panel_columns(type, 1, pairs, dw, mw, y, x->d + c * x->ldb + b, x->s + c * x->ldb + b, x->ldb, out + c * ldo, ldo);
+    }
+  }
+}
+#define PANEL(T, name)                                                                                            \
+  static void panel_##name(const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n, float *out, int64_t ldo) { \
+    gemm_panel(T, w, stride, k, x, n, out, ldo);                                                                  \
+  }
+PANEL(PI2_Q4_0, q4_0)
+PANEL(PI2_Q4_1, q4_1)
+PANEL(PI2_Q5_0, q5_0)
+PANEL(PI2_Q5_1, q5_1)
+PANEL(PI2_Q8_0, q8_0)
+PANEL(PI2_Q4_K, q4_k)
+PANEL(PI2_Q5_K, q5_k)
+PANEL(PI2_Q6_K, q6_k)
+
 /* Float weights [k][16], float activations. Two sums per column, even and odd k, hide the latency of one column. */
 INLINE vf load_weights(int type, const uint8_t *w, int64_t i) {
   return type == PI2_F32 ? v_load((const float *)w + i * 16)

@@ -53,87 +53,92 @@ static int needs_q8(const pi2_op *op) {
 }
 static int64_t row_blocks(const pi2_matrix *m) { return (m->rows + PI2_ROWS - 1) / PI2_ROWS; }
 
-/* Row blocks per unit: enough units that the threads finish together, few enough that the cursor is no bottleneck. */
-static int64_t unit_blocks(int64_t blocks, int threads) {
+/* Row blocks per unit: enough units that the threads finish together, few enough that the cursor is no bottleneck;
+ * where there are many rows, whole tiles. */
+static int64_t unit_blocks(int64_t blocks, int threads, int rows) {
+  if (rows >= PI2_PANEL_ROWS) return PI2_TILE_BLOCKS;
   int64_t unit = blocks / (threads * 8);
-  return unit < 1 ? 1 : unit > 8 ? 8 : unit;
+  return unit < 1 ? 1 : unit > PI2_TILE_BLOCKS ? PI2_TILE_BLOCKS : unit;
+}
+
+/* Outputs [first, last) row blocks of one matrix, all rows. */
+static void linear_blocks(pi2_run *r, const pi2_op *op, const pi2_matrix *m, int64_t column, int64_t first, int64_t last,
+                          const pi2_input *in, float *tile) {
+  const pi2_program *p = r->program;
+  const int pass = pi2_pass_rows(m->k);
+  const int64_t begin = first * PI2_ROWS, end = last * PI2_ROWS < m->rows ? last * PI2_ROWS : m->rows, width = end - begin;
+  float *out = op->sink == PI2_TO_Y ? p->y : p->x;
+  const int64_t ldo = op->sink == PI2_TO_Y ? p->y_columns : p->dim, ld = PI2_TILE_BLOCKS * PI2_ROWS;
+  for (int row = 0; row < r->n_rows; row += pass) {
+    const int n = r->n_rows - row < pass ? r->n_rows - row : pass;
+    pi2_multiply(p, m, first, (int)(last - first), in, row, n, tile, ld);
+    for (int c = 0; c < n; c++) {
+      float *t = tile + c * ld, *o = out + (row + c) * ldo + column + begin;
+      if (m->bias) p->kernels->add(m->bias + begin, t, width);
+      if (op->sink == PI2_ADD_TO_X) p->kernels->add(t, o, width);
+      else memcpy(o, t, (size_t)width * sizeof *o);
+    }
+  }
 }
 
 int pi2_op_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
-  const int64_t k = op->matrix[0].k;
   int stopped = 0;
-  pi2_input in = pi2_prepare(r, op, index, w, k, NULL, r->n_rows, needs_q8(op), &stopped);
+  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, NULL, r->n_rows, needs_q8(op), &stopped);
   if (stopped) return stopped;
   int64_t blocks = 0;
   for (int i = 0; i < op->n_matrices; i++) blocks += row_blocks(&op->matrix[i]);
-  const int64_t unit = unit_blocks(blocks, p->threads);
-  const int pass = pi2_pass_rows(k);
-  float *tile = p->scratch[w->index].tile;
-  float *out = op->sink == PI2_TO_Y ? p->y : p->x;
-  const int64_t ldo = op->sink == PI2_TO_Y ? p->y_columns : p->dim;
+  const int64_t unit = unit_blocks(blocks, p->threads, r->n_rows);
   for (int64_t first; (first = pi2_take(r, index, 1) * unit) < blocks;) {
     const int64_t last = first + unit < blocks ? first + unit : blocks;
-    for (int row = 0; row < r->n_rows; row += pass) {
-      const int n = r->n_rows - row < pass ? r->n_rows - row : pass;
-      const pi2_matrix *m = op->matrix;
-      int64_t begin = 0, column = 0; /* of m: its first global block, its first output */
-      for (int64_t b = first; b < last; b++) {
-        while (b - begin >= row_blocks(m)) {
-          begin += row_blocks(m);
-          column += m->rows;
-          m++;
-        }
-        const int64_t block = b - begin, left = m->rows - block * PI2_ROWS;
-        const int64_t rows = left < PI2_ROWS ? left : PI2_ROWS;
-        pi2_multiply(p, m, block, &in, row, n, tile, PI2_ROWS);
-        for (int c = 0; c < n; c++) {
-          float *t = tile + c * PI2_ROWS, *o = out + (row + c) * ldo + column + block * PI2_ROWS;
-          if (m->bias) p->kernels->add(m->bias + block * PI2_ROWS, t, rows);
-          if (op->sink == PI2_ADD_TO_X) p->kernels->add(t, o, rows);
-          else memcpy(o, t, (size_t)rows * sizeof *o);
-        }
-      }
+    int64_t start = 0, column = 0; /* of the matrix: its first global block, its first output */
+    for (int i = 0; i < op->n_matrices; i++) {
+      const pi2_matrix *m = &op->matrix[i];
+      const int64_t n = row_blocks(m), from = first > start ? first - start : 0, to = last - start < n ? last - start : n;
+      if (from < to) linear_blocks(r, op, m, column, from, to, &in, p->scratch[w->index].tile);
+      start += n;
+      column += m->rows;
     }
   }
   return 0;
 }
 
-int pi2_op_ffn(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
+/* Hidden values of row blocks [first, last), a whole number of 32s: one block of integers for the down projection. */
+static void ffn_blocks(pi2_run *r, const pi2_op *op, int64_t first, int64_t last, const pi2_input *in, float *tile) {
   const pi2_program *p = r->program;
   const pi2_matrix *up = &op->matrix[0], *gate = op->n_matrices > 1 ? &op->matrix[1] : NULL;
-  int stopped = 0;
-  pi2_input in = pi2_prepare(r, op, index, w, up->k, NULL, r->n_rows, needs_q8(op), &stopped);
-  if (stopped) return stopped;
-  /* Units are pairs of row blocks: 32 hidden values are one block of integers for the down projection. */
-  const int64_t blocks = row_blocks(up), pairs = (blocks + 1) / 2, unit = unit_blocks(pairs, p->threads);
-  const int pass = pi2_pass_rows(up->k) > 64 ? 64 : pi2_pass_rows(up->k);
-  float *up_tile = p->scratch[w->index].tile, *gate_tile = up_tile + 2 * 64 * PI2_ROWS;
-  for (int64_t first; (first = pi2_take(r, index, 1) * unit) < pairs;) {
-    const int64_t last = first + unit < pairs ? first + unit : pairs;
-    for (int row = 0; row < r->n_rows; row += pass) {
-      const int n = r->n_rows - row < pass ? r->n_rows - row : pass;
-      for (int64_t pair = first; pair < last; pair++) {
-        const int64_t left = up->rows - pair * 32, rows = left < 32 ? left : 32;
-        for (int i = 0; i < 2 && pair * 2 + i < blocks; i++) { /* tile[c*32 + i*16 + r] */
-          if (gate) pi2_multiply(p, gate, pair * 2 + i, &in, row, n, gate_tile + i * 16, 32);
-          pi2_multiply(p, up, pair * 2 + i, &in, row, n, up_tile + i * 16, 32);
-        }
-        for (int c = 0; c < n; c++) {
-          float *u = up_tile + c * 32, *g = gate_tile + c * 32;
-          if (up->bias) p->kernels->add(up->bias + pair * 32, u, rows);
-          if (gate && gate->bias) p->kernels->add(gate->bias + pair * 32, g, rows);
-          p->kernels->activate(op->activation, op->up_activation, gate ? g : NULL, u, u, rows);
-          if (op->q8_out) {
-            pi2_q8 o = pi2_q8_at(p, &p->q8_hidden, row + c, pair * 32);
-            pi2_quantize(p, u, 32, &o);
-          } else {
-            memcpy(p->hidden_floats + (row + c) * p->hidden + pair * 32, u, (size_t)rows * sizeof *u);
-          }
-        }
+  const int pass = pi2_pass_rows(up->k), count = (int)(last - first);
+  const int64_t begin = first * PI2_ROWS, end = last * PI2_ROWS < up->rows ? last * PI2_ROWS : up->rows, width = end - begin;
+  const int64_t ld = PI2_TILE_BLOCKS * PI2_ROWS;
+  float *gate_tile = tile + PI2_TILE_ROWS * ld;
+  for (int row = 0; row < r->n_rows; row += pass) {
+    const int n = r->n_rows - row < pass ? r->n_rows - row : pass;
+    if (gate) pi2_multiply(p, gate, first, count, in, row, n, gate_tile, ld);
+    pi2_multiply(p, up, first, count, in, row, n, tile, ld);
+    for (int c = 0; c < n; c++) {
+      float *u = tile + c * ld, *g = gate_tile + c * ld;
+      if (up->bias) p->kernels->add(up->bias + begin, u, width);
+      if (gate && gate->bias) p->kernels->add(gate->bias + begin, g, width);
+      p->kernels->activate(op->activation, op->up_activation, gate ? g : NULL, u, u, width);
+      if (op->q8_out) {
+        pi2_q8 o = pi2_q8_at(p, &p->q8_hidden, row + c, begin);
+        pi2_quantize(p, u, width, &o);
+      } else {
+        memcpy(p->hidden_floats + (row + c) * p->hidden + begin, u, (size_t)width * sizeof *u);
       }
     }
   }
+}
+
+int pi2_op_ffn(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
+  const pi2_program *p = r->program;
+  int stopped = 0;
+  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, NULL, r->n_rows, needs_q8(op), &stopped);
+  if (stopped) return stopped;
+  const int64_t blocks = row_blocks(&op->matrix[0]);
+  const int64_t unit = (unit_blocks(blocks, p->threads, r->n_rows) + 1) / 2 * 2; /* pairs: 32 values */
+  for (int64_t first; (first = pi2_take(r, index, 1) * unit) < blocks;)
+    ffn_blocks(r, op, first, first + unit < blocks ? first + unit : blocks, &in, p->scratch[w->index].tile);
   return 0;
 }
 
@@ -154,7 +159,7 @@ static void finish_row(pi2_run *r, int32_t row, float *logits, pi2_worker *w) {
 int pi2_op_head(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
   const pi2_matrix *m = &op->matrix[0];
-  const int64_t blocks = row_blocks(m), unit = unit_blocks(blocks, p->threads * 4);
+  const int64_t blocks = row_blocks(m), unit = PI2_TILE_BLOCKS, ld = PI2_TILE_BLOCKS * PI2_ROWS;
   int stopped = 0;
   for (int first = 0; first < r->n_head && !stopped; first += PI2_HEAD_ROWS, index++) {
     const int n = r->n_head - first < PI2_HEAD_ROWS ? r->n_head - first : PI2_HEAD_ROWS;
@@ -162,13 +167,11 @@ int pi2_op_head(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     if (stopped) return stopped;
     float *tile = p->scratch[w->index].tile;
     for (int64_t b; (b = pi2_take(r, index, 1) * unit) < blocks;) {
-      for (int64_t block = b; block < b + unit && block < blocks; block++) {
-        const int64_t left = m->rows - block * PI2_ROWS, rows = left < PI2_ROWS ? left : PI2_ROWS;
-        pi2_multiply(p, m, block, &in, 0, n, tile, PI2_ROWS);
-        for (int c = 0; c < n; c++) {
-          if (m->bias) p->kernels->add(m->bias + block * PI2_ROWS, tile + c * PI2_ROWS, rows);
-          memcpy(p->logits + c * p->vocab + block * PI2_ROWS, tile + c * PI2_ROWS, (size_t)rows * sizeof *tile);
-        }
+      const int64_t begin = b * PI2_ROWS, end = (b + unit) * PI2_ROWS < m->rows ? (b + unit) * PI2_ROWS : m->rows;
+      pi2_multiply(p, m, b, (int)(b + unit < blocks ? unit : blocks - b), &in, 0, n, tile, ld);
+      for (int c = 0; c < n; c++) {
+        if (m->bias) p->kernels->add(m->bias + begin, tile + c * ld, end - begin);
+        memcpy(p->logits + c * p->vocab + begin, tile + c * ld, (size_t)(end - begin) * sizeof *tile);
       }
     }
     stopped = pi2_barrier(w);

@@ -90,12 +90,12 @@ int pi2_program_prepare(pi2_program *p) {
   ok &= p->x && p->y && p->attention && p->hidden_floats && p->prepared && p->logits && p->partial && p->slots &&
         p->scratch;
   if (!ok) return -1;
-  const int64_t vectors = p->max_group > 32 ? p->max_group : 32; /* queries of one attention tile */
+  const int64_t vectors = p->max_group > 64 ? p->max_group : 64; /* queries of one attention tile */
   for (int t = 0; t < p->threads; t++) {
     pi2_scratch *s = &p->scratch[t];
     ok &= allocate_q8(p, &s->q8, PI2_REPLICATED, p->max_k);
     s->floats = allocate(p, PI2_REPLICATED * p->max_k, 4);
-    s->tile = allocate(p, 4 * 128 * PI2_ROWS, 4);
+    s->tile = allocate(p, 2 * PI2_TILE_ROWS * PI2_TILE_BLOCKS * PI2_ROWS, 4);
     s->queries = allocate(p, vectors * p->max_head_dim, 4);
     s->scores = allocate(p, vectors * PI2_PAGE, 4);
     s->acc = allocate(p, vectors * (p->max_head_dim + 2), 4);
@@ -162,7 +162,7 @@ static int make_units(pi2_run *r) {
         for (int h = 0; h < p->max_kv_heads; h++)
           if (add_unit(r, (pi2_unit){i, s->row, 1, h, split, splits})) return -1;
     } else {
-      const int tile = p->max_group >= 32 ? 1 : 32 / p->max_group;
+      const int tile = p->max_group <= 8 ? 8 : p->max_group <= 32 ? 2 : 1; /* at most 64 query vectors, in eights */
       for (int first = (s->count - 1) / tile * tile; first >= 0; first -= tile)
         for (int h = 0; h < p->max_kv_heads; h++) {
           const int rows = s->count - first < tile ? s->count - first : tile;

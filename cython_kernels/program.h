@@ -13,6 +13,9 @@
 #include "sampler.h"
 
 #define PI2_REPLICATED 4 /* rows up to which every thread prepares all inputs itself */
+#define PI2_PANEL_ROWS 8 /* rows from which on several row blocks are multiplied together */
+#define PI2_TILE_ROWS 64 /* rows of a GEMM output tile */
+#define PI2_TILE_BLOCKS 4 /* row blocks of one */
 #define PI2_HEAD_ROWS 32 /* rows of logits at once */
 
 typedef struct {
@@ -171,20 +174,27 @@ static inline pi2_q8 pi2_q8_at(const pi2_program *p, const pi2_q8 *x, int64_t ro
   r.h += column / 16;
   return r;
 }
-/* One row block of m times `n` rows from row `row` on: tile[c*ld + r]. */
-static inline void pi2_multiply(const pi2_program *p, const pi2_matrix *m, int64_t block, const pi2_input *in,
+/* Row blocks [block, block + count) of m times `n` rows from row `row` on: tile[c*ld + 16*i + r] for block + i. */
+static inline void pi2_multiply(const pi2_program *p, const pi2_matrix *m, int64_t block, int count, const pi2_input *in,
                                 int64_t row, int n, float *tile, int64_t ld) {
-  const uint8_t *w = m->data + block * pi2_row_block_bytes(m->type, m->k);
+  const pi2_kernels *k = p->kernels;
+  const int64_t size = pi2_row_block_bytes(m->type, m->k);
+  const uint8_t *w = m->data + block * size;
+  const pi2_q8 x = pi2_q8_row(&in->q8, row);
+  int i = 0;
   if (pi2_is_float(m->type)) {
-    p->kernels->gemm_float[m->type](w, m->k, in->floats + row * in->ld, in->ld, n, tile, ld);
-  } else {
-    pi2_q8 x = pi2_q8_row(&in->q8, row);
-    (p->wide ? p->kernels->gemm16 : p->kernels->gemm8)[m->type](w, m->k, &x, n, tile, ld);
+    for (; i < count; i++)
+      k->gemm_float[m->type](w + i * size, m->k, in->floats + row * in->ld, in->ld, n, tile + 16 * i, ld);
+    return;
   }
+  if (p->wide && n >= PI2_PANEL_ROWS)
+    for (; i + k->panel <= count; i += k->panel)
+      k->panel16[m->type](w + i * size, size, m->k, &x, n, tile + 16 * i, ld);
+  for (; i < count; i++) (p->wide ? k->gemm16 : k->gemm8)[m->type](w + i * size, m->k, &x, n, tile + 16 * i, ld);
 }
 /* Rows per pass, so that their activations stay in the second-level cache while the unit's row blocks pass by. */
 static inline int pi2_pass_rows(int64_t k) {
   int64_t rows = (384 * 1024 / (k > 0 ? 2 * k : 1)) / 8 * 8;
-  return (int)(rows < 8 ? 8 : rows > 128 ? 128 : rows);
+  return (int)(rows < 8 ? 8 : rows > PI2_TILE_ROWS ? PI2_TILE_ROWS : rows);
 }
 #endif

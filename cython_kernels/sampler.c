@@ -1,5 +1,6 @@
 #include "sampler.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 
@@ -41,12 +42,13 @@ static int64_t collect(const float *x, int64_t vocab, float top, float range, pi
   return n;
 }
 
-/* Draws from logits/temperature. Sorting a whole vocabulary takes as long as a layer, so the sorted head is widened
+/* Draws from (logits - largest)/temperature, which it leaves in x. Sorting a whole vocabulary takes as long as a layer, so the sorted head is widened
  * only until it holds all that the draw can reach. */
 static int32_t draw(const pi2_kernels *k, const pi2_slot *s, float *x, int64_t vocab, int64_t position,
                     pi2_candidate *head) {
-  k->scale(x, 1.0f / s->temperature, x, vocab);
-  const float top = x[k->argmax(x, vocab)];
+  /* Relative to the largest: near zero, a temperature leaves the others at minus infinity, and not all at plus. */
+  const float largest = x[k->argmax(x, vocab)], inverse = fminf(1.0f / s->temperature, FLT_MAX), top = 0;
+  for (int64_t i = 0; i < vocab; i++) x[i] = (x[i] - largest) * inverse;
   const double all = k->logsumexp(x, vocab), u = pi2_uniform(s->seed, (uint64_t)position);
   for (float range = 12;; range *= 4) {
     const int whole = range > 1e4f;
@@ -111,9 +113,9 @@ pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *s, float *logits, int64_t vo
     pick.token = (int32_t)best;
     if (s->logprobs >= 0) pick.logprob = (float)((double)logits[best] - all);
   } else {
-    double t = s->temperature;
-    pick.token = draw(k, s, logits, vocab, position, scratch); /* leaves logits/temperature behind */
-    if (s->logprobs >= 0) pick.logprob = (float)((double)logits[pick.token] * t - all);
+    const double largest = logits[best], t = s->temperature;
+    pick.token = draw(k, s, logits, vocab, position, scratch);
+    if (s->logprobs >= 0) pick.logprob = (float)((double)logits[pick.token] * t + largest - all);
   }
   if (s->counts) s->counts[pick.token]++;
   s->last = pick.token;

@@ -210,6 +210,13 @@ static inline vi dot_wide(const vw *wide, const int16_t *x, int n) {
   }
   return total;
 }
+typedef __m256i vx;
+static inline vx x_load(const int16_t *x) { return broadcast4((const int8_t *)x); }
+static inline vi i_zero(void) { return two_i(_mm256_setzero_si256(), _mm256_setzero_si256()); }
+static inline vi i_madd(vi a, vw w, vx x) {
+  return two_i(_mm256_add_epi32(a.l, _mm256_madd_epi16(w.l, x)), _mm256_add_epi32(a.h, _mm256_madd_epi16(w.h, x)));
+}
+#define PI2_PANEL 1 /* 8 sums, 4 activations, 2 weights: 14 of 16 registers */
 static inline void v_prefetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 static inline uint64_t read_256(const uint8_t *p) {
   const __m256i *q = (const __m256i *)p;

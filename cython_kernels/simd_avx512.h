@@ -206,6 +206,19 @@ static inline vi dot_wide(const vw *pairs, const int16_t *x, int n) {
 #endif
   return _mm512_add_epi32(a, b);
 }
+typedef __m512i vx;
+static inline vx x_load(const int16_t *x) { return broadcast2(x); }
+static inline vi i_zero(void) { return _mm512_setzero_si512(); }
+#ifdef PI2_VNNI
+static inline vi i_madd(vi a, vw w, vx x) { return _mm512_dpwssd_epi32(a, w, x); }
+#else
+static inline vi i_madd(vi a, vw w, vx x) {
+  vi product = _mm512_madd_epi16(w, x);
+  __asm__("vpaddd %1, %0, %0" : "+v"(a) : "v"(product)); /* in place: gcc copies every sum otherwise */
+  return a;
+}
+#endif
+#define PI2_PANEL 4 /* 16 sums, 4 activations, 4 weights: 24 of 32 registers */
 static inline void v_prefetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 static inline uint64_t read_256(const uint8_t *p) {
   __m512i a = _mm512_xor_si512(_mm512_load_si512(p), _mm512_load_si512(p + 64));

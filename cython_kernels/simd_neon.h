@@ -170,6 +170,19 @@ static inline vi dot_wide(const vw *pairs, const int16_t *x, int n) {
       }
   return r;
 }
+typedef int16x4_t vx;
+static inline vx x_load(const int16_t *x) { int16x4_t r = vdup_n_s16(x[0]); return vset_lane_s16(x[1], r, 1); }
+static inline vi i_zero(void) { return i_set(0); }
+static inline vi i_madd(vi a, vw w, vx x) {
+  for (int half = 0; half < 2; half++) {
+    a.v[2 * half] = vmlal_lane_s16(a.v[2 * half], vget_low_s16(w.column[0][half]), x, 0);
+    a.v[2 * half] = vmlal_lane_s16(a.v[2 * half], vget_low_s16(w.column[1][half]), x, 1);
+    a.v[2 * half + 1] = vmlal_lane_s16(a.v[2 * half + 1], vget_high_s16(w.column[0][half]), x, 0);
+    a.v[2 * half + 1] = vmlal_lane_s16(a.v[2 * half + 1], vget_high_s16(w.column[1][half]), x, 1);
+  }
+  return a;
+}
+#define PI2_PANEL 1
 static inline void v_prefetch(const uint8_t *p) { __builtin_prefetch(p); }
 static inline uint64_t read_256(const uint8_t *p) {
   uint8x16_t a = vdupq_n_u8(0), b = a; /* two chains */

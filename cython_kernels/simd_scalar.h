@@ -151,6 +151,15 @@ static inline vi dot_wide(const vw *pairs, const int16_t *x, int n) {
   }
   return r;
 }
+/* one step of a panel: two columns of a row's weights times two activations, broadcast */
+typedef struct { int16_t v[2]; } vx;
+static inline vx x_load(const int16_t *x) { vx r = {{x[0], x[1]}}; return r; }
+static inline vi i_zero(void) { vi r; LANES r.v[i] = 0; return r; }
+static inline vi i_madd(vi a, vw w, vx x) {
+  LANES a.v[i] += w.v[2 * i] * x.v[0] + w.v[2 * i + 1] * x.v[1];
+  return a;
+}
+#define PI2_PANEL 1
 static inline void v_prefetch(const uint8_t *p) { (void)p; }
 static inline uint64_t read_256(const uint8_t *p) {
   uint64_t s = 0, w;
