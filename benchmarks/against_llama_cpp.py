@@ -96,7 +96,8 @@ def main() -> None:
     size = os.path.getsize(options.model)
     peak = last.get("peak_rss", 0)
     print(
-        f"\nload {ours.start['load_s']:.2f} s (llama.cpp {peer.start['load_s']:.2f} s, mapped); peak memory {peak / 1e6:.0f} MB, "
+        f"\nload {ours.start['load_s']:.2f} s (llama.cpp {peer.start['load_s']:.2f} s, mapped); "
+        f"peak memory {peak / 1e6:.0f} MB, "
         f"{peak / size:.2f} of the file's {size / 1e6:.0f} MB"
     )
 

@@ -42,8 +42,8 @@ static int64_t collect(const float *x, int64_t vocab, float top, float range, pi
   return n;
 }
 
-/* Draws from (logits - largest)/temperature, which it leaves in x. Sorting a whole vocabulary takes as long as a layer, so the sorted head is widened
- * only until it holds all that the draw can reach. */
+/* Draws from (logits - largest)/temperature, which it leaves in x. Sorting a whole vocabulary takes as long as a layer,
+ * so the sorted head is widened only until it holds all that the draw can reach. */
 static int32_t draw(const pi2_kernels *k, const pi2_slot *s, float *x, int64_t vocab, int64_t position,
                     pi2_candidate *head) {
   /* Relative to the largest: near zero, a temperature leaves the others at minus infinity, and not all at plus. */

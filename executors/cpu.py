@@ -12,15 +12,16 @@ import os
 from collections import deque
 
 import trio
-from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
-from pi2rt.executors.weights import Weights
 
 from pi2rt._errors import BusyError, ClosedError
 from pi2rt.cython_kernels import native, program
+from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
+from pi2rt.executors.weights import Weights
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
 from pi2rt.runtime.step import Step, StepResult
+from pi2rt.runtime.trace import Nanoseconds
 
 SPIN_NS = 50_000
 """How long a thread spins at a barrier before it sleeps. A wake-up costs 50 to 100 us."""
@@ -79,7 +80,9 @@ class CpuExecutor:
                 await trio.lowlevel.wait_readable(event_fd)
             except trio.ClosedResourceError:
                 raise ClosedError("the cpu executor was closed") from None
-            with contextlib.suppress(BlockingIOError):  # the event of a step that was ready before it was waited for
+            with contextlib.suppress(
+                BlockingIOError
+            ):  # the event of a step that was ready before it was waited for
                 os.read(event_fd, 8)
         self._in_flight.popleft()
         tokens = self._tokens_of.popleft()
@@ -92,8 +95,10 @@ class CpuExecutor:
             self._record(times[0], times[1])
         return result
 
-    def _record(self, starts: object, ends: object) -> None:
-        assert self._options is not None and self._options.trace is not None and self._program is not None
+    def _record(self, starts: Nanoseconds, ends: Nanoseconds) -> None:
+        assert self._options is not None
+        assert self._options.trace is not None
+        assert self._program is not None
         names = self._program.operations
         for thread, (actor, core) in enumerate(self._threads):
             track = self._options.trace.track(actor, f"core {core}")
@@ -123,7 +128,7 @@ class CpuExecutor:
         await trio.lowlevel.checkpoint()
 
     def statistics(self) -> ExecutorStatistics:
-        held = {}
+        held: dict[str, int] = {}
         if self._weights is not None and self._cache is not None and self._program is not None:
             held = {
                 "weights": self._weights.nbytes + sum(v.nbytes for v in self._weights.vectors.values()),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from pi2rt.executors.weights import PackedMatrix, Weights
 
 from pi2rt._errors import UnsupportedModelError
 from pi2rt.cython_kernels import native, program
+from pi2rt.executors.weights import PackedMatrix, Weights
 from pi2rt.formats import ModelFile
 from pi2rt.models import Attention, FeedForward, Linear, ModelDescription, Norm, Rope
 from pi2rt.runtime.executor import ExecutorOptions
@@ -52,7 +52,12 @@ class ProgramBuilder:
     """Builds the program of a model for one gang of threads."""
 
     def __init__(
-        self, file: ModelFile, model: ModelDescription, weights: Weights, options: ExecutorOptions, gang: program.Gang
+        self,
+        file: ModelFile,
+        model: ModelDescription,
+        weights: Weights,
+        options: ExecutorOptions,
+        gang: program.Gang,
     ) -> None:
         self._file, self._model, self._weights, self._options = file, model, weights, options
         self._program = program.Program(
@@ -85,16 +90,22 @@ class ProgramBuilder:
         p.prepare()
         return p
 
-    def _attention(self, index: int, block: Attention, cache: int, layout: CacheLayout, page_bytes: int) -> None:
+    def _attention(
+        self, index: int, block: Attention, cache: int, layout: CacheLayout, page_bytes: int
+    ) -> None:
         p = self._program
         group = block.n_heads // block.n_kv_heads
         if group > 128:
             raise UnsupportedModelError(
-                self._file.path, "attention", f"{group} query heads for each KV head; at most 128 are supported"
+                self._file.path,
+                "attention",
+                f"{group} query heads for each KV head; at most 128 are supported",
             )
         # The output is quantised where it is made, if its int8 blocks lie within one KV head's share of it.
         q8 = not self._is_float(block.out) and group * block.head_dim % 32 == 0
-        p.linear(index, self._norm(block.norm), "x", "y", [self._matrix(m) for m in (block.q, block.k, block.v)])
+        p.linear(
+            index, self._norm(block.norm), "x", "y", [self._matrix(m) for m in (block.q, block.k, block.v)]
+        )
         p.attention(
             index,
             n_heads=block.n_heads,

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import trio
-from pi2rt.executors.reference_model import Mark, ReferenceModel, StoppedError
-from pi2rt.executors.reference_sampling import log_softmax, sample
 
 from pi2rt._errors import BusyError, ClosedError, ModelFormatError
+from pi2rt.executors.reference_model import Mark, ReferenceModel, StoppedError
+from pi2rt.executors.reference_sampling import log_softmax, sample
 from pi2rt.formats import ModelFile
 from pi2rt.formats.quants import check_scales, dequantize
 from pi2rt.models import ModelDescription, iterate_tensors

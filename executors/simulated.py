@@ -27,9 +27,9 @@ from typing import TypeAlias
 
 import numpy as np
 import trio
-from pi2rt.executors.simulated_cache import SimulatedCache, SimulatedSequence
 
 from pi2rt._errors import BusyError, ClosedError, InternalError
+from pi2rt.executors.simulated_cache import SimulatedCache, SimulatedSequence
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress

@@ -72,7 +72,9 @@ class Weights:
         pieces: deque[tuple[TensorInfo, int, int]] = deque()
         for info in self._matrix_infos:
             step = max(16, PIECE_BYTES // max(1, info.nbytes // max(1, info.shape[0])) // 16 * 16)
-            pieces.extend((info, row, min(row + step, info.shape[0])) for row in range(0, info.shape[0], step))
+            pieces.extend(
+                (info, row, min(row + step, info.shape[0])) for row in range(0, info.shape[0], step)
+            )
         total = sum(info.nbytes for info in self._matrix_infos)
         done = 0
         limiter = trio.CapacityLimiter(workers)
@@ -106,7 +108,9 @@ class Weights:
                 raise ModelFormatError(self._file.path, f"tensor {info.name}", "holds NaN or infinity")
 
     def _load_pieces(self, pieces: Sequence[tuple[TensorInfo, int, int]]) -> None:
-        buffer = np.empty(max((last - first) * (info.nbytes // info.shape[0]) for info, first, last in pieces), np.uint8)
+        buffer = np.empty(
+            max((last - first) * (info.nbytes // info.shape[0]) for info, first, last in pieces), np.uint8
+        )
         for info, first, last in pieces:
             row_bytes = info.nbytes // info.shape[0]
             raw = buffer[: (last - first) * row_bytes]
@@ -114,17 +118,21 @@ class Weights:
             packed = self.matrices[info.name]
             if self._exact_floats:
                 shape = (last - first, info.shape[1])
-                raw = np.ascontiguousarray(dequantize(info.type, raw, shape), np.float32).reshape(-1).view(np.uint8)
+                raw = (
+                    np.ascontiguousarray(dequantize(info.type, raw, shape), np.float32)
+                    .reshape(-1)
+                    .view(np.uint8)
+                )
             address = packed.address + native.matrix_bytes(packed.type, first, packed.columns)
             bad = native.repack(packed.type, raw, last - first, packed.columns, address)
             if bad is not None:
                 raise ModelFormatError(
-                    self._file.path, f"tensor {info.name}", f"row {first + bad} holds NaN or infinity in a scale or value"
+                    self._file.path,
+                    f"tensor {info.name}",
+                    f"row {first + bad} holds NaN or infinity in a scale or value",
                 )
 
     def close(self) -> None:
         self._memory.close()
         self.matrices.clear()
         self.vectors.clear()
-
-

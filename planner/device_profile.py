@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TypeAlias
 
-from pi2rt.planner.placement import Placement
-
 from pi2rt._errors import MemoryBudgetError
+from pi2rt.planner.placement import Placement
 from pi2rt.runtime.host_memory import available_memory
 
 ReadBandwidth: TypeAlias = Callable[[int, Sequence[int]], float]

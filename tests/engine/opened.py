@@ -12,9 +12,9 @@ from typing import Any, cast
 import numpy as np
 import trio
 import trio.testing
-from pi2rt.executors.simulated import SimulatedExecutor, hashed_token
 
 from pi2rt.engine import Chunk, Engine, EngineOptions, SamplingParams
+from pi2rt.executors.simulated import SimulatedExecutor, hashed_token
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.actor import Actor

@@ -6,11 +6,11 @@ import random
 
 import pytest
 import trio
-from pi2rt.executors.simulated import Faults
 from trio.testing import MockClock
 
 from pi2rt._errors import ExecutorError
 from pi2rt.engine import SamplingParams
+from pi2rt.executors.simulated import Faults
 from pi2rt.runtime.executor import Executor
 from pi2rt.tokenizer import Tokenizer
 from tests.engine.opened import Log, LoggingExecutor, continuation, numbers, opened

@@ -4,10 +4,10 @@ discarded."""
 from __future__ import annotations
 
 import trio
-from pi2rt.executors.simulated import scripted
 from trio.testing import MockClock
 
 from pi2rt.engine import SamplingParams
+from pi2rt.executors.simulated import scripted
 from pi2rt.tokenizer import Tokenizer
 from tests.engine.opened import EOS, numbers, opened
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from pi2rt.executors.cpu import CpuExecutor
-from pi2rt.executors.reference import ReferenceExecutor
 
 from pi2rt._errors import ModelFormatError
 from pi2rt.cython_kernels import native
+from pi2rt.executors.cpu import CpuExecutor
+from pi2rt.executors.reference import ReferenceExecutor
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription, describe
 from pi2rt.runtime.executor import Executor, ExecutorOptions
@@ -83,7 +83,9 @@ async def test_families_are_those_of_transformers(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("options", [{}, {"activations": "int8"}, {"kv_type": "q8"}], ids=str)
-async def test_quantised_weights_give_the_logits_of_the_reference(options: dict[str, Any], quantised: Path) -> None:
+async def test_quantised_weights_give_the_logits_of_the_reference(
+    options: dict[str, Any], quantised: Path
+) -> None:
     tokens = np.random.RandomState(1).randint(0, 300, 150).astype(np.int32)
     async with opened(ReferenceExecutor(), quantised) as executor:
         expected = await all_logits(executor, tokens)
@@ -93,7 +95,9 @@ async def test_quantised_weights_give_the_logits_of_the_reference(options: dict[
     assert error < (0.04 if options else 5e-4)
 
 
-async def cut_logits(path: Path, tokens: npt.NDArray[np.int32], cuts: Sequence[int], **options: Any) -> npt.NDArray[np.float32]:
+async def cut_logits(
+    path: Path, tokens: npt.NDArray[np.int32], cuts: Sequence[int], **options: Any
+) -> npt.NDArray[np.float32]:
     """Logits of one sequence run in steps that end at ``cuts``, each beside another sequence of odd length."""
     out = []
     async with opened(CpuExecutor(), path, **{"exact_floats": False} | options) as executor:
@@ -170,7 +174,9 @@ async def test_stories260k_tells_the_golden_story(tmp_path: Path) -> None:
     [({}, 0.02, 0.98), ({"exact_floats": True}, 1e-4, 0.999), ({"activations": "int8"}, 0.02, 0.93)],
     ids=str,
 )
-async def test_smollm2_is_what_transformers_computes(options: dict[str, Any], error: float, agreement: float) -> None:
+async def test_smollm2_is_what_transformers_computes(
+    options: dict[str, Any], error: float, agreement: float
+) -> None:
     path = smollm2()
     async with opened(CpuExecutor(), path, **{"exact_floats": False} | options) as executor:
         chunks = load_logits().chunks() if not options else load_logits().chunks()[:1]
@@ -188,7 +194,9 @@ async def test_smollm2_is_what_transformers_computes(options: dict[str, Any], er
 
 async def test_a_trace_holds_every_operation_of_every_thread(quantised: Path, tmp_path: Path) -> None:
     trace = Trace()
-    async with opened(CpuExecutor(), quantised, cores=(-1,), assistants=(("little", (-1,)),), trace=trace) as executor:
+    async with opened(
+        CpuExecutor(), quantised, cores=(-1,), assistants=(("little", (-1,)),), trace=trace
+    ) as executor:
         await all_logits(executor, np.arange(5, dtype=np.int32))
     assert len(trace) == 2 * (1 + 5 * QUANTISED.layers + 1)  # embed, (qkv attention out ffn down), head
 

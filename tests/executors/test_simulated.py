@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import trio
 import trio.testing
+
+from pi2rt._errors import ClosedError, InternalError
 from pi2rt.executors.simulated import (
     Faults,
     SimulatedExecutor,
@@ -15,8 +17,6 @@ from pi2rt.executors.simulated import (
     hashed_token,
     scripted,
 )
-
-from pi2rt._errors import ClosedError, InternalError
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import Executor, ExecutorOptions

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
 
 import pi2rt
 from pi2rt import _runtime_thread
 from pi2rt.engine import EngineStatistics
+from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
 from tests.support.tiny_models import EOS
 
 

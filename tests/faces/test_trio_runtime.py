@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trio
-from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
 from trio.testing import MockClock
 
 import pi2rt
 from pi2rt import trio_runtime
+from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import ExecutorOptions, Progress

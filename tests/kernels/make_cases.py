@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pi2rt.cython_kernels import native
 
+from pi2rt.cython_kernels import native
 from tests.kernels.weights import FLOAT_TYPES, QUANT_TYPES, TYPE_NAMES, random_rows
 
 (

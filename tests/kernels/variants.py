@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from pi2rt.cython_kernels import native
 
 Floats = npt.NDArray[np.float32]

@@ -3,10 +3,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from pi2rt.planner.device_profile import DeviceProfile, measure_device
-from pi2rt.planner.placement import PlacedActor, Placement, default_placement
 
 from pi2rt._errors import MemoryBudgetError
+from pi2rt.planner.device_profile import DeviceProfile, measure_device
+from pi2rt.planner.placement import PlacedActor, Placement, default_placement
 from pi2rt.runtime.topology import read_topology
 
 TWO = Placement((PlacedActor("big", (4, 5), True), PlacedActor("little", (0,), False)))

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from pi2rt.planner.placement import PlacedActor, Placement, default_placement
 
 from pi2rt._errors import RequestError
+from pi2rt.planner.placement import PlacedActor, Placement, default_placement
 from pi2rt.runtime.topology import CoreClass, Topology, parse_core_classes
 
 PHONE = Topology(

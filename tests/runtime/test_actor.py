@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import trio
 import trio.testing
-from pi2rt.executors.simulated import Faults, SimulatedExecutor, SimulatedFault
 
 from pi2rt._errors import BusyError, ClosedError, ExecutorError, InternalError
+from pi2rt.executors.simulated import Faults, SimulatedExecutor, SimulatedFault
 from pi2rt.models import Linear, ModelDescription, Norm
 from pi2rt.runtime.actor import Actor
 from pi2rt.runtime.executor import Executor, ExecutorOptions

@@ -34,7 +34,8 @@ async def opened(
     otherwise."""
     pages = slots * -(-context // PAGE_TOKENS) if pages is None else pages
     given = ExecutorOptions(
-        **{"slots": slots, "pages": pages, "context": context, "max_tokens": context, "exact_floats": True} | options
+        **{"slots": slots, "pages": pages, "context": context, "max_tokens": context, "exact_floats": True}
+        | options
     )
     with open_model_file(path) as file:
         try:

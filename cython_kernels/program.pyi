@@ -1,0 +1,96 @@
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from pi2rt.runtime.step import Bind, Sampling, Step, StepResult
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+Nanoseconds: TypeAlias = npt.NDArray[np.int64]
+Norm: TypeAlias = tuple[Floats, float, float]
+
+class Gang:
+    cores: tuple[int, ...]
+    event_fd: int
+    def __init__(self, cores: Sequence[int], *, spin_ns: int = 50_000) -> None: ...
+    def close(self) -> None: ...
+
+class Matrix:
+    def __init__(self, type_id: int, rows: int, k: int, address: int, bias: Floats | None = None) -> None: ...
+
+class Program:
+    weight_bytes: int
+    activation_bytes: int
+    operations: tuple[str, ...]
+    in_flight: int
+    def __init__(
+        self,
+        gang: Gang,
+        kernels: int,
+        *,
+        dim: int,
+        vocab: int,
+        max_rows: int,
+        max_slots: int,
+        context: int,
+        pages: int,
+        wide: bool = True,
+        embedding_scale: float = 1,
+        logit_softcap: float = 0,
+    ) -> None: ...
+    def rope(self, frequencies: npt.NDArray[np.float64], interleaved: bool, magnitude: float) -> int: ...
+    def embed(self, matrix: Matrix) -> None: ...
+    def linear(
+        self,
+        layer: int,
+        norm: Norm | None,
+        source: str,
+        sink: str,
+        matrices: Sequence[Matrix],
+        *,
+        q8_in: bool = False,
+    ) -> None: ...
+    def ffn(
+        self,
+        layer: int,
+        norm: Norm | None,
+        up: Matrix,
+        gate: Matrix | None,
+        activation: int,
+        up_activation: int,
+        *,
+        q8_out: bool,
+    ) -> None: ...
+    def attention(
+        self,
+        layer: int,
+        *,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        window: int,
+        scale: float,
+        softcap: float,
+        rope: int,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+        kv: int,
+        page_stride: int,
+        head_stride: int,
+        v_offset: int,
+        kv_type: int,
+        q8_out: bool,
+    ) -> None: ...
+    def add_norm(self, layer: int, norm: Norm | None) -> None: ...
+    def head(self, norm: Norm | None, matrix: Matrix) -> None: ...
+    def prepare(self) -> None: ...
+    def bind(self, bind: Bind) -> None: ...
+    def post(self, step: Step, trace: bool = False) -> None: ...
+    def stop(self, step_id: int) -> None: ...
+    def ready(self) -> bool: ...
+    def result(self) -> tuple[StepResult, tuple[Nanoseconds, Nanoseconds] | None]: ...
+
+def sample(
+    kernels: int, logits: Floats, sampling: Sampling, counts: npt.NDArray[np.int32], position: int
+) -> tuple[int, float]: ...

@@ -1,0 +1,124 @@
+"""The native sampler picks what ``pi2rt.executors.reference_sampling`` says."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pi2rt.cython_kernels import native, program
+from pi2rt.executors import reference_sampling
+from pi2rt.runtime.step import Sampling
+from tests.kernels.variants import KERNELS
+
+seeds = st.integers(0, 2**64 - 1)
+SLACK = 1e-5
+"""Probability within which rounding may move the boundary between two tokens."""
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    vocab = draw(st.one_of(st.integers(1, 40), st.integers(1000, 3000)))
+    logits = (rng.standard_normal(vocab) * draw(st.sampled_from([0.1, 1.0, 4.0, 20.0]))).astype(np.float32)
+    shape = draw(st.sampled_from(["plain", "ties", "forbidden", "peak", "flat"]))
+    if shape == "ties":
+        logits = np.round(logits)
+    elif shape == "forbidden":
+        logits[rng.random(vocab) < 0.7] = -np.inf
+        logits[draw(st.integers(0, vocab - 1))] = 1.0
+    elif shape == "peak":
+        logits[draw(st.integers(0, vocab - 1))] += 30
+    elif shape == "flat":
+        logits[:] = 1.0
+    some = st.tuples(st.integers(0, vocab - 1), st.floats(-20, 20, width=32))
+    sampling = Sampling(
+        temperature=draw(st.one_of(st.just(0.0), st.floats(0.0625, 8, width=32))),
+        top_k=draw(st.one_of(st.just(0), st.integers(1, vocab + 5))),
+        top_p=draw(st.one_of(st.just(1.0), st.floats(0.0625, 1, width=32))),
+        min_p=draw(st.one_of(st.just(0.0), st.floats(0, 1, width=32))),
+        repetition_penalty=draw(st.one_of(st.just(1.0), st.floats(0.5, 2, width=32))),
+        presence_penalty=draw(st.one_of(st.just(0.0), st.floats(-2, 2, width=32))),
+        frequency_penalty=draw(st.one_of(st.just(0.0), st.floats(-2, 2, width=32))),
+        logit_bias=tuple(draw(st.lists(some, max_size=4))),
+        seed=draw(seeds),
+        logprobs=draw(st.sampled_from([-1, 0])),
+    )
+    counts = rng.integers(0, 4, vocab).astype(np.int32) if draw(st.booleans()) else np.zeros(vocab, np.int32)
+    return {"logits": logits, "sampling": sampling, "counts": counts, "position": draw(st.integers(0, 2**20))}
+
+
+def acceptable(logits: npt.NDArray[np.float32], sampling: Sampling, position: int) -> set[int]:
+    """Tokens of the reference when each boundary is moved by what rounding may move it."""
+    u = reference_sampling.uniform(sampling.seed, position)
+    tokens = set()
+    for du, dp, dm in itertools.product((-SLACK, 0, SLACK), repeat=3):
+        moved = replace(
+            sampling,
+            top_p=min(1.0, sampling.top_p + dp) if sampling.top_p < 1 else 1.0,
+            min_p=max(0.0, sampling.min_p * (1 + dm)),
+        )
+        tokens.add(reference_sampling._draw(logits, moved, min(max(u + du, 0.0), 1 - 1e-16)))
+    return tokens
+
+
+@given(case=cases(), variant=st.sampled_from(sorted(KERNELS)))
+@settings(max_examples=400, deadline=None)
+def test_the_same_token_as_the_reference(case: dict[str, Any], variant: str) -> None:
+    expected = reference_sampling.sample(**case)
+    token, logprob = program.sample(native.kernels_address(variant), *case.values())
+    logits = reference_sampling.penalised(case["logits"], case["sampling"], case["counts"])
+    if token != expected.token:
+        assert case["sampling"].temperature > 0
+        assert token in acceptable(logits, case["sampling"], case["position"]), (token, expected.token)
+    if case["sampling"].logprobs < 0:
+        assert math.isnan(logprob)
+    else:
+        exact = reference_sampling.log_softmax(logits)[token]
+        assert abs(logprob - exact) <= 2e-5 + 2e-7 * (abs(float(logits[token])) + abs(exact))
+
+
+@given(seed=seeds, position=st.integers(0, 2**31))
+@example(seed=0, position=0)
+@example(seed=2**64 - 1, position=2**31 - 1)
+@settings(max_examples=100, deadline=None)
+def test_the_same_random_number(seed: int, position: int) -> None:
+    """1024 equal tokens in order of id: the token tells the first ten bits of the number."""
+    sampling = Sampling(temperature=1.0, seed=seed)
+    token, _ = program.sample(
+        native.kernels_address(), np.zeros(1024, np.float32), sampling, np.zeros(1024, np.int32), position
+    )
+    assert abs(token - 1024 * reference_sampling.uniform(seed, position)) < 1 + SLACK * 1024
+
+
+def test_frequencies_are_the_probabilities() -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.125, 0.125], np.float32))
+    seen, sampling, counts = np.zeros(4), Sampling(temperature=1.0, seed=7), np.zeros(4, np.int32)
+    for position in range(4000):
+        token, _ = program.sample(native.kernels_address(), logits, sampling, counts, position)
+        seen[token] += 1
+    np.testing.assert_allclose(seen / 4000, [0.5, 0.25, 0.125, 0.125], atol=0.03)
+
+
+@pytest.mark.parametrize("junk", [np.nan, -np.inf, np.inf])
+def test_logits_that_are_no_numbers_give_no_token(junk: float) -> None:
+    logits = np.full(10, junk, np.float32)
+    token, _ = program.sample(native.kernels_address(), logits, Sampling(), np.zeros(10, np.int32), 3)
+    assert token == -1
+    with pytest.raises(ValueError, match="not numbers"):
+        reference_sampling.sample(logits, Sampling(), np.zeros(10, np.int32), 3)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-30, 1e-38, 1e-45])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    logits = np.array([1.0, 29.0, 30.0, 28.0, -5.0], np.float32)
+    sampling = Sampling(temperature=temperature, seed=1)
+    token, _ = program.sample(native.kernels_address(), logits, sampling, np.zeros(5, np.int32), 3)
+    assert token == reference_sampling.sample(logits, sampling, np.zeros(5, np.int32), 3).token == 2
