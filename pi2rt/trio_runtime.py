@@ -282,6 +282,7 @@ def _executor_options(
         cores=placement.lead.cores,
         assistants=placement.assistants,
         kv_type=chosen.kv_type,
+        activations=chosen.activations,
         exact_floats=chosen.exact_floats,
         kernels=chosen.kernels,
         trace=trace,

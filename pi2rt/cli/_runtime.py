@@ -49,6 +49,12 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         "--kv", choices=("f16", "q8"), default="f16", help="type of the KV cache (default: f16)"
     )
     group.add_argument(
+        "--activations",
+        choices=("int16", "int8"),
+        default="int16",
+        help="of products with quantised weights; int8 is faster in prefill and less exact (default: int16)",
+    )
+    group.add_argument(
         "--kernels", metavar="NAME", help="kernel variant, see 'pi2rt info' (default: the best)"
     )
 
@@ -74,6 +80,7 @@ async def opened(
             threads=options.threads,
             cores={each.name: each.cores for each in classes} or None,
             kv_type=options.kv,
+            activations=options.activations,
             kernels=options.kernels,
             on_load=bar.update,
             **more,

@@ -140,6 +140,7 @@ async def test_the_executor_is_told_what_was_asked(tiny: Path) -> None:
         ({"context": 0}, r"^context=0: an integer from 1"),
         ({"max_sequences": True}, r"^max_sequences=True"),
         ({"prefill_chunk": 1.5}, r"^prefill_chunk=1.5"),
+        ({"activations": "int4"}, r"^activations='int4': one of 'int16', 'int8' is needed$"),
         ({"kv_type": "f8"}, r"^kv_type='f8': one of 'f16', 'q8' is needed$"),
         ({"threads": 0}, r"^threads=0"),
         ({"executor": "abacus"}, r"^no executor 'abacus'"),
