@@ -31,10 +31,9 @@ static int descending(const void *a, const void *b) {
   return x->id < y->id ? -1 : x->id > y->id;
 }
 
-/* The candidates within `range` of the largest value, sorted: the head of the full sorted list. */
-static int64_t collect(const float *x, int64_t vocab, float top, float range, pi2_candidate *out) {
+/* The candidates from `bound` on, sorted: the head of the full sorted list. */
+static int64_t collect(const float *x, int64_t vocab, float bound, pi2_candidate *out) {
   int64_t n = 0;
-  float bound = top - range;
   for (int64_t i = 0; i < vocab; i++) {
     if (x[i] >= bound) out[n++] = (pi2_candidate){x[i], (int32_t)i};
   }
@@ -42,29 +41,31 @@ static int64_t collect(const float *x, int64_t vocab, float top, float range, pi
   return n;
 }
 
-/* Draws from (logits - largest)/temperature, which it leaves in x. Sorting a whole vocabulary takes as long as a layer,
- * so the sorted head is widened only until it holds all that the draw can reach. */
-static int32_t draw(const pi2_kernels *k, const pi2_slot *s, float *x, int64_t vocab, int64_t position,
-                    pi2_candidate *head) {
-  /* Relative to the largest: near zero, a temperature leaves the others at minus infinity, and not all at plus. */
-  const float largest = x[k->argmax(x, vocab)], inverse = fminf(1.0f / s->temperature, FLT_MAX), top = 0;
-  for (int64_t i = 0; i < vocab; i++) x[i] = (x[i] - largest) * inverse;
-  const double all = k->logsumexp(x, vocab), u = pi2_uniform(s->seed, (uint64_t)position);
+/* Draws from x/temperature; `largest` is the largest x. Sorting a whole vocabulary takes as long as a layer, so the
+ * sorted head is widened only until it holds all that the draw can reach. */
+static int32_t draw(const pi2_kernels *k, const pi2_slot *s, const float *x, int64_t vocab, float largest,
+                    int64_t position, pi2_candidate *head) {
+  /* Relative to the largest: near zero, a temperature then leaves the others at minus infinity, and not all at plus.
+   * Rounding may make neighbours equal here, so order and weights come from x itself. */
+  float *scaled = (float *)head, inverse = fminf(1.0f / s->temperature, FLT_MAX);
+  for (int64_t i = 0; i < vocab; i++) scaled[i] = (x[i] - largest) * inverse;
+  const double all = k->logsumexp(scaled, vocab), u = pi2_uniform(s->seed, (uint64_t)position);
+  const double temperature = s->temperature, floor_ = (double)s->min_p * exp(-all);
+#define PROBABILITY(c) exp(((double)(c).value - largest) / temperature - all)
   for (float range = 12;; range *= 4) {
     const int whole = range > 1e4f;
-    int64_t n = collect(x, vocab, top, whole ? INFINITY : range, head);
+    int64_t n = collect(x, vocab, whole ? -INFINITY : largest - range * s->temperature, head);
     if (!whole && s->top_k && n < s->top_k && n < vocab) continue;
     if (s->top_k && n > s->top_k) n = s->top_k;
     double mass = 0, total = 1;
     if (s->top_k) {
       total = 0;
-      for (int64_t i = 0; i < n; i++) total += exp((double)head[i].value - all);
+      for (int64_t i = 0; i < n; i++) total += PROBABILITY(head[i]);
     }
     int64_t kept = 0;
-    const double floor_ = (double)s->min_p * exp((double)top - all);
     int closed = s->top_k != 0 || n == vocab; /* no candidate beyond the head can matter */
     while (kept < n) {
-      double p = exp((double)head[kept].value - all);
+      double p = PROBABILITY(head[kept]);
       if (s->min_p > 0 && p < floor_) { closed = 1; break; }
       mass += p;
       kept++;
@@ -76,11 +77,12 @@ static int32_t draw(const pi2_kernels *k, const pi2_slot *s, float *x, int64_t v
     if (!closed && (s->top_p < 1 || s->min_p > 0) && !whole) continue; /* the cut lies beyond the head */
     double sum = 0;
     for (int64_t i = 0; i < kept; i++) {
-      sum += exp((double)head[i].value - all);
+      sum += PROBABILITY(head[i]);
       if (sum > target) return head[i].id;
     }
     return kept ? head[kept - 1].id : (int32_t)k->argmax(x, vocab);
   }
+#undef PROBABILITY
 }
 
 static int32_t likeliest(const float *x, int64_t vocab, int32_t n, double all, pi2_pick *top) {
@@ -109,14 +111,8 @@ pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *s, float *logits, int64_t vo
     all = k->logsumexp(logits, vocab);
     likeliest(logits, vocab, s->logprobs, all, top);
   }
-  if (s->temperature <= 0) {
-    pick.token = (int32_t)best;
-    if (s->logprobs >= 0) pick.logprob = (float)((double)logits[best] - all);
-  } else {
-    const double largest = logits[best], t = s->temperature;
-    pick.token = draw(k, s, logits, vocab, position, scratch);
-    if (s->logprobs >= 0) pick.logprob = (float)((double)logits[pick.token] * t + largest - all);
-  }
+  pick.token = s->temperature <= 0 ? (int32_t)best : draw(k, s, logits, vocab, logits[best], position, scratch);
+  if (s->logprobs >= 0) pick.logprob = (float)((double)logits[pick.token] - all);
   if (s->counts) s->counts[pick.token]++;
   s->last = pick.token;
   return pick;
