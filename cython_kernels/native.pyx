@@ -16,6 +16,18 @@ cdef extern from "sys/mman.h" nogil:
     int madvise(void *, size_t, int)
     enum: MADV_HUGEPAGE
 
+cdef extern from *:
+    """
+    #include <stdlib.h>
+    #ifdef __GLIBC__
+    #include <malloc.h>
+    static void pi2_trim_heap(void) { malloc_trim(0); }
+    #else
+    static void pi2_trim_heap(void) {}
+    #endif
+    """
+    void pi2_trim_heap() nogil
+
 TYPE_IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13,
             "Q6_K": 14, "BF16": 30}
 KV_TYPES = {"f16": 0, "q8": 1, "f32": 2}
@@ -97,6 +109,12 @@ cdef class Memory:
     def __dealloc__(self):
         if self.address:
             munmap(<void *>self.address, <size_t>self.nbytes)
+
+
+def trim_heap():
+    """Gives freed memory of the C heap back to the system, where the C library can."""
+    with nogil:
+        pi2_trim_heap()
 
 
 def row_bytes(type_name, int64_t k):

@@ -38,11 +38,11 @@ pi2_input pi2_prepare(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, in
   }
   for (uint32_t i; (i = pi2_take(r, index, 0)) < (uint32_t)rows;) {
     pi2_q8 q8 = pi2_q8_row(&p->q8_prepared, i);
-    prepare_row(p, op, source + (row_of ? row_of[i] : (int64_t)i) * ld, k, &q8, p->prepared + i * p->max_k, needs_q8);
+    prepare_row(p, op, source + (row_of ? row_of[i] : (int64_t)i) * ld, k, &q8, p->prepared + i * k, needs_q8);
   }
   *stopped = pi2_barrier(w);
   in.q8 = p->q8_prepared;
-  if (normed) in.floats = p->prepared, in.ld = p->max_k;
+  if (normed) in.floats = p->prepared, in.ld = k;
   return in;
 }
 

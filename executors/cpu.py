@@ -75,6 +75,10 @@ class CpuExecutor:
         if self._program is None or self._gang is None:
             raise ClosedError("the cpu executor is not open")
         event_fd = self._gang.event_fd
+        if self._program.ready():
+            await (
+                trio.lowlevel.checkpoint()
+            )  # always one, or steps that are done early would starve other tasks
         while not self._program.ready():
             try:
                 await trio.lowlevel.wait_readable(event_fd)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import trio
 
 from pi2rt._errors import ModelFormatError
@@ -97,6 +98,7 @@ class Weights:
                 for _ in range(workers):
                     nursery.start_soon(worker)
                 self._load_vectors()
+            native.trim_heap()
         except* ModelFormatError as group:
             raise group.exceptions[0] from None  # every worker may have found one: the first tells enough
 
@@ -108,9 +110,16 @@ class Weights:
                 raise ModelFormatError(self._file.path, f"tensor {info.name}", "holds NaN or infinity")
 
     def _load_pieces(self, pieces: Sequence[tuple[TensorInfo, int, int]]) -> None:
-        buffer = np.empty(
-            max((last - first) * (info.nbytes // info.shape[0]) for info, first, last in pieces), np.uint8
-        )
+        size = max((last - first) * (info.nbytes // info.shape[0]) for info, first, last in pieces)
+        buffer = native.Memory(size)  # not of the heap, which would keep it
+        try:
+            self._load_into(buffer.view(), pieces)
+        finally:
+            buffer.close()
+
+    def _load_into(
+        self, buffer: npt.NDArray[np.uint8], pieces: Sequence[tuple[TensorInfo, int, int]]
+    ) -> None:
         for info, first, last in pieces:
             row_bytes = info.nbytes // info.shape[0]
             raw = buffer[: (last - first) * row_bytes]
