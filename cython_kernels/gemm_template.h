@@ -10,6 +10,10 @@
 #define INLINE static inline __attribute__((always_inline))
 #endif
 
+#ifndef PI2_STEPS
+#define PI2_STEPS 16 /* in which a block of weights meets int16 activations: two of its 32 columns each */
+#endif
+
 /* How a block of a type is unpacked: w[8], one register per group of four columns. */
 INLINE void nibbles(const uint8_t *p, vb w[8]) {
   for (int g = 0; g < 4; g++) {
@@ -105,17 +109,17 @@ INLINE void gemm_tile(int type, const int wide, const int tile, const uint8_t *w
       for (int i = 0; i < quants_stride(type); i += 64)
         v_prefetch(quants + b * quants_stride(type) + PI2_PREFETCH + i);
     if (wide) {
-      vw pairs[16];
+      vw pairs[PI2_STEPS];
       widen(q, pairs, type == PI2_Q8_0, type == PI2_Q6_K ? 32 : 0);
       if (type == PI2_Q6_K) six_scales(scales, b, dw, d6);
       for (int c = 0; c < tile; c++) {
         const int16_t *y = (const int16_t *)xq[c] + b * PI2_BLOCK;
         const vf d = v_set(xd[c * ldb + b]);
         if (type == PI2_Q6_K) {
-          sum[c] = v_fma(v_mul(i_to_float(dot_wide(pairs, y, 8)), d), d6[0], sum[c]);
-          sum[c] = v_fma(v_mul(i_to_float(dot_wide(pairs + 8, y + 16, 8)), d), d6[1], sum[c]);
+          sum[c] = v_fma(v_mul(i_to_float(dot_wide(pairs, y, PI2_STEPS / 2)), d), d6[0], sum[c]);
+          sum[c] = v_fma(v_mul(i_to_float(dot_wide(pairs + PI2_STEPS / 2, y + 16, PI2_STEPS / 2)), d), d6[1], sum[c]);
         } else {
-          sum[c] = v_fma(v_mul(i_to_float(dot_wide(pairs, y, 16)), d), dw, sum[c]);
+          sum[c] = v_fma(v_mul(i_to_float(dot_wide(pairs, y, PI2_STEPS)), d), dw, sum[c]);
           if (has_min(type)) sum[c] = v_fma(v_set(xs[c * ldb + b]), mw, sum[c]);
         }
       }
@@ -162,15 +166,15 @@ GEMMS(PI2_Q6_K, q6_k)
  * as gemm_tile, so the same bits. */
 INLINE void panel_columns(int type, const int tile, const vw *pairs, const vf *dw, const vf *mw, const int16_t *const *y,
                           const float *d, const float *s, int64_t ldb, float *out, int64_t ldo) {
-  const int halves = type == PI2_Q6_K ? 2 : 1, steps = 16 / halves;
+  const int halves = type == PI2_Q6_K ? 2 : 1, steps = PI2_STEPS / halves;
   for (int h = 0; h < halves; h++) {
     vi sum[PI2_PANEL][4];
     for (int r = 0; r < PI2_PANEL; r++)
       for (int c = 0; c < tile; c++) sum[r][c] = i_zero();
     for (int p = h * steps; p < (h + 1) * steps; p++) {
       for (int c = 0; c < tile; c++) {
-        const vx x = x_load(y[c] + 2 * p);
-        for (int r = 0; r < PI2_PANEL; r++) sum[r][c] = i_madd(sum[r][c], pairs[r * 16 + p], x);
+        const vx x = x_load(y[c] + PI2_BLOCK / PI2_STEPS * p);
+        for (int r = 0; r < PI2_PANEL; r++) sum[r][c] = i_madd(sum[r][c], pairs[r * PI2_STEPS + p], x);
       }
     }
     __asm__ volatile("" : : "r"(dw), "r"(mw) : "memory"); /* keeps the scales out of the loop's registers */
@@ -189,7 +193,7 @@ INLINE void gemm_panel(int type, const uint8_t *w, int64_t stride, int64_t k, co
   for (int c = 0; c < n; c++)
     for (int r = 0; r < PI2_PANEL; r++) v_store(out + c * ldo + r * PI2_ROWS, v_zero());
   for (int64_t b = 0; b < blocks; b++) {
-    vw pairs[PI2_PANEL * 16];
+    vw pairs[PI2_PANEL * PI2_STEPS];
     vf dw[2 * PI2_PANEL], mw[PI2_PANEL];
     for (int r = 0; r < PI2_PANEL; r++) {
       const uint8_t *scales = w + r * stride, *quants = scales + pi2_scales_bytes_of(type, k);
@@ -197,7 +201,7 @@ INLINE void gemm_panel(int type, const uint8_t *w, int64_t stride, int64_t k, co
       unpack_weights(type, quants, b, q);
       unpack_scales(type, scales, b, &dw[2 * r], &mw[r]);
       if (type == PI2_Q6_K) six_scales(scales, b, dw[2 * r], &dw[2 * r]);
-      widen(q, pairs + 16 * r, type == PI2_Q8_0, type == PI2_Q6_K ? 32 : 0);
+      widen(q, pairs + PI2_STEPS * r, type == PI2_Q8_0, type == PI2_Q6_K ? 32 : 0);
     }
     const int16_t *y[4];
     int c = 0;

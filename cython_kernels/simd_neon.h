@@ -138,49 +138,55 @@ static inline vi dot_u6(const vb w[8], const int8_t *x, v6scale s, const int16_t
   QUARTERS a.v[i] = vmlaq_s32(vmulq_s32(a.v[i], s.s[0].v[i]), b.v[i], s.s[1].v[i]);
   return a;
 }
-/* Columns of a group apart, each 16 rows of int16: there is no multiply that adds pairs of 16 bits. */
-typedef struct { int16x8_t column[2][2]; } vw; /* [first or second of the pair][rows 0-7, 8-15] */
-static inline int16x8_t widen_8(uint8x8_t w, int is_signed, int zero) {
-  int16x8_t r = is_signed ? vmovl_s8(vreinterpret_s8_u8(w)) : vreinterpretq_s16_u16(vmovl_u8(w));
-  return zero ? vsubq_s16(r, vdupq_n_s16((int16_t)zero)) : r;
-}
-static inline void widen(const vb w[8], vw pairs[16], int is_signed, int zero) {
-  for (int g = 0; g < 8; g++) {
-    for (int half = 0; half < 2; half++) { /* rows 8*half to 8*half+7 */
-      uint8x16_t a = w[g].v[2 * half], b = w[g].v[2 * half + 1];
-      uint8x16_t even = vuzp1q_u8(a, b), odd = vuzp2q_u8(a, b); /* columns 0 2 0 2 ..., 1 3 1 3 ... */
-      uint8x16_t c02 = vcombine_u8(vget_low_u8(vuzp1q_u8(even, even)), vget_low_u8(vuzp2q_u8(even, even)));
-      uint8x16_t c13 = vcombine_u8(vget_low_u8(vuzp1q_u8(odd, odd)), vget_low_u8(vuzp2q_u8(odd, odd)));
-      pairs[2 * g].column[0][half] = widen_8(vget_low_u8(c02), is_signed, zero);
-      pairs[2 * g].column[1][half] = widen_8(vget_high_u8(c02), is_signed, zero);
-      pairs[2 * g + 1].column[0][half] = widen_8(vget_low_u8(c13), is_signed, zero);
-      pairs[2 * g + 1].column[1][half] = widen_8(vget_high_u8(c13), is_signed, zero);
-    }
+/* int16 activations as two int8: x = 256*high + low, low from 0 to 255, as signed low - 128 with 128 * sum(w) to make up
+ * for it. That is half the instructions that multiplying in 16 bits takes, and those have one pipe on many cores. */
+#define PI2_STEPS 2
+#define ALWAYS static inline __attribute__((always_inline))
+typedef struct { /* sixteen columns */
+  vb w[4];
+  vi sum; /* 128 * the sum of each row's */
+} vw;
+typedef struct { int8x16_t low, high; } vx;
+ALWAYS void widen(const vb w[8], vw steps[2], int is_signed, int zero) {
+  (void)is_signed; /* unsigned weights end at 63 */
+  for (int s = 0; s < 2; s++) {
+    vi sum = i_set(0);
+    for (int g = 0; g < 4; g++)
+      QUARTERS {
+        uint8x16_t four = vsubq_u8(w[4 * s + g].v[i], vdupq_n_u8((uint8_t)zero));
+        steps[s].w[g].v[i] = four;
+        sum.v[i] = vdotq_s32(sum.v[i], vreinterpretq_s8_u8(four), vdupq_n_s8(1));
+      }
+    QUARTERS steps[s].sum.v[i] = vshlq_n_s32(sum.v[i], 7);
   }
 }
-static inline vi dot_wide(const vw *pairs, const int16_t *x, int n) {
-  vi r;
-  QUARTERS r.v[i] = vdupq_n_s32(0);
-  for (int p = 0; p < n; p++)
-    for (int c = 0; c < 2; c++)
-      for (int half = 0; half < 2; half++) {
-        int16x8_t w = pairs[p].column[c][half];
-        r.v[2 * half] = vmlal_n_s16(r.v[2 * half], vget_low_s16(w), x[2 * p + c]);
-        r.v[2 * half + 1] = vmlal_n_s16(r.v[2 * half + 1], vget_high_s16(w), x[2 * p + c]);
-      }
+ALWAYS vx x_load(const int16_t *x) {
+  static const uint8_t order[16] = {0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15};
+  const uint8x16_t to = vld1q_u8(order), a = vld1q_u8((const uint8_t *)x), b = vld1q_u8((const uint8_t *)x + 16);
+  vx r = {vreinterpretq_s8_u8(veorq_u8(vqtbl1q_u8(vuzp1q_u8(a, b), to), vdupq_n_u8(128))),
+          vreinterpretq_s8_u8(vqtbl1q_u8(vuzp2q_u8(a, b), to))};
   return r;
 }
-typedef int16x4_t vx;
-static inline vx x_load(const int16_t *x) { int16x4_t r = vdup_n_s16(x[0]); return vset_lane_s16(x[1], r, 1); }
-static inline vi i_zero(void) { return i_set(0); }
-static inline vi i_madd(vi a, vw w, vx x) {
-  for (int half = 0; half < 2; half++) {
-    a.v[2 * half] = vmlal_lane_s16(a.v[2 * half], vget_low_s16(w.column[0][half]), x, 0);
-    a.v[2 * half] = vmlal_lane_s16(a.v[2 * half], vget_low_s16(w.column[1][half]), x, 1);
-    a.v[2 * half + 1] = vmlal_lane_s16(a.v[2 * half + 1], vget_high_s16(w.column[0][half]), x, 0);
-    a.v[2 * half + 1] = vmlal_lane_s16(a.v[2 * half + 1], vget_high_s16(w.column[1][half]), x, 1);
+ALWAYS vi i_zero(void) { return i_set(0); }
+ALWAYS vi i_madd(vi a, vw s, vx x) {
+  QUARTERS {
+    int32x4_t high = vdupq_n_s32(0), low = vaddq_s32(a.v[i], s.sum.v[i]);
+    high = SDOT(high, s.w[0].v[i], x.high, 0);
+    low = SDOT(low, s.w[0].v[i], x.low, 0);
+    high = SDOT(high, s.w[1].v[i], x.high, 1);
+    low = SDOT(low, s.w[1].v[i], x.low, 1);
+    high = SDOT(high, s.w[2].v[i], x.high, 2);
+    low = SDOT(low, s.w[2].v[i], x.low, 2);
+    high = SDOT(high, s.w[3].v[i], x.high, 3);
+    low = SDOT(low, s.w[3].v[i], x.low, 3);
+    a.v[i] = vaddq_s32(low, vshlq_n_s32(high, 8));
   }
   return a;
+}
+ALWAYS vi dot_wide(const vw *steps, const int16_t *x, int n) {
+  vi r = i_zero();
+  for (int p = 0; p < n; p++) r = i_madd(r, steps[p], x_load(x + 16 * p));
+  return r;
 }
 #define PI2_PANEL 1
 static inline void v_prefetch(const uint8_t *p) { __builtin_prefetch(p); }
