@@ -53,31 +53,40 @@ static int needs_q8(const pi2_op *op) {
 }
 static int64_t row_blocks(const pi2_matrix *m) { return (m->rows + PI2_ROWS - 1) / PI2_ROWS; }
 
-/* Row blocks per unit: enough units that the threads finish together, few enough that the cursor is no bottleneck;
- * where there are many rows, whole tiles. */
-static int64_t unit_blocks(int64_t blocks, int threads, int rows) {
-  if (rows >= PI2_PANEL_ROWS) return PI2_TILE_BLOCKS;
-  int64_t unit = blocks / (threads * 8);
-  return unit < 1 ? 1 : unit > PI2_TILE_BLOCKS ? PI2_TILE_BLOCKS : unit;
+/* Part of an operation: row blocks [first, last), and rows [row, row + rows) of the step. */
+typedef struct { int64_t first, last; int row, rows; } part;
+
+/* The next part of `blocks` row blocks. Few rows: parts along the weights, ever smaller. Many rows: tiles of
+ * PI2_TILE_BLOCKS row blocks and a pass of rows, in an order that keeps the weights of a tile in the cache. */
+static int take_part(pi2_run *r, int index, int64_t blocks, int64_t k, int step, part *out) {
+  const pi2_program *p = r->program;
+  if (r->n_rows < PI2_PANEL_ROWS) {
+    out->row = 0;
+    out->rows = r->n_rows;
+    return pi2_take_guided(r, index, 1, blocks, step, p->threads, &out->first, &out->last);
+  }
+  const int pass = pi2_pass_rows(k), passes = (r->n_rows + pass - 1) / pass;
+  const int64_t unit = pi2_take(r, index, 1);
+  out->first = unit / passes * PI2_TILE_BLOCKS;
+  out->last = out->first + PI2_TILE_BLOCKS < blocks ? out->first + PI2_TILE_BLOCKS : blocks;
+  out->row = (int)(unit % passes) * pass;
+  out->rows = r->n_rows - out->row < pass ? r->n_rows - out->row : pass;
+  return out->first < blocks;
 }
 
-/* Outputs [first, last) row blocks of one matrix, all rows. */
-static void linear_blocks(pi2_run *r, const pi2_op *op, const pi2_matrix *m, int64_t column, int64_t first, int64_t last,
-                          const pi2_input *in, float *tile) {
+/* Outputs of at most PI2_TILE_BLOCKS row blocks [first, last) of one matrix. */
+static void linear_tile(pi2_run *r, const pi2_op *op, const pi2_matrix *m, int64_t column, int64_t first, int64_t last,
+                        int row, int rows, const pi2_input *in, float *tile) {
   const pi2_program *p = r->program;
-  const int pass = pi2_pass_rows(m->k);
   const int64_t begin = first * PI2_ROWS, end = last * PI2_ROWS < m->rows ? last * PI2_ROWS : m->rows, width = end - begin;
   float *out = op->sink == PI2_TO_Y ? p->y : p->x;
   const int64_t ldo = op->sink == PI2_TO_Y ? p->y_columns : p->dim, ld = PI2_TILE_BLOCKS * PI2_ROWS;
-  for (int row = 0; row < r->n_rows; row += pass) {
-    const int n = r->n_rows - row < pass ? r->n_rows - row : pass;
-    pi2_multiply(p, m, first, (int)(last - first), in, row, n, tile, ld);
-    for (int c = 0; c < n; c++) {
-      float *t = tile + c * ld, *o = out + (row + c) * ldo + column + begin;
-      if (m->bias) p->kernels->add(m->bias + begin, t, width);
-      if (op->sink == PI2_ADD_TO_X) p->kernels->add(t, o, width);
-      else memcpy(o, t, (size_t)width * sizeof *o);
-    }
+  pi2_multiply(p, m, first, (int)(last - first), in, row, rows, tile, ld);
+  for (int c = 0; c < rows; c++) {
+    float *t = tile + c * ld, *o = out + (row + c) * ldo + column + begin;
+    if (m->bias) p->kernels->add(m->bias + begin, t, width);
+    if (op->sink == PI2_ADD_TO_X) p->kernels->add(t, o, width);
+    else memcpy(o, t, (size_t)width * sizeof *o);
   }
 }
 
@@ -88,14 +97,15 @@ int pi2_op_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   if (stopped) return stopped;
   int64_t blocks = 0;
   for (int i = 0; i < op->n_matrices; i++) blocks += row_blocks(&op->matrix[i]);
-  const int64_t unit = unit_blocks(blocks, p->threads, r->n_rows);
-  for (int64_t first; (first = pi2_take(r, index, 1) * unit) < blocks;) {
-    const int64_t last = first + unit < blocks ? first + unit : blocks;
+  for (part u; take_part(r, index, blocks, op->matrix[0].k, 1, &u);) {
     int64_t start = 0, column = 0; /* of the matrix: its first global block, its first output */
     for (int i = 0; i < op->n_matrices; i++) {
       const pi2_matrix *m = &op->matrix[i];
-      const int64_t n = row_blocks(m), from = first > start ? first - start : 0, to = last - start < n ? last - start : n;
-      if (from < to) linear_blocks(r, op, m, column, from, to, &in, p->scratch[w->index].tile);
+      const int64_t n = row_blocks(m), from = u.first > start ? u.first - start : 0;
+      const int64_t to = u.last - start < n ? u.last - start : n;
+      for (int64_t b = from; b < to; b += PI2_TILE_BLOCKS)
+        linear_tile(r, op, m, column, b, b + PI2_TILE_BLOCKS < to ? b + PI2_TILE_BLOCKS : to, u.row, u.rows, &in,
+                    p->scratch[w->index].tile);
       start += n;
       column += m->rows;
     }
@@ -103,29 +113,28 @@ int pi2_op_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   return 0;
 }
 
-/* Hidden values of row blocks [first, last), a whole number of 32s: one block of integers for the down projection. */
-static void ffn_blocks(pi2_run *r, const pi2_op *op, int64_t first, int64_t last, const pi2_input *in, float *tile) {
+/* Hidden values of at most PI2_TILE_BLOCKS row blocks, a whole number of 32s: blocks of integers for the down
+ * projection. */
+static void ffn_tile(pi2_run *r, const pi2_op *op, int64_t first, int64_t last, int row, int rows, const pi2_input *in,
+                     float *tile) {
   const pi2_program *p = r->program;
   const pi2_matrix *up = &op->matrix[0], *gate = op->n_matrices > 1 ? &op->matrix[1] : NULL;
-  const int pass = pi2_pass_rows(up->k), count = (int)(last - first);
+  const int count = (int)(last - first);
   const int64_t begin = first * PI2_ROWS, end = last * PI2_ROWS < up->rows ? last * PI2_ROWS : up->rows, width = end - begin;
   const int64_t ld = PI2_TILE_BLOCKS * PI2_ROWS;
   float *gate_tile = tile + PI2_TILE_ROWS * ld;
-  for (int row = 0; row < r->n_rows; row += pass) {
-    const int n = r->n_rows - row < pass ? r->n_rows - row : pass;
-    if (gate) pi2_multiply(p, gate, first, count, in, row, n, gate_tile, ld);
-    pi2_multiply(p, up, first, count, in, row, n, tile, ld);
-    for (int c = 0; c < n; c++) {
-      float *u = tile + c * ld, *g = gate_tile + c * ld;
-      if (up->bias) p->kernels->add(up->bias + begin, u, width);
-      if (gate && gate->bias) p->kernels->add(gate->bias + begin, g, width);
-      p->kernels->activate(op->activation, op->up_activation, gate ? g : NULL, u, u, width);
-      if (op->q8_out) {
-        pi2_q8 o = pi2_q8_at(p, &p->q8_hidden, row + c, begin);
-        pi2_quantize(p, u, width, &o);
-      } else {
-        memcpy(p->hidden_floats + (row + c) * p->hidden + begin, u, (size_t)width * sizeof *u);
-      }
+  if (gate) pi2_multiply(p, gate, first, count, in, row, rows, gate_tile, ld);
+  pi2_multiply(p, up, first, count, in, row, rows, tile, ld);
+  for (int c = 0; c < rows; c++) {
+    float *u = tile + c * ld, *g = gate_tile + c * ld;
+    if (up->bias) p->kernels->add(up->bias + begin, u, width);
+    if (gate && gate->bias) p->kernels->add(gate->bias + begin, g, width);
+    p->kernels->activate(op->activation, op->up_activation, gate ? g : NULL, u, u, width);
+    if (op->q8_out) {
+      pi2_q8 o = pi2_q8_at(p, &p->q8_hidden, row + c, begin);
+      pi2_quantize(p, u, width, &o);
+    } else {
+      memcpy(p->hidden_floats + (row + c) * p->hidden + begin, u, (size_t)width * sizeof *u);
     }
   }
 }
@@ -136,9 +145,10 @@ int pi2_op_ffn(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, NULL, r->n_rows, needs_q8(op), &stopped);
   if (stopped) return stopped;
   const int64_t blocks = row_blocks(&op->matrix[0]);
-  const int64_t unit = (unit_blocks(blocks, p->threads, r->n_rows) + 1) / 2 * 2; /* pairs: 32 values */
-  for (int64_t first; (first = pi2_take(r, index, 1) * unit) < blocks;)
-    ffn_blocks(r, op, first, first + unit < blocks ? first + unit : blocks, &in, p->scratch[w->index].tile);
+  for (part u; take_part(r, index, blocks, op->matrix[0].k, 2, &u);)
+    for (int64_t b = u.first; b < u.last; b += PI2_TILE_BLOCKS)
+      ffn_tile(r, op, b, b + PI2_TILE_BLOCKS < u.last ? b + PI2_TILE_BLOCKS : u.last, u.row, u.rows, &in,
+               p->scratch[w->index].tile);
   return 0;
 }
 

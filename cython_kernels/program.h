@@ -15,7 +15,7 @@
 #define PI2_REPLICATED 4 /* rows up to which every thread prepares all inputs itself */
 #define PI2_PANEL_ROWS 8 /* rows from which on several row blocks are multiplied together */
 #define PI2_TILE_ROWS 64 /* rows of a GEMM output tile */
-#define PI2_TILE_BLOCKS 4 /* row blocks of one */
+#define PI2_TILE_BLOCKS 4 /* row blocks of one; even: the pairs of ops_linear.c */
 #define PI2_HEAD_ROWS 32 /* rows of logits at once */
 
 typedef struct {
@@ -160,6 +160,22 @@ static inline pi2_q8 pi2_q8_row(const pi2_q8 *x, int64_t row) {
 /* Next unit of cursor c (0..3) of operation `index`. */
 static inline uint32_t pi2_take(pi2_run *run, int index, int c) {
   return atomic_fetch_add_explicit(&run->cursors[4 * index + c], 1, memory_order_relaxed);
+}
+/* Next part [*first, *last) of `total` items, a multiple of `step` long (but for the end): half of a thread's even share
+ * of what is left, so that there are few parts and the last ones are small. Returns 0 when nothing is left. */
+static inline int pi2_take_guided(pi2_run *run, int index, int c, int64_t total, int step, int threads, int64_t *first,
+                                  int64_t *last) {
+  _Atomic uint32_t *cursor = &run->cursors[4 * index + c];
+  uint32_t at = atomic_load_explicit(cursor, memory_order_relaxed);
+  for (;;) {
+    if (at >= total) return 0;
+    int64_t part = (total - at) / (2 * threads) / step * step;
+    if (part < step) part = step;
+    *first = at;
+    *last = at + part < total ? at + part : total;
+    if (atomic_compare_exchange_weak_explicit(cursor, &at, (uint32_t)*last, memory_order_relaxed, memory_order_relaxed))
+      return 1;
+  }
 }
 static inline int pi2_is_float(int type) { return type == PI2_F32 || type == PI2_F16 || type == PI2_BF16; }
 static inline void pi2_quantize(const pi2_program *p, const float *x, int64_t k, const pi2_q8 *o) {

@@ -189,7 +189,7 @@ async def test_smollm2_is_what_transformers_computes(
     for report in reports:
         assert report.relative_error < error
         assert report.top1_agreement >= agreement
-        assert abs(report.perplexity_ratio) < 0.005
+        assert abs(report.perplexity_ratio) < (0.01 if "activations" in options else 0.005)
 
 
 async def test_a_trace_holds_every_operation_of_every_thread(quantised: Path, tmp_path: Path) -> None:
