@@ -87,10 +87,9 @@ static void *worker_main(void *argument) {
   snprintf(name, sizeof name, "pi2rt/%d", w->index);
   pthread_setname_np(pthread_self(), name);
   for (;;) {
-    if (atomic_load(&g->posted) == w->seen) wait_change(g, &g->posted, w->seen, 0);
-    if (atomic_load(&g->posted) == w->seen) continue;
-    if (atomic_load(&g->quit) && w->seen + 1 == atomic_load(&g->posted)) return NULL;
-    g->queue[w->seen % PI2_QUEUE].run(g->queue[w->seen % PI2_QUEUE].context, w);
+    wait_change(g, &g->posted, w->seen, 0);
+    if (atomic_load(&g->last) == w->seen) return NULL;
+    g->queue[w->seen % PI2_JOBS].run(g->queue[w->seen % PI2_JOBS].context, w);
     w->seen++;
     /* the job's last barrier has passed: everything it wrote is visible */
     if (w->index == 0) {
@@ -104,7 +103,7 @@ static void *worker_main(void *argument) {
 pi2_gang *pi2_gang_create(int n, const int *cores, int64_t spin_ns) {
   pi2_gang *g = aligned_alloc(64, (sizeof *g + 63) / 64 * 64);
   if (!g) return NULL;
-  *g = (pi2_gang){.n = n, .spin_ns = spin_ns};
+  *g = (pi2_gang){.n = n, .spin_ns = spin_ns, .last = -1};
   g->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   g->workers = calloc((size_t)n, sizeof *g->workers);
   if (g->event_fd < 0 || !g->workers) goto fail;
@@ -126,21 +125,17 @@ fail:
   return NULL;
 }
 
-static void no_job(void *context, pi2_worker *worker) { (void)context; (void)worker; }
-
 int pi2_gang_post(pi2_gang *g, pi2_job run, void *context) {
   uint32_t posted = atomic_load(&g->posted);
-  if (posted - atomic_load(&g->finished) >= PI2_QUEUE) return -1;
-  g->queue[posted % PI2_QUEUE].run = run;
-  g->queue[posted % PI2_QUEUE].context = context;
+  if (posted - atomic_load(&g->finished) >= PI2_JOBS) return -1;
+  g->queue[posted % PI2_JOBS].run = run;
+  g->queue[posted % PI2_JOBS].context = context;
   change(g, &g->posted);
   return 0;
 }
 
 void pi2_gang_destroy(pi2_gang *g) {
-  atomic_store(&g->quit, 1);
-  uint32_t posted = atomic_load(&g->posted);
-  g->queue[posted % PI2_QUEUE].run = no_job; /* never run: it only moves `posted` past the last job */
+  atomic_store(&g->last, atomic_load(&g->posted)); /* before any thread can come to it: they end there */
   atomic_fetch_add(&g->posted, 1);
   futex_wake_all(&g->posted);
   for (int i = 0; i < g->n; i++) pthread_join(g->workers[i].thread, NULL);

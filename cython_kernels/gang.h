@@ -9,7 +9,8 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-#define PI2_QUEUE 4 /* jobs posted and not finished, at most */
+#define PI2_QUEUE 4 /* runs of a program in flight, at most */
+#define PI2_JOBS 8  /* jobs posted and not finished, at most: a run is done a moment before its job is finished */
 
 typedef struct pi2_gang pi2_gang;
 typedef struct pi2_worker {
@@ -26,10 +27,10 @@ struct pi2_gang {
   int n, event_fd; /* event_fd: readable when a job has finished */
   int64_t spin_ns;
   pi2_worker *workers;
-  struct { pi2_job run; void *context; } queue[PI2_QUEUE];
+  struct { pi2_job run; void *context; } queue[PI2_JOBS];
   _Atomic uint32_t posted;    /* futex: jobs posted */
   _Atomic uint32_t finished;  /* jobs finished */
-  _Atomic int quit;
+  _Atomic int64_t last;       /* job at which the threads end, or -1 */
   _Alignas(64) _Atomic uint32_t arrived;
   _Alignas(64) _Atomic uint32_t phase; /* futex: barriers passed */
   _Alignas(64) _Atomic int sleepers;
@@ -39,7 +40,7 @@ struct pi2_gang {
 
 /* NULL and errno on failure. cores[i] < 0 leaves thread i unpinned. */
 pi2_gang *pi2_gang_create(int n, const int *cores, int64_t spin_ns);
-/* Returns 0, or -1 when PI2_QUEUE jobs are unfinished. Called from one thread only. */
+/* Returns 0, or -1 when PI2_JOBS jobs are unfinished. Called from one thread only. */
 int pi2_gang_post(pi2_gang *gang, pi2_job run, void *context);
 /* Joins all threads; unfinished jobs are finished first (stop them before). */
 void pi2_gang_destroy(pi2_gang *gang);

@@ -85,7 +85,8 @@ typedef struct pi2_run {
   _Atomic int stop;
   _Atomic uint32_t *cursors;
   _Atomic uint32_t *splits_left;        /* (max_slots, max KV heads): splits done in this layer */
-  int stopped, done;
+  int stopped;
+  _Atomic int done;                     /* last to be set: whoever sees it sees the results */
   int64_t begin_ns, end_ns;
   uint64_t begin_ticks, end_ticks;
   uint64_t *busy;                       /* (threads) ticks in kernels */
