@@ -198,6 +198,8 @@ INLINE void gemm_panel(int type, const uint8_t *w, int64_t stride, int64_t k, co
     for (int r = 0; r < PI2_PANEL; r++) {
       const uint8_t *scales = w + r * stride, *quants = scales + pi2_scales_bytes_of(type, k);
       vb q[8];
+      for (int i = 0; i < quants_stride(type); i += 64) /* four streams and more: the hardware follows too few of them */
+        v_prefetch(quants + b * quants_stride(type) + PI2_PREFETCH / 2 + i);
       unpack_weights(type, quants, b, q);
       unpack_scales(type, scales, b, &dw[2 * r], &mw[r]);
       if (type == PI2_Q6_K) six_scales(scales, b, dw[2 * r], &dw[2 * r]);
