@@ -50,10 +50,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="rows to run: decode prefill long batch")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prefill row")
     options = parser.parse_args()
     rows: dict[str, tuple[str, dict[str, Any]]] = {
         "decode": ("decode 128 tokens after 64", {"what": "decode", "context": 64, "tokens": 128}),
-        "prefill": ("prefill of 512", {"what": "prefill", "tokens": 512}),
+        "prefill": (f"prefill of {options.prefill}", {"what": "prefill", "tokens": options.prefill}),
         "long": ("decode 32 tokens after 4096", {"what": "decode", "context": 4096, "tokens": 32}),
         "batch": (
             "decode 8 sequences, 64 tokens after 64",

@@ -35,6 +35,7 @@ class Model:
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(512, 0, 1)
         self.random = random.Random(0)
+        self.kept = (0, 0)  # context and sequences that are in the cache
 
     def clear(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
@@ -65,12 +66,20 @@ class Model:
         return seconds
 
     def run(self, command: dict[str, Any]) -> dict[str, float]:
-        self.clear()
         if command["what"] == "prefill":
+            self.clear()
+            self.kept = (0, 0)
             return {"tokens_per_s": command["tokens"] / self.prefill(command["tokens"])}
         sequences = command.get("sequences", 1)
-        for s in range(sequences):
-            self.prefill(command["context"], s)
+        if self.kept == (command["context"], sequences):  # only what was decoded goes
+            memory = llama_cpp.llama_get_memory(self.context)
+            for s in range(sequences):
+                llama_cpp.llama_memory_seq_rm(memory, s, command["context"], -1)
+        else:
+            self.clear()
+            for s in range(sequences):
+                self.prefill(command["context"], s)
+            self.kept = (command["context"], sequences)
         begin = time.perf_counter()
         for i in range(command["tokens"]):
             self.decode([(self.token(), command["context"] + i, s, True) for s in range(sequences)])

