@@ -22,6 +22,7 @@ class Matrix:
 class Program:
     weight_bytes: int
     activation_bytes: int
+    thread_ns: tuple[int, ...]
     operations: tuple[str, ...]
     in_flight: int
     def __init__(

@@ -181,12 +181,14 @@ cdef class Program:
     cdef bint prepared
     cdef int64_t pages
     cdef readonly int64_t weight_bytes
+    cdef list busy_ns
 
     def __init__(self, Gang gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
                  int64_t context, int64_t pages, bint wide=True, float embedding_scale=1, float logit_softcap=0):
         self.gang, self.pages = gang, pages
         self.keep = []
         self.waiting = []
+        self.busy_ns = [0] * gang.gang.n
         p = &self.p
         p.gang, p.threads, p.kernels = gang.gang, gang.gang.n, <const pi2_kernels *>kernels
         p.dim, p.vocab, p.max_rows, p.max_slots, p.context = dim, vocab, max_rows, max_slots, context
@@ -292,6 +294,11 @@ cdef class Program:
     @property
     def activation_bytes(self):
         return self.p.activation_bytes
+
+    @property
+    def thread_ns(self):
+        """Nanoseconds that each thread has spent in kernels, of the steps whose results were taken."""
+        return tuple(self.busy_ns)
 
     @property
     def operations(self):
@@ -442,6 +449,8 @@ cdef class Program:
         for t in range(self.p.threads):
             busy += r.busy[t]
         ns_per_tick = (r.end_ns - r.begin_ns) / max(1.0, <double>(r.end_ticks - r.begin_ticks))
+        for t in range(self.p.threads):
+            self.busy_ns[t] += <int64_t>(r.busy[t] * ns_per_tick)
         kernel_ns = <int64_t>(busy * ns_per_tick / self.p.threads)
         if r.stopped:
             return StepResult(step.id, stopped=True, started_ns=r.begin_ns, finished_ns=r.end_ns, kernel_ns=kernel_ns), None

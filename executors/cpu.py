@@ -49,7 +49,7 @@ class CpuExecutor:
     ) -> None:
         """Loads the weights with as many threads as will compute; ``progress`` counts bytes of the file."""
         cores = options.cores or tuple(sorted(os.sched_getaffinity(0)))
-        self._threads = [("cpu", core) for core in cores]
+        self._threads = [(options.actor, core) for core in cores]
         self._threads += [(actor, core) for actor, group in options.assistants for core in group]
         self._options = options
         self._weights = Weights(file, model, exact_floats=options.exact_floats)
@@ -132,6 +132,8 @@ class CpuExecutor:
         await trio.lowlevel.checkpoint()
 
     def statistics(self) -> ExecutorStatistics:
+        """``details``: "kernels", the variant that runs; "threads", (actor, core, nanoseconds in kernels) of each
+        thread, assistants included."""
         held: dict[str, int] = {}
         if self._weights is not None and self._cache is not None and self._program is not None:
             held = {
@@ -140,7 +142,9 @@ class CpuExecutor:
                 "activations": self._program.activation_bytes,
             }
         kernels = None if self._options is None else native.current(self._options.kernels)
-        details = {"kernels": kernels, "threads": tuple(self._threads)}
+        busy = (0,) * len(self._threads) if self._program is None else self._program.thread_ns
+        threads = tuple((actor, core, ns) for (actor, core), ns in zip(self._threads, busy, strict=True))
+        details = {"kernels": kernels, "threads": threads}
         return ExecutorStatistics(
             self._steps, self._tokens, len(self._in_flight), self._busy_ns, self._kernel_ns, held, details
         )

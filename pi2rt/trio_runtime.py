@@ -280,6 +280,7 @@ def _executor_options(
         context=context,
         max_tokens=chosen.step_tokens,
         cores=placement.lead.cores,
+        actor=placement.lead.name,
         assistants=placement.assistants,
         kv_type=chosen.kv_type,
         activations=chosen.activations,

@@ -201,6 +201,15 @@ async def test_a_trace_holds_every_operation_of_every_thread(quantised: Path, tm
     assert len(trace) == 2 * (1 + 5 * QUANTISED.layers + 1)  # embed, (qkv attention out ffn down), head
 
 
+async def test_statistics_name_the_actor_of_every_thread(quantised: Path) -> None:
+    given = {"cores": (-1,), "assistants": (("little", (-1,)),), "actor": "big"}
+    async with opened(CpuExecutor(), quantised, **given) as executor:
+        await all_logits(executor, np.arange(200, dtype=np.int32))
+        threads = executor.statistics().details["threads"]
+    assert [(actor, core) for actor, core, _ in threads] == [("big", -1), ("little", -1)]
+    assert all(ns > 0 for _, _, ns in threads)  # both had rows
+
+
 async def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", TinyModel("llama", seed=23), weight_type="F32")
     with open_model_file(path) as file:
