@@ -123,7 +123,7 @@ class Weights:
         for info, first, last in pieces:
             row_bytes = info.nbytes // info.shape[0]
             raw = buffer[: (last - first) * row_bytes]
-            self._file.read_into(info, first * row_bytes, memoryview(raw))
+            self._file.read_into(info, first * row_bytes, raw.data)
             packed = self.matrices[info.name]
             if self._exact_floats:
                 shape = (last - first, info.shape[1])
