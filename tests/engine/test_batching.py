@@ -28,8 +28,9 @@ async def test_sequences_share_steps(tokenizer: Tokenizer, autojump_clock: MockC
         async with trio.open_nursery() as nursery:
             for i in range(4):
                 nursery.start_soon(one, i)
-        assert len(o.log.steps) <= 55
-        assert o.log.decode_tokens().count(4) >= 48
+        # Trio starts the four in any order, so they may join in up to four steps.
+        assert len(o.log.steps) <= 58
+        assert o.log.decode_tokens().count(4) >= 45
     assert got == {i: continuation(prompts[i], 50 + i) for i in range(4)}
 
 
