@@ -1,9 +1,9 @@
 #!/bin/bash
 # The kernels of every instruction set against the scalar variant's results, bit for bit, through runner.c:
 #   native, with the address and undefined behaviour sanitizers, every variant that this processor runs;
-#   VNNI with vpdpbusd emulated, where the processor lacks it;
+#   VNNI with its instructions emulated, where the processor lacks it;
 #   NEON and scalar of AArch64 under qemu-user, where the cross compiler and the emulator are installed.
-# Then the data plane (gang and program) under the thread sanitizer, and under the other two.
+# And the data plane (gang and program) through stress.c, under the thread sanitizer and under the other two.
 # Needs the python that has pi2rt installed on PATH. Exit status nonzero on any difference or report.
 set -u
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -11,75 +11,106 @@ here=$root/tests/kernels
 source=$root/cython_kernels
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-failed=0
+compiler=${CC:-cc}
+machine=$(uname -m)
+cases=$work/cases.bin
 
-fail() {
-  echo "FAILED: $*"
-  failed=1
-}
+has() { grep -qw "$1" /proc/cpuinfo; }
 
-# as the build does, but for optimisation, which the sanitizers would make slow: calls instead of inlined checks,
-# and no checks for null, which the address sanitizer finds by itself
 common=(-std=gnu11 -ffp-contract=off -Wall -Wextra -Werror -I"$source" -I"$here")
-avx2=(-mavx2 -mfma -mf16c)
-avx512=(-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c)
+# Calls instead of inlined checks, or the compiler takes minutes; null is found by the address sanitizer anyway.
 checks=(-O1 -g1 -fno-var-tracking -fsanitize=address --param asan-instrumentation-with-call-threshold=0
   -fsanitize=undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all)
+avx512="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+declare -A isa=([scalar]="" [avx2]="-mavx2 -mfma -mf16c" [avx512]=$avx512 [avx512vnni]="$avx512 -mavx512vnni"
+  [neon]="-march=armv8.2-a+dotprod")
 
-# build NAME COMPILER "FLAGS" ISA=FLAGS...: $work/NAME/runner with these variants
+# build NAME COMPILER "FLAGS" VARIANT...: $work/NAME/runner with these variants
 build() {
-  local name=$1 compiler=$2 flags=$3 objects=() jobs=() isa status=0
+  local name=$1 with=$2 flags=$3 jobs=() status=0 variant
   shift 3
   mkdir -p "$work/$name"
-  for isa in "$@"; do echo "#define PI2_HAVE_${isa%%=*} 1"; done >"$work/$name/variants.h"
-  for isa in "$@"; do
-    # shellcheck disable=SC2086  # flags are words
-    $compiler "${common[@]}" $flags ${isa#*=} -c "$source/kernels_${isa%%=*}.c" -o "$work/$name/${isa%%=*}.o" &
+  for variant in "$@"; do echo "#define PI2_HAVE_$variant 1"; done >"$work/$name/variants.h"
+  # shellcheck disable=SC2086  # flags are words
+  for variant in "$@"; do
+    $with "${common[@]}" $flags ${isa[$variant]} -c "$source/kernels_$variant.c" -o "$work/$name/$variant.o" &
     jobs+=($!)
-    objects+=("$work/$name/${isa%%=*}.o")
   done
   for job in "${jobs[@]}"; do wait "$job" || status=1; done
   # shellcheck disable=SC2086
-  [ $status = 0 ] && $compiler "${common[@]}" $flags -I"$work/$name" "$here/runner.c" "$source/dispatch.c" \
-    "$source/repack.c" "${objects[@]}" -lm -o "$work/$name/runner" || { fail "$name does not build"; return 1; }
+  [ $status = 0 ] && $with "${common[@]}" $flags -I"$work/$name" "$here/runner.c" "$source/dispatch.c" \
+    "$source/repack.c" "$work/$name"/*.o -lm -o "$work/$name/runner"
 }
 
-cases=$work/cases.bin
+native() {
+  local variants=(scalar)
+  case $machine in
+    x86_64)
+      has avx2 && variants+=(avx2)
+      has avx512bw && variants+=(avx512)
+      has avx512_vnni && variants+=(avx512vnni)
+      ;;
+    aarch64) has asimddp && variants+=(neon) ;;
+  esac
+  build native "$compiler" "${checks[*]}" "${variants[@]}" && "$work/native/runner" "$cases"
+}
+
+vnni() {
+  isa[avx512vnni]="$avx512 -include emulate_vnni.h"
+  build vnni "$compiler" -O2 scalar avx512vnni && "$work/vnni/runner" "$cases" avx512vnni
+}
+
+arm() {
+  build arm aarch64-linux-gnu-gcc "-O3 -static" scalar neon &&
+    qemu-aarch64-static -cpu max "$work/arm/runner" "$cases" --other-libm
+}
+
+# stress NAME STEPS FLAGS...: with the scalar kernels alone, which every sanitizer sees through
+stress() {
+  local name=$1 steps=$2
+  shift 2
+  mkdir -p "$work/$name"
+  echo "#define PI2_HAVE_scalar 1" >"$work/$name/variants.h"
+  "$compiler" "${common[@]}" "$@" -I"$work/$name" "$here/stress.c" \
+    "$source"/{dispatch,repack,sampler,gang,program,ops_linear,ops_attention,kernels_scalar}.c \
+    -lm -pthread -o "$work/$name/stress" && "$work/$name/stress" "$steps"
+}
+
+stages=()
+# start TITLE COMMAND...: in the background; what it says is shown below
+start() {
+  local title=$1 number=${#stages[@]}
+  shift
+  ("$@") >"$work/stage.$number" 2>&1 &
+  stages+=("$!:$title")
+}
+
 (cd "$work" && python -P -c 'import sys; sys.path.append(sys.argv[1])
 from pathlib import Path
 from tests.kernels.make_cases import main
 main(Path(sys.argv[2]))' "$root" "$cases") || { echo "FAILED: no cases"; exit 1; }
 
-compiler=${CC:-cc}
-case $(uname -m) in
-  x86_64)
-    echo "-- x86-64, address and undefined behaviour sanitizers"
-    variants=("scalar=")
-    grep -q avx2 /proc/cpuinfo && variants+=("avx2=${avx2[*]}")
-    grep -q avx512bw /proc/cpuinfo && variants+=("avx512=${avx512[*]}")
-    grep -q avx512_vnni /proc/cpuinfo && variants+=("avx512vnni=${avx512[*]} -mavx512vnni")
-    build native "$compiler" "${checks[*]}" "${variants[@]}" &&
-      { "$work/native/runner" "$cases" || fail "native variants"; }
-    if grep -q avx512bw /proc/cpuinfo && ! grep -q avx512_vnni /proc/cpuinfo; then
-      echo "-- x86-64, vpdpbusd emulated"
-      build vnni "$compiler" -O2 "scalar=" "avx512vnni=${avx512[*]} -include emulate_vnni.h" &&
-        { "$work/vnni/runner" "$cases" avx512vnni || fail "emulated VNNI"; }
-    fi
-    ;;
-  aarch64)
-    echo "-- AArch64, address and undefined behaviour sanitizers"
-    build native "$compiler" "${checks[*]}" "scalar=" "neon=-march=armv8.2-a+dotprod" &&
-      { "$work/native/runner" "$cases" || fail "native variants"; }
-    ;;
-esac
-if [ "$(uname -m)" != aarch64 ]; then
-  if command -v aarch64-linux-gnu-gcc qemu-aarch64-static >/dev/null; then
-    echo "-- AArch64 under qemu"
-    build arm aarch64-linux-gnu-gcc "-O2 -static" "scalar=" "neon=-march=armv8.2-a+dotprod" &&
-      { qemu-aarch64-static -cpu max "$work/arm/runner" "$cases" --other-libm || fail "AArch64 variants"; }
+start "$machine, address and undefined behaviour sanitizers" native
+[ "$machine" = x86_64 ] && has avx512bw && ! has avx512_vnni && start "x86_64, VNNI emulated" vnni
+if [ "$machine" != aarch64 ]; then
+  if command -v aarch64-linux-gnu-gcc >/dev/null && command -v qemu-aarch64-static >/dev/null; then
+    start "aarch64 under qemu" arm
   else
-    echo "-- AArch64: not run, for want of aarch64-linux-gnu-gcc and qemu-aarch64-static"
+    start "aarch64" echo "not run: it takes aarch64-linux-gnu-gcc and qemu-aarch64-static"
   fi
 fi
+start "data plane, thread sanitizer" stress thread 80 -O1 -g1 -fsanitize=thread
+start "data plane, address and undefined behaviour sanitizers" stress address 30 "${checks[@]}"
 
+failed=0
+for i in "${!stages[@]}"; do
+  wait "${stages[$i]%%:*}"
+  status=$?
+  echo "-- ${stages[$i]#*:}"
+  cat "$work/stage.$i"
+  if [ $status != 0 ]; then
+    echo "FAILED: ${stages[$i]#*:}"
+    failed=1
+  fi
+done
 exit $failed

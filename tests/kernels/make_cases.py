@@ -92,15 +92,15 @@ def quantize_cases(rng: np.random.Generator) -> Iterator[Case]:
 def products(
     type_name: str, raw: Array, x: npt.NDArray[np.float32], offset: int = 0, padding: int = 0
 ) -> Iterator[Case]:
-    """With int8 and with int16 activations: rows start ``offset`` elements into memory, ``padding``
-    elements apart."""
+    """With int8 and with int16 activations, and these with several row blocks at once too. Rows of activations start
+    ``offset`` elements into memory and lie ``padding`` elements apart."""
     rows, k = len(raw), x.shape[1]
     memory = native.Memory(native.matrix_bytes(type_name, rows, k))
     if native.repack(type_name, raw.reshape(-1), rows, k, memory.address) is not None:
         raise ValueError("weights of a case must be finite")
-    for wide in (False, True)[: 1 if type_name in FLOAT_TYPES else 2]:
+    for wide, panel in ((False, False), (True, False), (True, True))[: 1 if type_name in FLOAT_TYPES else 3]:
         out = SCALAR.gemm(type_name, memory.address, rows, k, x, wide=wide)
-        p = (native.TYPE_IDS[type_name], rows, k, len(x), int(wide), offset, padding)
+        p = (native.TYPE_IDS[type_name], rows, k, len(x), int(wide), offset, padding, int(panel))
         yield Case(GEMM, [raw, x], [out], p, misalign=4 * (offset % 4))
     memory.close()
 
@@ -111,6 +111,8 @@ def gemm_cases(rng: np.random.Generator) -> Iterator[Case]:
             k, rows = (256, 512, 768)[n % 3], (16, 5, 33)[n % 3]
             x = normal(rng, n, k, scale=10.0 ** (n % 7 - 3))
             yield from products(name, random_rows(rng, name, rows, k), x, n % 5, 3 * n % 64)
+        for n in (4, 10):
+            yield from products(name, random_rows(rng, name, 80, 256), normal(rng, n, 256), n)
         if not name.endswith("K"):
             yield from products(name, random_rows(rng, name, 16, 32), normal(rng, 5, 32), 1)
             yield from products(name, random_rows(rng, name, 17, 96), normal(rng, 2, 96), 0, 1)

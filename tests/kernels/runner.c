@@ -75,8 +75,8 @@ static float *floats(const test *t, int i) { return (float *)t->in[i].data; }
 static int64_t count(const test *t, int i) { return (int64_t)(t->in[i].bytes / 4); }
 static float *out_floats(test *t, int i) { return (float *)t->out[i].data; }
 
-/* p: type, rows, k, n, int16 activations, misalignment of their rows in elements, padding of these in elements.
- * in: rows as in a file, x (n, k). out: (n, rows) */
+/* p: type, rows, k, n, int16 activations, misalignment of their rows in elements, padding of these in elements, several
+ * row blocks at once where the variant does that. in: rows as in a file, x (n, k). out: (n, rows) */
 static void run_gemm(const pi2_kernels *kernels, test *t) {
   const int type = (int)t->p[0];
   const int wide = (int)t->p[4];
@@ -89,12 +89,17 @@ static void run_gemm(const pi2_kernels *kernels, test *t) {
   const pi2_gemm gemm = (wide ? kernels->gemm16 : kernels->gemm8)[type];
   if (gemm) {
     int8_t *q = allocate((uint64_t)(misalign + (n ? (n - 1) * ldq + (k << wide) : 0)));
-    pi2_q8 x8 = {.q = q + misalign, .d = allocate((uint64_t)(n * k / 32) * 4), .s = allocate((uint64_t)(n * k / 32) * 4),
-                 .h = allocate((uint64_t)(n * k / 16) * 2), .ldq = ldq, .ldb = k / 32};
+    const uint64_t scales = (uint64_t)(n * k / 32) * 4;
+    pi2_q8 x8 = {.q = q + misalign, .d = allocate(scales), .s = allocate(scales), .h = allocate(scales), .ldq = ldq,
+                 .ldb = k / 32};
     for (int64_t c = 0; c < n; c++)
       (wide ? kernels->quantize16 : kernels->quantize8)(x + c * k, k, x8.q + c * ldq, x8.d + c * x8.ldb,
                                                         x8.s + c * x8.ldb, x8.h + 2 * c * x8.ldb);
-    for (int64_t b = 0; b < blocks; b++) gemm(w + b * size, k, &x8, (int)n, out + b * PI2_ROWS, ldo);
+    int64_t b = 0;
+    if (t->p[7])
+      for (; b + kernels->panel <= blocks; b += kernels->panel)
+        kernels->panel16[type](w + b * size, size, k, &x8, (int)n, out + b * PI2_ROWS, ldo);
+    for (; b < blocks; b++) gemm(w + b * size, k, &x8, (int)n, out + b * PI2_ROWS, ldo);
     free(q);
     free(x8.d);
     free(x8.s);
@@ -108,8 +113,8 @@ static void run_gemm(const pi2_kernels *kernels, test *t) {
   free(w);
 }
 
-/* p: positions, head_dim, queries, pi2_kv_type, splits. f: softcap. in: keys, values, queries, lo, hi, (begin, end) of each
- * split as int64. out: (queries, head_dim) */
+/* p: positions, head_dim, queries, pi2_kv_type, splits. f: softcap. in: keys, values, queries, lo, hi, (begin, end) of
+ * each split as int64. out: (queries, head_dim) */
 static void run_attention(const pi2_kernels *kernels, test *t) {
   const int64_t n = t->p[0], hd = t->p[1], nq = t->p[2], type = t->p[3], splits = t->p[4], pages = (n + 63) / 64;
   const int64_t half = PI2_PAGE * (type == PI2_KV_Q8 ? hd + 4 : type == PI2_KV_F16 ? 2 * hd : 4 * hd);
@@ -117,7 +122,8 @@ static void run_attention(const pi2_kernels *kernels, test *t) {
   memset(memory, 0xff, (size_t)(2 * half * pages)); /* what was not written is NaN: it must not leak */
   int32_t *table = allocate((uint64_t)pages * 4);
   for (int64_t i = 0; i < pages; i++) table[i] = (int32_t)(pages - 1 - i);
-  pi2_kv kv = {.base = memory, .page_stride = 2 * half, .pages = table, .v_offset = half, .head_dim = (int)hd, .type = (int)type};
+  pi2_kv kv = {.base = memory, .page_stride = 2 * half, .pages = table, .v_offset = half, .head_dim = (int)hd,
+               .type = (int)type};
   for (int64_t i = 0; i < n; i++) kernels->kv_store(&kv, i, floats(t, 0) + i * hd, floats(t, 1) + i * hd);
   float *m[2], *s[2], *a[2], *scratch = allocate((uint64_t)(nq * PI2_PAGE) * 4);
   for (int i = 0; i < 2; i++) {
@@ -155,7 +161,8 @@ static void run(const pi2_kernels *kernels, test *t) {
       break;
     case RMSNORM: /* f: offset, eps. p: in place */
       if (p[0]) memcpy(t->out[0].data, t->in[0].data, t->in[0].bytes);
-      kernels->rmsnorm(p[0] ? out_floats(t, 0) : floats(t, 0), floats(t, 1), t->f[0], t->f[1], out_floats(t, 0), count(t, 0));
+      kernels->rmsnorm(p[0] ? out_floats(t, 0) : floats(t, 0), floats(t, 1), t->f[0], t->f[1], out_floats(t, 0),
+                       count(t, 0));
       break;
     case ADD:
       memcpy(t->out[0].data, t->in[1].data, t->in[1].bytes);

@@ -1,0 +1,312 @@
+/* The data plane under the sanitizers: a gang of three threads runs a small program of random weights, with steps
+ * posted ahead and steps stopped at any moment, and gives the bits that one thread alone gives.
+ *
+ *   stress STEPS
+ *
+ * Uses the scalar kernels: it is about the threads. */
+#include <errno.h>
+#include <math.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "program.h"
+
+enum { DIM = 64, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 16, HIDDEN = 96, VOCAB = 203, LAYERS = 2, SLOTS = 3, MAX_ROWS = 48,
+       CONTEXT = 640, PAGES = CONTEXT / PI2_PAGE };
+
+static uint64_t state = 1;
+static uint32_t random_bits(void) { /* xorshift64* */
+  state ^= state >> 12;
+  state ^= state << 25;
+  state ^= state >> 27;
+  return (uint32_t)(state * 0x2545f4914f6cdd1du >> 32);
+}
+static int below(int n) { return (int)(random_bits() % (uint32_t)n); }
+static float small(void) { return ((float)(random_bits() >> 8) * 0x1p-24f - 0.5f) * 0.25f; }
+
+static _Noreturn void die(const char *why) {
+  fprintf(stderr, "stress: %s\n", why);
+  exit(2);
+}
+static void *allocate(int64_t bytes) {
+  void *p = NULL;
+  if (posix_memalign(&p, 64, (size_t)bytes)) die("out of memory");
+  return p;
+}
+
+/* Random bytes with small scales, as a file would have them. */
+static void random_row(int type, int64_t k, uint8_t *row) {
+  const int64_t bytes = pi2_row_bytes(type, k);
+  for (int64_t i = 0; i < bytes; i++) row[i] = (uint8_t)random_bits();
+  if (type == PI2_F32)
+    for (int64_t i = 0; i < k; i++) ((float *)row)[i] = small();
+  if (type == PI2_F16) /* exponents of 2^-8 to 2^-5 */
+    for (int64_t i = 0; i < k; i++) row[2 * i + 1] = (uint8_t)((row[2 * i + 1] & 0x8f) | 0x20);
+  const int block = type == PI2_Q4_0 ? 18 : type == PI2_Q4_1 ? 20 : type == PI2_Q5_0 ? 22 : type == PI2_Q8_0 ? 34 : 0;
+  for (int64_t i = 0; block && i < bytes; i += block) {
+    row[i + 1] = type == PI2_Q8_0 ? 0x10 : 0x1c; /* about 2^-11, 2^-8 */
+    if (type == PI2_Q4_1) row[i + 3] = 0xa0;
+  }
+}
+static pi2_matrix random_matrix(int type, int64_t rows, int64_t k) {
+  uint8_t *file = allocate(rows * pi2_row_bytes(type, k));
+  for (int64_t i = 0; i < rows; i++) random_row(type, k, file + i * pi2_row_bytes(type, k));
+  uint8_t *blocks = allocate((rows + 15) / 16 * pi2_row_block_bytes(type, k));
+  if (pi2_repack(type, file, rows, k, blocks)) die("weights are not finite");
+  free(file);
+  return (pi2_matrix){.type = type, .rows = rows, .k = k, .data = blocks};
+}
+
+typedef struct {
+  pi2_matrix embedding, q[LAYERS], k[LAYERS], v[LAYERS], out[LAYERS], up[LAYERS], gate[LAYERS], down[LAYERS], head;
+  float norm[DIM];
+  int64_t half, page_bytes;
+} model;
+
+static model random_model(void) {
+  static const int types[LAYERS][7] = {{PI2_Q4_0, PI2_F16, PI2_Q8_0, PI2_Q4_1, PI2_Q5_0, PI2_Q4_1, PI2_Q8_0},
+                                       {PI2_F32, PI2_Q4_0, PI2_Q4_1, PI2_F16, PI2_Q8_0, PI2_Q5_0, PI2_F16}};
+  model m = {.embedding = random_matrix(PI2_Q8_0, VOCAB, DIM), .head = random_matrix(PI2_Q4_1, VOCAB, DIM)};
+  for (int i = 0; i < LAYERS; i++) {
+    m.q[i] = random_matrix(types[i][0], HEADS * HEAD_DIM, DIM);
+    m.k[i] = random_matrix(types[i][1], KV_HEADS * HEAD_DIM, DIM);
+    m.v[i] = random_matrix(types[i][2], KV_HEADS * HEAD_DIM, DIM);
+    m.out[i] = random_matrix(types[i][3], DIM, HEADS * HEAD_DIM);
+    m.up[i] = random_matrix(types[i][4], HIDDEN, DIM);
+    m.gate[i] = random_matrix(types[i][5], HIDDEN, DIM);
+    m.down[i] = random_matrix(types[i][6], DIM, HIDDEN);
+  }
+  for (int i = 0; i < DIM; i++) m.norm[i] = 1 + small();
+  m.half = PI2_PAGE * HEAD_DIM * 2;
+  m.page_bytes = 2 * m.half * KV_HEADS * LAYERS;
+  return m;
+}
+static void free_model(model *m) {
+  free((void *)m->embedding.data);
+  free((void *)m->head.data);
+  for (int i = 0; i < LAYERS; i++) {
+    const pi2_matrix all[] = {m->q[i], m->k[i], m->v[i], m->out[i], m->up[i], m->gate[i], m->down[i]};
+    for (int j = 0; j < 7; j++) free((void *)all[j].data);
+  }
+}
+
+static void build(pi2_program *p, const model *m, pi2_gang *gang, uint8_t *cache) {
+  memset(p, 0, sizeof *p);
+  *p = (pi2_program){.kernels = pi2_variants()[0], .gang = gang, .threads = gang->n, .wide = 1, .dim = DIM,
+                     .vocab = VOCAB, .max_rows = MAX_ROWS, .max_slots = SLOTS, .context = CONTEXT,
+                     .embedding = m->embedding, .embedding_scale = 1, .n_ropes = 1, .ropes = calloc(1, sizeof(pi2_rope)),
+                     .ops = calloc(2 + 5 * LAYERS, sizeof(pi2_op))};
+  double *frequencies = malloc(HEAD_DIM / 2 * sizeof *frequencies);
+  for (int i = 0; i < HEAD_DIM / 2; i++) frequencies[i] = pow(10000, -2.0 * i / HEAD_DIM);
+  p->ropes[0] = (pi2_rope){.half = HEAD_DIM / 2, .frequencies = frequencies, .magnitude = 1};
+  const pi2_norm norm = {.weight = m->norm, .eps = 1e-5f};
+  p->ops[p->n_ops++] = (pi2_op){.kind = PI2_EMBED, .rope = -1};
+  for (int i = 0; i < LAYERS; i++) {
+    const int out_q8 = m->out[i].type != PI2_F16, down_q8 = m->down[i].type != PI2_F16;
+    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR, .layer = i, .norm = norm, .source = PI2_FROM_X, .sink = PI2_TO_Y,
+                                  .n_matrices = 3, .matrix = {m->q[i], m->k[i], m->v[i]}, .rope = -1};
+    p->ops[p->n_ops++] = (pi2_op){
+        .kind = PI2_ATTENTION, .layer = i, .n_heads = HEADS, .n_kv_heads = KV_HEADS, .head_dim = HEAD_DIM,
+        .window = i ? 100 : 0, .scale = 0.125f, .softcap = i ? 30 : 0, .rope = 0, .q8_out = out_q8,
+        .kv = {.base = cache + i * KV_HEADS * 2 * m->half, .page_stride = m->page_bytes, .v_offset = m->half,
+               .head_dim = HEAD_DIM, .type = PI2_KV_F16},
+        .kv_head_stride = 2 * m->half};
+    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR, .layer = i, .source = PI2_FROM_ATTENTION, .sink = PI2_ADD_TO_X,
+                                  .n_matrices = 1, .matrix = {m->out[i]}, .q8_in = out_q8, .rope = -1};
+    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_FFN, .layer = i, .norm = norm, .source = PI2_FROM_X, .n_matrices = 2,
+                                  .matrix = {m->up[i], m->gate[i]}, .activation = PI2_SILU, .q8_out = down_q8,
+                                  .rope = -1};
+    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR, .layer = i, .source = PI2_FROM_HIDDEN, .sink = PI2_ADD_TO_X,
+                                  .n_matrices = 1, .matrix = {m->down[i]}, .q8_in = down_q8, .rope = -1};
+  }
+  p->ops[p->n_ops++] = (pi2_op){.kind = PI2_HEAD, .norm = norm, .n_matrices = 1, .matrix = {m->head}, .rope = -1};
+  if (pi2_program_prepare(p)) die("out of memory");
+  for (int i = 0; i < SLOTS; i++) {
+    p->slots[i] = (pi2_slot){.temperature = i ? 0.9f : 0, .top_p = i == 2 ? 0.9f : 1, .repetition = i ? 1.1f : 1,
+                             .seed = 7u * (unsigned)i, .logprobs = 2, .counts = i ? calloc(VOCAB, 4) : NULL};
+  }
+}
+
+/* A step of the script. Every slot's sequence starts anew where it would leave the context. */
+typedef struct { int slot, start, count, ahead; } piece; /* ahead: continue with the token sampled last */
+typedef struct {
+  int n;
+  piece pieces[SLOTS];
+  int32_t tokens[MAX_ROWS], targets[MAX_ROWS];
+} step;
+
+static step next_step(int at[SLOTS]) {
+  step s = {.n = 0};
+  int left = MAX_ROWS;
+  for (int slot = 0; slot < SLOTS; slot++) {
+    if (below(5) == 0 && (slot < SLOTS - 1 || s.n)) continue;
+    int count = below(3) ? 1 : 1 + below(left - (SLOTS - 1 - slot));
+    if (below(12) == 0) count = left - (SLOTS - 1 - slot);
+    if (at[slot] + count > CONTEXT) at[slot] = 0;
+    s.pieces[s.n++] = (piece){slot, at[slot], count, count == 1 && at[slot] > 0 && below(2)};
+    at[slot] += count;
+    left -= count;
+  }
+  for (int i = 0; i < MAX_ROWS; i++) {
+    s.tokens[i] = below(VOCAB);
+    s.targets[i] = below(3) ? -1 : below(VOCAB);
+  }
+  return s;
+}
+
+typedef struct {
+  pi2_pick pick[SLOTS], top[SLOTS][2];
+  float scores[MAX_ROWS], logits[MAX_ROWS * VOCAB];
+} result;
+
+/* A `trial` samples nothing and returns nothing: it may be stopped, or repeated, without a trace. */
+static pi2_run *post(pi2_program *p, const step *s, int trial, result *r) {
+  static int32_t pages[SLOTS][PAGES];
+  pi2_run *run = pi2_run_new(p);
+  if (!run) die("no run is free");
+  int row = 0;
+  for (int i = 0; i < s->n; i++) {
+    const piece *q = &s->pieces[i];
+    for (int j = 0; j < PAGES; j++) pages[q->slot][j] = (j * SLOTS + q->slot) % (PAGES * SLOTS);
+    int32_t *table = run->pages + i * (CONTEXT / PI2_PAGE + 1);
+    memcpy(table, pages[q->slot], sizeof pages[0]);
+    pi2_slice *slice = &run->slices[i];
+    *slice = (pi2_slice){.slot = q->slot, .start = q->start, .count = q->count, .row = row, .pages = table};
+    memcpy(run->token + row, s->tokens + row, (size_t)q->count * sizeof *run->token);
+    if (!trial) {
+      slice->sample = 1;
+      slice->top = r->top[i];
+      if (q->ahead) run->token[row] = -1;
+      memcpy(run->targets + row, s->targets + row, (size_t)q->count * sizeof *run->targets);
+      slice->targets = run->targets + row;
+      slice->scores = r->scores + row;
+      if (i == 0) slice->want_logits = 1, slice->logits = r->logits;
+    }
+    row += q->count;
+  }
+  run->n_rows = row;
+  run->n_slices = s->n;
+  run->trace = row & 1;
+  if (pi2_run_post(run)) die("cannot post");
+  return run;
+}
+static void wait_for(pi2_gang *gang, pi2_run *run) {
+  while (!run->done) {
+    struct pollfd f = {.fd = gang->event_fd, .events = POLLIN};
+    uint64_t n;
+    if (poll(&f, 1, 60000) == 0) die("a run never ends");
+    if (read(gang->event_fd, &n, sizeof n) < 0 && errno != EAGAIN) die("event");
+  }
+}
+static void spin(int n) {
+  for (int i = 0; i < n; i++) pi2_pause();
+}
+
+/* Runs in flight, oldest first; trials have no result. */
+typedef struct {
+  int n, stopped;
+  struct { pi2_run *run; const step *step; result *result; } run[PI2_QUEUE];
+} flight;
+static void land(pi2_gang *gang, flight *f) {
+  wait_for(gang, f->run[0].run);
+  const pi2_run *run = f->run[0].run;
+  if (!f->run[0].result) f->stopped += run->stopped;
+  else if (run->stopped) die("a step that nobody stopped is stopped");
+  else
+    for (int i = 0; i < f->run[0].step->n; i++) f->run[0].result->pick[i] = run->slices[i].pick;
+  memmove(f->run, f->run + 1, (PI2_QUEUE - 1) * sizeof f->run[0]);
+  f->n--;
+}
+static pi2_run *fly(pi2_program *p, flight *f, const step *s, result *r) {
+  while (f->n == PI2_QUEUE) land(p->gang, f);
+  pi2_run *run = post(p, s, !r, r);
+  f->run[f->n].run = run;
+  f->run[f->n].step = s;
+  f->run[f->n++].result = r;
+  return run;
+}
+
+/* Plays the script; `wild`: as many steps ahead as there may be, with trials between. Returns the trials stopped. */
+static int play(const model *m, int threads, const step *script, int steps, result *results, int wild) {
+  static const int cores[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  uint8_t *cache = allocate(m->page_bytes * PAGES * SLOTS);
+  memset(cache, 0, (size_t)(m->page_bytes * PAGES * SLOTS));
+  pi2_gang *gang = pi2_gang_create(threads, cores, 20000);
+  if (!gang) die("no gang");
+  pi2_program p;
+  build(&p, m, gang, cache);
+  flight f = {.n = 0};
+  for (int i = 0; i < steps; i++) {
+    if (wild && below(2)) {
+      pi2_run *run = fly(&p, &f, &script[i], NULL);
+      if (below(3)) {
+        spin(below(2) ? below(200) : below(20000));
+        atomic_store(&run->stop, 1);
+      }
+    }
+    while (f.n && below(4) == 0) land(gang, &f);
+    fly(&p, &f, &script[i], &results[i]);
+  }
+  while (f.n) land(gang, &f);
+  pi2_gang_destroy(gang);
+  pi2_program_free(&p);
+  free(cache);
+  return f.stopped;
+}
+
+/* Gangs that end at once, with as many jobs before them as there may be: each is finished first. */
+static _Atomic int ran;
+static void tiny_job(void *context, pi2_worker *w) {
+  pi2_job_begin(w, context);
+  pi2_barrier(w);
+  atomic_fetch_add(&ran, 1);
+  pi2_barrier(w);
+}
+static void end_gangs(int times) {
+  static const int cores[3] = {-1, -1, -1};
+  static _Atomic int stop;
+  for (int i = 0; i < times; i++) {
+    atomic_store(&ran, 0);
+    const int jobs = i % (PI2_QUEUE + 1);
+    pi2_gang *gang = pi2_gang_create(3, cores, i % 2 ? 20000 : 0);
+    if (!gang) die("no gang");
+    for (int j = 0; j < jobs; j++)
+      if (pi2_gang_post(gang, tiny_job, &stop)) die("cannot post");
+    spin(below(3000));
+    pi2_gang_destroy(gang);
+    if (atomic_load(&ran) != 3 * jobs) die("a gang ended before its jobs");
+  }
+}
+
+static int same(const step *s, const result *a, const result *b) {
+  for (int i = 0; i < s->n; i++) {
+    if (a->pick[i].token != b->pick[i].token || a->pick[i].token < 0) return 0;
+    if (memcmp(&a->pick[i].logprob, &b->pick[i].logprob, 4) || memcmp(a->top[i], b->top[i], sizeof a->top[i])) return 0;
+  }
+  return !memcmp(a->scores, b->scores, sizeof a->scores) && !memcmp(a->logits, b->logits, sizeof a->logits);
+}
+
+int main(int argc, char **argv) {
+  const int steps = argc > 1 ? atoi(argv[1]) : 0;
+  if (steps < 1 || steps > 100000) die("usage: stress STEPS");
+  alarm(600); /* a deadlock must not hang whoever runs this */
+  model m = random_model();
+  step *script = allocate(steps * (int64_t)sizeof *script);
+  int at[SLOTS] = {0, 500, 30}; /* as if the zeros of the cache had been stored: soon beyond one split */
+  for (int i = 0; i < steps; i++) script[i] = next_step(at);
+  result *alone = calloc((size_t)steps, sizeof *alone), *together = calloc((size_t)steps, sizeof *together);
+  play(&m, 1, script, steps, alone, 0);
+  int stopped = play(&m, 3, script, steps, together, 1), bad = 0;
+  for (int i = 0; i < steps; i++)
+    if (!same(&script[i], &alone[i], &together[i]) && bad++ < 5) printf("step %d differs from that of one thread\n", i);
+  end_gangs(200);
+  printf("%d steps, %d differ; %d trials stopped; 200 gangs ended\n", steps, bad, stopped);
+  free(alone);
+  free(together);
+  free(script);
+  free_model(&m);
+  return bad != 0;
+}
