@@ -121,7 +121,9 @@ def gemm_cases(rng: np.random.Generator) -> Iterator[Case]:
             signs[0], signs[1] = 1, -1
             yield from products(name, random_rows(rng, name, 16, 256, quants=quants), signs)
         yield from products(name, random_rows(rng, name, 16, 256, scale=0.0), normal(rng, 1, 256))
-        yield from products(name, random_rows(rng, name, 16, 256, scale=1e-6), wild(rng, 256)[None] / 128)
+        yield from products(
+            name, random_rows(rng, name, 16, 256, scale=1e-6), wild(rng, 256)[None] * np.float32(2**-7)
+        )
     for name in FLOAT_TYPES:
         for n in (1, 2, 3, 4, 5, 8, 9, 11):
             for k in (1, 2, 31, 64, 127):
@@ -137,7 +139,8 @@ def vector_cases(rng: np.random.Generator) -> Iterator[Case]:
             for in_place in (0, 1):
                 out = SCALAR.rmsnorm(a, y, float(i % 2), 1e-6)
                 yield Case(RMSNORM, [a, y], [out], (in_place,), (float(i % 2), 1e-6), misalign=at)
-        for a, b in ((x, y), (wild(rng, n) / 4, wild(rng, n) / 4)):
+        quarter = np.float32(0.25)
+        for a, b in ((x, y), (wild(rng, n) * quarter, wild(rng, n) * quarter)):
             yield Case(ADD, [a, b], [SCALAR.add(a, b)], misalign=at)
         yield Case(SCALE, [y], [SCALAR.scale(y, 0.3)], f=(0.3,), misalign=at)
         for cap in (1.0, 30.0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ def as_cached(kv_type: str, x: Floats) -> Doubles:
     scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
     with np.errstate(all="ignore"):
         q = np.where(scale > 0, np.rint(x * (np.float32(1) / scale)), 0)
-    return q.astype(np.float64) * scale.astype(np.float64)
+    result: Doubles = q.astype(np.float64) * scale.astype(np.float64)
+    return result
 
 
 def reference(
@@ -43,11 +45,27 @@ def reference(
     visible = (position >= lo[:, None]) & (position < hi[:, None])
     scores = np.where(visible, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return weights / weights.sum(axis=1, keepdims=True) @ as_cached(kv_type, values)
+    result: Doubles = weights / weights.sum(axis=1, keepdims=True) @ as_cached(kv_type, values)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    keys: Floats = field(repr=False)
+    values: Floats = field(repr=False)
+    queries: Floats = field(repr=False)
+    lo: Ints = field(repr=False)
+    hi: Ints = field(repr=False)
+    splits: tuple[tuple[int, int], ...]
+    offset: int
+
+    def run(self, kernels: native.Kernels, **options: Any) -> Floats:
+        keys, values, queries = (misaligned(x, self.offset) for x in (self.keys, self.values, self.queries))
+        return kernels.attention(keys, values, queries, self.lo, self.hi, **options)
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> dict[str, Any]:
+def problems(draw: st.DrawFn) -> Problem:
     rng = np.random.default_rng(draw(seeds))
     n = draw(st.one_of(st.integers(1, 20), st.integers(60, 70), st.integers(120, 200)))
     head_dim = 16 * draw(st.integers(1, 16))
@@ -56,74 +74,67 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     hi = np.minimum(lo + rng.integers(1, n + 1, nq), n).astype(np.int32)
     cuts = sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=4))})
     scale = draw(st.sampled_from([0.01, 1.0, 3.0])) / head_dim**0.5
-    return {
-        "keys": rng.standard_normal((n, head_dim)).astype(np.float32),
-        "values": (rng.standard_normal((n, head_dim)) * 5).astype(np.float32),
-        "queries": (rng.standard_normal((nq, head_dim)) * scale).astype(np.float32),
-        "lo": lo,
-        "hi": hi,
-        "splits": tuple(itertools.pairwise(cuts)),
-        "offset": draw(st.integers(0, 15)),
-    }
-
-
-def run(kernels: native.Kernels, problem: dict[str, Any], **options: Any) -> Floats:
-    arrays = [misaligned(problem[name], problem["offset"]) for name in ("keys", "values", "queries")]
-    result: Floats = kernels.attention(*arrays, problem["lo"], problem["hi"], **options)
-    return result
+    return Problem(
+        keys=rng.standard_normal((n, head_dim)).astype(np.float32),
+        values=(rng.standard_normal((n, head_dim)) * 5).astype(np.float32),
+        queries=(rng.standard_normal((nq, head_dim)) * scale).astype(np.float32),
+        lo=lo,
+        hi=hi,
+        splits=tuple(itertools.pairwise(cuts)),
+        offset=draw(st.integers(0, 15)),
+    )
 
 
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
 @pytest.mark.parametrize("kv_type", KV_TYPES)
 @given(problem=problems())
 @settings(max_examples=20, deadline=None)
-def test_attention(kv_type: str, softcap: float, problem: dict[str, Any]) -> None:
+def test_attention(kv_type: str, softcap: float, problem: Problem) -> None:
     """Also: the pages hold NaN where nothing was written, which must not leak into any result."""
-    whole = run(SCALAR, problem, kv_type=kv_type, softcap=softcap)
-    parts = run(SCALAR, problem, kv_type=kv_type, softcap=softcap, splits=problem["splits"])
+    options: dict[str, Any] = {"kv_type": kv_type, "softcap": softcap}
+    whole = problem.run(SCALAR, **options)
+    parts = problem.run(SCALAR, **options, splits=problem.splits)
     for name, kernels in OTHERS.items():
-        assert_same_bits(run(kernels, problem, kv_type=kv_type, softcap=softcap), whole, name)
-        again = run(kernels, problem, kv_type=kv_type, softcap=softcap, splits=problem["splits"])
-        assert_same_bits(again, parts, f"{name} in {len(problem['splits'])} parts")
-    arrays = (problem[name] for name in ("keys", "values", "queries", "lo", "hi"))
-    expected = reference(kv_type, *arrays, softcap)
+        assert_same_bits(problem.run(kernels, **options), whole, name)
+        again = problem.run(kernels, **options, splits=problem.splits)
+        assert_same_bits(again, parts, f"{name} in {len(problem.splits)} parts")
+    expected = reference(
+        kv_type, problem.keys, problem.values, problem.queries, problem.lo, problem.hi, softcap
+    )
     # Scores of at most ten or so, a sum of head_dim roundings: their error, times the values.
-    np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-5 * np.abs(problem["values"]).max())
-    np.testing.assert_allclose(parts, expected, rtol=0, atol=1e-5 * np.abs(problem["values"]).max())
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-5 * np.abs(problem.values).max())
+    np.testing.assert_allclose(parts, expected, rtol=0, atol=1e-5 * np.abs(problem.values).max())
 
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)
 @given(problem=problems(), pick=seeds)
 @settings(max_examples=15, deadline=None)
-def test_a_query_stands_alone(kv_type: str, problem: dict[str, Any], pick: int) -> None:
+def test_a_query_stands_alone(kv_type: str, problem: Problem, pick: int) -> None:
     """A query's bits depend neither on the queries of its tile nor on how many there are."""
-    i = pick % len(problem["queries"])
-    alone = problem | {name: problem[name][i : i + 1].copy() for name in ("queries", "lo", "hi")}
+    i = pick % len(problem.queries)
+    alone = replace(
+        problem, queries=problem.queries[i : i + 1], lo=problem.lo[i : i + 1], hi=problem.hi[i : i + 1]
+    )
     for name, kernels in KERNELS.items():
-        together = run(kernels, problem, kv_type=kv_type, splits=problem["splits"])
-        by_itself = run(kernels, alone, kv_type=kv_type, splits=problem["splits"])
+        together = problem.run(kernels, kv_type=kv_type, splits=problem.splits)
+        by_itself = alone.run(kernels, kv_type=kv_type, splits=problem.splits)
         assert_same_bits(by_itself, together[i : i + 1], f"{name}, query {i}")
 
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)
 @given(problem=problems(), junk=st.sampled_from([np.nan, np.inf, 6e4]))
 @settings(max_examples=15, deadline=None)
-def test_positions_outside_the_window_have_no_influence(
-    kv_type: str, problem: dict[str, Any], junk: float
-) -> None:
+def test_positions_outside_the_window_have_no_influence(kv_type: str, problem: Problem, junk: float) -> None:
     """Whatever stands there, be it NaN of a page's former owner."""
-    lo, hi = problem["lo"], problem["hi"]
-    seen = np.zeros(len(problem["keys"]), bool)
-    for a, b in zip(lo, hi, strict=True):
-        seen[a:b] = True
-    dirty = dict(problem)
-    for name in ("keys", "values"):
-        dirty[name] = problem[name].copy()
-        dirty[name][~seen] = junk
-    first, last = int(lo.min()), int(hi.max())
+    first, last = int(problem.lo.min()), int(problem.hi.max())
+    keys, values = problem.keys.copy(), problem.values.copy()
+    for cached in (keys, values):
+        cached[:first] = junk
+        cached[last:] = junk
+    dirty = replace(problem, keys=keys, values=values)
     for name, kernels in KERNELS.items():
-        clean = run(kernels, problem, kv_type=kv_type, splits=((first, last),))
-        assert_same_bits(run(kernels, dirty, kv_type=kv_type, splits=((first, last),)), clean, name)
+        clean = problem.run(kernels, kv_type=kv_type, splits=((first, last),))
+        assert_same_bits(dirty.run(kernels, kv_type=kv_type, splits=((first, last),)), clean, name)
 
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)

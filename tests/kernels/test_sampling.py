@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pi2rt.cython_kernels import native, program
 from pi2rt.executors import reference_sampling
-from pi2rt.runtime.step import Sampling
+from pi2rt.runtime.step import Floats, Int32s, Sampling
 from tests.kernels.variants import KERNELS
 
 seeds = st.integers(0, 2**64 - 1)
@@ -23,8 +21,16 @@ SLACK = 1e-5
 """Probability within which rounding may move the boundary between two tokens."""
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    logits: Floats = field(repr=False)
+    sampling: Sampling
+    counts: Int32s = field(repr=False)
+    position: int
+
+
 @st.composite
-def cases(draw: st.DrawFn) -> dict[str, Any]:
+def cases(draw: st.DrawFn) -> Case:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     vocab = draw(st.one_of(st.integers(1, 40), st.integers(1000, 3000)))
     logits = (rng.standard_normal(vocab) * draw(st.sampled_from([0.1, 1.0, 4.0, 20.0]))).astype(np.float32)
@@ -52,10 +58,10 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         logprobs=draw(st.sampled_from([-1, 0])),
     )
     counts = rng.integers(0, 4, vocab).astype(np.int32) if draw(st.booleans()) else np.zeros(vocab, np.int32)
-    return {"logits": logits, "sampling": sampling, "counts": counts, "position": draw(st.integers(0, 2**20))}
+    return Case(logits, sampling, counts, draw(st.integers(0, 2**20)))
 
 
-def acceptable(logits: npt.NDArray[np.float32], sampling: Sampling, position: int) -> set[int]:
+def acceptable(logits: Floats, sampling: Sampling, position: int) -> set[int]:
     """Tokens of the reference when each boundary is moved by what rounding may move it."""
     u = reference_sampling.uniform(sampling.seed, position)
     tokens = set()
@@ -71,18 +77,19 @@ def acceptable(logits: npt.NDArray[np.float32], sampling: Sampling, position: in
 
 @given(case=cases(), variant=st.sampled_from(sorted(KERNELS)))
 @settings(max_examples=400, deadline=None)
-def test_the_same_token_as_the_reference(case: dict[str, Any], variant: str) -> None:
-    expected = reference_sampling.sample(**case)
-    token, logprob = program.sample(native.kernels_address(variant), *case.values())
-    logits = reference_sampling.penalised(case["logits"], case["sampling"], case["counts"])
+def test_the_same_token_as_the_reference(case: Case, variant: str) -> None:
+    logits, sampling, counts, position = case.logits, case.sampling, case.counts, case.position
+    expected = reference_sampling.sample(logits, sampling, counts, position)
+    token, logprob = program.sample(native.kernels_address(variant), logits, sampling, counts, position)
+    changed = reference_sampling.penalised(logits, sampling, counts)
     if token != expected.token:
-        assert case["sampling"].temperature > 0
-        assert token in acceptable(logits, case["sampling"], case["position"]), (token, expected.token)
-    if case["sampling"].logprobs < 0:
+        assert sampling.temperature > 0
+        assert token in acceptable(changed, sampling, position), (token, expected.token)
+    if sampling.logprobs < 0:
         assert math.isnan(logprob)
     else:
-        exact = reference_sampling.log_softmax(logits)[token]
-        assert abs(logprob - exact) <= 2e-5 + 2e-7 * (abs(float(logits[token])) + abs(exact))
+        exact = reference_sampling.log_softmax(changed)[token]
+        assert abs(logprob - exact) <= 2e-5 + 2e-7 * (abs(float(changed[token])) + abs(exact))
 
 
 @given(seed=seeds, position=st.integers(0, 2**31))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,10 @@ def same_everywhere(run: Callable[[native.Kernels], npt.NDArray[np.float32]]) ->
     return expected
 
 
+def _rmsnorm(x: Floats, w: Floats, shift: float, eps: float, kernels: native.Kernels) -> Floats:
+    return kernels.rmsnorm(x, w, shift, eps)
+
+
 @given(
     seed=seeds, n=lengths, offset=offsets, scale=st.integers(-15, 15), eps=st.sampled_from([0.0, 1e-6, 1e-5])
 )
@@ -49,9 +54,8 @@ def same_everywhere(run: Callable[[native.Kernels], npt.NDArray[np.float32]]) ->
 def test_rmsnorm(seed: int, n: int, offset: int, scale: int, eps: float) -> None:
     x, w = normal(seed, n, 10.0**scale), normal(seed + 1, n)
     for shift in (0.0, 1.0):
-        got = same_everywhere(
-            lambda k, s=shift: k.rmsnorm(misaligned(x, offset), misaligned(w, offset + 1), s, eps)
-        )
+        run = partial(_rmsnorm, misaligned(x, offset), misaligned(w, offset + 1), shift, eps)
+        got = same_everywhere(run)
         if n == 0:
             continue
         wide = x.astype(np.float64)
@@ -88,7 +92,8 @@ def _gelu(x: Doubles) -> Doubles:
 
 
 def _gelu_tanh(x: Doubles) -> Doubles:
-    return x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    result: Doubles = x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return result
 
 
 ACTIVATIONS: dict[str | None, tuple[Callable[[Doubles], Doubles], Callable[[Doubles], Doubles]]] = {
@@ -108,6 +113,12 @@ ACTIVATIONS: dict[str | None, tuple[Callable[[Doubles], Doubles], Callable[[Doub
 assert set(ACTIVATIONS) == set(native.ACTIVATIONS)
 
 
+def _activate(
+    kind: str | None, up_kind: str | None, gate: Floats | None, up: Floats, kernels: native.Kernels
+) -> Floats:
+    return kernels.activate(kind, up_kind, gate, up)
+
+
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 @given(seed=seeds, n=lengths, offset=offsets, scale=st.sampled_from([1e-20, 1e-3, 1.0, 4.0, 20.0]))
 @quick
@@ -121,10 +132,10 @@ def test_activations(kind: str | None, seed: int, n: int, offset: int, scale: fl
 
     gate = normal(seed + 1, n, scale)
     for up_kind in (None, "relu", kind):
-        one = same_everywhere(lambda k, u=up_kind: k.activate(u, None, None, up))
-        other = same_everywhere(lambda k: k.activate(kind, None, None, gate))
+        one = same_everywhere(partial(_activate, up_kind, None, None, up))
+        other = same_everywhere(partial(_activate, kind, None, None, gate))
         both = same_everywhere(
-            lambda k, u=up_kind: k.activate(kind, u, misaligned(gate, offset), misaligned(up, offset // 3))
+            partial(_activate, kind, up_kind, misaligned(gate, offset), misaligned(up, offset // 3))
         )
         assert_same_bits(both, other * one, "act(gate) * act(up)")
 
@@ -189,14 +200,15 @@ def test_argmax_is_the_first_of_the_largest_and_never_nan(
     seed: int, n: int, offset: int, values: str
 ) -> None:
     rng = np.random.default_rng(seed)
+    some, less = rng.random(n) < 0.5, rng.random(n) < 0.3
     x = {
-        "few": lambda: rng.integers(-2, 2, n).astype(np.float32),
-        "normal": lambda: normal(seed, n),
-        "strange": lambda: strange(seed, n),
-        "nan": lambda: np.full(n, np.nan, np.float32),
-        "-inf": lambda: np.where(rng.random(n) < 0.3, np.nan, -np.inf).astype(np.float32),
-        "holes": lambda: np.where(rng.random(n) < 0.5, np.nan, rng.integers(0, 3, n)).astype(np.float32),
-    }[values]()
+        "few": rng.integers(-2, 2, n).astype(np.float32),
+        "normal": normal(seed, n),
+        "strange": strange(seed, n),
+        "nan": np.full(n, np.nan, np.float32),
+        "-inf": np.where(less, np.nan, -np.inf).astype(np.float32),
+        "holes": np.where(some, np.nan, rng.integers(0, 3, n)).astype(np.float32),
+    }[values]
     numbers = np.flatnonzero(~np.isnan(x))
     expected = int(numbers[np.argmax(x[numbers])]) if len(numbers) else 0
     for name, kernels in KERNELS.items():
