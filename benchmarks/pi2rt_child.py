@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 import pi2rt
+from pi2rt.runtime.executor import ExecutorStatistics
 from pi2rt.runtime.host_memory import peak_rss_bytes
 
 
@@ -31,9 +32,8 @@ class Model:
             ).timing
             return {"tokens_per_s": timing.prefill_tokens_per_s}
         sequences = command.get("sequences", 1)
-        before = self.runtime.statistics().actors[0].executor
+        before = ExecutorStatistics()
         ends: list[tuple[float, float]] = []  # of each sequence: its first token and its last, on one clock
-        warm = trio.Event()
         waiting = sequences
         if self.kept[0] != (command["context"], sequences):
             self.kept = (
@@ -42,14 +42,14 @@ class Model:
             )
 
         async def generate(prompt: list[int]) -> None:
-            nonlocal waiting
+            nonlocal waiting, before
             async with self.runtime.stream(
                 prompt, max_tokens=command["tokens"] + 1, ignore_eos=True
             ) as chunks:
                 await anext(chunks)
                 waiting -= 1
                 if not waiting:
-                    warm.set()
+                    before = self.runtime.statistics().actors[0].executor
                 first = time.perf_counter()
                 async for _ in chunks:
                     pass
@@ -66,7 +66,8 @@ class Model:
         tokens = sum(command["tokens"] * (last - start) / (last - first) for first, last in ends)
         return {
             "tokens_per_s": tokens / (end - start),
-            "outside_kernels": 1 - (after.kernel_ns - before.kernel_ns) / (after.busy_ns - before.busy_ns),
+            "outside_kernels": 1
+            - (after.kernel_ns - before.kernel_ns) / (after.finished_ns - before.finished_ns),
         }
 
 

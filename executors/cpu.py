@@ -41,7 +41,7 @@ class CpuExecutor:
         self._options: ExecutorOptions | None = None
         self._in_flight: deque[int] = deque()
         self._threads: list[tuple[str, int]] = []  # (actor, core) of each thread
-        self._steps = self._tokens = self._busy_ns = self._kernel_ns = 0
+        self._steps = self._tokens = self._busy_ns = self._kernel_ns = self._finished_ns = 0
         self._tokens_of: deque[int] = deque()
 
     async def open(
@@ -95,6 +95,7 @@ class CpuExecutor:
         self._tokens += tokens
         self._busy_ns += result.finished_ns - result.started_ns
         self._kernel_ns += result.kernel_ns
+        self._finished_ns = result.finished_ns
         if times is not None and not result.stopped:
             self._record(times[0], times[1])
         return result
@@ -146,5 +147,12 @@ class CpuExecutor:
         threads = tuple((actor, core, ns) for (actor, core), ns in zip(self._threads, busy, strict=True))
         details = {"kernels": kernels, "threads": threads}
         return ExecutorStatistics(
-            self._steps, self._tokens, len(self._in_flight), self._busy_ns, self._kernel_ns, held, details
+            steps=self._steps,
+            tokens=self._tokens,
+            in_flight=len(self._in_flight),
+            busy_ns=self._busy_ns,
+            kernel_ns=self._kernel_ns,
+            finished_ns=self._finished_ns,
+            bytes=held,
+            details=details,
         )

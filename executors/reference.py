@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import trio
@@ -128,14 +128,18 @@ class ReferenceExecutor:
         await trio.lowlevel.checkpoint()
 
     def statistics(self) -> ExecutorStatistics:
-        s = self._statistics
-        return ExecutorStatistics(s.steps, s.tokens, len(self._in_flight), s.busy_ns, s.kernel_ns, s.bytes)
+        return replace(self._statistics, in_flight=len(self._in_flight))
 
     def _account(self, step: Step, result: StepResult, marks: list[Mark] | None) -> None:
         s = self._statistics
         busy = result.finished_ns - result.started_ns
-        self._statistics = ExecutorStatistics(
-            s.steps + 1, s.tokens + step.tokens, 0, s.busy_ns + busy, s.kernel_ns + result.kernel_ns, s.bytes
+        self._statistics = replace(
+            s,
+            steps=s.steps + 1,
+            tokens=s.tokens + step.tokens,
+            busy_ns=s.busy_ns + busy,
+            kernel_ns=s.kernel_ns + result.kernel_ns,
+            finished_ns=result.finished_ns,
         )
         if marks is not None and self._options is not None and self._options.trace is not None:
             track = self._options.trace.track("reference", "worker")

@@ -146,7 +146,7 @@ class SimulatedExecutor:
         self._epoch_ns = 0  # perf_counter_ns at Trio's time 0
         self._queue: deque[_Running] = deque()
         self._changed = trio.lowlevel.ParkingLot()  # wait waits here, until a deadline or a change of it
-        self._steps = self._tokens = self._busy_ns = 0
+        self._steps = self._tokens = self._busy_ns = self._finished_ns = 0
 
     async def open(
         self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
@@ -211,9 +211,10 @@ class SimulatedExecutor:
         if head.step.id in self._faults.raise_in_wait:
             raise SimulatedFault(f"injected into wait for {head.step}")
         started_ns = self._epoch_ns + round(head.starts * 1e9)
+        self._finished_ns = started_ns + spent_ns
         if head.stopped:
             return StepResult(
-                head.step.id, stopped=True, started_ns=started_ns, finished_ns=started_ns + spent_ns
+                head.step.id, stopped=True, started_ns=started_ns, finished_ns=self._finished_ns
             )
         return StepResult(
             head.step.id,
@@ -221,7 +222,7 @@ class SimulatedExecutor:
             scores=tuple(head.scores),
             logits=tuple(head.logits),
             started_ns=started_ns,
-            finished_ns=started_ns + spent_ns,
+            finished_ns=self._finished_ns,
             kernel_ns=spent_ns,
         )
 
@@ -254,6 +255,7 @@ class SimulatedExecutor:
             in_flight=len(self._queue),
             busy_ns=self._busy_ns,
             kernel_ns=self._busy_ns,
+            finished_ns=self._finished_ns,
             bytes={} if self._cache is None else {"kv": self._cache.nbytes},
         )
 

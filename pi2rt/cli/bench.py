@@ -135,7 +135,8 @@ async def _decode(runtime: Runtime, prompt: list[int], tokens: int) -> tuple[flo
     """Tokens per second after the first, and the share of that time outside of kernels.
 
     The engine submits a step before it has the result of the one before, so a snapshot of the executor may be
-    a step ahead of the tokens seen. Time in kernels is therefore taken per step, and wall time per token.
+    a step ahead of the tokens seen. The share is therefore taken between the ends of two steps, as the
+    executor counts them.
     """
     async with runtime.stream(prompt, max_tokens=tokens + 1, ignore_eos=True) as chunks:
         last = await anext(chunks)
@@ -145,9 +146,9 @@ async def _decode(runtime: Runtime, prompt: list[int], tokens: int) -> tuple[flo
     after = runtime.statistics().actors[0].executor
     timing = last.timing
     assert timing is not None
-    steps = after.steps - before.steps
-    kernel_s = (after.kernel_ns - before.kernel_ns) / steps / 1e9 if steps else 0.0
-    return timing.decode_tokens_per_s, 1 - kernel_s * timing.decode_tokens_per_s
+    wall_ns = after.finished_ns - before.finished_ns
+    kernel_ns = after.kernel_ns - before.kernel_ns
+    return timing.decode_tokens_per_s, 1 - kernel_ns / wall_ns if wall_ns else 0.0
 
 
 class _RandomPrompts:

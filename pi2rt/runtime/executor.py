@@ -50,14 +50,17 @@ class ExecutorOptions:
 
 @dataclass(frozen=True, slots=True)
 class ExecutorStatistics:
-    """A snapshot. ``busy_ns``: time inside steps; ``bytes``: memory held by name (weights, kv,
-    activations)."""
+    """A snapshot, consistent with the last step that was waited for. ``busy_ns``: time inside steps;
+    ``kernel_ns``: of that, inside kernels; ``finished_ns``: when that step ended, so that between two
+    snapshots ``kernel_ns`` over ``finished_ns`` is the share of time spent in kernels; ``bytes``: memory held
+    by name (weights, kv, activations)."""
 
     steps: int = 0
     tokens: int = 0
     in_flight: int = 0
     busy_ns: int = 0
     kernel_ns: int = 0
+    finished_ns: int = 0
     bytes: Mapping[str, int] = field(default_factory=dict)
     details: Mapping[str, object] = field(default_factory=dict)
 

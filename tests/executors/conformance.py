@@ -249,7 +249,8 @@ class ExecutorConformance:
             assert 0 <= result.kernel_ns <= result.finished_ns - result.started_ns
             after = executor.statistics()
             assert (after.steps, after.tokens, after.in_flight) == (1, 12, 0)
-            assert after.busy_ns >= idle.busy_ns
+            assert after.busy_ns == result.finished_ns - result.started_ns
+            assert (after.kernel_ns, after.finished_ns) == (result.kernel_ns, result.finished_ns)
             assert all(isinstance(name, str) and count >= 0 for name, count in after.bytes.items())
 
     # -- text ----------
