@@ -134,7 +134,7 @@ void pi2_program_free(pi2_program *p) {
 pi2_run *pi2_run_new(pi2_program *p) {
   pi2_run *r = &p->runs[p->next_run % PI2_QUEUE];
   if (!r->done) return NULL;
-  r->n_rows = r->n_slices = r->n_units = r->n_prefill = r->n_head = r->trace = 0;
+  r->n_rows = r->n_slices = r->n_units = r->n_prefill = r->n_head = r->trace = r->urgent = 0;
   return r;
 }
 
@@ -226,7 +226,7 @@ static void op_add_norm(pi2_run *r, const pi2_op *op, int index) {
   }
 }
 
-void pi2_run_job(void *context, pi2_worker *w) {
+int pi2_run_job(void *context, pi2_worker *w) {
   pi2_run *r = context;
   pi2_program *p = r->program;
   pi2_job_begin(w, &r->stop);
@@ -262,5 +262,7 @@ void pi2_run_job(void *context, pi2_worker *w) {
     r->stopped = stopped;
   }
   pi2_barrier(w); /* what the run wrote is complete; the gang may report it */
+  const int urgent = r->urgent || stopped; /* once it is done, the run may be another one */
   if (w->index == 0) r->done = 1;
+  return urgent;
 }

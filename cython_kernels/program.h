@@ -74,6 +74,7 @@ typedef struct { int32_t slice, row, rows, kv_head, split, splits; } pi2_unit;
 typedef struct pi2_run {
   struct pi2_program *program;
   int n_rows, n_slices, n_units, n_prefill, n_head, trace;
+  int urgent;                           /* its result is told at once, see pi2_job */
   int32_t *token, *position, *slice_of; /* (max_rows); token -1: the slot's last */
   int32_t *head_row;                    /* (max_rows) rows that need logits */
   int32_t *prefill_row;                 /* (max_rows) rows whose keys must be stored before attention */
@@ -133,7 +134,7 @@ pi2_run *pi2_run_new(pi2_program *p);
 int pi2_run_post(pi2_run *run);
 
 /* The job the gang runs; context is the run. */
-void pi2_run_job(void *run, pi2_worker *worker);
+int pi2_run_job(void *run, pi2_worker *worker);
 
 /* ops_*.c: each runs on every thread and ends before its closing barrier; returns nonzero if stopped at an inner one. */
 int pi2_op_linear(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);

@@ -10,6 +10,8 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 Nanoseconds: TypeAlias = npt.NDArray[np.int64]
 Norm: TypeAlias = tuple[Floats, float, float]
 
+MOST_IN_FLIGHT: int
+
 class Gang:
     cores: tuple[int, ...]
     event_fd: int

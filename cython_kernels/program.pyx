@@ -76,7 +76,7 @@ cdef extern from "program.h" nogil:
         pi2_pick pick
         pi2_pick *top
     ctypedef struct pi2_run:
-        int n_rows, n_slices, trace
+        int n_rows, n_slices, trace, urgent
         int32_t *token
         pi2_slice *slices
         int32_t *pages
@@ -105,6 +105,7 @@ cdef extern from "program.h" nogil:
     pi2_run *pi2_run_new(pi2_program *)
     int pi2_run_post(pi2_run *)
 
+MOST_IN_FLIGHT = PI2_QUEUE
 SOURCES = {"x": 0, "attention": 1, "hidden": 2}
 SINKS = {"y": 0, "x": 1}
 
@@ -388,6 +389,7 @@ cdef class Program:
             if tokens.shape[0] == 0:
                 r.token[row] = -1
             else:
+                r.urgent = 1
                 for i in range(count):
                     if not 0 <= tokens[i] < self.p.vocab:
                         raise RequestError(f"token {tokens[i]} is outside the vocabulary of {self.p.vocab}")

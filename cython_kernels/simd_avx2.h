@@ -63,6 +63,15 @@ static inline float v_top(vf a) {
   c = _mm_max_ps(c, _mm_movehl_ps(c, c));
   return _mm_cvtss_f32(_mm_max_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
+static inline float v_magnitude(vf a, vf b) { /* as integers, NaN is above everything */
+  const __m256i bits = _mm256_set1_epi32(0x7fffffff);
+  __m256i l = _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(a.l), bits), _mm256_and_si256(_mm256_castps_si256(b.l), bits));
+  __m256i h = _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(a.h), bits), _mm256_and_si256(_mm256_castps_si256(b.h), bits));
+  l = _mm256_max_epi32(l, h);
+  __m128i c = _mm_max_epi32(_mm256_castsi256_si128(l), _mm256_extracti128_si256(l, 1));
+  c = _mm_max_epi32(c, _mm_unpackhi_epi64(c, c));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(c, _mm_shuffle_epi32(c, 1))));
+}
 static inline __m128i load_128(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
 static inline __m128i load_64(const void *p) { return _mm_loadl_epi64((const __m128i *)p); }
 static inline vf v_load_f16(const uint16_t *p) { return two(_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 8))); }

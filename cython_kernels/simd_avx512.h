@@ -46,6 +46,13 @@ static inline float v_top(vf a) {
   c = _mm_max_ps(c, _mm_movehl_ps(c, c));
   return _mm_cvtss_f32(_mm_max_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
+static inline float v_magnitude(vf a, vf b) { /* as integers, NaN is above everything */
+  __m512i m = _mm512_max_epi32(_mm512_castps_si512(v_abs(a)), _mm512_castps_si512(v_abs(b)));
+  __m256i n = _mm256_max_epi32(_mm512_castsi512_si256(m), _mm512_extracti64x4_epi64(m, 1));
+  __m128i c = _mm_max_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
+  c = _mm_max_epi32(c, _mm_unpackhi_epi64(c, c));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(c, _mm_shuffle_epi32(c, 1))));
+}
 static inline vf v_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 static inline vf v_load_bf16(const uint16_t *p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));

@@ -49,6 +49,11 @@ static inline float v_top(vf a) {
   b = larger(b, vextq_f32(b, b, 2));
   return vgetq_lane_f32(larger(b, vextq_f32(b, b, 1)), 0);
 }
+static inline float v_magnitude(vf a, vf b) { /* as integers, NaN is above everything */
+  int32x4_t m = vdupq_n_s32(0);
+  QUARTERS m = vmaxq_s32(m, vmaxq_s32(vreinterpretq_s32_f32(vabsq_f32(a.v[i])), vreinterpretq_s32_f32(vabsq_f32(b.v[i]))));
+  return vgetq_lane_f32(vreinterpretq_f32_s32(vdupq_n_s32(vmaxvq_s32(m))), 0);
+}
 static inline vf v_load_f16(const uint16_t *p) {
   vf r;
   QUARTERS r.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));

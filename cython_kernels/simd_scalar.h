@@ -71,6 +71,12 @@ static inline float v_top(vf a) {
   for (int n = 8; n; n /= 2) for (int i = 0; i < n; i++) a.v[i] = a.v[i] > a.v[i + n] ? a.v[i] : a.v[i + n];
   return a.v[0];
 }
+static inline float v_magnitude(vf a, vf b) {
+  float top = 0;
+  LANES top = top >= fabsf(a.v[i]) || top != top ? top : fabsf(a.v[i]);
+  LANES top = top >= fabsf(b.v[i]) || top != top ? top : fabsf(b.v[i]);
+  return top;
+}
 static inline vf v_load_f16(const uint16_t *p) { vf r; LANES r.v[i] = half_to_float(p[i]); return r; }
 static inline vf v_load_bf16(const uint16_t *p) {
   vf r;

@@ -41,18 +41,21 @@ INLINE void v_store_tail(float *p, vf a, int64_t n) {
   } while (0)
 
 /* The scale that maps a block's largest magnitude to `limit`, and its inverse; both 0 for a block of zeros, or of numbers
- * so small that the inverse is not finite. */
-INLINE float block_scale(vf x0, vf x1, float limit, float *inverse) {
-  float scale = v_top(v_max(v_abs(x0), v_abs(x1))) / limit;
+ * so small that the inverse is not finite. A block with a number that is not finite becomes zeros with a scale that is
+ * not finite either: what it meets is NaN, and a broken model cannot go on as if nothing had happened. */
+INLINE float block_scale(vf *x0, vf *x1, float limit, float *inverse) {
+  const float top = v_magnitude(*x0, *x1), scale = top / limit;
   *inverse = 1.0f / scale;
-  if (*inverse <= 3.0e38f) return scale;
+  if (top <= 3.4028234664e38f && *inverse <= 3.0e38f) return scale;
   *inverse = 0.0f;
-  return 0.0f;
+  if (top <= 3.4028234664e38f) return 0.0f;
+  *x0 = *x1 = v_zero();
+  return __builtin_nanf("");
 }
 static void quantize8(const float *x, int64_t k, int8_t *q, float *d, float *s, int16_t *h) {
   for (int64_t b = 0; b < k / PI2_BLOCK; b++) {
     vf x0 = v_load(x + b * 32), x1 = v_load(x + b * 32 + 16);
-    float inverse, scale = block_scale(x0, x1, 127.0f, &inverse);
+    float inverse, scale = block_scale(&x0, &x1, 127.0f, &inverse);
     vi i0 = v_to_int(v_mul(x0, v_set(inverse))), i1 = v_to_int(v_mul(x1, v_set(inverse)));
     i_store_i8(q + b * 32, i0);
     i_store_i8(q + b * 32 + 16, i1);
@@ -68,7 +71,7 @@ static void quantize16(const float *x, int64_t k, int8_t *out, float *d, float *
   int16_t *q = (int16_t *)out;
   for (int64_t b = 0; b < k / PI2_BLOCK; b++) {
     vf x0 = v_load(x + b * 32), x1 = v_load(x + b * 32 + 16);
-    float inverse, scale = block_scale(x0, x1, 32767.0f, &inverse);
+    float inverse, scale = block_scale(&x0, &x1, 32767.0f, &inverse);
     vi i0 = v_to_int(v_mul(x0, v_set(inverse))), i1 = v_to_int(v_mul(x1, v_set(inverse)));
     i_store_i16_0213(q + b * 32, i0);
     i_store_i16_0213(q + b * 32 + 16, i1);
@@ -94,10 +97,12 @@ static void scale(const float *x, float a, float *y, int64_t n) {
 
 INLINE vf act(int kind, vf x) {
   switch (kind) {
-    case PI2_SILU:
+    case PI2_SILU: /* exp is clamped at 2.3e38: below -1e30, where silu is 0, x itself has to be */
+      x = v_max(v_set(-1e30f), x);
       return v_div(x, v_add(v_set(1.0f), v_exp(v_sub(v_zero(), x))));
     case PI2_GELU_TANH: { /* x * sigmoid(2 t), t = sqrt(2/pi) (x + 0.044715 x^3): equal to 0.5 x (1 + tanh t) */
       vf t = v_mul(v_fma(v_mul(v_mul(x, x), x), v_set(0.044715f), x), v_set(-1.5957691216057308f));
+      x = v_max(v_set(-1e30f), x);
       return v_div(x, v_add(v_set(1.0f), v_exp(t)));
     }
     case PI2_GELU: {

@@ -31,7 +31,7 @@ class CpuExecutor:
     """See ``pi2rt.runtime.executor.Executor``."""
 
     name = "cpu"
-    max_in_flight = 2
+    max_in_flight = program.MOST_IN_FLIGHT
 
     def __init__(self) -> None:
         self._weights: Weights | None = None

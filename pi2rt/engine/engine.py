@@ -30,8 +30,10 @@ from pi2rt.runtime.step import PAGE_TOKENS, Floats, Sampling, Step, StepResult
 from pi2rt.runtime.trace import Trace
 from pi2rt.tokenizer import StopMatcher, Tokenizer
 
-MOST_IN_FLIGHT = 2
-"""One step that runs and one that waits: more would only be more to discard."""
+RUN_AHEAD_S = 0.02
+"""Work that waits behind the step that runs: at least one step, so that the executor never idles, and of short
+steps more, so that it can report several at once. What waits delays a new request, and is discarded when a
+text ends."""
 
 
 class StepActor(Protocol):
@@ -72,6 +74,7 @@ class Engine:
             None if self._recorder is None else self._recorder.request,
         )
         self._flights: deque[Flight] = deque()
+        self._depth = 2  # steps in flight, at most
         self._work = trio.Event()
         self._closed = False
         self._requests = self._finished = self._cancelled = self._failed = 0
@@ -88,10 +91,10 @@ class Engine:
             self.close()  # whatever ended it, nobody waits for ever
 
     async def _loop(self) -> None:
-        depth = min(MOST_IN_FLIGHT, self._actor.max_in_flight)
         while True:
             if self._actor.generation != self._generation:
                 await self._recover(None, None)
+            depth = min(self._depth, self._actor.max_in_flight)
             while len(self._flights) < depth and (flight := self._scheduler.compose()) is not None:
                 await self._submit(flight)
             if self._flights:
@@ -121,6 +124,8 @@ class Engine:
         if result.id != flight.step.id:
             raise InternalError(f"the result of step {result.id} came where {flight.step} was expected")
         self._steps += 1
+        step_s = (result.finished_ns - result.started_ns) / 1e9
+        self._depth = 2 + int(RUN_AHEAD_S / max(step_s, 1e-4))
         if self._recorder is not None:
             self._recorder.step(flight, result)
         for i, sequence in enumerate(flight.members):

@@ -259,11 +259,12 @@ static int play(const model *m, int threads, const step *script, int steps, resu
 
 /* Gangs that end at once, with as many jobs before them as there may be: each is finished first. */
 static _Atomic int ran;
-static void tiny_job(void *context, pi2_worker *w) {
+static int tiny_job(void *context, pi2_worker *w) {
   pi2_job_begin(w, context);
   pi2_barrier(w);
   atomic_fetch_add(&ran, 1);
   pi2_barrier(w);
+  return 0;
 }
 static void end_gangs(int times) {
   static const int cores[3] = {-1, -1, -1};

@@ -64,6 +64,21 @@ def test_quantised_activations_are_numpys_bit_for_bit(
             assert_same_bits(got[3], q.reshape(-1, 16).sum(axis=1).astype(np.int16), f"{name} h")
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["int8", "int16"])
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_a_block_with_a_broken_number_becomes_zeros_times_nan(broken: float, wide: bool) -> None:
+    """So that every product with it is NaN, and a broken model cannot go on as if nothing had happened."""
+    for place in range(32):
+        x = np.ones(96, np.float32)
+        x[32 + place] = broken
+        for name, kernels in KERNELS.items():
+            q, d, s, _ = kernels.quantize(x, wide=wide)
+            assert not q[32:64].any(), name
+            assert np.isnan([d[1], s[1]]).all(), name
+            assert np.isfinite(d[[0, 2]]).all(), name
+            assert q[:32].all(), name
+
+
 @st.composite
 def shapes(draw: st.DrawFn, type_name: str) -> tuple[int, int, int]:
     """(n, rows, k)"""
