@@ -132,14 +132,14 @@ INLINE void attend_as(const int type, const pi2_kv *kv, const float *q, int64_t 
           softcap(p + b * 16, cap, 16);
           s = v_load(p + b * 16);
         }
-        s = v_window(s, -__builtin_inff(), from - b * 16, to - b * 16);
+        if (from > b * 16 || to < b * 16 + 16) s = v_window(s, -__builtin_inff(), from - b * 16, to - b * 16);
         v_store(p + b * 16, s);
         top = v_max(top, s);
       }
       float page_max = v_top(top), new_max = page_max > max[i] ? page_max : max[i];
       vf total = v_zero(), m = v_set(new_max);
       for (int b = first / 16; b * 16 < last; b++) {
-        vf e = v_window(v_exp(v_sub(v_load(p + b * 16), m)), 0.0f, from - b * 16, to - b * 16);
+        vf e = v_exp(v_sub(v_load(p + b * 16), m)); /* 0 outside the window: e^-inf, and of NaN too */
         total = v_add(total, e);
         if (q8) e = v_window(v_mul(e, v_load(value_scale + b * 16)), 0.0f, from - b * 16, to - b * 16);
         v_store(p + b * 16, e);

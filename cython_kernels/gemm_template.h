@@ -14,6 +14,14 @@
 #define PI2_STEPS 16 /* in which a block of weights meets int16 activations: two of its 32 columns each */
 #endif
 
+#ifndef PI2_DOT_NIBBLES /* has a shorter way from a block of nibbles to one sum */
+#define PI2_DOT_NIBBLES 0
+static inline vi dot_nibbles(const uint8_t *p, const int16_t *x) {
+  (void)p, (void)x;
+  return i_zero();
+}
+#endif
+
 /* How a block of a type is unpacked: w[8], one register per group of four columns. */
 INLINE void nibbles(const uint8_t *p, vb w[8]) {
   for (int g = 0; g < 4; g++) {
@@ -53,8 +61,17 @@ INLINE int quants_stride(int type) {
 }
 INLINE int has_min(int type) { return type != PI2_Q8_0 && type != PI2_Q6_K; }
 
-/* value = dw * q + mw; the zero points of Q4_0 and Q5_0 become minimums */
-INLINE void unpack_scales(int type, const uint8_t *scales, int64_t b, vf *dw, vf *mw) {
+INLINE int has_super(int type) { return type == PI2_Q4_K || type == PI2_Q5_K; }
+
+/* The scales of 256 columns of a type that has them */
+typedef struct { vf d, minus_dmin; } super_scales;
+INLINE void unpack_super(const uint8_t *scales, int64_t b, super_scales *out) {
+  const uint8_t *super = scales + (b >> 3) * 320;
+  out->d = v_load_f16((const uint16_t *)super);
+  out->minus_dmin = v_sub(v_zero(), v_load_f16((const uint16_t *)(super + 32)));
+}
+/* value = dw * q + mw; the zero points of Q4_0 and Q5_0 become minimums. `super` is block b's, where the type has them. */
+INLINE void unpack_scales(int type, const uint8_t *scales, int64_t b, const super_scales *super, vf *dw, vf *mw) {
   *mw = v_zero();
   switch (type) {
     case PI2_Q4_0: case PI2_Q5_0:
@@ -66,10 +83,9 @@ INLINE void unpack_scales(int type, const uint8_t *scales, int64_t b, vf *dw, vf
       *mw = v_load_f16((const uint16_t *)(scales + b * 64 + 32));
       break;
     case PI2_Q4_K: case PI2_Q5_K: { /* products of 11 and 6 significant bits: exact */
-      const uint8_t *super = scales + (b >> 3) * 320, *fine = super + 64 + (b & 7) * 32;
-      *dw = v_mul(v_load_f16((const uint16_t *)super), v_load_u8(fine));
-      *mw = v_mul(v_load_f16((const uint16_t *)(super + 32)), v_load_u8(fine + 16));
-      *mw = v_sub(v_zero(), *mw);
+      const uint8_t *fine = scales + (b >> 3) * 320 + 64 + (b & 7) * 32;
+      *dw = v_mul(super->d, v_load_u8(fine));
+      *mw = v_mul(super->minus_dmin, v_load_u8(fine + 16));
       break;
     }
     case PI2_Q6_K:
@@ -100,15 +116,22 @@ INLINE void gemm_tile(int type, const int wide, const int tile, const uint8_t *w
   const float *xd = x->d + row * x->ldb, *xs = x->s + row * x->ldb;
   const int16_t *xh = x->h + 2 * row * x->ldb;
   const int64_t ldb = x->ldb, blocks = k / PI2_BLOCK;
+  const int straight = PI2_DOT_NIBBLES && wide && tile == 1 && quants_stride(type) == 256;
+  super_scales super = {v_zero(), v_zero()};
   for (int64_t b = 0; b < blocks; b++) {
     vb q[8];
     vf dw, mw, d6[2];
-    unpack_weights(type, quants, b, q);
-    unpack_scales(type, scales, b, &dw, &mw);
+    if (!straight) unpack_weights(type, quants, b, q);
+    if (has_super(type) && b % 8 == 0) unpack_super(scales, b, &super);
+    unpack_scales(type, scales, b, &super, &dw, &mw);
     if (tile == 1) /* memory-bound: pull what the next blocks need */
       for (int i = 0; i < quants_stride(type); i += 64)
         v_prefetch(quants + b * quants_stride(type) + PI2_PREFETCH + i);
-    if (wide) {
+    if (straight) {
+      const vi dot = dot_nibbles(quants + b * 256, (const int16_t *)xq[0] + b * PI2_BLOCK);
+      sum[0] = v_fma(v_mul(i_to_float(dot), v_set(xd[b])), dw, sum[0]);
+      sum[0] = v_fma(v_set(xs[b]), mw, sum[0]);
+    } else if (wide) {
       vw pairs[PI2_STEPS];
       widen(q, pairs, type == PI2_Q8_0, type == PI2_Q6_K ? 32 : 0);
       if (type == PI2_Q6_K) six_scales(scales, b, dw, d6);
@@ -160,6 +183,8 @@ GEMMS(PI2_Q4_K, q4_k)
 GEMMS(PI2_Q5_K, q5_k)
 GEMMS(PI2_Q6_K, q6_k)
 
+#define PI2_AHEAD 8 /* blocks of each row block that a panel has asked for when it computes; the next panel's at its end */
+
 /* Many columns: PI2_PANEL row blocks together. Their weights of one block are unpacked once for all n columns, into a
  * buffer of the first-level cache, and PI2_PANEL x 4 integer sums stay in registers while the buffer passes by: a column's
  * activations are broadcast once for all row blocks, and each float sum waits in `out`. The same sums in the same order
@@ -198,10 +223,14 @@ INLINE void gemm_panel(int type, const uint8_t *w, int64_t stride, int64_t k, co
     for (int r = 0; r < PI2_PANEL; r++) {
       const uint8_t *scales = w + r * stride, *quants = scales + pi2_scales_bytes_of(type, k);
       vb q[8];
-      for (int i = 0; i < quants_stride(type); i += 64) /* four streams and more: the hardware follows too few of them */
-        v_prefetch(quants + b * quants_stride(type) + PI2_PREFETCH / 2 + i);
+      const int64_t ahead = b + PI2_AHEAD; /* four streams and more: the hardware follows too few of them */
+      const uint8_t *soon = ahead < blocks ? quants + ahead * quants_stride(type)
+                                           : quants + PI2_PANEL * stride + (ahead - blocks) * quants_stride(type);
+      for (int i = 0; i < quants_stride(type); i += 64) v_prefetch(soon + i);
       unpack_weights(type, quants, b, q);
-      unpack_scales(type, scales, b, &dw[2 * r], &mw[r]);
+      super_scales super = {v_zero(), v_zero()};
+      if (has_super(type)) unpack_super(scales, b, &super);
+      unpack_scales(type, scales, b, &super, &dw[2 * r], &mw[r]);
       if (type == PI2_Q6_K) six_scales(scales, b, dw[2 * r], &dw[2 * r]);
       widen(q, pairs + PI2_STEPS * r, type == PI2_Q8_0, type == PI2_Q6_K ? 32 : 0);
     }

@@ -99,6 +99,7 @@ static inline void i_store_i16_0213(int16_t *p, vi a) {
   __m256i both = _mm256_packs_epi32(_mm256_shuffle_epi32(a.l, 0xd8), _mm256_shuffle_epi32(a.h, 0xd8));
   _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(both, 0xd8)); /* packs works in halves */
 }
+static inline vi i_add(vi a, vi b) { return (vi){_mm256_add_epi32(a.l, b.l), _mm256_add_epi32(a.h, b.h)}; }
 static inline int32_t i_sum(vi a) {
   __m256i b = _mm256_add_epi32(a.l, a.h);
   __m128i c = _mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
@@ -218,6 +219,26 @@ static inline vi dot_wide(const vw *wide, const int16_t *x, int n) {
     total.h = _mm256_add_epi32(total.h, _mm256_madd_epi16(wide[p].h, y));
   }
   return total;
+}
+/* As in simd_avx512.h: four masks of the 16-bit lanes; products 16 and 256 times too large have sums of their own. */
+#define PI2_DOT_NIBBLES 1
+static inline __m256i dot_nibbles_half(const uint8_t *p, const int16_t *x) {
+  __m256i sum = _mm256_setzero_si256(), sum16 = sum, sum256 = sum;
+  for (int g = 0; g < 4; g++) {
+    const __m256i w = _mm256_load_si256((const __m256i *)(p + 64 * g));
+    const __m256i a = _mm256_and_si256(w, _mm256_set1_epi16(0x000f)), b = _mm256_and_si256(w, _mm256_set1_epi16(0x00f0));
+    const __m256i c = _mm256_and_si256(w, _mm256_set1_epi16(0x0f00)), d = _mm256_srli_epi16(w, 12);
+    const int8_t *y = (const int8_t *)(x + 4 * g);
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, broadcast4(y)));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(d, broadcast4(y + 36)));
+    sum16 = _mm256_add_epi32(sum16, _mm256_madd_epi16(b, broadcast4(y + 32)));
+    sum256 = _mm256_add_epi32(sum256, _mm256_madd_epi16(c, broadcast4(y + 4)));
+  }
+  sum = _mm256_add_epi32(sum, _mm256_srai_epi32(sum16, 4));
+  return _mm256_add_epi32(sum, _mm256_srai_epi32(sum256, 8));
+}
+static inline vi dot_nibbles(const uint8_t *p, const int16_t *x) {
+  return two_i(dot_nibbles_half(p, x), dot_nibbles_half(p + 32, x));
 }
 typedef __m256i vx;
 static inline vx x_load(const int16_t *x) { return broadcast4((const int8_t *)x); }

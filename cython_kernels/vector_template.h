@@ -76,7 +76,7 @@ static void quantize16(const float *x, int64_t k, int8_t *out, float *d, float *
     i_store_i16_0213(q + b * 32, i0);
     i_store_i16_0213(q + b * 32 + 16, i1);
     d[b] = scale;
-    s[b] = scale * (float)(i_sum(i0) + i_sum(i1));
+    s[b] = scale * (float)i_sum(i_add(i0, i1));
   }
 }
 
