@@ -19,7 +19,7 @@ from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
 from pi2rt.executors.weights import Weights
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
-from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
+from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress, ThreadStatistics
 from pi2rt.runtime.step import Step, StepResult
 from pi2rt.runtime.trace import Nanoseconds
 
@@ -133,8 +133,7 @@ class CpuExecutor:
         await trio.lowlevel.checkpoint()
 
     def statistics(self) -> ExecutorStatistics:
-        """``details``: "kernels", the variant that runs; "threads", (actor, core, nanoseconds in kernels) of each
-        thread, assistants included."""
+        """``details``: "kernels", the variant that runs."""
         held: dict[str, int] = {}
         if self._weights is not None and self._cache is not None and self._program is not None:
             held = {
@@ -144,8 +143,7 @@ class CpuExecutor:
             }
         kernels = None if self._options is None else native.current(self._options.kernels)
         busy = (0,) * len(self._threads) if self._program is None else self._program.thread_ns
-        threads = tuple((actor, core, ns) for (actor, core), ns in zip(self._threads, busy, strict=True))
-        details = {"kernels": kernels, "threads": threads}
+        threads = zip(self._threads, busy, strict=True)
         return ExecutorStatistics(
             steps=self._steps,
             tokens=self._tokens,
@@ -154,5 +152,6 @@ class CpuExecutor:
             kernel_ns=self._kernel_ns,
             finished_ns=self._finished_ns,
             bytes=held,
-            details=details,
+            threads=tuple(ThreadStatistics(actor, core, ns) for (actor, core), ns in threads),
+            details={"kernels": kernels},
         )

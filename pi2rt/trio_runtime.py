@@ -29,6 +29,7 @@ from pi2rt.model_info import ModelInfo, model_info
 from pi2rt.models import ModelDescription, describe
 from pi2rt.planner.placement import Placement, default_placement
 from pi2rt.runtime.actor import Actor, ActorStatistics
+from pi2rt.runtime.assistant import assistant_statistics
 from pi2rt.runtime.channel import ChannelStatistics
 from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress
 from pi2rt.runtime.host_memory import available_memory, peak_rss_bytes
@@ -52,7 +53,8 @@ LONG_TEXT = 50_000
 
 @dataclass(frozen=True, slots=True)
 class RuntimeStatistics:
-    """A snapshot. ``memory``: bytes by what they are for, and ``peak_rss`` of the whole process."""
+    """A snapshot. ``actors``: the one that leads first, then its assistants. ``memory``: bytes by what they are
+    for, and ``peak_rss`` of the whole process."""
 
     engine: EngineStatistics
     actors: tuple[ActorStatistics, ...]
@@ -131,9 +133,10 @@ class Runtime:
 
     def statistics(self) -> RuntimeStatistics:
         """What is going on now; cheap enough to ask every second."""
-        actor = self._actor.statistics()
-        memory = {**actor.executor.bytes, "peak_rss": peak_rss_bytes()}
-        return RuntimeStatistics(self._engine.statistics(), (actor,), (actor.inbox,), memory)
+        leader = self._actor.statistics()
+        actors = (leader, *assistant_statistics(leader))
+        memory = {**leader.executor.bytes, "peak_rss": peak_rss_bytes()}
+        return RuntimeStatistics(self._engine.statistics(), actors, (leader.inbox,), memory)
 
     async def aclose(self) -> None:
         """Ends all requests with ClosedError and frees the model. Safe to call twice; leaving

@@ -49,11 +49,22 @@ class ExecutorOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ThreadStatistics:
+    """A native thread. ``actor``: whose unit it is, which is another than the executor's own for the threads
+    of assistants; ``core``: where it is pinned; ``kernel_ns``: time inside kernels."""
+
+    actor: str
+    core: int
+    kernel_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class ExecutorStatistics:
     """A snapshot, consistent with the last step that was waited for. ``busy_ns``: time inside steps;
     ``kernel_ns``: of that, inside kernels; ``finished_ns``: when that step ended, so that between two
     snapshots ``kernel_ns`` over ``finished_ns`` is the share of time spent in kernels; ``bytes``: memory held
-    by name (weights, kv, activations)."""
+    by name (weights, kv, activations); ``threads``: those that compute, () where the executor has none of its
+    own."""
 
     steps: int = 0
     tokens: int = 0
@@ -62,6 +73,7 @@ class ExecutorStatistics:
     kernel_ns: int = 0
     finished_ns: int = 0
     bytes: Mapping[str, int] = field(default_factory=dict)
+    threads: tuple[ThreadStatistics, ...] = ()
     details: Mapping[str, object] = field(default_factory=dict)
 
 

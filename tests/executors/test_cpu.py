@@ -205,9 +205,9 @@ async def test_statistics_name_the_actor_of_every_thread(quantised: Path) -> Non
     given = {"cores": (-1,), "assistants": (("little", (-1,)),), "actor": "big"}
     async with opened(CpuExecutor(), quantised, **given) as executor:
         await all_logits(executor, np.arange(200, dtype=np.int32))
-        threads = executor.statistics().details["threads"]
-    assert [(actor, core) for actor, core, _ in threads] == [("big", -1), ("little", -1)]
-    assert all(ns > 0 for _, _, ns in threads)  # both had rows
+        threads = executor.statistics().threads
+    assert [(thread.actor, thread.core) for thread in threads] == [("big", -1), ("little", -1)]
+    assert all(thread.kernel_ns > 0 for thread in threads)  # both had rows
 
 
 async def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,24 @@ async def test_the_executor_is_told_what_was_asked(tiny: Path) -> None:
         assert options.trace is None
     assert progress_seen[0][0] == 0
     assert progress_seen[-1][0] == progress_seen[-1][1]
+
+
+async def test_each_class_of_cores_is_an_actor(tiny: Path) -> None:
+    usable = sorted(os.sched_getaffinity(0))
+    if len(usable) < 2:
+        pytest.skip("one core only: it cannot be of two classes")
+    cores = {"big": [usable[0]], "little": [usable[1]]}
+    async with pi2rt.open_runtime(tiny, cores=cores) as runtime:
+        await runtime.generate(list(range(3, 203)), max_tokens=9, ignore_eos=True)
+        statistics = runtime.statistics()
+    assert [actor.name for actor in statistics.actors] == ["big", "little"]
+    big, little = statistics.actors
+    assert little.completed == big.completed == statistics.engine.steps
+    assert little.executor.steps == big.executor.steps > 0
+    assert [thread.core for thread in little.executor.threads] == [usable[1]]
+    assert 0 < little.executor.kernel_ns <= little.executor.busy_ns
+    assert 0 < little.busy <= big.busy
+    assert not little.executor.bytes  # the memory is the leader's
 
 
 @pytest.mark.parametrize(
