@@ -13,18 +13,20 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import trio
 
 from pi2rt._errors import BusyError, ClosedError, ModelFormatError
 from pi2rt.executors.reference_model import Mark, ReferenceModel, StoppedError
 from pi2rt.executors.reference_sampling import log_softmax, sample
-from pi2rt.formats import ModelFile
+from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.quants import check_scales, dequantize
 from pi2rt.models import ModelDescription, iterate_tensors
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
 from pi2rt.runtime.step import PAGE_TOKENS, Floats, Int32s, Sampled, Sampling, Slice, Step, StepResult
 
 _JOIN_SECONDS = 60.0  # a layer of a long prompt on a slow machine, with room to spare
+_UNPACK_ROWS = 1024  # at once, because the interpreter waits meanwhile; whole row blocks
 
 
 @dataclass(slots=True)
@@ -257,10 +259,27 @@ def _load(file: ModelFile, model: ModelDescription, progress: Progress) -> dict[
     for info in infos:
         trio.from_thread.check_cancelled()
         raw = file.read(info.name)
-        problem = check_scales(info.type, raw)
+        if info.layout == "rows":
+            problem = check_scales(info.type, raw)
+            weights[info.name] = dequantize(info.type, raw, info.shape)
+        else:
+            weights[info.name] = _unpack(info, raw)
+            problem = None if np.isfinite(weights[info.name]).all() else "holds NaN or infinity"
         if problem is not None:
             raise ModelFormatError(file.path, f"tensor {info.name}", problem)
-        weights[info.name] = dequantize(info.type, raw, info.shape)
         done += info.nbytes
         trio.from_thread.run_sync(progress, done, total)
     return weights
+
+
+def _unpack(info: TensorInfo, raw: npt.NDArray[np.uint8]) -> Floats:
+    """float32 values of a matrix in row blocks, of which only the native module knows the order."""
+    from pi2rt.cython_kernels import native
+
+    rows, columns = info.shape
+    out = np.empty(info.shape, np.float32)
+    for first in range(0, rows, _UNPACK_ROWS):
+        count = min(_UNPACK_ROWS, rows - first)
+        address = raw.ctypes.data + native.matrix_bytes(info.type, first, columns)
+        out[first : first + count] = native.unpack(info.type, address, count, columns)
+    return out

@@ -88,7 +88,7 @@ class Weights:
                 while pieces and size < PIECE_BYTES:  # small tensors share one hop to the thread
                     info, first, last = pieces.popleft()
                     batch.append((info, first, last))
-                    size += info.nbytes // info.shape[0] * (last - first)
+                    size += _bytes_in_file(info, first, last)
                 await trio.to_thread.run_sync(self._load_pieces, batch, limiter=limiter)
                 done += size
                 progress(done, total)
@@ -110,7 +110,7 @@ class Weights:
                 raise ModelFormatError(self._file.path, f"tensor {info.name}", "holds NaN or infinity")
 
     def _load_pieces(self, pieces: Sequence[tuple[TensorInfo, int, int]]) -> None:
-        size = max((last - first) * (info.nbytes // info.shape[0]) for info, first, last in pieces)
+        size = max(_bytes_in_file(*piece) for piece in pieces)
         buffer = native.Memory(size)  # not of the heap, which would keep it
         try:
             self._load_into(buffer.view(), pieces)
@@ -121,17 +121,17 @@ class Weights:
         self, buffer: npt.NDArray[np.uint8], pieces: Sequence[tuple[TensorInfo, int, int]]
     ) -> None:
         for info, first, last in pieces:
-            row_bytes = info.nbytes // info.shape[0]
-            raw = buffer[: (last - first) * row_bytes]
-            self._file.read_into(info, first * row_bytes, raw.data)
+            start, size = _bytes_in_file(info, 0, first), _bytes_in_file(info, first, last)
             packed = self.matrices[info.name]
+            if info.layout == "blocks16" and not self._exact_floats:
+                at = packed.address - self._memory.address + start
+                self._file.read_into(info, start, self._memory.view()[at : at + size].data)
+                continue
+            raw = buffer[:size]
+            self._file.read_into(info, start, raw.data)
             if self._exact_floats:
-                shape = (last - first, info.shape[1])
-                raw = (
-                    np.ascontiguousarray(dequantize(info.type, raw, shape), np.float32)
-                    .reshape(-1)
-                    .view(np.uint8)
-                )
+                values = to_floats(info, raw, last - first)
+                raw = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8)
             address = packed.address + native.matrix_bytes(packed.type, first, packed.columns)
             bad = native.repack(packed.type, raw, last - first, packed.columns, address)
             if bad is not None:
@@ -145,3 +145,18 @@ class Weights:
         self._memory.close()
         self.matrices.clear()
         self.vectors.clear()
+
+
+def to_floats(info: TensorInfo, raw: npt.NDArray[np.uint8], rows: int) -> Floats:
+    """float32 (rows, columns) of that many rows of a matrix: their bytes as they stand in the file, uint8."""
+    shape = (rows, info.shape[1])
+    if info.layout == "rows":
+        return dequantize(info.type, raw, shape)
+    return native.unpack(info.type, raw.ctypes.data, *shape)
+
+
+def _bytes_in_file(info: TensorInfo, first: int, last: int) -> int:
+    """Bytes that rows ``first`` (a multiple of 16) to ``last`` of a matrix take in its file."""
+    if info.layout == "blocks16":
+        return native.matrix_bytes(info.type, last - first, info.shape[1])
+    return info.nbytes // info.shape[0] * (last - first)

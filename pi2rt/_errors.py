@@ -43,6 +43,10 @@ class DownloadError(Pi2rtError):
     """Fetching a model failed; nothing is left under its final name."""
 
 
+class ConversionError(Pi2rtError):
+    """Writing a pack failed: the disk is full, or something else was in the way; nothing is left under its name."""
+
+
 class TemplateError(Pi2rtError):
     """A chat template is invalid, refused by the sandbox, or went over its size or time limit."""
 

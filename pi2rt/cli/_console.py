@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _REFRESH_S = 0.1
+
+Result = TypeVar("Result")
 
 
 class Bar:
@@ -90,3 +94,14 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+async def work_in_thread(work: Callable[..., Result], bar: Bar) -> Result:
+    """Runs ``work(progress=...)`` in a thread with the bar; a cancellation is raised from its progress."""
+    import trio
+
+    def report(done: int, total: int) -> None:
+        trio.from_thread.check_cancelled()
+        trio.from_thread.run_sync(bar.update, done, total)
+
+    return await trio.to_thread.run_sync(partial(work, progress=report))

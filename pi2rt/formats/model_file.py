@@ -14,12 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from pi2rt._errors import ModelFormatError, ModelNotFoundError
+from pi2rt.formats.regular_file import RegularFile
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where a tensor lies. ``shape`` is numpy's, rows first; ``type`` is a name in
-    ``pi2rt.formats.quants.TYPES`` ("F32", "Q4_K"); rows are contiguous, ``nbytes / shape[0]`` each."""
+    ``pi2rt.formats.quants.TYPES`` ("F32", "Q4_K").
+
+    ``layout``: "rows", as model files have them, contiguous, ``nbytes / shape[0]`` each; or "blocks16", the row
+    blocks that kernels read (``pi2rt.formats.row_blocks``), which only a pack has.
+    """
 
     name: str
     type: str
@@ -27,6 +32,7 @@ class TensorInfo:
     path: Path
     offset: int
     nbytes: int
+    layout: str = "rows"
 
 
 class ModelFile(ABC):
@@ -56,6 +62,23 @@ class ModelFile(ABC):
         """A file that came with the model ("tokenizer.json"), or None: a single file has no companions."""
         return None
 
+    def read_companion(self, name: str, limit: int) -> bytes | None:
+        """The content of such a file, of at most ``limit`` bytes, or None where there is none.
+
+        Raises:
+            ModelFormatError: it is larger.
+        """
+        path = self.companion(name)
+        if path is None:
+            return None
+        file = RegularFile(path)
+        try:
+            if file.size > limit:
+                raise ModelFormatError(path, "file", f"has more than the {limit} bytes allowed")
+            return bytes(file.read(0, file.size))
+        finally:
+            file.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -82,7 +105,7 @@ def refuse_overlap(tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
-    """Opens a GGUF file or a Hugging Face directory (config.json, *.safetensors, tokenizer.json).
+    """Opens a GGUF file, a pack, or a Hugging Face directory (config.json, *.safetensors, tokenizer.json).
 
     Raises:
         ModelNotFoundError: nothing is there.
@@ -90,6 +113,7 @@ def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
     """
     from pi2rt.formats.gguf import GgufFile
     from pi2rt.formats.huggingface import HuggingFaceDirectory
+    from pi2rt.formats.pack import PackFile, is_pack
 
     path = Path(path)
     if path.is_dir():
@@ -97,5 +121,5 @@ def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
     if not path.exists():
         raise ModelNotFoundError(f"{path}: no such file or directory")
     if path.is_file():
-        return GgufFile(path)
+        return PackFile(path) if is_pack(path) else GgufFile(path)
     raise ModelFormatError(path, "file", "neither a regular file nor a directory")

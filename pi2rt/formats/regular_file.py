@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pi2rt._errors import ClosedError, ModelFormatError, ModelNotFoundError
 
+_PAGE = 1 << 16  # the largest page of any system in use
+
 
 class RegularFile:
     """A regular file opened for reading at any offset, from any thread, without a shared file position.
@@ -73,8 +75,20 @@ class RegularFile:
             self.read_into(offset, view)
         return out
 
+    def drop_cache(self, offset: int, count: int) -> None:
+        """See the function of that name."""
+        drop_cache(self._fd, offset, count)
+
     def close(self) -> None:
         """Closes the file; again is nothing. No read may be running."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def drop_cache(fd: int, offset: int, count: int) -> None:
+    """Asks the system to keep no page of this range of a file in memory. Pages that are not written yet stay, and so
+    does everything where the system has no such call."""
+    if hasattr(os, "posix_fadvise"):
+        begin = offset & -_PAGE
+        os.posix_fadvise(fd, begin, -(-(offset + count) // _PAGE) * _PAGE - begin, os.POSIX_FADV_DONTNEED)

@@ -4,11 +4,11 @@ it."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeAlias
 
 from tokenizers import Tokenizer as Engine
 
@@ -25,20 +25,27 @@ MAX_CONFIG_BYTES = 8 << 20
 _TOKENIZER, _CONFIG, _GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 
 
-def load_huggingface_tokenizer(directory: Path, config: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer in a directory.
+ReadFile: TypeAlias = Callable[[str, int], bytes | None]
+"""``read(name, limit)``: the content of a file, of at most ``limit`` bytes, or None where there is none."""
+
+
+def load_huggingface_tokenizer(
+    directory: Path, config: Mapping[str, Any], read: ReadFile | None = None
+) -> Tokenizer:
+    """The tokenizer in a directory, or in a pack that was made from one.
 
     Args:
         directory: it holds tokenizer.json, and may hold tokenizer_config.json, generation_config.json and
-            chat_template.jinja.
+            chat_template.jinja. Of a pack: its path, for messages.
         config: what its config.json says.
+        read: reads one of these files; None reads it in the directory.
 
     Raises:
         ModelFormatError: one of the files is malformed; the message names it.
         UnsupportedModelError: there is no tokenizer.json, or its tokens are spelled in a way pi2rt does not
             have.
     """
-    return _Loader(directory, config).load()
+    return _Loader(directory, config, partial(_read_in, directory) if read is None else read).load()
 
 
 class _Encoder:
@@ -69,14 +76,15 @@ class _Encoder:
 
 
 class _Loader:
-    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
-        self._directory, self._model_config = directory, config
+    def __init__(self, directory: Path, config: Mapping[str, Any], read: ReadFile) -> None:
+        self._directory, self._model_config, self._read_file = directory, config, read
         self._path = directory / _TOKENIZER
-        if not self._path.is_file():
+        data = self._read(_TOKENIZER, MAX_TOKENIZER_BYTES)
+        if data is None:
             raise UnsupportedModelError(
                 directory, _TOKENIZER, "is missing; convert the model's tokenizer to it with transformers"
             )
-        self._engine = self._read_engine()
+        self._engine = self._read_engine(data)
         self._config = self._read_json(_CONFIG)
         self._generation = self._read_json(_GENERATION)
         self._ids: dict[str, int] = self._engine.get_vocab(with_added_tokens=True)
@@ -112,8 +120,7 @@ class _Loader:
             chat_template=self._chat_template,
         )
 
-    def _read_engine(self) -> Engine:
-        data = self._read(_TOKENIZER, MAX_TOKENIZER_BYTES)
+    def _read_engine(self, data: str) -> Engine:
         try:
             return Engine.from_str(data)
         except BaseException as error:  # a panic of the library's is no Exception
@@ -121,25 +128,21 @@ class _Loader:
                 raise
             raise ModelFormatError(self._path, "file", f"is not a tokenizer: {error}") from None
 
-    def _read(self, name: str, limit: int) -> str:
-        path = self._directory / name
+    def _read(self, name: str, limit: int) -> str | None:
+        data = self._read_file(name, limit)
         try:
-            with path.open("rb") as file:
-                data = file.read(limit + 1)
-            text = data.decode()
-        except OSError as error:
-            raise ModelFormatError(path, "file", f"cannot be read: {error.strerror}") from error
+            return None if data is None else data.decode()
         except UnicodeDecodeError as error:
-            raise ModelFormatError(path, "file", f"is not UTF-8 at byte {error.start}") from None
-        if len(data) > limit:
-            raise ModelFormatError(path, "file", f"has more than the {limit} bytes allowed")
-        return text
+            raise ModelFormatError(
+                self._directory / name, "file", f"is not UTF-8 at byte {error.start}"
+            ) from None
 
     def _read_json(self, name: str) -> Mapping[str, Any]:
-        if not (self._directory / name).is_file():
+        text = self._read(name, MAX_CONFIG_BYTES)
+        if text is None:
             return {}
         try:
-            value = json.loads(self._read(name, MAX_CONFIG_BYTES))
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ModelFormatError(self._directory / name, "file", f"is not JSON: {error}") from None
         if not isinstance(value, dict):
@@ -197,9 +200,9 @@ class _Loader:
         return [id_] if wanted and id_ is not None else []
 
     def _chat_template(self) -> ChatTemplate | None:
-        source = self._config.get("chat_template")
-        if (self._directory / "chat_template.jinja").is_file():
-            source = self._read("chat_template.jinja", 4 * MAX_SOURCE_CHARACTERS)
+        source: Any = self._read("chat_template.jinja", 4 * MAX_SOURCE_CHARACTERS)
+        if source is None:
+            source = self._config.get("chat_template")
         if isinstance(source, list):
             named = {
                 entry.get("name"): entry.get("template") for entry in source if isinstance(entry, Mapping)
@@ -210,6 +213,20 @@ class _Loader:
         if not isinstance(source, str):
             raise TemplateError(f"{self._directory / _CONFIG}: chat_template: is not a string")
         return ChatTemplate(source, bos_token=self._text("bos_token"), eos_token=self._text("eos_token"))
+
+
+def _read_in(directory: Path, name: str, limit: int) -> bytes | None:
+    path = directory / name
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise ModelFormatError(path, "file", f"cannot be read: {error.strerror}") from error
+    if len(data) > limit:
+        raise ModelFormatError(path, "file", f"has more than the {limit} bytes allowed")
+    return data
 
 
 def _spell(engine: Engine, added: frozenset[int], is_byte_level: bool, id_: int) -> bytes:

@@ -1,0 +1,252 @@
+"""Our own container, the pack: everything where a reader with O_DIRECT wants it, matrices as the kernels want them.
+
+Written by ``pi2rt convert`` (``planner/convert.py``). ``docs/pack-format.md`` has the byte layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+
+from pi2rt._errors import ModelFormatError, UnsupportedModelError
+from pi2rt.formats import row_blocks
+from pi2rt.formats.model_file import ModelFile, TensorInfo, printable
+from pi2rt.formats.pack_header import (
+    ALIGNMENT,
+    DIGEST_BYTES,
+    MAGIC,
+    MAX_HEADER_BYTES,
+    PREAMBLE_BYTES,
+    VERSION,
+    Header,
+    MetadataError,
+    Region,
+    Source,
+    TensorEntry,
+    decode_metadata,
+)
+from pi2rt.formats.quants import TYPES
+from pi2rt.formats.regular_file import RegularFile
+
+PREAMBLE = struct.Struct("<8sIIQQ32s")
+"""Magic, version, flags (0), bytes of the header, bytes of the file, digest of all before it and of the header."""
+assert PREAMBLE.size == PREAMBLE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A range of bytes in the file that has a checksum: a tensor, or a companion."""
+
+    name: str
+    offset: int
+    nbytes: int
+    checksum: bytes  # BLAKE2b, 128 bits
+
+
+class PackFile(ModelFile):
+    """An open pack.
+
+    ``metadata`` and ``architecture`` are the source's, as its own reader gives them; ``source`` says what that was.
+    ``tensors`` are in the order of the file; matrices have the layout "blocks16". Content is not verified here; see
+    ``sections`` and ``pi2rt.planner.convert.verify``.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ModelNotFoundError: it cannot be opened.
+        ModelFormatError: it is malformed; the message names the field.
+        UnsupportedModelError: it is of another version, or has a tensor type or layout that pi2rt does not have.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._file = RegularFile(self.path)
+        try:
+            header, self.data_offset = self._read_header()
+            self.source: Source = header.source
+            self.architecture: str = header.architecture
+            self.metadata: dict[str, Any] = self._metadata(header)
+            self._companions = {each.name: self._section(each, "companion") for each in header.companions}
+            self._checksums = {each.name: self._section(each, "tensor") for each in header.tensors}
+            self._refuse_doubles(header)
+            self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+                {each.name: self._tensor(each) for each in header.tensors}
+            )
+        except BaseException:
+            self._file.close()
+            raise
+
+    def read_into(self, tensor: TensorInfo, start: int, buffer: memoryview) -> None:
+        if tensor.path != self.path or start < 0 or start + buffer.nbytes > tensor.nbytes:
+            raise ValueError(
+                f"{buffer.nbytes} bytes from byte {start} on are not inside tensor {tensor.name!r} "
+                f"({tensor.nbytes} bytes) of {self.path}"
+            )
+        self._file.read_into(tensor.offset + start, buffer)
+
+    def read_section(self, section: Section, start: int, buffer: memoryview) -> None:
+        """As ``read_into``, for any of ``sections``."""
+        if start < 0 or start + buffer.nbytes > section.nbytes:
+            raise ValueError(f"{buffer.nbytes} bytes from byte {start} on are not inside {section.name!r}")
+        self._file.read_into(section.offset + start, buffer)
+
+    @property
+    def sections(self) -> Sequence[Section]:
+        """Everything that has a checksum, in the order of the file."""
+        return sorted((*self._checksums.values(), *self._companions.values()), key=lambda each: each.offset)
+
+    def read_companion(self, name: str, limit: int) -> bytes | None:
+        section = self._companions.get(name)
+        if section is None:
+            return None
+        if section.nbytes > limit:
+            raise ModelFormatError(
+                self.path, f"companion {printable(name)}", f"has more than the {limit} bytes allowed"
+            )
+        data = bytes(self._file.read(section.offset, section.nbytes))
+        if hashlib.blake2b(data, digest_size=len(section.checksum)).digest() != section.checksum:
+            raise ModelFormatError(
+                self.path,
+                f"companion {printable(name)}",
+                "its checksum does not match: the file is damaged; convert the model again",
+            )
+        return data
+
+    def close(self) -> None:
+        """Closes the file; again is nothing. No read may be running."""
+        self._file.close()
+
+    # -- the header
+
+    def _read_header(self) -> tuple[Header, int]:
+        """The decoded header, and where the data begins."""
+        size = self._file.size
+        if size < PREAMBLE_BYTES:
+            raise self._error("preamble", f"needs {PREAMBLE_BYTES} bytes, but the file ends at {size}")
+        preamble = self._file.read(0, PREAMBLE_BYTES)
+        magic, version, flags, length, declared, digest = PREAMBLE.unpack(preamble)
+        if magic != MAGIC:
+            raise self._error("magic", f"is {magic!r}, not {MAGIC!r}: this is not a pack")
+        if version != VERSION:
+            raise UnsupportedModelError(
+                self.path,
+                "version",
+                f"is {version}; this pi2rt reads packs of version {VERSION}: convert the model again",
+            )
+        if flags:
+            raise UnsupportedModelError(self.path, "flags", f"are {flags:#x}; this pi2rt knows none")
+        if declared != size:
+            problem = "truncated" if size < declared else "longer than it was written"
+            raise self._error("file length", f"is {size} bytes, not {declared}: it is {problem}")
+        if size % ALIGNMENT:
+            raise self._error("file length", f"is {size} bytes, not a multiple of {ALIGNMENT}")
+        if length > MAX_HEADER_BYTES:
+            raise self._error("header length", f"is {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
+        if PREAMBLE_BYTES + length > size:
+            raise self._error("header length", f"is {length} bytes, but the file ends at byte {size}")
+        raw = self._file.read(PREAMBLE_BYTES, length)
+        if header_digest(preamble, raw) != digest:
+            raise self._error("header", "its digest does not match: the file is damaged; convert again")
+        try:
+            header = msgspec.msgpack.decode(raw, type=Header)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise self._error("header", f"is malformed: {printable(str(error))}") from None
+        return header, -(-(PREAMBLE_BYTES + length) // ALIGNMENT) * ALIGNMENT
+
+    def _metadata(self, header: Header) -> dict[str, Any]:
+        try:
+            return decode_metadata(header.metadata, header.source.container)
+        except MetadataError as error:
+            raise self._error("metadata", printable(str(error))) from None
+
+    def _section(self, region: Region, kind: str) -> Section:
+        """The region in the file, if it lies in it."""
+        field, begin = f"{kind} {printable(region.name)}: offset", self.data_offset + region.offset
+        if region.offset % ALIGNMENT:
+            raise self._error(field, f"{region.offset} is not a multiple of {ALIGNMENT}")
+        if begin + region.nbytes > self._file.size:
+            raise self._error(
+                field,
+                f"{region.offset} and {region.nbytes} bytes from there reach byte {begin + region.nbytes}, "
+                f"but the file ends at byte {self._file.size}",
+            )
+        return Section(region.name, begin, region.nbytes, region.checksum)
+
+    def _refuse_doubles(self, header: Header) -> None:
+        for kind, regions, found in (
+            ("tensor", header.tensors, self._checksums),
+            ("companion", header.companions, self._companions),
+        ):
+            seen: set[str] = set()
+            for region in regions if len(found) < len(regions) else ():
+                if region.name in seen:
+                    raise self._error(f"{kind} {printable(region.name)}", "is there twice")
+                seen.add(region.name)
+        for before, after in itertools.pairwise(each for each in self.sections if each.nbytes):
+            if before.offset + before.nbytes > after.offset:
+                raise self._error(
+                    f"{printable(after.name)}: offset",
+                    f"byte {after.offset} of the file lies inside {printable(before.name)}",
+                )
+
+    def _tensor(self, entry: TensorEntry) -> TensorInfo:
+        field = f"tensor {printable(entry.name)}"
+        if entry.type not in TYPES:
+            raise UnsupportedModelError(
+                self.path, f"{field}: type", f"is {printable(entry.type)}; pi2rt reads {', '.join(TYPES)}"
+            )
+        kind = TYPES[entry.type]
+        if entry.shape[-1] % kind.block_elements:
+            raise self._error(
+                f"{field}: shape",
+                f"{list(entry.shape)} has rows of {entry.shape[-1]}, not whole blocks of {kind.block_elements} "
+                f"({kind.name})",
+            )
+        if entry.layout == "rows":
+            expected = kind.nbytes(math.prod(entry.shape))
+        elif entry.layout == "blocks16":
+            if len(entry.shape) != 2:
+                raise self._error(
+                    f"{field}: layout", f"is blocks16, but shape {list(entry.shape)} is no matrix"
+                )
+            expected = row_blocks.matrix_bytes(entry.type, *entry.shape)
+        else:
+            raise UnsupportedModelError(
+                self.path, f"{field}: layout", f"is {printable(entry.layout)}; pi2rt reads rows and blocks16"
+            )
+        if entry.nbytes != expected:
+            raise self._error(
+                f"{field}: nbytes",
+                f"is {entry.nbytes}, but shape {list(entry.shape)} of {kind.name} takes {expected}",
+            )
+        begin = self._checksums[entry.name].offset
+        return TensorInfo(entry.name, entry.type, entry.shape, self.path, begin, entry.nbytes, entry.layout)
+
+    def _error(self, field: str, problem: str) -> ModelFormatError:
+        return ModelFormatError(self.path, field, problem)
+
+
+def header_digest(preamble: bytes | bytearray, header: bytes | bytearray) -> bytes:
+    """Of what stands before the digest in the preamble, and of the header."""
+    digest = hashlib.blake2b(preamble[: PREAMBLE_BYTES - DIGEST_BYTES], digest_size=DIGEST_BYTES)
+    digest.update(header)
+    return digest.digest()
+
+
+def is_pack(path: Path) -> bool:
+    """Whether the file begins as a pack does. False where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False

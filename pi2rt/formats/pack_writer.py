@@ -1,0 +1,291 @@
+"""Writes a pack: front to back, under a temporary name, with a known length and little memory."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from pi2rt._errors import ConversionError, RequestError
+from pi2rt.formats import row_blocks
+from pi2rt.formats.pack import PREAMBLE, header_digest
+from pi2rt.formats.pack_header import (
+    ALIGNMENT,
+    CHECKSUM_BYTES,
+    DIGEST_BYTES,
+    MAGIC,
+    MAX_HEADER_BYTES,
+    PREAMBLE_BYTES,
+    VERSION,
+    Header,
+    Region,
+    Source,
+    TensorEntry,
+)
+from pi2rt.formats.quants import TYPES
+from pi2rt.formats.regular_file import drop_cache
+
+Bytes = npt.NDArray[np.uint8]
+
+FLUSH_BYTES = 64 << 20
+"""Written between two flushes; what the page cache holds of the file at most."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What will be written next to one another. A tensor has a ``type``, ``shape`` and ``layout``; a companion has
+    none of them, but ``size``."""
+
+    name: str
+    type: str = ""
+    shape: tuple[int, ...] = ()
+    layout: str = "rows"
+    size: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        if not self.type:
+            return self.size
+        if self.layout == "blocks16":
+            rows, columns = self.shape
+            return row_blocks.matrix_bytes(self.type, rows, columns)
+        return TYPES[self.type].nbytes(int(np.prod(self.shape, dtype=object)))
+
+
+class PackWriter:
+    """A pack in the making; a context manager. What is planned is written in that order, each in as many parts as one
+    likes; ``finish`` then puts the file under its name. Leaving without it removes what was written.
+
+    The temporary file is ``.NAME.part`` beside the destination, locked while it is written: what an interrupted run
+    left behind is taken over, and two runs at once are an error.
+
+    Args:
+        destination: where the pack will be.
+        source: what it is made from; its digests may be given to ``finish`` later.
+        architecture, metadata: see ``Header``.
+        plan: tensors first, then companions.
+        overwrite: whether a file that is there already may be replaced.
+
+    Raises:
+        RequestError: the destination is there already, or cannot be written to.
+        ConversionError: there is too little room, or another process is writing the same file.
+    """
+
+    def __init__(
+        self,
+        destination: Path,
+        source: Source,
+        architecture: str,
+        metadata: msgspec.Raw,
+        plan: Sequence[Planned],
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = destination
+        self._source, self._architecture, self._metadata = source, architecture, metadata
+        self._plan = plan
+        self._overwrite = overwrite
+        self._checksums: list[bytes] = []
+        self._hash = hashlib.blake2b(digest_size=CHECKSUM_BYTES)
+        self._written = 0  # of the entry that is being written
+        self._fd = -1
+        offset = 0
+        self._offsets: list[int] = []
+        for each in plan:
+            self._offsets.append(offset)
+            offset = _aligned(offset + each.nbytes)
+        length = len(self._header(source))  # checksums and digests are of fixed size: it will not change
+        if length > MAX_HEADER_BYTES:
+            raise ConversionError(
+                f"{source.name}: its metadata takes {length} bytes in a pack; at most {MAX_HEADER_BYTES} are allowed"
+            )
+        self._data = _aligned(PREAMBLE_BYTES + length)
+        self.nbytes = self._data + offset
+        self._at = self._flushed = self._data
+
+    # -- writing
+
+    def write(self, name: str, data: Bytes) -> None:
+        """The next bytes (uint8, one-dimensional, contiguous) of ``name``, which must be the entry whose turn it is."""
+        index = len(self._checksums)
+        entry = self._plan[index]
+        if entry.name != name or self._written + data.nbytes > entry.nbytes:
+            raise ValueError(
+                f"{data.nbytes} bytes of {name!r} after {self._written} of {entry.nbytes} bytes of {entry.name!r}"
+            )
+        self._hash.update(data.data)
+        self._append(data.data)
+        self._written += data.nbytes
+        if self._written == entry.nbytes:
+            self._append(memoryview(bytes(-entry.nbytes % ALIGNMENT)))
+            self._checksums.append(self._hash.digest())
+            self._hash = hashlib.blake2b(digest_size=CHECKSUM_BYTES)
+            self._written = 0
+        if self._at - self._flushed >= FLUSH_BYTES:
+            self._flush()
+
+    def finish(self, source: Source) -> None:
+        """Writes the header, makes sure that everything is on the disk, and puts the file under its name."""
+        if len(self._checksums) < len(self._plan):
+            raise ValueError(f"{self._plan[len(self._checksums)].name!r} has not been written")
+        header = self._header(source)
+        if self._at != self.nbytes or _aligned(PREAMBLE_BYTES + len(header)) != self._data:
+            raise ValueError("what was written is not what was planned")
+        preamble = PREAMBLE.pack(MAGIC, VERSION, 0, len(header), self.nbytes, bytes(DIGEST_BYTES))
+        preamble = preamble[:-DIGEST_BYTES] + header_digest(preamble, header)
+        self._at = 0
+        self._append(memoryview(preamble + header))
+        self._flush()
+        try:
+            os.ftruncate(self._fd, self.nbytes)  # an empty pack has nothing behind its header
+            os.fsync(self._fd)
+            drop_cache(self._fd, 0, self.nbytes)
+            self._refuse_destination()
+            os.replace(self._part, self.path)
+            _sync_directory(self.path.parent)
+        except OSError as error:
+            raise self._failure(error) from error
+        self._close()
+
+    # -- the file
+
+    def __enter__(self) -> Self:
+        self._refuse_destination()
+        self._fd = self._open_part()
+        try:
+            os.ftruncate(self._fd, 0)
+            free = self._free()
+            if free < self.nbytes:
+                raise ConversionError(
+                    f"{self.path}: the pack takes {_mib(self.nbytes)}, but only {_mib(free)} are free there; free "
+                    f"{_mib(self.nbytes - free)} or choose another place"
+                )
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._fd >= 0:
+            self._discard()
+
+    @property
+    def _part(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.part")
+
+    def _refuse_destination(self) -> None:
+        try:
+            mode = os.lstat(self.path).st_mode
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._failure(error) from error
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            raise RequestError(f"{self.path} is there already, and is not a file; choose another name")
+        if not self._overwrite:
+            raise RequestError(
+                f"{self.path} is there already; remove it, or ask for it to be overwritten (--force)"
+            )
+
+    def _open_part(self) -> int:
+        while True:
+            try:
+                fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            except OSError as error:
+                raise RequestError(f"{self.path}: cannot be written: {error.strerror}") from error
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(fd), os.lstat(self._part)):
+                    return fd
+            except BlockingIOError:
+                os.close(fd)
+                raise ConversionError(f"{self.path}: another process is writing it") from None
+            except FileNotFoundError:
+                pass  # whoever had it has finished or given up since
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+
+    def _append(self, data: memoryview) -> None:
+        try:
+            while data.nbytes:
+                count = os.pwrite(self._fd, data, self._at)
+                self._at += count
+                data = data[count:]
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _flush(self) -> None:
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise self._failure(error) from error
+        drop_cache(self._fd, 0, self._at)
+        self._flushed = self._at
+
+    def _failure(self, error: OSError) -> ConversionError:
+        if error.errno in _FULL:
+            return ConversionError(
+                f"{self.path}: the disk is full ({error.strerror}): the pack takes {_mib(self.nbytes)}, "
+                f"{_mib(self._at)} of which were written, and {_mib(self._free())} are free"
+            )
+        return ConversionError(f"{self.path}: cannot be written: {error.strerror}")
+
+    def _free(self) -> int:
+        status = os.statvfs(self.path.parent)
+        return status.f_bavail * status.f_frsize
+
+    def _discard(self) -> None:
+        self._part.unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+    def _header(self, source: Source) -> bytes:
+        """With zeros for the checksums that are not known yet."""
+        checksums = self._checksums + [bytes(CHECKSUM_BYTES)] * (len(self._plan) - len(self._checksums))
+        tensors: list[TensorEntry] = []
+        companions: list[Region] = []
+        for each, offset, checksum in zip(self._plan, self._offsets, checksums, strict=True):
+            if each.type:
+                tensors.append(
+                    TensorEntry(each.name, offset, each.nbytes, checksum, each.type, each.shape, each.layout)
+                )
+            else:
+                companions.append(Region(each.name, offset, each.nbytes, checksum))
+        header = Header(source, self._architecture, self._metadata, tensors, companions)
+        return msgspec.msgpack.encode(header)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,49 @@
+"""Sizes of the run-time layout of matrices, "blocks16": what ``native.matrix_bytes`` says, for readers that have to
+check a file without the native module. ``cython_kernels/kernels.h`` and ``docs/pack-format.md`` describe the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+ROWS = 16
+"""Rows in a block; a matrix is padded to whole blocks with rows of zeros."""
+
+# Bytes of 16 rows: of scales and of quants, each per this many columns. Both parts are padded to 64 bytes.
+_PARTS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
+    {
+        "F32": (1, 0, 64),
+        "F16": (1, 0, 32),
+        "BF16": (1, 0, 32),
+        "Q4_0": (32, 32, 256),
+        "Q4_1": (32, 64, 256),
+        "Q5_0": (32, 32, 320),
+        "Q5_1": (32, 64, 320),
+        "Q8_0": (32, 32, 512),
+        "Q4_K": (256, 320, 8 * 256),
+        "Q5_K": (256, 320, 8 * 320),
+        "Q6_K": (256, 288, 8 * 384),
+    }
+)
+
+
+def row_block_bytes(type_name: str, columns: int) -> int:
+    """Bytes of 16 rows of ``columns`` values, a multiple of 64.
+
+    Args:
+        type_name: a name in ``pi2rt.formats.quants.TYPES``.
+        columns: whole blocks of that type.
+    """
+    group, scales, quants = _PARTS[type_name]
+    groups = columns // group
+    return _to_64(groups * scales) + _to_64(groups * quants)
+
+
+def matrix_bytes(type_name: str, rows: int, columns: int) -> int:
+    """Bytes of a (rows, columns) matrix as row blocks."""
+    return -(-rows // ROWS) * row_block_bytes(type_name, columns)
+
+
+def _to_64(size: int) -> int:
+    return -(-size // 64) * 64
