@@ -1,0 +1,78 @@
+/* Asynchronous reads of one file, past the page cache: the native half of the flash actor.
+ *
+ * One thread (the flash reader) submits, reaps and closes; any thread may wake it or ask for the statistics. Through
+ * io_uring where the system permits it, else through threads that call pread. O_DIRECT where the file system has it,
+ * else what was read is dropped from the page cache at once. */
+#ifndef PI2_FLASH_H
+#define PI2_FLASH_H
+#include <stdint.h>
+
+#define PI2_FLASH_BLOCK 4096    /* offsets, lengths and addresses of reads are multiples of it */
+#define PI2_FLASH_MOST 256      /* reads in flight, at most */
+#define PI2_FLASH_THREADS 8     /* of the preadv backend, at most */
+#define PI2_FLASH_LATENCIES 24
+#define PI2_EOF (-1)            /* pi2_read.error: the file ends before the read does */
+
+typedef struct pi2_flash pi2_flash;
+enum pi2_io { PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV };
+
+/* One read. The caller's memory, not touched by the caller between submit and reap (or close). */
+typedef struct pi2_read {
+  int64_t offset, bytes; /* multiples of PI2_FLASH_BLOCK; bytes > 0 */
+  uint8_t *to;           /* aligned to PI2_FLASH_BLOCK */
+  void *user;
+  int error;             /* set when reaped: 0, an errno, or PI2_EOF */
+  int64_t got;           /* bytes that arrived, from the front: all of them without an error */
+  int64_t latency_ns;    /* set when reaped: from submit until the bytes were there */
+  /* private */
+  int64_t asked, submitted_ns;
+  struct pi2_read *next;
+  int slot;
+  uint8_t tries, stalls, slow;
+} pi2_read;
+
+struct pi2_flash_statistics {
+  enum pi2_io io;           /* URING or PREADV */
+  int direct;               /* O_DIRECT */
+  int depth, threads;       /* threads: of the preadv backend */
+  int64_t file_bytes;       /* at open */
+  int64_t registered_bytes;
+  int64_t reads, bytes;     /* reads finished, failed ones too; bytes that arrived */
+  int64_t errors;           /* reads that failed, PI2_EOF too */
+  int64_t retries;          /* after EIO, EINTR, EAGAIN */
+  int64_t short_reads;      /* answers with less than was asked for, at the end of the file too */
+  int64_t latency_ns;       /* sum over reads */
+  int64_t latency[PI2_FLASH_LATENCIES]; /* number of reads by latency: [0] under 1 us, [i] under 2^i us, last: all others */
+  char io_reason[96];       /* "io_uring: not permitted by this system (EPERM)" */
+  char direct_reason[96];
+};
+
+/* Opens the file and holds it: what is renamed over the path later is not read. NULL and *error, an errno, on failure:
+ * ESPIPE for what is neither a regular file nor a block device, EINVAL for a bad depth, and with PI2_IO_URING the
+ * errno of pi2_uring_probe. `depth`: reads in flight at most, 1 to PI2_FLASH_MOST. */
+pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *error);
+
+/* Optional: declares that reads will mostly go to [base, base + bytes), which io_uring then pins once instead of at each
+ * read. Once, while nothing is in flight. 0, or an errno with no harm done: EOPNOTSUPP without io_uring, ENOMEM over
+ * RLIMIT_MEMLOCK, EBUSY the second time. The memory must live until close. */
+int pi2_flash_register(pi2_flash *f, void *base, int64_t bytes);
+
+/* 0, or -1: `depth` reads are in flight. The read starts now or, together with others submitted since, at the next
+ * reap; so a reap follows soon. One that cannot be is reaped with its error. */
+int pi2_flash_submit(pi2_flash *f, pi2_read *r);
+
+/* Number of reads that have finished, in order of finishing, at most `max`. Waits for the first one: timeout_ns 0: does
+ * not wait; < 0: for ever. 0: the timeout passed, or somebody woke this thread. max 0: starts what was submitted. */
+int pi2_flash_reap(pi2_flash *f, pi2_read **done, int max, int64_t timeout_ns);
+
+/* From any thread, before close: the reap that waits, or else the next one, returns without waiting. */
+void pi2_flash_wake(pi2_flash *f);
+
+/* Waits for reads in flight, cancelling what can be; they are not reaped. Nothing of the caller is written to after. */
+void pi2_flash_close(pi2_flash *f);
+
+void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s);
+
+/* Whether this process may use io_uring: 0, or an errno. `why`: a sentence either way. */
+int pi2_uring_probe(char *why, int room);
+#endif

@@ -1,0 +1,370 @@
+"""Asynchronous reads of one file past the page cache (flash.h), for tests and for measuring."""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+
+import os
+import threading
+from dataclasses import dataclass
+
+from pi2rt._errors import BusyError
+
+cdef extern from "stdlib.h" nogil:
+    int posix_memalign(void **, size_t, size_t)
+
+cdef extern from "gang.h" nogil:
+    int64_t pi2_now_ns()
+
+cdef extern from "flash.h" nogil:
+    enum: PI2_FLASH_BLOCK, PI2_FLASH_MOST, PI2_FLASH_LATENCIES, PI2_EOF
+    ctypedef struct pi2_flash:
+        pass
+    enum pi2_io:
+        PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV
+    ctypedef struct pi2_read:
+        int64_t offset, bytes
+        uint8_t *to
+        void *user
+        int error
+        int64_t got, latency_ns
+    struct c_statistics "pi2_flash_statistics":
+        pi2_io io
+        int direct, depth, threads
+        int64_t file_bytes, registered_bytes, reads, bytes, errors, retries, short_reads, latency_ns
+        int64_t *latency
+        char *io_reason
+        char *direct_reason
+    pi2_flash *pi2_flash_open(const char *, pi2_io, int, int *)
+    int pi2_flash_register(pi2_flash *, void *, int64_t)
+    int pi2_flash_submit(pi2_flash *, pi2_read *)
+    int pi2_flash_reap(pi2_flash *, pi2_read **, int, int64_t)
+    void pi2_flash_wake(pi2_flash *)
+    void pi2_flash_close(pi2_flash *)
+    void c_take_statistics "pi2_flash_statistics"(pi2_flash *, c_statistics *)
+    int pi2_uring_probe(char *, int)
+
+BLOCK = PI2_FLASH_BLOCK
+MOST_IN_FLIGHT = PI2_FLASH_MOST
+EOF = PI2_EOF
+IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
+PATIENCE_NS = 100_000_000  # how long a signal may have to wait for its Python handler
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    io: str
+    io_reason: str
+    direct: bool
+    direct_reason: str
+    depth: int
+    threads: int
+    file_bytes: int
+    registered_bytes: int
+    reads: int
+    bytes: int
+    errors: int
+    retries: int
+    short_reads: int
+    latency_ns: int
+    latencies: tuple[int, ...]
+
+    @property
+    def mean_latency_ns(self):
+        return self.latency_ns / self.reads if self.reads else 0.0
+
+
+def probe():
+    """(whether this process may use io_uring, a sentence that says why)."""
+    cdef char why[96]
+    cdef int error = pi2_uring_probe(why, sizeof(why))
+    return error == 0, (<bytes>why).decode()
+
+
+cdef pi2_flash *open_flash(path, io, int depth) except NULL:
+    cdef int error = 0
+    cdef char why[96]
+    cdef pi2_flash *f
+    if io not in IO:
+        raise ValueError(f"io={io!r}: one of {', '.join(IO)}")
+    if not 1 <= depth <= PI2_FLASH_MOST:
+        raise ValueError(f"depth={depth}: 1 to {PI2_FLASH_MOST}")
+    name = os.fsencode(path)
+    if b"\0" in name:
+        raise ValueError("embedded null byte in the path")
+    cdef const char *c_name = name
+    cdef pi2_io c_io = IO[io]
+    with nogil:
+        f = pi2_flash_open(c_name, c_io, depth, &error)
+    if f == NULL:
+        if c_io == PI2_IO_URING and pi2_uring_probe(why, sizeof(why)) == error:
+            raise OSError(error, (<bytes>why).decode())
+        raise OSError(error, os.strerror(error), os.fspath(path))
+    return f
+
+
+cdef class Slot:
+    """A read and the memory that it goes to, held until it is reaped."""
+
+    cdef pi2_read read
+    cdef Py_buffer view
+    cdef bint held
+    cdef object tag
+
+    def __dealloc__(self):
+        if self.held:
+            PyBuffer_Release(&self.view)
+
+
+cdef class Reader:
+    """Reads of the file at ``path``, at most ``depth`` at a time. One thread at a time uses it; any may wake it."""
+
+    cdef pi2_flash *flash
+    cdef object lock, using
+    cdef dict slots
+    cdef int in_flight_most
+
+    def __cinit__(self, path, io="auto", int depth=8):
+        self.lock, self.using, self.slots = threading.Lock(), threading.Lock(), {}
+        self.flash = open_flash(path, io, depth)
+        self.in_flight_most = depth
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    cdef pi2_flash *use(self) except NULL:
+        if not self.using.acquire(blocking=False):
+            raise BusyError("the reader is in use by another thread")
+        if self.flash == NULL:
+            self.using.release()
+            raise ValueError("reader is closed")
+        return self.flash
+
+    cdef start(self, pi2_flash *f, int64_t offset, into, tag):
+        cdef Slot slot = Slot()
+        PyObject_GetBuffer(into, &slot.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        slot.held, slot.tag = True, tag
+        slot.read.offset, slot.read.bytes, slot.read.to = offset, slot.view.len, <uint8_t *>slot.view.buf
+        slot.read.user = <void *>slot
+        if pi2_flash_submit(f, &slot.read):
+            raise BusyError(f"{self.in_flight_most} reads are in flight")
+        self.slots[<uintptr_t><void *>slot] = slot
+
+    cdef list take(self, pi2_flash *f, int most, int64_t timeout_ns):
+        cdef pi2_read *done[PI2_FLASH_MOST]
+        cdef int n, i
+        cdef Slot slot
+        with nogil:
+            n = pi2_flash_reap(f, done, min(most, PI2_FLASH_MOST), timeout_ns)
+        out = []
+        for i in range(n):
+            slot = self.slots.pop(<uintptr_t>done[i].user)
+            out.append((slot.tag, done[i].error, done[i].got))
+        return out
+
+    def submit(self, offset, into, tag=None):
+        """Starts a read into a writable buffer; BusyError when ``depth`` are in flight."""
+        f = self.use()
+        try:
+            self.start(f, offset, into, tag)
+        finally:
+            self.using.release()
+
+    def reap(self, most=PI2_FLASH_MOST, timeout_ns=-1):
+        """(tag, error, bytes that arrived) of reads that have finished; see pi2_flash_reap."""
+        f = self.use()
+        try:
+            return self.take(f, most, timeout_ns)
+        finally:
+            self.using.release()
+
+    def wake(self):
+        with self.lock:
+            if self.flash != NULL:
+                pi2_flash_wake(self.flash)
+
+    def register(self, memory):
+        """Declares that reads go to this buffer mostly, which must live until ``close``; OSError where it cannot be."""
+        cdef Slot slot = Slot()
+        f = self.use()
+        try:
+            PyObject_GetBuffer(memory, &slot.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+            slot.held = True
+            error = pi2_flash_register(f, slot.view.buf, slot.view.len)
+            if error:
+                raise OSError(error, f"registering {slot.view.len} bytes: {os.strerror(error)}")
+            self.slots["registered"] = slot
+        finally:
+            self.using.release()
+
+    def read_many(self, reads, into):
+        """Reads each (offset, bytes) to the buffer, one behind the other; returns their errors (0, errno or EOF)."""
+        cdef pi2_flash *f
+        memory = memoryview(into).cast("B")
+        total = sum(size for _, size in reads)
+        if total > len(memory):
+            raise ValueError(f"{total} bytes do not fit into {len(memory)}")
+        f = self.use()
+        try:
+            if any(key != "registered" for key in self.slots):
+                raise BusyError("reads are in flight")
+            errors, at, begun, left = [0] * len(reads), 0, 0, len(reads)
+            while left:
+                while begun < len(reads) and begun - (len(reads) - left) < self.in_flight_most:
+                    offset, size = reads[begun]
+                    self.start(f, offset, memory[at : at + size], begun)
+                    at += size
+                    begun += 1
+                for i, error, _ in self.take(f, PI2_FLASH_MOST, PATIENCE_NS):
+                    errors[i] = error
+                    left -= 1
+            return tuple(errors)
+        finally:
+            self.using.release()
+
+    def read(self, int64_t offset, int64_t size):
+        """Bytes [offset, offset + size), of any alignment. EOFError where the file ends before; OSError."""
+        cdef pi2_read r
+        cdef pi2_read *done
+        cdef void *memory = NULL
+        cdef int64_t first = offset // PI2_FLASH_BLOCK * PI2_FLASH_BLOCK
+        if offset < 0 or size < 0 or size > INT64_MAX - 2 * PI2_FLASH_BLOCK - offset:
+            raise ValueError(f"offset {offset}, {size} bytes")
+        if size == 0:
+            return b""
+        r.offset = first
+        r.bytes = (offset - first + size + PI2_FLASH_BLOCK - 1) // PI2_FLASH_BLOCK * PI2_FLASH_BLOCK
+        f = self.use()
+        try:
+            if any(key != "registered" for key in self.slots):
+                raise BusyError("reads are in flight")
+            if posix_memalign(&memory, PI2_FLASH_BLOCK, r.bytes):
+                raise MemoryError(f"{r.bytes} bytes")
+            r.to = <uint8_t *>memory
+            with nogil:
+                pi2_flash_submit(f, &r)
+                while pi2_flash_reap(f, &done, 1, -1) == 0:
+                    pass
+            if r.got < offset - first + size:
+                if r.error == PI2_EOF:
+                    raise EOFError(f"{size} bytes at {offset}: the file ends at {first + r.got}")
+                raise OSError(r.error, f"reading {size} bytes at {offset}: {os.strerror(r.error)}")
+            return PyBytes_FromStringAndSize(<char *>r.to + (offset - first), size)
+        finally:
+            free(memory)
+            self.using.release()
+
+    def statistics(self):
+        cdef c_statistics s
+        with self.lock:
+            if self.flash == NULL:
+                raise ValueError("reader is closed")
+            c_take_statistics(self.flash, &s)
+        return Statistics(
+            io="uring" if s.io == PI2_IO_URING else "preadv",
+            io_reason=(<bytes>s.io_reason).decode(),
+            direct=bool(s.direct),
+            direct_reason=(<bytes>s.direct_reason).decode(),
+            depth=s.depth, threads=s.threads, file_bytes=s.file_bytes, registered_bytes=s.registered_bytes,
+            reads=s.reads, bytes=s.bytes, errors=s.errors, retries=s.retries, short_reads=s.short_reads,
+            latency_ns=s.latency_ns, latencies=tuple(s.latency[i] for i in range(PI2_FLASH_LATENCIES)),
+        )
+
+    def close(self):
+        """Waits for reads in flight; they are not reaped. A reap that waits in another thread is BusyError: wake it."""
+        cdef pi2_flash *f
+        if not self.using.acquire(blocking=False):
+            raise BusyError("the reader is in use by another thread")
+        try:
+            with self.lock:
+                f = self.flash
+                self.flash = NULL
+            if f != NULL:
+                with nogil:
+                    pi2_flash_close(f)
+                self.slots.clear()
+        finally:
+            self.using.release()
+
+    def __dealloc__(self):
+        if self.flash != NULL:
+            with nogil:
+                pi2_flash_close(self.flash)
+
+
+def measure(path, int64_t read_bytes, int depth=8, double seconds=0.2, io="auto", pattern="random"):
+    """Bytes per second of reads of this size at this depth, at random blocks or one behind the other."""
+    cdef pi2_flash *f
+    cdef c_statistics s
+    cdef pi2_read *reads = NULL
+    cdef void *memory = NULL
+    cdef int64_t step, places, duration = <int64_t>(seconds * 1e9)
+    cdef bint random = pattern == "random"
+    if pattern not in ("random", "sequential"):
+        raise ValueError(f"pattern={pattern!r}: random or sequential")
+    if read_bytes <= 0 or read_bytes % PI2_FLASH_BLOCK or not 0 < seconds <= 3600:
+        raise ValueError(f"read_bytes={read_bytes}, seconds={seconds}: multiples of {PI2_FLASH_BLOCK}; up to an hour")
+    f = open_flash(path, io, depth)
+    try:
+        c_take_statistics(f, &s)
+        if s.file_bytes < read_bytes:
+            raise ValueError(f"{os.fspath(path)} has {s.file_bytes} bytes, fewer than one read of {read_bytes}")
+        step = PI2_FLASH_BLOCK if random else read_bytes
+        places = (s.file_bytes - read_bytes) // step + 1
+        reads = <pi2_read *>calloc(depth, sizeof(pi2_read))
+        if reads == NULL or posix_memalign(&memory, PI2_FLASH_BLOCK, read_bytes * depth):
+            raise MemoryError(f"{read_bytes * depth} bytes")
+        pi2_flash_register(f, memory, read_bytes * depth)
+        return run(f, reads, <uint8_t *>memory, depth, read_bytes, places, step, random, duration, path)
+    finally:
+        with nogil:
+            pi2_flash_close(f)
+        free(memory)
+        free(reads)
+
+
+cdef double run(pi2_flash *f, pi2_read *reads, uint8_t *memory, int depth, int64_t read_bytes, int64_t places,
+                int64_t step, bint random, int64_t duration, path) except -1:
+    cdef pi2_read *done[PI2_FLASH_MOST]
+    cdef pi2_read *r
+    cdef int n = 0, i, error = 0
+    cdef int64_t at = 0, finished = 0, in_flight = 0, begin, now
+    cdef uint64_t state
+    with nogil:
+        begin = now = pi2_now_ns()
+        state = <uint64_t>begin | 1  # not the same places again, which the device may have kept
+        for i in range(depth):
+            reads[i].bytes, reads[i].to = read_bytes, memory + i * read_bytes
+            done[i] = &reads[i]
+        n = depth
+        while True:
+            for i in range(n):
+                r = done[i]
+                if now - begin >= duration or error:
+                    break
+                if random:
+                    state ^= state >> 12
+                    state ^= state << 25
+                    state ^= state >> 27
+                    at = <int64_t>((state * 0x2545f4914f6cdd1dULL) % <uint64_t>places)
+                else:
+                    at = (at + 1) % places
+                r.offset = at * step
+                pi2_flash_submit(f, r)
+                in_flight += 1
+            if in_flight == 0:
+                break
+            n = pi2_flash_reap(f, done, PI2_FLASH_MOST, -1)
+            in_flight -= n
+            finished += n
+            now = pi2_now_ns()
+            for i in range(n):
+                if done[i].error:
+                    error = done[i].error
+    if error:
+        raise EOFError(f"{os.fspath(path)} became shorter") if error == PI2_EOF else OSError(error, os.strerror(error), os.fspath(path))
+    return finished * read_bytes * 1e9 / max(1, now - begin)
