@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeAlias
 
@@ -19,7 +19,7 @@ import numpy as np
 from pi2rt._errors import ConversionError, ModelFormatError, RequestError
 from pi2rt.cython_kernels import native
 from pi2rt.formats import ModelFile, TensorInfo, open_model_file
-from pi2rt.formats.huggingface import COMPANIONS, HuggingFaceDirectory
+from pi2rt.formats.huggingface import COMPANIONS, MAX_CONFIG_BYTES, HuggingFaceDirectory
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.pack_header import (
     CHECKSUM_BYTES,
@@ -30,8 +30,9 @@ from pi2rt.formats.pack_header import (
     encode_metadata,
 )
 from pi2rt.formats.pack_writer import PackWriter, Planned
-from pi2rt.formats.quants import check_scales
-from pi2rt.formats.regular_file import RegularFile, drop_cache
+from pi2rt.formats.quants import TYPES, check_scales
+from pi2rt.formats.regular_file import RegularFile
+from pi2rt.formats.row_blocks import ROWS
 from pi2rt.models import ModelDescription, describe
 from pi2rt.models.tensors import block_tensors, iterate_tensors
 
@@ -42,7 +43,6 @@ PIECE_BYTES = 4 << 20
 """Bytes of the source read at once."""
 
 _COMPANION_BYTES = 128 << 20
-_DROP_BYTES = 64 << 20
 
 
 def convert(
@@ -74,7 +74,7 @@ def convert(
             raise RequestError(f"{file.path} is a pack already")
         if destination.exists() and any(destination.samefile(path) for path in _source_paths(file)):
             raise RequestError(f"{destination} is the model itself; choose another name")
-        _Conversion(file, describe(file), destination, overwrite, progress or _ignore).run()
+        _Conversion(file, destination, overwrite, progress or _ignore).run()
 
 
 def reading_order(model: ModelDescription) -> Iterator[str]:
@@ -89,105 +89,107 @@ def reading_order(model: ModelDescription) -> Iterator[str]:
             yield from (name for name, shape in tensors if len(shape) == dims)
 
 
-@dataclass(slots=True)
 class _Conversion:
-    file: ModelFile
-    model: ModelDescription
-    destination: Path
-    overwrite: bool
-    progress: Progress
-    done: int = 0
-    total: int = 0
-    hashed: list[int] = field(default_factory=lambda: [0])
+    """One run: what goes where, and how far it is."""
+
+    def __init__(self, file: ModelFile, destination: Path, overwrite: bool, progress: Progress) -> None:
+        self._file, self._destination, self._overwrite, self._progress = (
+            file,
+            destination,
+            overwrite,
+            progress,
+        )
+        model = describe(file)
+        self._named = {name for name, _ in iterate_tensors(model)}
+        # Vectors that the description does not name may be part of how it is made (factors of the rotation).
+        rest = [
+            info
+            for info in file.tensors.values()
+            if info.name not in self._named and len(info.shape) == 1 and info.nbytes
+        ]
+        self._tensors = [*(file.tensors[name] for name in reading_order(model)), *rest]
+        self._paths = _source_paths(file)
+        self._stamps = [_stamp(path) for path in self._paths]
+        self._total = sum(info.nbytes for info in self._tensors) + sum(size for size, *_ in self._stamps)
+        self._converted = 0
+        self._hashed = 0  # written by the thread that hashes
 
     def run(self) -> None:
-        file = self.file
+        file = self._file
         container: Container = "huggingface" if isinstance(file, HuggingFaceDirectory) else "gguf"
-        tensors, companions = self._tensors(), self._companions()
+        config = file.read_companion("config.json", MAX_CONFIG_BYTES) if container == "huggingface" else None
+        metadata = encode_metadata(file.metadata if config is None else config.decode())
+        found = {name: file.read_companion(name, _COMPANION_BYTES) for name in COMPANIONS}
+        companions = {name: data for name, data in found.items() if data is not None}
         plan = [
-            Planned(info.name, info.type, info.shape, "blocks16" if is_matrix else "rows")
-            for info, is_matrix in tensors
+            Planned(info.name, info.type, info.shape, "blocks16" if self._is_matrix(info) else "rows")
+            for info in self._tensors
         ]
         plan += [Planned(name, size=len(data)) for name, data in companions.items()]
-        before = {path: path.stat() for path in _source_paths(file)}
-        files = {
-            path: SourceFile(path.name, status.st_size, bytes(DIGEST_BYTES))
-            for path, status in before.items()
-        }
-        source = Source(file.path.resolve().name, container, tuple(files.values()))
-        self.total = sum(info.nbytes for info, _ in tensors) + sum(each.nbytes for each in files.values())
-        metadata = encode_metadata(file.metadata, container)
+        source = self._source(container, [bytes(DIGEST_BYTES)] * len(self._paths))
         writer = PackWriter(
-            self.destination, source, file.architecture, metadata, plan, overwrite=self.overwrite
+            self._destination, source, file.architecture, metadata, plan, overwrite=self._overwrite
         )
         stop = threading.Event()
         with writer, ThreadPoolExecutor(1, "pi2rt digest") as pool:
-            digests = pool.submit(self._digests, list(before), stop)
+            digests = pool.submit(self._digests, stop)
             try:
-                self._write(writer, tensors, companions)
-                found = self._await(digests)
+                self._write_tensors(writer)
+                for name, data in companions.items():
+                    writer.write(name, np.frombuffer(data, np.uint8))
+                source = self._source(container, self._await(digests))
             finally:
                 stop.set()
-            after = {path: path.stat() for path in before}
-            for path, status in after.items():
-                old = before[path]
-                if (status.st_size, status.st_mtime_ns) != (old.st_size, old.st_mtime_ns):
+            for path, stamp in zip(self._paths, self._stamps, strict=True):
+                if _stamp(path) != stamp:
                     raise ConversionError(f"{path} changed while it was converted; convert it again")
-            files = {path: SourceFile(each.name, each.nbytes, found[path]) for path, each in files.items()}
-            writer.finish(Source(source.name, source.container, tuple(files.values())))
-        self.progress(self.total, self.total)
+            writer.finish(source)
 
-    def _tensors(self) -> list[tuple[TensorInfo, bool]]:
-        """(tensor, whether it becomes row blocks). Vectors that the description does not name may be part of how it
-        is made (factors of the rotation): they come last."""
-        found = self.file.tensors
-        named = [found[name] for name in reading_order(self.model)]
-        names = {info.name for info in named}
-        rest = [info for info in found.values() if info.name not in names and len(info.shape) == 1]
-        return [(info, len(info.shape) == 2) for info in named] + [
-            (info, False) for info in rest if info.nbytes
-        ]
+    def _is_matrix(self, info: TensorInfo) -> bool:
+        return info.name in self._named and len(info.shape) == 2
 
-    def _companions(self) -> Mapping[str, bytes]:
-        found = {name: self.file.read_companion(name, _COMPANION_BYTES) for name in COMPANIONS}
-        return {name: data for name, data in found.items() if data is not None}
+    def _source(self, container: Container, digests: Sequence[bytes]) -> Source:
+        files = zip(self._paths, self._stamps, digests, strict=True)
+        return Source(
+            _text(self._file.path.resolve().name),
+            container,
+            tuple(SourceFile(_text(path.name), stamp[0], digest) for path, stamp, digest in files),
+        )
 
-    def _write(
-        self, writer: PackWriter, tensors: list[tuple[TensorInfo, bool]], companions: Mapping[str, bytes]
-    ) -> None:
-        used = {name for name, _ in iterate_tensors(self.model)}
-        with _Dropper() as dropper:
-            for info, is_matrix in tensors:
-                if is_matrix:
+    def _write_tensors(self, writer: PackWriter) -> None:
+        with _Dropper(self._paths) as dropper:
+            for info in self._tensors:
+                if self._is_matrix(info):
                     self._write_matrix(writer, info)
                 else:
-                    self._write_vector(writer, info, check=info.name in used)
+                    self._write_vector(writer, info)
                 dropper.drop(info)
-        for name, data in companions.items():
-            writer.write(name, np.frombuffer(data, np.uint8))
 
-    def _write_vector(self, writer: PackWriter, info: TensorInfo, *, check: bool) -> None:
-        raw = self.file.read(info.name)
-        if check and check_scales(info.type, raw) is not None:
-            raise ModelFormatError(self.file.path, f"tensor {info.name}", "holds NaN or infinity")
-        writer.write(info.name, raw)
-        self._advance(info.nbytes)
+    def _write_vector(self, writer: PackWriter, info: TensorInfo) -> None:
+        block = TYPES[info.type].block_bytes
+        for start in range(0, info.nbytes, PIECE_BYTES // block * block):
+            raw = np.empty(min(PIECE_BYTES // block * block, info.nbytes - start), np.uint8)
+            self._file.read_into(info, start, raw.data)
+            if info.name in self._named and check_scales(info.type, raw) is not None:
+                raise ModelFormatError(self._file.path, f"tensor {info.name}", "holds NaN or infinity")
+            writer.write(info.name, raw)
+            self._advance(raw.nbytes)
 
     def _write_matrix(self, writer: PackWriter, info: TensorInfo) -> None:
         rows, columns = info.shape
         row_bytes = info.nbytes // rows
-        step = max(16, PIECE_BYTES // row_bytes // 16 * 16)
-        source = native.Memory(min(step, rows) * row_bytes)
-        blocks = native.Memory(native.matrix_bytes(info.type, min(step, rows), columns))
+        step = min(rows, max(ROWS, PIECE_BYTES // row_bytes // ROWS * ROWS))
+        source = native.Memory(step * row_bytes)
+        blocks = native.Memory(native.matrix_bytes(info.type, step, columns))
         try:
             for first in range(0, rows, step):
                 count = min(step, rows - first)
                 raw = source.view()[: count * row_bytes]
-                self.file.read_into(info, first * row_bytes, raw.data)
+                self._file.read_into(info, first * row_bytes, raw.data)
                 bad = native.repack(info.type, raw, count, columns, blocks.address)
                 if bad is not None:
                     raise ModelFormatError(
-                        self.file.path,
+                        self._file.path,
                         f"tensor {info.name}",
                         f"row {first + bad} holds NaN or infinity in a scale or value",
                     )
@@ -198,14 +200,14 @@ class _Conversion:
             blocks.close()
 
     def _advance(self, count: int) -> None:
-        self.done += count
-        self.progress(self.done + self.hashed[0], self.total)
+        self._converted += count
+        self._progress(self._converted + self._hashed, self._total)
 
-    def _digests(self, paths: list[Path], stop: threading.Event) -> dict[Path, bytes]:
-        """On a thread of its own: the digest of each file. Stops early, with nonsense, when told to."""
+    def _digests(self, stop: threading.Event) -> list[bytes]:
+        """On a thread of its own: the digest of each file of the source. Incomplete when told to stop."""
         buffer = bytearray(PIECE_BYTES)
-        found: dict[Path, bytes] = {}
-        for path in paths:
+        found: list[bytes] = []
+        for path in self._paths:
             digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
             file = RegularFile(path)
             try:
@@ -215,14 +217,14 @@ class _Conversion:
                     with memoryview(buffer)[: file.size - start] as view:
                         file.read_into(start, view)
                         digest.update(view)
+                        self._hashed += len(view)
                     file.drop_cache(start, PIECE_BYTES)
-                    self.hashed[0] += min(PIECE_BYTES, file.size - start)
             finally:
                 file.close()
-            found[path] = digest.digest()
+            found.append(digest.digest())
         return found
 
-    def _await(self, digests: Future[dict[Path, bytes]]) -> dict[Path, bytes]:
+    def _await(self, digests: Future[list[bytes]]) -> list[bytes]:
         while not digests.done():
             wait([digests], timeout=0.1)
             self._advance(0)
@@ -230,22 +232,22 @@ class _Conversion:
 
 
 class _Dropper:
-    """Drops what was read of a model's files from the page cache."""
+    """Drops what was read of a model's files from the page cache, with descriptors of its own."""
 
-    def __init__(self) -> None:
-        self._fds: dict[Path, int] = {}
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
 
     def __enter__(self) -> Self:
+        self._files = {path: RegularFile(path) for path in self._paths}
         return self
 
     def __exit__(self, *error: object) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
+        for file in self._files.values():
+            file.drop_cache(0, file.size)
+            file.close()
 
     def drop(self, info: TensorInfo) -> None:
-        if info.path not in self._fds:
-            self._fds[info.path] = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
-        drop_cache(self._fds[info.path], info.offset, info.nbytes)
+        self._files[info.path].drop_cache(info.offset, info.nbytes)
 
 
 def _source_paths(file: ModelFile) -> list[Path]:
@@ -255,6 +257,17 @@ def _source_paths(file: ModelFile) -> list[Path]:
     names = ("config.json", "model.safetensors.index.json", *COMPANIONS)
     paths = [path for name in names if (path := file.companion(name)) is not None]
     return list(dict.fromkeys((*paths, *(info.path for info in file.tensors.values()))))
+
+
+def _stamp(path: Path) -> tuple[int, int, int, int]:
+    """Size and identity of a file, which change when it is replaced or written to."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
+
+
+def _text(name: str) -> str:
+    """A file's name, which need not be UTF-8, as text."""
+    return os.fsencode(name).decode(errors="replace") or "model"
 
 
 def _ignore(done: int, total: int) -> None: ...
@@ -295,6 +308,7 @@ def verify(path: str | os.PathLike[str], *, progress: Progress | None = None) ->
                         file.read_section(section, start, view)
                         digest.update(view)
                         done += len(view)
+                    file.drop_cache(section)
                     report(done, total)
                 problem = None if digest.digest() == section.checksum else "its checksum does not match"
             except OSError as error:

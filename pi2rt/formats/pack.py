@@ -72,7 +72,7 @@ class PackFile(ModelFile):
         self.path = Path(path)
         self._file = RegularFile(self.path)
         try:
-            header, self.data_offset = self._read_header()
+            header, self._data_offset = self._read_header()
             self.source: Source = header.source
             self.architecture: str = header.architecture
             self.metadata: dict[str, Any] = self._metadata(header)
@@ -99,6 +99,10 @@ class PackFile(ModelFile):
         if start < 0 or start + buffer.nbytes > section.nbytes:
             raise ValueError(f"{buffer.nbytes} bytes from byte {start} on are not inside {section.name!r}")
         self._file.read_into(section.offset + start, buffer)
+
+    def drop_cache(self, section: Section) -> None:
+        """Asks the system to keep none of it in the page cache."""
+        self._file.drop_cache(section.offset, section.nbytes)
 
     @property
     def sections(self) -> Sequence[Section]:
@@ -171,7 +175,7 @@ class PackFile(ModelFile):
 
     def _section(self, region: Region, kind: str) -> Section:
         """The region in the file, if it lies in it."""
-        field, begin = f"{kind} {printable(region.name)}: offset", self.data_offset + region.offset
+        field, begin = f"{kind} {printable(region.name)}: offset", self._data_offset + region.offset
         if region.offset % ALIGNMENT:
             raise self._error(field, f"{region.offset} is not a multiple of {ALIGNMENT}")
         if begin + region.nbytes > self._file.size:

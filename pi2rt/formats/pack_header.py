@@ -73,8 +73,7 @@ class TensorEntry(Region, frozen=True):
 
 
 class Header(msgspec.Struct, frozen=True):
-    """``metadata``: of a GGUF file its keys, as ``encode_metadata`` writes them; of a Hugging Face directory the text
-    of its config.json."""
+    """``metadata``: of a GGUF file its keys, of a Hugging Face directory the text of its config.json."""
 
     source: Source
     architecture: _Name
@@ -102,10 +101,10 @@ class MetadataError(ValueError):
     """Metadata is malformed; the message says which key, and how."""
 
 
-def encode_metadata(metadata: Mapping[str, Any], container: Container) -> msgspec.Raw:
-    """``metadata`` of an open model file as ``decode_metadata`` gives it back."""
-    if container == "huggingface":
-        return msgspec.Raw(msgspec.msgpack.encode(json.dumps(metadata)))
+def encode_metadata(metadata: Mapping[str, Any] | str) -> msgspec.Raw:
+    """``metadata`` of an open GGUF file, or the text of config.json, for ``decode_metadata``."""
+    if isinstance(metadata, str):
+        return msgspec.Raw(msgspec.msgpack.encode(metadata))
     return msgspec.Raw(msgspec.msgpack.encode({key: _encodable(value) for key, value in metadata.items()}))
 
 

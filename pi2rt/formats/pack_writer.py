@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import stat
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ class Planned:
         if self.layout == "blocks16":
             rows, columns = self.shape
             return row_blocks.matrix_bytes(self.type, rows, columns)
-        return TYPES[self.type].nbytes(int(np.prod(self.shape, dtype=object)))
+        return TYPES[self.type].nbytes(math.prod(self.shape))
 
 
 class PackWriter:
@@ -107,11 +108,7 @@ class PackWriter:
         for each in plan:
             self._offsets.append(offset)
             offset = _aligned(offset + each.nbytes)
-        length = len(self._header(source))  # checksums and digests are of fixed size: it will not change
-        if length > MAX_HEADER_BYTES:
-            raise ConversionError(
-                f"{source.name}: its metadata takes {length} bytes in a pack; at most {MAX_HEADER_BYTES} are allowed"
-            )
+        length = self._header_bytes()
         self._data = _aligned(PREAMBLE_BYTES + length)
         self.nbytes = self._data + offset
         self._at = self._flushed = self._data
@@ -258,6 +255,22 @@ class PackWriter:
     def _close(self) -> None:
         fd, self._fd = self._fd, -1
         os.close(fd)
+
+    def _header_bytes(self) -> int:
+        """Length of the header, which is final, as checksums and digests have a fixed size.
+
+        Raises:
+            ConversionError: no reader would accept it: it is too long, or a name is.
+        """
+        header = self._header(self._source)
+        problem = f"it takes {len(header)} bytes; at most {MAX_HEADER_BYTES} are allowed"
+        if len(header) <= MAX_HEADER_BYTES:
+            try:
+                msgspec.msgpack.decode(header, type=Header)
+                return len(header)
+            except msgspec.ValidationError as error:
+                problem = str(error)
+        raise ConversionError(f"{self._source.name}: its header does not fit into a pack: {problem}")
 
     def _header(self, source: Source) -> bytes:
         """With zeros for the checksums that are not known yet."""

@@ -23,6 +23,7 @@ MAX_TOKENIZER_BYTES = 128 << 20  # Gemma's 262,144 tokens take 33 MB
 MAX_CONFIG_BYTES = 8 << 20
 
 _TOKENIZER, _CONFIG, _GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+_TEMPLATE = "chat_template.jinja"
 
 
 ReadFile: TypeAlias = Callable[[str, int], bytes | None]
@@ -87,6 +88,7 @@ class _Loader:
         self._engine = self._read_engine(data)
         self._config = self._read_json(_CONFIG)
         self._generation = self._read_json(_GENERATION)
+        self._template = self._read(_TEMPLATE, 4 * MAX_SOURCE_CHARACTERS)
         self._ids: dict[str, int] = self._engine.get_vocab(with_added_tokens=True)
         self._added = self._engine.get_added_tokens_decoder()
 
@@ -200,9 +202,7 @@ class _Loader:
         return [id_] if wanted and id_ is not None else []
 
     def _chat_template(self) -> ChatTemplate | None:
-        source: Any = self._read("chat_template.jinja", 4 * MAX_SOURCE_CHARACTERS)
-        if source is None:
-            source = self._config.get("chat_template")
+        source: Any = self._config.get("chat_template") if self._template is None else self._template
         if isinstance(source, list):
             named = {
                 entry.get("name"): entry.get("template") for entry in source if isinstance(entry, Mapping)
