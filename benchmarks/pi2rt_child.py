@@ -12,13 +12,19 @@ from typing import Any
 import trio
 
 import pi2rt
+from pi2rt.cli.bench import bytes_per_token
+from pi2rt.cython_kernels.flash import measure
+from pi2rt.planner.device_profile import measure_device
+from pi2rt.planner.placement import default_placement
 from pi2rt.runtime.executor import ExecutorStatistics
 from pi2rt.runtime.host_memory import peak_rss_bytes
+from pi2rt.runtime.topology import read_topology
 
 
 class Model:
-    def __init__(self, runtime: pi2rt.Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: pi2rt.Runtime, path: str, io: str) -> None:
+        self.runtime, self.path, self.io = runtime, path, io
+        self.bandwidths: dict[str, float] = {}
         self.random = random.Random(0)
         self.kept: tuple[tuple[int, int], list[list[int]]] = ((0, 0), [])
 
@@ -66,15 +72,41 @@ class Model:
         tokens = sum(command["tokens"] * (last - start) / (last - first) for first, last in ends)
         return {
             "tokens_per_s": tokens / (end - start),
+            **self.reads(before, after),
             "outside_kernels": 1
             - (after.kernel_ns - before.kernel_ns) / (after.finished_ns - before.finished_ns),
         }
 
+    def reads(self, before: ExecutorStatistics, after: ExecutorStatistics) -> dict[str, float]:
+        """Of weights that do not fit: bytes and waiting per step, and what this machine could do, measured now."""
+        if "flash_bytes" not in after.details:
+            return {}
+        steps = after.steps - before.steps
 
-async def serve(path: str, threads: int, context: int, sequences: int) -> None:
+        def spent(name: str) -> int:
+            return int(str(after.details[name])) - int(str(before.details[name]))
+
+        if not self.bandwidths:
+            self.bandwidths = {
+                "memory_bandwidth": measure_device(default_placement(read_topology())).read_bandwidth,
+                "flash_bandwidth": measure(self.path, 1 << 20, 8, 1.0, self.io, "sequential"),
+            }
+        return {
+            "flash_bytes": spent("flash_bytes") / steps,
+            "flash_wait": spent("flash_stall_ns") / (after.finished_ns - before.finished_ns),
+            "memory_bytes": bytes_per_token(self.path),
+            **self.bandwidths,
+        }
+
+
+async def serve(
+    path: str, threads: int, context: int, sequences: int, memory: int | None = None, io: str = "auto"
+) -> None:
     begin = time.perf_counter()
-    async with pi2rt.open_runtime(path, threads=threads, context=context, max_sequences=sequences) as runtime:
-        model = Model(runtime)
+    async with pi2rt.open_runtime(
+        path, threads=threads, context=context, max_sequences=sequences, memory=memory, io=io
+    ) as runtime:
+        model = Model(runtime, path, io)
         load_s = time.perf_counter() - begin
         print(json.dumps({"load_s": load_s, "version": pi2rt.__version__}), flush=True)
         while line := await trio.to_thread.run_sync(sys.stdin.readline):
@@ -82,4 +114,5 @@ async def serve(path: str, threads: int, context: int, sequences: int) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(serve, sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    path, io = sys.argv[1], sys.argv[6] if len(sys.argv) > 6 else "auto"
+    trio.run(serve, path, *map(int, sys.argv[2:5]), int(sys.argv[5]) if len(sys.argv) > 5 else None, io)

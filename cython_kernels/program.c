@@ -190,7 +190,7 @@ int pi2_run_post(pi2_run *r) {
   memset((void *)r->splits_left, 0, (size_t)(p->max_slots * p->max_kv_heads) * 4);
   memset(r->busy, 0, (size_t)p->threads * 8);
   atomic_store(&r->stop, 0);
-  r->stopped = r->done = 0;
+  r->stopped = r->done = r->error = 0;
   if (pi2_gang_post(p->gang, pi2_run_job, r)) return -1;
   p->next_run++;
   return 0;
@@ -226,9 +226,24 @@ static void op_add_norm(pi2_run *r, const pi2_op *op, int index) {
   }
 }
 
+/* Waits for the streamed matrices of an operation and fills in where they lie. Returns 0 when reading has failed, which
+ * every thread learns alike. */
+static int fetch(pi2_run *r, pi2_op *op, pi2_worker *w) {
+  pi2_stream *s = r->program->stream;
+  const int64_t begin = pi2_now_ns();
+  for (int i = 0; i < op->n_matrices; i++) {
+    if (op->matrix[i].data) continue;
+    op->matrix[i].data = pi2_stream_get(s, r->base + (uint64_t)op->matrix[i].unit, w->gang->spin_ns);
+    if (!op->matrix[i].data) return 0;
+  }
+  if (w->index == 0) s->stall_ns += pi2_now_ns() - begin;
+  return 1;
+}
+
 int pi2_run_job(void *context, pi2_worker *w) {
   pi2_run *r = context;
   pi2_program *p = r->program;
+  if (w->index == 0 && p->stream) r->base = pi2_stream_begin(p->stream);
   pi2_job_begin(w, &r->stop);
   if (w->index == 0) {
     r->begin_ns = pi2_now_ns();
@@ -238,6 +253,16 @@ int pi2_run_job(void *context, pi2_worker *w) {
   uint64_t busy = 0;
   for (int i = 0; i < p->n_ops && !stopped; i++) {
     const pi2_op *op = &p->ops[i];
+    pi2_op streamed;
+    if (op->streamed) {
+      streamed = *op;
+      op = &streamed;
+      if (!fetch(r, &streamed, w)) {
+        if (w->index == 0) r->error = atomic_load(&p->stream->error);
+        stopped = 1;
+        break;
+      }
+    }
     const uint64_t begin = pi2_ticks();
     switch (op->kind) {
       case PI2_EMBED: op_embed(r, i); break;
@@ -254,6 +279,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
       r->op_end[w->index * p->n_ops + i] = end;
     }
     if (!stopped) stopped = pi2_barrier(w);
+    if (op->streamed && w->index == 0 && !stopped) pi2_stream_release(p->stream, r->base + (uint64_t)op->last_unit);
   }
   r->busy[w->index] = busy;
   if (w->index == 0) {

@@ -11,6 +11,7 @@
 #include "gang.h"
 #include "kernels.h"
 #include "sampler.h"
+#include "stream.h"
 
 #define PI2_REPLICATED 4 /* rows up to which every thread prepares all inputs itself */
 #define PI2_PANEL_ROWS 8 /* rows from which on several row blocks are multiplied together */
@@ -21,8 +22,9 @@
 typedef struct {
   int type;
   int64_t rows, k;
-  const uint8_t *data; /* row blocks */
+  const uint8_t *data; /* row blocks; NULL: streamed, and known only while its operation runs */
   const float *bias;   /* (rows) or NULL */
+  int unit;            /* of the stream, where streamed */
 } pi2_matrix;
 
 typedef struct { /* weight NULL: no norm */
@@ -47,6 +49,7 @@ typedef struct {
   pi2_norm norm;
   int source, sink, n_matrices;
   pi2_matrix matrix[3]; /* LINEAR: outputs one after the other. FFN: up, gate. HEAD: one */
+  int streamed, last_unit; /* how many of its matrices are, and the last one's unit */
   int activation, up_activation;
   int q8_in, q8_out; /* the source is integers already; the next operation wants them: quantise while in cache */
   /* ATTENTION */
@@ -87,6 +90,8 @@ typedef struct pi2_run {
   _Atomic uint32_t *cursors;
   _Atomic uint32_t *splits_left;        /* (max_slots, max KV heads): splits done in this layer */
   int stopped;
+  uint64_t base;                        /* position of the first streamed unit */
+  int error;                            /* errno of a read that failed: the run was stopped by it */
   _Atomic int done;                     /* last to be set: whoever sees it sees the results */
   int64_t begin_ns, end_ns;
   uint64_t begin_ticks, end_ticks;
@@ -105,6 +110,7 @@ typedef struct { /* one thread's own */
 typedef struct pi2_program {
   const pi2_kernels *kernels;
   pi2_gang *gang;
+  pi2_stream *stream; /* or NULL: all weights are in memory */
   int wide; /* activations are int16, else int8 */
   int64_t dim, vocab, max_rows, max_slots, context, max_k, hidden, y_columns, attention_columns;
   int threads, max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
@@ -205,9 +211,9 @@ static inline void pi2_multiply(const pi2_program *p, const pi2_matrix *m, int64
       k->gemm_float[m->type](w + i * size, m->k, in->floats + row * in->ld, in->ld, n, tile + 16 * i, ld);
     return;
   }
-  if (p->wide && n >= PI2_PANEL_ROWS)
+  if (n >= PI2_PANEL_ROWS)
     for (; i + k->panel <= count; i += k->panel)
-      k->panel16[m->type](w + i * size, size, m->k, &x, n, tile + 16 * i, ld);
+      (p->wide ? k->panel16 : k->panel8)[m->type](w + i * size, size, m->k, &x, n, tile + 16 * i, ld);
   for (; i < count; i++) (p->wide ? k->gemm16 : k->gemm8)[m->type](w + i * size, m->k, &x, n, tile + 16 * i, ld);
 }
 /* Rows per pass, so that their activations stay in the second-level cache while the unit's row blocks pass by. */

@@ -4,6 +4,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from pi2rt.cython_kernels.stream import Stream
 from pi2rt.runtime.step import Bind, Sampling, Step, StepResult
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -19,7 +20,9 @@ class Gang:
     def close(self) -> None: ...
 
 class Matrix:
-    def __init__(self, type_id: int, rows: int, k: int, address: int, bias: Floats | None = None) -> None: ...
+    def __init__(
+        self, type_id: int, rows: int, k: int, address: int, bias: Floats | None = None, *, unit: int = -1
+    ) -> None: ...
 
 class Program:
     weight_bytes: int
@@ -41,6 +44,7 @@ class Program:
         wide: bool = True,
         embedding_scale: float = 1,
         logit_softcap: float = 0,
+        stream: Stream | None = None,
     ) -> None: ...
     def rope(self, frequencies: npt.NDArray[np.float64], interleaved: bool, magnitude: float) -> int: ...
     def embed(self, matrix: Matrix) -> None: ...

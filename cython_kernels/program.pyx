@@ -39,6 +39,10 @@ cdef extern from "sampler.h" nogil:
         int32_t id
     pi2_pick pi2_sample(const pi2_kernels *, pi2_slot *, float *, int64_t, int64_t, pi2_pick *, pi2_candidate *)
 
+cdef extern from "stream.h" nogil:
+    ctypedef struct pi2_stream:
+        pass
+
 cdef extern from "program.h" nogil:
     enum: PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD_NORM, PI2_HEAD
     enum: PI2_QUEUE
@@ -47,6 +51,7 @@ cdef extern from "program.h" nogil:
         int64_t rows, k
         const uint8_t *data
         const float *bias
+        int unit
     ctypedef struct pi2_norm:
         const float *weight
         float offset, eps
@@ -59,6 +64,7 @@ cdef extern from "program.h" nogil:
         pi2_norm norm
         int source, sink, n_matrices
         pi2_matrix matrix[3]
+        int streamed, last_unit
         int activation, up_activation, q8_in, q8_out
         int n_heads, n_kv_heads, head_dim, window
         float scale, softcap
@@ -83,7 +89,7 @@ cdef extern from "program.h" nogil:
         int32_t *targets
         float *scores
         int stop
-        int stopped, done
+        int stopped, done, error
         int64_t begin_ns, end_ns
         uint64_t begin_ticks, end_ticks
         uint64_t *busy
@@ -92,6 +98,7 @@ cdef extern from "program.h" nogil:
     ctypedef struct pi2_program:
         const pi2_kernels *kernels
         pi2_gang *gang
+        pi2_stream *stream
         int64_t dim, vocab, max_rows, max_slots, context
         int wide, threads, n_ropes, n_ops
         pi2_op *ops
@@ -150,13 +157,17 @@ cdef class Gang:
 
 
 cdef class Matrix:
-    """Row blocks of a weight matrix: ``address`` stays valid as long as the program lives."""
+    """Row blocks of a weight matrix: ``address`` stays valid as long as the program lives; 0: it is unit ``unit`` of the
+    program's stream."""
 
     cdef pi2_matrix m
     cdef object bias
 
-    def __init__(self, int type_id, int64_t rows, int64_t k, uintptr_t address, bias=None):
+    def __init__(self, int type_id, int64_t rows, int64_t k, uintptr_t address, bias=None, *, int unit=-1):
         cdef const float[::1] b
+        if address == 0 and unit < 0:
+            raise InternalError("a matrix is in memory or a unit of a stream")
+        self.m.unit = unit
         self.m.type, self.m.rows, self.m.k, self.m.data = type_id, rows, k, <const uint8_t *>address
         self.m.bias = NULL
         self.bias = bias
@@ -171,12 +182,15 @@ cdef class Program:
     """A model's operations. Build in order with ``embed``, ``linear``, ``attention``, ``ffn``, ``add_norm``, ``head``,
     then ``prepare``; then ``post`` steps and ``result`` them in order.
 
-    ``wide``: activations are int16, else int8.
+    ``wide``: activations are int16, else int8. ``stream``: a ``stream.Stream``, which outlives the gang; its units are
+    matrices of the operations, in their order.
     Norms are ``(weight float32 (n,), offset, eps)`` or None. Everything passed in must stay alive and unmoved.
     """
 
     cdef pi2_program p
     cdef Gang gang
+    cdef object stream
+    cdef int next_unit
     cdef list keep, waiting
     cdef int capacity, capacity_ropes
     cdef bint prepared
@@ -185,8 +199,9 @@ cdef class Program:
     cdef list busy_ns
 
     def __init__(self, Gang gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
-                 int64_t context, int64_t pages, bint wide=True, float embedding_scale=1, float logit_softcap=0):
-        self.gang, self.pages = gang, pages
+                 int64_t context, int64_t pages, bint wide=True, float embedding_scale=1, float logit_softcap=0,
+                 stream=None):
+        self.gang, self.pages, self.stream = gang, pages, stream
         self.keep = []
         self.waiting = []
         self.busy_ns = [0] * gang.gang.n
@@ -194,6 +209,8 @@ cdef class Program:
         p.gang, p.threads, p.kernels = gang.gang, gang.gang.n, <const pi2_kernels *>kernels
         p.dim, p.vocab, p.max_rows, p.max_slots, p.context = dim, vocab, max_rows, max_slots, context
         p.wide = wide
+        if stream is not None:
+            p.stream = <pi2_stream *><uintptr_t>stream.address
         p.embedding_scale, p.logit_softcap = embedding_scale, logit_softcap
 
     cdef pi2_op *add(self, int kind, int layer) except NULL:
@@ -225,9 +242,17 @@ cdef class Program:
         for i, matrix in enumerate(matrices):
             m = matrix
             op.matrix[i] = m.m
+            if m.m.data == NULL:
+                if self.stream is None or not self.next_unit <= m.m.unit < self.stream.n:
+                    raise InternalError(f"unit {m.m.unit} is not the stream's, or out of order")
+                self.next_unit = m.m.unit + 1
+                op.streamed += 1
+                op.last_unit = m.m.unit
             self.keep.append(m)
             self.weight_bytes += (m.m.rows + PI2_ROWS - 1) // PI2_ROWS * pi2_row_block_bytes(m.m.type, m.m.k)
         op.n_matrices = <int>len(matrices)
+        if op.streamed:
+            self.stream.check(range(op.last_unit + 1 - op.streamed, op.last_unit + 1))
         return 0
 
     def rope(self, frequencies, bint interleaved, float magnitude):
@@ -454,6 +479,9 @@ cdef class Program:
         for t in range(self.p.threads):
             self.busy_ns[t] += <int64_t>(r.busy[t] * ns_per_tick)
         kernel_ns = <int64_t>(busy * ns_per_tick / self.p.threads)
+        if r.error:
+            message = "the file ends too early" if r.error < 0 else os.strerror(r.error)
+            raise OSError(abs(r.error), f"reading weights: {message}", os.fspath(self.stream.path))
         if r.stopped:
             return StepResult(step.id, stopped=True, started_ns=r.begin_ns, finished_ns=r.end_ns, kernel_ns=kernel_ns), None
         sampled, scores, logits = [], [], []

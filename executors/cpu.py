@@ -11,10 +11,12 @@ import contextlib
 import os
 from collections import deque
 
+import numpy as np
 import trio
 
 from pi2rt._errors import BusyError, ClosedError
 from pi2rt.cython_kernels import native, program
+from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
 from pi2rt.executors.weights import Weights
 from pi2rt.formats import ModelFile
@@ -22,6 +24,9 @@ from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress, ThreadStatistics
 from pi2rt.runtime.step import Step, StepResult
 from pi2rt.runtime.trace import Nanoseconds
+
+FLASH = "flash"
+"""Name of the actor that reads streamed weights."""
 
 SPIN_NS = 50_000
 """How long a thread spins at a barrier before it sleeps. A wake-up costs 50 to 100 us."""
@@ -36,11 +41,14 @@ class CpuExecutor:
     def __init__(self) -> None:
         self._weights: Weights | None = None
         self._cache: native.Memory | None = None
+        self._ring: native.Memory | None = None
+        self._stream: Stream | None = None
         self._gang: program.Gang | None = None
         self._program: program.Program | None = None
         self._options: ExecutorOptions | None = None
         self._in_flight: deque[int] = deque()
         self._threads: list[tuple[str, int]] = []  # (actor, core) of each thread
+        self._traced_reads = 0
         self._steps = self._tokens = self._busy_ns = self._kernel_ns = self._finished_ns = 0
         self._tokens_of: deque[int] = deque()
 
@@ -52,14 +60,23 @@ class CpuExecutor:
         self._threads = [(options.actor, core) for core in cores]
         self._threads += [(actor, core) for actor, group in options.assistants for core in group]
         self._options = options
-        self._weights = Weights(file, model, exact_floats=options.exact_floats)
+        self._weights = Weights(file, model, exact_floats=options.exact_floats, streamed=options.streamed)
         await self._weights.load(progress, len(self._threads))
+        if options.streamed:
+            self._ring = native.Memory(options.ring_bytes)
+            self._stream = Stream(
+                os.fspath(self._weights.path),
+                self._weights.extents,
+                self._ring.address,
+                self._ring.nbytes,
+                io=options.io,
+            )
         layouts, page_bytes = cache_layouts(model, kv_type(options))
         self._cache = native.Memory(max(1, options.pages * page_bytes))
         pinned = [core for _, core in self._threads]
         spin = SPIN_NS if len(set(pinned)) == len(pinned) else 0  # two on one core would spin for each other
         self._gang = program.Gang(pinned, spin_ns=spin)
-        builder = ProgramBuilder(file, model, self._weights, options, self._gang)
+        builder = ProgramBuilder(file, model, self._weights, options, self._gang, self._stream)
         self._program = builder.build(self._cache, layouts, page_bytes)
 
     def submit(self, step: Step) -> None:
@@ -108,6 +125,14 @@ class CpuExecutor:
         for thread, (actor, core) in enumerate(self._threads):
             track = self._options.trace.track(actor, f"core {core}")
             self._options.trace.extend_native(track, names, starts[thread], ends[thread])
+        if self._stream is not None:
+            begin, end = self._stream.times()
+            read = end > np.maximum(begin, self._traced_reads)
+            if read.any():
+                track = self._options.trace.track(FLASH, "reads")
+                reads = tuple(name for name, new in zip(self._options.streamed, read, strict=True) if new)
+                self._options.trace.extend_native(track, reads, begin[read], end[read])
+                self._traced_reads = int(end[read].max())
 
     def stop(self, step_id: int) -> None:
         if self._program is not None:
@@ -124,6 +149,15 @@ class CpuExecutor:
                 await trio.to_thread.run_sync(gang.close)  # joins the threads: each stops at its next barrier
         self._program = None
         self._in_flight.clear()
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(
+                    stream.close
+                )  # joins the reader: nobody writes to the ring then
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
         if self._cache is not None:
             self._cache.close()
             self._cache = None
@@ -133,7 +167,8 @@ class CpuExecutor:
         await trio.lowlevel.checkpoint()
 
     def statistics(self) -> ExecutorStatistics:
-        """``details``: "kernels", the variant that runs."""
+        """``details``: "kernels", the variant that runs; where weights are streamed also "flash_bytes" read, and
+        "flash_stall_ns", for which steps have waited for them."""
         held: dict[str, int] = {}
         if self._weights is not None and self._cache is not None and self._program is not None:
             held = {
@@ -141,7 +176,15 @@ class CpuExecutor:
                 "kv": self._cache.nbytes,
                 "activations": self._program.activation_bytes,
             }
-        kernels = None if self._options is None else native.current(self._options.kernels)
+        details: dict[str, object] = {
+            "kernels": None if self._options is None else native.current(self._options.kernels)
+        }
+        flash: tuple[ThreadStatistics, ...] = ()
+        if self._stream is not None and self._ring is not None:
+            held["ring"] = self._ring.nbytes
+            read, reading_ns, details["flash_stall_ns"] = self._stream.counters
+            details["flash_bytes"] = read
+            flash = (ThreadStatistics(FLASH, -1, reading_ns),)
         busy = (0,) * len(self._threads) if self._program is None else self._program.thread_ns
         threads = zip(self._threads, busy, strict=True)
         return ExecutorStatistics(
@@ -152,6 +195,6 @@ class CpuExecutor:
             kernel_ns=self._kernel_ns,
             finished_ns=self._finished_ns,
             bytes=held,
-            threads=tuple(ThreadStatistics(actor, core, ns) for (actor, core), ns in threads),
-            details={"kernels": kernels},
+            threads=(*(ThreadStatistics(actor, core, ns) for (actor, core), ns in threads), *flash),
+            details=details,
         )

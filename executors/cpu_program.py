@@ -8,6 +8,7 @@ import numpy as np
 
 from pi2rt._errors import UnsupportedModelError
 from pi2rt.cython_kernels import native, program
+from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.weights import PackedMatrix, Weights
 from pi2rt.formats import ModelFile
 from pi2rt.models import Attention, FeedForward, Linear, ModelDescription, Norm, Rope
@@ -58,6 +59,7 @@ class ProgramBuilder:
         weights: Weights,
         options: ExecutorOptions,
         gang: program.Gang,
+        stream: Stream | None,
     ) -> None:
         self._file, self._model, self._weights, self._options = file, model, weights, options
         self._program = program.Program(
@@ -72,6 +74,7 @@ class ProgramBuilder:
             wide=options.activations == "int16",
             embedding_scale=model.embedding_scale,
             logit_softcap=model.logit_softcap or 0.0,
+            stream=stream,
         )
         self._ropes: dict[Rope, int] = {}
 
@@ -153,7 +156,15 @@ class ProgramBuilder:
     def _matrix(self, linear: Linear) -> program.Matrix:
         packed: PackedMatrix = self._weights.matrices[linear.weight]
         bias = None if linear.bias is None else self._weights.vectors[linear.bias]
-        return program.Matrix(native.TYPE_IDS[packed.type], packed.rows, packed.columns, packed.address, bias)
+        type_id = native.TYPE_IDS[packed.type]
+        return program.Matrix(
+            type_id,
+            packed.rows,
+            packed.columns,
+            packed.address,
+            bias,
+            unit=self._weights.units.get(linear.weight, -1),
+        )
 
     def _norm(self, norm: Norm | None) -> tuple[Floats, float, float] | None:
         return None if norm is None else (self._weights.vectors[norm.weight], norm.offset, norm.eps)

@@ -16,6 +16,7 @@ import trio
 
 from pi2rt._errors import ModelFormatError
 from pi2rt.cython_kernels import native
+from pi2rt.cython_kernels.stream import SECTOR
 from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.quants import dequantize
 from pi2rt.models import ModelDescription, iterate_tensors
@@ -39,14 +40,18 @@ class PackedMatrix:
 class Weights:
     """Every tensor a description names: matrices as row blocks, vectors as float32.
 
-    ``exact_floats``: matrices become float32, dequantised as the format says.
+    ``exact_floats``: matrices become float32, dequantised as the format says. ``streamed``: names of matrices that
+    are not loaded, because they are read in every step: units of a stream, in this order. They have address 0.
     """
 
-    def __init__(self, file: ModelFile, model: ModelDescription, *, exact_floats: bool) -> None:
+    def __init__(
+        self, file: ModelFile, model: ModelDescription, *, exact_floats: bool, streamed: Sequence[str] = ()
+    ) -> None:
         self._file = file
         self._exact_floats = exact_floats
         infos = [file.tensors[name] for name, _ in iterate_tensors(model)]
-        self._matrix_infos = [info for info in infos if len(info.shape) == 2]
+        self.units = {name: unit for unit, name in enumerate(streamed)}
+        self._matrix_infos = [info for info in infos if len(info.shape) == 2 and info.name not in self.units]
         self._vector_infos = [info for info in infos if len(info.shape) == 1]
         self.vectors: dict[str, Floats] = {}
         self.matrices: dict[str, PackedMatrix] = {}
@@ -60,6 +65,15 @@ class Weights:
             rows, columns = info.shape
             self.matrices[info.name] = PackedMatrix(self._type(info), rows, columns, address)
             address += native.matrix_bytes(self._type(info), rows, columns)
+        self.path = file.path
+        self.extents: list[
+            tuple[int, int]
+        ] = []  # of the streamed ones in the file, (offset, bytes), whole sectors
+        for name in streamed:
+            info = file.tensors[name]
+            rows, columns = info.shape
+            self.matrices[name] = PackedMatrix(info.type, rows, columns, 0)
+            self.extents.append((info.offset, -(-info.nbytes // SECTOR) * SECTOR))
 
     def _type(self, info: TensorInfo) -> str:
         return "F32" if self._exact_floats else info.type

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from pi2rt._errors import RequestError
-from pi2rt.memory import KV_BYTES
+from pi2rt.memory import KV_BYTES, parse_size
 from pi2rt.runtime.executor import Executor, Progress
 
 MIXED_CHUNK = 64
@@ -28,6 +28,8 @@ class RuntimeKeywords(TypedDict, total=False):
     kv_type: Literal["f16", "q8"]
     activations: Literal["int16", "int8"]
     kernels: str | None
+    memory: int | str | None
+    io: Literal["auto", "uring", "preadv"]
     exact_floats: bool
     trace: str | os.PathLike[str] | None
     on_load: Progress | None
@@ -56,6 +58,11 @@ class RuntimeOptions:
     changes the likeliest token at 4 % of positions; int16 at none."""
     kernels: str | None = None
     """A kernel variant by name; None: the best for this processor."""
+    memory: int | str | None = None
+    """What the whole process may take, in bytes or as "600M"; None: what is free. Weights of a pack (``pi2rt
+    convert``) that do not fit are read from it in every step."""
+    io: Literal["auto", "uring", "preadv"] = "auto"
+    """How they are read: "auto" is io_uring where the system permits it, else threads with preadv."""
     exact_floats: bool = False
     """Weights and activations as float32, for tests; slow."""
     trace: str | os.PathLike[str] | None = None
@@ -72,10 +79,25 @@ class RuntimeOptions:
                 raise RequestError(f"{name}={value!r}: an integer from 1 to {most} is needed")
         if self.kv_type not in KV_BYTES:
             raise RequestError(f"kv_type={self.kv_type!r}: one of {', '.join(map(repr, KV_BYTES))} is needed")
+        if self.io not in ("auto", "uring", "preadv"):
+            raise RequestError(f"io={self.io!r}: one of 'auto', 'uring', 'preadv' is needed")
+        if self.memory is not None and self.memory_bytes < 1:
+            raise RequestError(f"memory={self.memory!r}: at least one byte is needed")
         if self.activations not in ("int16", "int8"):
             raise RequestError(f"activations={self.activations!r}: one of 'int16', 'int8' is needed")
         if self.trace is not None and not Path(self.trace).absolute().parent.is_dir():
             raise RequestError(f"trace={os.fspath(self.trace)!r}: its folder does not exist")
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory asked for; 0 where none was."""
+        if isinstance(self.memory, str):
+            return parse_size(self.memory)
+        if self.memory is not None and (isinstance(self.memory, bool) or not isinstance(self.memory, int)):
+            raise RequestError(
+                f"memory={self.memory!r}: a number of bytes or a text such as '600M' is needed"
+            )
+        return self.memory or 0
 
     @property
     def step_tokens(self) -> int:

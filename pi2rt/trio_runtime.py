@@ -28,11 +28,12 @@ from pi2rt.memory import estimate_need
 from pi2rt.model_info import ModelInfo, model_info
 from pi2rt.models import ModelDescription, describe
 from pi2rt.planner.placement import Placement, default_placement
+from pi2rt.planner.streaming import StreamingPlan, matrices_in_order, plan_streaming
 from pi2rt.runtime.actor import Actor, ActorStatistics
 from pi2rt.runtime.assistant import assistant_statistics
 from pi2rt.runtime.channel import ChannelStatistics
 from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress
-from pi2rt.runtime.host_memory import available_memory, peak_rss_bytes
+from pi2rt.runtime.host_memory import available_memory, peak_rss_bytes, rss_bytes
 from pi2rt.runtime.registry import load_executor
 from pi2rt.runtime.step import PAGE_TOKENS, Floats
 from pi2rt.runtime.topology import CoreClass, parse_core_classes, read_topology
@@ -46,6 +47,9 @@ Control tokens spelled out in text or messages become control tokens: mind where
 
 CLOSE_SECONDS = 5.0
 """How long steps in flight may take to stop when a runtime is closed."""
+
+OWN_MEMORY = 40 << 20
+"""Bytes of a memory budget for what is not counted one by one: tokenizer, Python objects, stacks, allocator."""
 
 LONG_TEXT = 50_000
 """Characters from which on a prompt is tokenised in a worker thread: below, that takes a few milliseconds."""
@@ -277,9 +281,17 @@ def _executor_options(
         exact_floats=chosen.exact_floats,
     )
     each = -(-context // PAGE_TOKENS)
+    available = available_memory()
+    if chosen.memory is not None:
+        available = min(available, chosen.memory_bytes - rss_bytes() - OWN_MEMORY)
+    streaming = StreamingPlan()
+    room = available - need.activations - each * need.page
+    if need.weights > room and _can_stream(file, description) and not chosen.exact_floats:
+        streaming = plan_streaming(file, description, room)
+        need = replace(need, weights=streaming.nbytes)
     return ExecutorOptions(
         slots=chosen.max_sequences,
-        pages=need.pages(available_memory(), each, each * chosen.max_sequences),
+        pages=need.pages(available, each, each * chosen.max_sequences),
         context=context,
         max_tokens=chosen.step_tokens,
         cores=placement.lead.cores,
@@ -289,8 +301,16 @@ def _executor_options(
         activations=chosen.activations,
         exact_floats=chosen.exact_floats,
         kernels=chosen.kernels,
+        streamed=streaming.streamed,
+        ring_bytes=streaming.ring_bytes,
+        io=chosen.io,
         trace=trace,
     )
+
+
+def _can_stream(file: ModelFile, description: ModelDescription) -> bool:
+    """Whether the layers' matrices lie in the file as they are used: then they can be read again and again."""
+    return all(file.tensors[name].layout == "blocks16" for name, _ in matrices_in_order(description))
 
 
 def _engine_options(description: ModelDescription, options: ExecutorOptions) -> EngineOptions:

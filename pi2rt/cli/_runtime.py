@@ -55,6 +55,17 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         help="of products with quantised weights; int8 is faster in prefill and less exact (default: int16)",
     )
     group.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="what the process may take, such as 600M; a pack (see 'pi2rt convert') may be larger",
+    )
+    group.add_argument(
+        "--io",
+        choices=("auto", "uring", "preadv"),
+        default="auto",
+        help="how weights that do not fit are read (default: auto)",
+    )
+    group.add_argument(
         "--kernels", metavar="NAME", help="kernel variant, see 'pi2rt info' (default: the best)"
     )
 
@@ -82,6 +93,8 @@ async def opened(
             kv_type=options.kv,
             activations=options.activations,
             kernels=options.kernels,
+            memory=options.memory,
+            io=options.io,
             on_load=bar.update,
             **more,
         ) as runtime:

@@ -39,7 +39,7 @@ class MemoryNeed:
                 f"{_mib(total - available)} too few: weights {_mib(self.weights)}, "
                 f"KV cache of one context {_mib(needed * self.page)}, activations "
                 f"{_mib(self.activations)}; take a smaller context, kv_type='q8' or a smaller model, or free "
-                f"memory"
+                f"memory; a pack (pi2rt convert) may be larger than memory"
             )
         room = (available - self.weights - self.activations) // 2 // max(1, self.page)
         return max(needed, min(wanted, room))

@@ -32,6 +32,8 @@ class ExecutorOptions:
     activations become where they meet quantised weights; int8 is faster in prefill and less exact.
     ``exact_floats``: dequantise weights to float32, quantise no activations, keep keys and values in float32
     (for tests; slow). ``kernels``: name of a kernel variant, None for the best.
+    ``streamed``: names of the matrices that are not kept but read from the file in every step, through a ring of
+    ``ring_bytes``; ``io``: how, "auto", "uring" or "preadv".
     """
 
     slots: int
@@ -45,6 +47,9 @@ class ExecutorOptions:
     activations: str = "int16"
     exact_floats: bool = False
     kernels: str | None = None
+    streamed: tuple[str, ...] = ()
+    ring_bytes: int = 0
+    io: str = "auto"
     trace: Trace | None = None
 
 

@@ -48,6 +48,12 @@ def peak_rss_bytes(proc: str | os.PathLike[str] = "/proc") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def rss_bytes(proc: str | os.PathLike[str] = "/proc") -> int:
+    """Memory of this process that is resident now, in bytes; the peak where only that is known."""
+    now = _fields(Path(proc) / "self" / "status").get("VmRSS")
+    return peak_rss_bytes(proc) if now is None else now * 1024
+
+
 def _machine_memory(proc: Path) -> int:
     fields = _fields(proc / "meminfo")
     for key in ("MemAvailable", "MemFree", "MemTotal"):

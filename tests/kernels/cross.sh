@@ -3,7 +3,8 @@
 #   native, with the address and undefined behaviour sanitizers, every variant that this processor runs;
 #   VNNI with its instructions emulated, where the processor lacks it;
 #   NEON and scalar of AArch64 under qemu-user, where the cross compiler and the emulator are installed.
-# And the data plane (gang and program) through stress.c, under the thread sanitizer and under the other two.
+# And the data plane (gang and program) through stress.c and the flash reader through flash_stress.c, under the thread
+# sanitizer and under the other two.
 # Needs the python that has pi2rt installed on PATH. Exit status nonzero on any difference or report.
 set -u
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -76,6 +77,14 @@ stress() {
     -lm -pthread -o "$work/$name/stress" && "$work/$name/stress" "$steps"
 }
 
+# flash NAME READS FLAGS...
+flash() {
+  local name=$1 reads=$2
+  shift 2
+  "$compiler" "${common[@]}" "$@" "$here/flash_stress.c" "$source"/{flash,flash_uring,gang}.c -pthread \
+    -o "$work/flash_$name" && (cd "$work" && "./flash_$name" "$reads")
+}
+
 stages=()
 # start TITLE COMMAND...: in the background; what it says is shown below
 start() {
@@ -101,6 +110,8 @@ if [ "$machine" != aarch64 ]; then
 fi
 start "data plane, thread sanitizer" stress thread 80 -O1 -g1 -fsanitize=thread
 start "data plane, address and undefined behaviour sanitizers" stress address 30 "${checks[@]}"
+start "flash reader, thread sanitizer" flash thread 2000 -O1 -g1 -fsanitize=thread
+start "flash reader, address and undefined behaviour sanitizers" flash address 2000 "${checks[@]}"
 
 failed=0
 for i in "${!stages[@]}"; do

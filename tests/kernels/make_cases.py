@@ -92,13 +92,14 @@ def quantize_cases(rng: np.random.Generator) -> Iterator[Case]:
 def products(
     type_name: str, raw: Array, x: npt.NDArray[np.float32], offset: int = 0, padding: int = 0
 ) -> Iterator[Case]:
-    """With int8 and with int16 activations, and these with several row blocks at once too. Rows of activations start
+    """With int8 and with int16 activations, row blocks one by one and several at once. Rows of activations start
     ``offset`` elements into memory and lie ``padding`` elements apart."""
     rows, k = len(raw), x.shape[1]
     memory = native.Memory(native.matrix_bytes(type_name, rows, k))
     if native.repack(type_name, raw.reshape(-1), rows, k, memory.address) is not None:
         raise ValueError("weights of a case must be finite")
-    for wide, panel in ((False, False), (True, False), (True, True))[: 1 if type_name in FLOAT_TYPES else 3]:
+    ways = ((False, False), (True, False), (False, True), (True, True))
+    for wide, panel in ways[: 1 if type_name in FLOAT_TYPES else 4]:
         out = SCALAR.gemm(type_name, memory.address, rows, k, x, wide=wide)
         p = (native.TYPE_IDS[type_name], rows, k, len(x), int(wide), offset, padding, int(panel))
         yield Case(GEMM, [raw, x], [out], p, misalign=4 * (offset % 4))
@@ -117,9 +118,9 @@ def gemm_cases(rng: np.random.Generator) -> Iterator[Case]:
             yield from products(name, random_rows(rng, name, 16, 32), normal(rng, 5, 32), 1)
             yield from products(name, random_rows(rng, name, 17, 96), normal(rng, 2, 96), 0, 1)
         for quants in (0, 0x7F, 0x80, 0xFF):  # where sums of 16 bits come closest to overflowing
-            signs = rng.choice(np.array([-1, 1], np.float32), (3, 256))
-            signs[0], signs[1] = 1, -1
-            yield from products(name, random_rows(rng, name, 16, 256, quants=quants), signs)
+            signs = rng.choice(np.array([-1, 1], np.float32), (7, 256))
+            signs[:3], signs[3:5] = 1, -1
+            yield from products(name, random_rows(rng, name, 64, 256, quants=quants), signs)
         yield from products(name, random_rows(rng, name, 16, 256, scale=0.0), normal(rng, 1, 256))
         yield from products(
             name, random_rows(rng, name, 16, 256, scale=1e-6), wild(rng, 256)[None] * np.float32(2**-7)

@@ -98,7 +98,7 @@ static void run_gemm(const pi2_kernels *kernels, test *t) {
     int64_t b = 0;
     if (t->p[7])
       for (; b + kernels->panel <= blocks; b += kernels->panel)
-        kernels->panel16[type](w + b * size, size, k, &x8, (int)n, out + b * PI2_ROWS, ldo);
+        (wide ? kernels->panel16 : kernels->panel8)[type](w + b * size, size, k, &x8, (int)n, out + b * PI2_ROWS, ldo);
     for (; b < blocks; b++) gemm(w + b * size, k, &x8, (int)n, out + b * PI2_ROWS, ldo);
     free(q);
     free(x8.d);

@@ -119,6 +119,22 @@ def test_products_have_the_scalar_variants_bits_and_columns_stand_alone(type_nam
 
 @pytest.mark.parametrize("wide", [False, True], ids=["int8", "int16"])
 @pytest.mark.parametrize("type_name", QUANT_TYPES)
+def test_several_row_blocks_at_once_have_the_bits_of_one_by_one(type_name: str, wide: bool) -> None:
+    rng = np.random.default_rng(len(type_name) + wide)
+    rows, k, most = 150, 256, 70  # ten row blocks, the last not full: panels, and blocks left over
+    x = rng.standard_normal((most, k)).astype(np.float32)
+    x[::7] = floats(rng, len(x[::7]) * k).reshape(-1, k) / np.float32(1e3)
+    x[5, 40] = np.nan
+    with row_blocks(type_name, random_rows(rng, type_name, rows, k), k) as address:
+        expected = SCALAR.gemm(type_name, address, rows, k, x, wide=wide)
+        for name, kernels in KERNELS.items():
+            for n in range(1, most + 1):
+                got = kernels.gemm(type_name, address, rows, k, x[:n], wide=wide, panels=True)
+                assert_same_bits(got, expected[:n], f"{name}, {n} columns")
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["int8", "int16"])
+@pytest.mark.parametrize("type_name", QUANT_TYPES)
 @given(
     seed=seeds,
     n=st.integers(1, 6),
@@ -177,15 +193,17 @@ def test_float_products_are_the_exact_ones_but_for_rounding(
 @pytest.mark.parametrize("signs", ["plus", "minus", "mixed"])
 def test_no_integer_sum_overflows_at_the_extremes(type_name: str, wide: bool, fill: int, signs: str) -> None:
     rng = np.random.default_rng(fill)
-    raw = random_rows(rng, type_name, 16, 256, quants=fill)
+    raw = random_rows(rng, type_name, 64, 256, quants=fill)
     one = {"plus": np.ones(256), "minus": -np.ones(256), "mixed": rng.choice([-1.0, 1.0], 256)}[signs]
-    x = one.astype(np.float32)[None]  # every activation at its limit
-    weights = quants.dequantize(type_name, raw, (16, 256)).astype(np.float64)
-    offsets = quants.dequantize(type_name, without_quants(type_name, raw), (16, 256)).astype(np.float64)
+    x = np.tile(one.astype(np.float32), (5, 1))  # every activation at its limit
+    weights = quants.dequantize(type_name, raw, (64, 256)).astype(np.float64)
+    offsets = quants.dequantize(type_name, without_quants(type_name, raw), (64, 256)).astype(np.float64)
     exact = x @ weights.T
     tolerance = 20 * EPSILON * (np.abs(weights) + 2 * np.abs(offsets)).sum(axis=1)
     with row_blocks(type_name, raw, 256) as address:
-        expected = SCALAR.gemm(type_name, address, 16, 256, x, wide=wide)
+        expected = SCALAR.gemm(type_name, address, 64, 256, x, wide=wide)
         assert (np.abs(expected - exact) <= tolerance).all()
-        for name, kernels in OTHERS.items():
-            assert_same_bits(kernels.gemm(type_name, address, 16, 256, x, wide=wide), expected, name)
+        for name, kernels in KERNELS.items():
+            for panels in (False, True):
+                got = kernels.gemm(type_name, address, 64, 256, x, wide=wide, panels=panels)
+                assert_same_bits(got, expected, f"{name}, panels: {panels}")

@@ -1,0 +1,118 @@
+"""Models larger than their memory: pi2rt on a pack against llama.cpp's mmap on the GGUF, in the same memory cgroup.
+
+    pi2rt convert MODEL.gguf MODEL.pi2
+    python benchmarks/offload.py MODEL.gguf MODEL.pi2 --budgets 0.9 0.6 --peer /path/to/python-with-llama-cpp-python
+
+Each engine runs alone in a group of that share of the GGUF's size, page cache included, starting with the file
+uncached; they take turns. Needs root. Prints a Markdown table. ``bound`` is the law of docs/design.md: bytes in
+memory over memory bandwidth, or bytes read over flash bandwidth, whichever is longer, both measured in this run;
+``efficiency`` is the bound over what a token took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from memory_group import forget, memory_group
+
+HERE = Path(__file__).parent
+
+
+def measure(
+    command: list[str], limit: int, files: list[str], work: dict[str, Any], rounds: int
+) -> dict[str, Any]:
+    """Runs a child in a group of ``limit`` bytes: first one warming round, then ``rounds``."""
+    forget(*files)
+    with memory_group(limit) as group:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=group.enter
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        answers = []
+        start = process.stdout.readline()
+        for _ in range(rounds + 1):
+            if not start:
+                break
+            process.stdin.write(json.dumps(work) + "\n")
+            process.stdin.flush()
+            if not (line := process.stdout.readline()):
+                break
+            answers.append(json.loads(line))
+        process.stdin.close()
+        status = process.wait()
+        peak = group.peak()
+    if len(answers) <= rounds:
+        return {"failed": f"ended with status {status}", "peak": peak}
+    last = answers[-1]
+    return {**last, "tokens_per_s": median(a["tokens_per_s"] for a in answers[1:]), "peak": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("gguf")
+    parser.add_argument("pack")
+    parser.add_argument("--peer", default=sys.executable, help="the Python that has llama-cpp-python")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=[0.9, 0.6], help="shares of the GGUF's size"
+    )
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2, help="measurements in each run")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--io", default="auto")
+    options = parser.parse_args()
+    size = os.path.getsize(options.gguf)
+    work = {"what": "decode", "context": 16, "tokens": options.tokens}
+    print(
+        f"{Path(options.gguf).name}, {size / 1e6:.0f} MB, {options.threads} threads, "
+        f"decode of {options.tokens} tokens, medians of {options.repeat} runs, alternating, cold page cache\n\n"
+        "| memory | pi2rt tokens/s | llama.cpp tokens/s | ratio | read per token | flash | efficiency | peak |\n"
+        "|---|---|---|---|---|---|---|---|",
+        flush=True,
+    )
+    for share in options.budgets:
+        limit = int(size * share) // 4096 * 4096
+        mine, theirs, last = [], [], {}
+        for _ in range(options.repeat):
+            arguments = [options.threads, options.context, 1, limit, options.io]
+            ours = [sys.executable, str(HERE / "pi2rt_child.py"), options.pack, *map(str, arguments)]
+            peer = [options.peer, str(HERE / "llama_cpp_child.py"), options.gguf, *map(str, arguments[:3])]
+            last = measure(ours, limit, [options.pack], work, options.rounds)
+            other = measure(peer, limit, [options.gguf], work, options.rounds)
+            if "failed" in last:
+                break
+            mine.append(last["tokens_per_s"])
+            theirs.append(other.get("tokens_per_s", 0.0))
+        if not mine:
+            print(f"| {share:.0%} | {last['failed']} | | | | | | |", flush=True)
+            continue
+        ratio = (
+            f"{median(a / b for a, b in zip(mine, theirs, strict=True)):.1f}"
+            if all(theirs)
+            else "llama.cpp failed"
+        )
+        token_s = 1 / median(mine)
+        bound = max(
+            last["flash_bytes"] / last["flash_bandwidth"], last["memory_bytes"] / last["memory_bandwidth"]
+        )
+        print(
+            f"| {share:.0%} = {limit / 1e6:.0f} MB | {median(mine):.2f} | {median(theirs):.2f} | {ratio} | "
+            f"{last['flash_bytes'] / 1e6:.0f} MB | {last['flash_bandwidth'] / 1e9:.2f} GB/s | {bound / token_s:.2f} | "
+            f"{last['peak'] / limit:.3f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

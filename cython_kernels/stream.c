@@ -1,0 +1,187 @@
+#define _GNU_SOURCE
+#include "stream.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "gang.h"
+
+static void futex_wait(_Atomic uint32_t *word, uint32_t expected) {
+  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, NULL, NULL, 0);
+}
+static void futex_wake(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
+
+static void tell_ready(pi2_stream *s) {
+  atomic_fetch_add(&s->ready_word, 1);
+  if (atomic_load(&s->sleepers)) futex_wake(&s->ready_word);
+}
+static void fail(pi2_stream *s, int error) {
+  atomic_store(&s->error, error);
+  tell_ready(s);
+}
+static pi2_placed *placed(pi2_stream *s, uint64_t position) { return &s->placed[position % (uint64_t)s->n]; }
+static const pi2_extent *unit(const pi2_stream *s, uint64_t position) { return &s->units[position % (uint64_t)s->n]; }
+
+/* Frees what is released and no read writes to any more. */
+static void advance_tail(pi2_stream *s) {
+  const uint64_t released = atomic_load(&s->released);
+  while (s->tail < s->next && s->tail < released && !placed(s, s->tail)->pending) s->tail++;
+  if (s->tail == s->next && s->tail < released) { /* a lap that nobody wants: go on where the next begins */
+    s->tail = s->next = released;
+  }
+  if (s->tail == s->next) s->head = 0;
+}
+/* Finds room for the next unit: behind the newest, or at the start once the oldest lies behind that. */
+static int place(pi2_stream *s) {
+  const int64_t bytes = unit(s, s->next)->bytes;
+  int64_t at = s->head;
+  if (s->next - s->tail >= (uint64_t)s->n) return 0;
+  if (s->tail != s->next) {
+    const int64_t oldest = placed(s, s->tail)->at - s->ring;
+    if (s->head > oldest) {
+      if (at + bytes > s->ring_bytes) at = 0;
+      if (at == 0 && bytes > oldest) return 0;
+    } else if (at + bytes > oldest) {
+      return 0;
+    }
+  }
+  pi2_placed *p = placed(s, s->next);
+  p->at = s->ring + at;
+  p->submitted = 0;
+  p->pending = 0;
+  atomic_store_explicit(&p->begin_ns, pi2_now_ns(), memory_order_relaxed);
+  s->head = at + bytes;
+  s->next++;
+  return 1;
+}
+/* Hands reads to flash, oldest unit first, until `depth` are in flight or the ring is full. */
+static void submit(pi2_stream *s) {
+  uint64_t position = s->tail;
+  while (s->n_spare && !atomic_load(&s->error)) {
+    while (position < s->next && placed(s, position)->submitted == unit(s, position)->bytes) position++;
+    if (position == s->next && !place(s)) return;
+    pi2_placed *p = placed(s, position);
+    const pi2_extent *u = unit(s, position);
+    if (position < atomic_load(&s->released)) { /* not wanted any more: only its reads in flight are waited for */
+      p->submitted = u->bytes;
+      continue;
+    }
+    pi2_read *r = s->spare[--s->n_spare];
+    r->offset = u->offset + p->submitted;
+    r->bytes = u->bytes - p->submitted < s->read_bytes ? u->bytes - p->submitted : s->read_bytes;
+    r->to = p->at + p->submitted;
+    r->user = (void *)(uintptr_t)position;
+    p->submitted += r->bytes;
+    p->pending++;
+    if (pi2_flash_submit(s->flash, r)) {
+      p->pending--;
+      s->spare[s->n_spare++] = r;
+      fail(s, EIO);
+    }
+  }
+}
+static void finish(pi2_stream *s, pi2_read *r) {
+  const uint64_t position = (uint64_t)(uintptr_t)r->user;
+  pi2_placed *p = placed(s, position);
+  p->pending--;
+  s->spare[s->n_spare++] = r;
+  if (r->error) fail(s, r->error);
+  if (atomic_load(&s->error)) return; /* what was not there by then never is: every thread must see the same */
+  atomic_fetch_add_explicit(&s->bytes, r->bytes, memory_order_relaxed);
+  if (!p->pending && p->submitted == unit(s, position)->bytes)
+    atomic_store_explicit(&p->end_ns, pi2_now_ns(), memory_order_relaxed);
+  const uint64_t before = atomic_load(&s->ready);
+  uint64_t ready = before > s->tail ? before : s->tail; /* below the tail nothing is wanted */
+  while (ready < s->next && !placed(s, ready)->pending && placed(s, ready)->submitted == unit(s, ready)->bytes) ready++;
+  if (ready == before) return;
+  atomic_store(&s->ready, ready);
+  tell_ready(s);
+}
+static void *reader_main(void *argument) {
+  pi2_stream *s = argument;
+  pi2_read *done[64];
+  pthread_setname_np(pthread_self(), "pi2rt/flash");
+  while (!atomic_load(&s->closing)) {
+    const uint32_t word = atomic_load(&s->work_word);
+    advance_tail(s);
+    submit(s);
+    if (s->n_spare == s->depth) { /* nothing in flight: the ring is full, or reading has failed */
+      if (atomic_load(&s->work_word) == word && !atomic_load(&s->closing)) futex_wait(&s->work_word, word);
+      continue;
+    }
+    const int64_t begin = pi2_now_ns();
+    const int n = pi2_flash_reap(s->flash, done, 64, -1);
+    atomic_fetch_add_explicit(&s->busy_ns, pi2_now_ns() - begin, memory_order_relaxed);
+    for (int i = 0; i < n; i++) finish(s, done[i]);
+  }
+  return NULL;
+}
+
+pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, int64_t read_bytes, int depth, uint8_t *ring,
+                              int64_t ring_bytes, int *error) {
+  pi2_stream *s = aligned_alloc(64, (sizeof *s + 63) / 64 * 64);
+  if (s) {
+    memset(s, 0, sizeof *s);
+    s->flash = flash, s->units = units, s->n = n, s->read_bytes = read_bytes, s->depth = depth;
+    s->ring = ring, s->ring_bytes = ring_bytes;
+    s->placed = calloc((size_t)n, sizeof *s->placed);
+    s->reads = calloc((size_t)depth, sizeof *s->reads);
+    s->spare = calloc((size_t)depth, sizeof *s->spare);
+    for (int i = 0; s->reads && s->spare && i < depth; i++) s->spare[s->n_spare++] = &s->reads[i];
+  }
+  *error = ENOMEM;
+  if (s && s->placed && s->reads && s->spare) *error = pthread_create(&s->thread, NULL, reader_main, s);
+  if (!*error) return s;
+  if (s) free(s->placed), free(s->reads), free(s->spare);
+  free(s);
+  return NULL;
+}
+static void wake_reader(pi2_stream *s) {
+  atomic_fetch_add(&s->work_word, 1);
+  futex_wake(&s->work_word);
+  pi2_flash_wake(s->flash);
+}
+void pi2_stream_destroy(pi2_stream *s) {
+  atomic_store(&s->closing, 1);
+  wake_reader(s);
+  pthread_join(s->thread, NULL);
+  pi2_flash_close(s->flash); /* waits for the reads in flight: `reads` and the ring may go then */
+  free(s->placed), free(s->reads), free(s->spare), free(s);
+}
+
+uint64_t pi2_stream_begin(pi2_stream *s) {
+  const uint64_t first = s->laps++ * (uint64_t)s->n;
+  if (atomic_load(&s->released) < first) {
+    atomic_store(&s->released, first);
+    wake_reader(s);
+  }
+  return first;
+}
+const uint8_t *pi2_stream_get(pi2_stream *s, uint64_t position, int64_t spin_ns) {
+  int64_t deadline = 0;
+  for (uint32_t i = 1;; i++) {
+    if (atomic_load_explicit(&s->ready, memory_order_acquire) > position) return placed(s, position)->at;
+    if (atomic_load_explicit(&s->error, memory_order_acquire)) break;
+    if (i % 16 == 0) pi2_pause();
+    if (i % 256) continue;
+    const int64_t now = pi2_now_ns();
+    if (!deadline) deadline = now + spin_ns;
+    else if (now > deadline) {
+      const uint32_t word = atomic_load(&s->ready_word);
+      atomic_fetch_add(&s->sleepers, 1);
+      if (atomic_load(&s->ready) <= position && !atomic_load(&s->error)) futex_wait(&s->ready_word, word);
+      atomic_fetch_sub(&s->sleepers, 1);
+    }
+  }
+  /* Arrived before the failure counts: so every thread gives the same answer. */
+  return atomic_load(&s->ready) > position ? placed(s, position)->at : NULL;
+}
+void pi2_stream_release(pi2_stream *s, uint64_t position) {
+  atomic_store(&s->released, position + 1);
+  wake_reader(s);
+}

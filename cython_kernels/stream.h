@@ -1,0 +1,69 @@
+/* The streaming segment: weights that do not fit, read in the order in which a program uses them, round and round.
+ *
+ * A dense model needs every weight in every step, so a cache of the recently used ones would always miss. Here one thread
+ * reads ahead into a ring: unit after unit (a unit is one matrix), over the end of a step into the next, until the ring is
+ * full. The threads of the gang wait for a unit where they need it and release it behind the barrier that ends its use.
+ *
+ * Positions count units for ever: position p is unit p mod n of lap p div n, and a run uses one lap. A run that was
+ * stopped leaves the rest of its lap unread: the next one begins at its own. */
+#ifndef PI2_STREAM_H
+#define PI2_STREAM_H
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+
+#include "flash.h"
+
+typedef struct { int64_t offset, bytes; } pi2_extent; /* in the file; multiples of PI2_SECTOR */
+#define PI2_SECTOR 4096
+
+typedef struct { /* a unit on its way or in the ring */
+  uint8_t *at;
+  int64_t submitted;              /* bytes handed to flash */
+  int pending;                    /* reads in flight */
+  _Atomic int64_t begin_ns, end_ns; /* of its last reading, for traces */
+} pi2_placed;
+
+typedef struct pi2_stream {
+  pi2_flash *flash;
+  const pi2_extent *units;
+  int n, depth;
+  int64_t read_bytes;
+  uint8_t *ring;
+  int64_t ring_bytes;
+  pthread_t thread;
+  /* the reader's own */
+  pi2_placed *placed; /* (n), by position mod n */
+  uint64_t tail, next; /* positions [tail, next) hold memory */
+  int64_t head;        /* where the next one goes, if there is room */
+  pi2_read *reads;     /* (depth) */
+  pi2_read **spare;
+  int n_spare;
+  /* shared */
+  _Alignas(64) _Atomic uint32_t ready_word; /* futex: changes when `ready` or `error` does */
+  _Atomic uint64_t ready;                   /* positions below it have arrived */
+  _Atomic int error;                        /* sticky: nothing arrives any more */
+  _Atomic int sleepers;
+  _Alignas(64) _Atomic uint64_t released;   /* positions below it are not needed */
+  _Atomic uint32_t work_word;               /* futex: the reader has something to look at */
+  _Atomic int closing;
+  _Atomic int64_t bytes, busy_ns;           /* read; time with a read in flight */
+  int64_t stall_ns;                         /* that thread 0 has waited for units */
+  uint64_t laps;                            /* begun by runs */
+} pi2_stream;
+
+/* Starts the reader. `units` (n >= 1) and `ring` (aligned to PI2_SECTOR) outlive the stream; the ring has room for the units that are used
+ * together and the largest beside them.
+ * NULL and *error (an errno) on failure. */
+pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, int64_t read_bytes, int depth, uint8_t *ring,
+                              int64_t ring_bytes, int *error);
+/* Stops and joins the reader, closes the flash; afterwards nobody writes to the ring. */
+void pi2_stream_destroy(pi2_stream *s);
+
+/* Thread 0 of a run, before the others look: the position of its first unit. What earlier runs left is dropped. */
+uint64_t pi2_stream_begin(pi2_stream *s);
+/* Waits for a position and returns its address; NULL once reading has failed (the same answer for every thread). */
+const uint8_t *pi2_stream_get(pi2_stream *s, uint64_t position, int64_t spin_ns);
+/* Thread 0, behind the barrier after the last use. */
+void pi2_stream_release(pi2_stream *s, uint64_t position);
+#endif

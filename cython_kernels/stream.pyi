@@ -1,0 +1,28 @@
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+IO: Mapping[str, int]
+SECTOR: int
+
+class Stream:
+    n: int
+    path: str
+    ring_bytes: int
+    address: int
+    counters: tuple[int, int, int]
+    def __init__(
+        self,
+        path: str,
+        units: Sequence[tuple[int, int]],
+        ring: int,
+        ring_bytes: int,
+        *,
+        io: str = "auto",
+        read_bytes: int = ...,
+        depth: int = 8,
+    ) -> None: ...
+    def check(self, units: Sequence[int]) -> None: ...
+    def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
+    def close(self) -> None: ...

@@ -1,0 +1,110 @@
+"""Weights that do not fit: read from flash in the order of their use, round and round (stream.h)."""
+
+from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+
+import os
+
+import numpy as np
+
+from pi2rt._errors import InternalError
+
+cdef extern from "flash.h" nogil:
+    ctypedef struct pi2_flash:
+        pass
+    enum: PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV
+    pi2_flash *pi2_flash_open(const char *, int, int, int *)
+    void pi2_flash_close(pi2_flash *)
+
+cdef extern from "stream.h" nogil:
+    enum: PI2_SECTOR
+    ctypedef struct pi2_extent:
+        int64_t offset, bytes
+    ctypedef struct pi2_placed:
+        int64_t begin_ns, end_ns
+    ctypedef struct pi2_stream:
+        pi2_placed *placed
+        int64_t bytes, busy_ns, stall_ns
+    pi2_stream *pi2_stream_create(pi2_flash *, const pi2_extent *, int, int64_t, int, uint8_t *, int64_t, int *)
+    void pi2_stream_destroy(pi2_stream *)
+
+IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
+SECTOR = PI2_SECTOR
+
+
+cdef class Stream:
+    """Reads ``units``, (offset, bytes) in ``path`` in the order of their use, round and round into ``ring``.
+
+    A native thread begins at once. ``ring`` (address, ``ring_bytes``) is aligned to SECTOR and outlives the stream; it has
+    room for all units that one operation uses, and for the largest beside them, which may not have fitted before its end.
+    ``read_bytes``: size of one read, a multiple of SECTOR; ``depth``: reads in flight.
+    """
+
+    cdef pi2_stream *stream
+    cdef pi2_extent *units
+    cdef readonly int n
+    cdef readonly int64_t ring_bytes
+    cdef readonly object path
+
+    def __cinit__(self, path, units, uintptr_t ring, int64_t ring_bytes, *, io="auto", int64_t read_bytes=1 << 20,
+                  int depth=8):
+        cdef int error = 0
+        cdef pi2_flash *flash
+        self.path, self.n, self.ring_bytes = path, <int>len(units), ring_bytes
+        largest = max(size for _, size in units)
+        if any(offset % PI2_SECTOR or size % PI2_SECTOR or size <= 0 for offset, size in units) or ring % PI2_SECTOR:
+            raise InternalError("units and ring of a stream are whole sectors")
+        if ring_bytes < 2 * largest or read_bytes <= 0 or read_bytes % PI2_SECTOR or not 1 <= depth <= 64:
+            raise InternalError(f"a ring of {ring_bytes} bytes for units of {largest}, reads of {read_bytes}, {depth} at once")
+        self.units = <pi2_extent *>malloc(self.n * sizeof(pi2_extent))
+        if self.units == NULL:
+            raise MemoryError("stream")
+        for i, (offset, size) in enumerate(units):
+            self.units[i].offset, self.units[i].bytes = offset, size
+        flash = pi2_flash_open(os.fsencode(path), IO[io], depth, &error)
+        if flash == NULL:
+            raise OSError(error, os.strerror(error), os.fspath(path))
+        self.stream = pi2_stream_create(flash, self.units, self.n, read_bytes, depth, <uint8_t *>ring, ring_bytes, &error)
+        if self.stream == NULL:
+            pi2_flash_close(flash)
+            raise OSError(error, os.strerror(error), os.fspath(path))
+
+    def check(self, units):
+        """Raises InternalError where these units of one operation cannot be in the ring at once."""
+        largest = max(self.units[i].bytes for i in range(self.n))
+        together = sum(self.units[i].bytes for i in units)
+        if together + largest > self.ring_bytes:
+            raise InternalError(f"a ring of {self.ring_bytes} bytes for {together} used together beside {largest}")
+
+    @property
+    def address(self):
+        """Of the pi2_stream, for a program."""
+        return <uintptr_t>self.stream
+
+    @property
+    def counters(self):
+        """(bytes read, nanoseconds in which the reader waited for flash, nanoseconds in which steps waited for it)"""
+        if self.stream == NULL:
+            return 0, 0, 0
+        return self.stream.bytes, self.stream.busy_ns, self.stream.stall_ns
+
+    def times(self):
+        """(begin, end) nanoseconds of the last reading of each unit, int64 (n,); 0 where it has not ended yet."""
+        begin, end = np.zeros(self.n, np.int64), np.zeros(self.n, np.int64)
+        if self.stream != NULL:
+            for i in range(self.n):
+                begin[i], end[i] = self.stream.placed[i].begin_ns, self.stream.placed[i].end_ns
+        return begin, end
+
+    def close(self):
+        """Joins the reader. Only after the gang that runs the program was closed."""
+        cdef pi2_stream *stream = self.stream
+        self.stream = NULL
+        if stream != NULL:
+            with nogil:
+                pi2_stream_destroy(stream)
+
+    def __dealloc__(self):
+        if self.stream != NULL:
+            pi2_stream_destroy(self.stream)
+        free(self.units)

@@ -1,0 +1,128 @@
+"""Which weights stay in memory and which are read from flash in every step.
+
+A dense model uses every weight once per token, in the same order: whatever is not in memory has to be read again
+for each step, and which matrices those are changes nothing but the rhythm. So they are spread evenly over the
+layers: reading then never pauses for long, and the reads lie under the computing of the layers between. The
+feed-forward matrices go first, being the largest; attention follows where that is not enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from pi2rt._errors import MemoryBudgetError
+from pi2rt.formats import ModelFile, TensorInfo
+from pi2rt.models import Attention, FeedForward, ModelDescription, iterate_tensors
+
+SECTOR = 4096
+"""Reads and the places in the ring are whole sectors."""
+
+AHEAD_UNITS = 1
+"""Matrices of the largest size for which the ring has room beside those of one operation and a gap at its end: what
+is on its way while that operation computes."""
+
+MiB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StreamingPlan:
+    """``streamed``: names of the matrices that are read in every step, () where all weights stay;
+    ``ring_bytes``: memory they pass through; ``resident_bytes``: weights that stay; ``streamed_bytes``: read per
+    step."""
+
+    streamed: tuple[str, ...] = ()
+    ring_bytes: int = 0
+    resident_bytes: int = 0
+    streamed_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.resident_bytes + self.ring_bytes
+
+
+def operations_in_order(model: ModelDescription) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """(names, whether of a feed-forward block) of the matrices that one operation of a step uses together, in the
+    order in which a step runs them, without the output head."""
+    for layer in model.layers:
+        for block in layer.blocks:
+            if isinstance(block, Attention):
+                yield (block.q.weight, block.k.weight, block.v.weight), False
+                yield (block.out.weight,), False
+            elif isinstance(block, FeedForward):
+                yield tuple(each.weight for each in (block.up, block.gate) if each is not None), True
+                yield (block.down.weight,), True
+
+
+def matrices_in_order(model: ModelDescription) -> Iterator[tuple[str, bool]]:
+    """(name, whether of a feed-forward block) of each layer's matrices, in the order in which a step uses
+    them."""
+    for names, feed_forward in operations_in_order(model):
+        yield from ((name, feed_forward) for name in names)
+
+
+def least_ring(file: ModelFile, streamed: Collection[str], model: ModelDescription) -> int:
+    """Bytes of the smallest ring through which these matrices can pass: those of any operation together, and a gap
+    before the ring's end where the largest did not fit."""
+    size = {name: _sectors(file.tensors[name].nbytes) for name in streamed}
+    together = max(sum(size.get(name, 0) for name in names) for names, _ in operations_in_order(model))
+    return together + max(size.values())
+
+
+def plan_streaming(file: ModelFile, model: ModelDescription, room: int) -> StreamingPlan:
+    """Divides the weights so that those in memory and the ring take ``room`` bytes at most.
+
+    Raises:
+        MemoryBudgetError: not even with every layer streamed; the message says what would do.
+    """
+    total = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model))
+    if total <= room:
+        return StreamingPlan(resident_bytes=total)
+    order = [(file.tensors[name], feed_forward) for name, feed_forward in matrices_in_order(model)]
+    ring = least_ring(file, [info.name for info, _ in order], model)
+    ring += AHEAD_UNITS * max(_sectors(info.nbytes) for info, _ in order)
+    missing = total + ring - room
+    chosen: set[str] = set()
+    for group in (True, False):
+        names = [info for info, feed_forward in order if feed_forward is group]
+        chosen |= _spread(names, missing - sum(info.nbytes for info, _ in order if info.name in chosen))
+    streamed = [info for info, _ in order if info.name in chosen]
+    resident = total - sum(info.nbytes for info in streamed)
+    if resident + ring > room:
+        raise MemoryBudgetError(
+            f"weights may take {room / MiB:.1f} MiB; {(resident + ring) / MiB:.1f} MiB are needed even with every "
+            f"layer streamed: {resident / MiB:.1f} MiB that every token needs (embedding, output head, norms) and "
+            f"a ring of {ring / MiB:.1f} MiB"
+        )
+    return StreamingPlan(
+        tuple(info.name for info in streamed),
+        ring,
+        resident,
+        sum(_sectors(info.nbytes) for info in streamed),
+    )
+
+
+def _spread(infos: list[TensorInfo], missing: int) -> set[str]:
+    """Evenly over the list, so much of it that ``missing`` bytes are in it, or all."""
+    total = sum(info.nbytes for info in infos)
+    if missing <= 0 or not total:
+        return set()
+    share = min(1.0, missing / total)
+    chosen: set[str] = set()
+    due = taken = 0.0
+    for info in infos:
+        due += share * info.nbytes
+        if due - taken >= info.nbytes / 2 or share == 1.0:
+            chosen.add(info.name)
+            taken += info.nbytes
+    for info in sorted(infos, key=lambda info: -info.nbytes):  # rounding may have left it short
+        if taken >= missing:
+            break
+        if info.name not in chosen:
+            chosen.add(info.name)
+            taken += info.nbytes
+    return chosen
+
+
+def _sectors(nbytes: int) -> int:
+    return -(-nbytes // SECTOR) * SECTOR

@@ -1,0 +1,152 @@
+"""Weights that are read in every step: the same bits as in memory, and faults that nobody computes on."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pi2rt.cython_kernels.stream import SECTOR, Stream
+from pi2rt.executors.cpu import CpuExecutor
+from pi2rt.formats import ModelFile, open_model_file
+from pi2rt.models import ModelDescription, describe
+from pi2rt.planner.convert import convert
+from pi2rt.planner.streaming import least_ring, matrices_in_order
+from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.step import Bind, Sampling, Slice, Step
+from pi2rt.runtime.trace import Trace
+from tests.executors.conformance import ExecutorConformance
+from tests.support.running import NOTHING, all_logits, opened, page_table
+from tests.support.tiny_models import TinyModel, write_gguf
+
+MODEL = TinyModel("qwen3", seed=31, dim=256, hidden=512, layers=3, heads=4, kv_heads=2, head_dim=32)
+TYPES = {
+    "blk.0.attn_q": "Q4_K", "blk.0.attn_v": "Q6_K", "blk.0.attn_output": "Q4_1", "blk.0.ffn_gate": "Q5_0",
+    "blk.0.ffn_down": "Q8_0", "blk.1.attn_v": "F16", "blk.1.ffn_down": "BF16", "token_embd": "Q8_0",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pack")
+    convert(write_gguf(folder / "m.gguf", MODEL, weight_type="Q4_0", types=TYPES), folder / "m.pi2")
+    return folder / "m.pi2"
+
+
+def every_matrix(path: Path) -> tuple[str, ...]:
+    with open_model_file(path) as file:
+        return tuple(name for name, _ in matrices_in_order(describe(file)))
+
+
+def ring_for(path: Path, names: Sequence[str], more: int = 0) -> int:
+    """The least that will do, and ``more`` sectors."""
+    with open_model_file(path) as file:
+        return least_ring(file, names, describe(file)) + more * SECTOR
+
+
+class TestStreamedCpu(ExecutorConformance):
+    """Every matrix of every layer is streamed, through the smallest ring there can be."""
+
+    @pytest.fixture(autouse=True)
+    def _model(self, pack: Path) -> None:
+        self.path = pack
+        names = every_matrix(pack)
+        self.options = ExecutorOptions(
+            slots=4, pages=16, context=256, max_tokens=192, streamed=names, ring_bytes=ring_for(pack, names)
+        )
+
+    def make_executor(self) -> Executor:
+        return CpuExecutor()
+
+    def open_model(self) -> tuple[ModelFile, ModelDescription]:
+        file = open_model_file(self.path)
+        return file, describe(file)
+
+
+@pytest.mark.parametrize("io", ["auto", "preadv"])
+@pytest.mark.parametrize("more", [0, 1, 30, 10_000])
+@pytest.mark.parametrize("every", [1, 2, 5])
+async def test_streamed_is_resident_bit_for_bit(pack: Path, every: int, more: int, io: str) -> None:
+    tokens = np.random.RandomState(3).randint(0, 300, 70).astype(np.int32)
+    names = every_matrix(pack)[::every]
+    async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
+        expected = await all_logits(executor, tokens)
+    given = {"streamed": names, "ring_bytes": ring_for(pack, names, more), "io": io}
+    async with opened(CpuExecutor(), pack, exact_floats=False, **given) as executor:
+        for _ in range(3):
+            np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
+        statistics = executor.statistics()
+        with open_model_file(pack) as file:
+            streamed = sum(-(-file.tensors[name].nbytes // SECTOR) * SECTOR for name in names)
+        read = statistics.details["flash_bytes"]
+        assert isinstance(read, int)
+        assert read >= statistics.steps * streamed
+        assert statistics.threads[-1].actor == "flash"
+
+
+async def test_a_stopped_step_leaves_nothing_behind(pack: Path) -> None:
+    tokens = np.random.RandomState(4).randint(0, 300, 150).astype(np.int32)
+    names = every_matrix(pack)
+    given = {"streamed": names, "ring_bytes": ring_for(pack, names, 9), "exact_floats": False}
+    async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
+        expected = await all_logits(executor, tokens)
+    async with opened(CpuExecutor(), pack, **given) as executor:
+        for number in range(20):
+            bind = (Bind(1, Sampling(), NOTHING),)
+            executor.submit(Step(1000 + number, (Slice(1, 0, page_table(1), tokens, sample=True),), bind))
+            executor.stop(1000 + number)
+            await executor.wait()
+            if number % 5 == 0:
+                np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
+
+
+async def test_reads_are_in_the_trace(pack: Path, tmp_path: Path) -> None:
+    trace = Trace()
+    names = every_matrix(pack)
+    given = {"streamed": names, "ring_bytes": ring_for(pack, names, 9), "exact_floats": False, "trace": trace}
+    async with opened(CpuExecutor(), pack, **given) as executor:
+        for _ in range(3):
+            await all_logits(executor, np.arange(5, dtype=np.int32))
+    trace.write(tmp_path / "t.json")
+    with (tmp_path / "t.json").open() as file:
+        text = file.read()
+    assert '"flash"' in text
+    assert names[-1] in text
+
+
+async def several(executor: Executor) -> None:
+    """Steps enough to use up what was read ahead."""
+    for _ in range(3):
+        await all_logits(executor, np.arange(5, dtype=np.int32))
+
+
+async def test_a_file_that_shrinks_fails_the_step_and_not_the_process(pack: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.pi2"
+    path.write_bytes(pack.read_bytes())
+    names = every_matrix(path)
+    given = {"streamed": names, "ring_bytes": ring_for(path, names), "exact_floats": False}
+    async with opened(CpuExecutor(), path, **given) as executor:
+        await all_logits(executor, np.arange(5, dtype=np.int32))
+        with open_model_file(path) as file:
+            os.truncate(path, file.tensors[names[len(names) // 2]].offset)
+        with pytest.raises(OSError, match="reading weights: the file ends too early"):
+            await several(executor)
+
+
+def test_a_stream_that_nobody_takes_from_closes(pack: Path) -> None:
+    from pi2rt.cython_kernels import native
+
+    ring = native.Memory(1 << 20)
+    before = threading.active_count()
+    for _ in range(50):
+        stream = Stream(os.fspath(pack), [(0, 4096), (4096, 8192)], ring.address, ring.nbytes)
+        stream.close()
+        stream.close()
+    assert threading.active_count() == before
+    with pytest.raises(FileNotFoundError):
+        Stream(os.fspath(pack) + ".no", [(0, 4096)], ring.address, ring.nbytes)
+    ring.close()

@@ -1,0 +1,87 @@
+"""Which weights are streamed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pi2rt._errors import MemoryBudgetError
+from pi2rt.formats import ModelFile, open_model_file
+from pi2rt.models import describe, iterate_tensors
+from pi2rt.planner.convert import convert
+from pi2rt.planner.streaming import AHEAD_UNITS, SECTOR, least_ring, matrices_in_order, plan_streaming
+from tests.support.tiny_models import TinyModel, write_gguf
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelFile]:
+    folder = tmp_path_factory.mktemp("streaming")
+    model = TinyModel("llama", dim=64, hidden=256, layers=12, heads=4, kv_heads=2, head_dim=16)
+    convert(write_gguf(folder / "m.gguf", model, weight_type="Q8_0"), folder / "m.pi2")
+    with open_model_file(folder / "m.pi2") as file:
+        yield file
+
+
+def sizes(file: ModelFile) -> tuple[int, int, int]:
+    """All weights; those of layers' matrices; the ring."""
+    description = describe(file)
+    total = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(description))
+    layers = [file.tensors[name].nbytes for name, _ in matrices_in_order(description)]
+    names = [name for name, _ in matrices_in_order(description)]
+    ring = least_ring(file, names, description) + AHEAD_UNITS * -(-max(layers) // SECTOR) * SECTOR
+    return total, sum(layers), ring
+
+
+def test_what_fits_stays(pack: ModelFile) -> None:
+    total, _, _ = sizes(pack)
+    plan = plan_streaming(pack, describe(pack), total)
+    assert (plan.streamed, plan.ring_bytes, plan.nbytes, plan.streamed_bytes) == ((), 0, total, 0)
+
+
+@pytest.mark.parametrize("percent", [1, 10, 37, 50, 80, 99])
+def test_the_room_is_kept_and_nearly_filled(pack: ModelFile, percent: int) -> None:
+    total, layers, ring = sizes(pack)
+    room = total - layers + ring + layers * percent // 100
+    plan = plan_streaming(pack, describe(pack), room)
+    assert plan.nbytes <= room
+    largest = max(pack.tensors[name].nbytes for name, _ in matrices_in_order(describe(pack)))
+    assert plan.nbytes > min(total, room) - 2 * largest
+    assert plan.resident_bytes + sum(pack.tensors[name].nbytes for name in plan.streamed) == total
+
+
+def test_streamed_matrices_come_in_order_and_spread_over_the_layers(pack: ModelFile) -> None:
+    total, layers, ring = sizes(pack)
+    plan = plan_streaming(pack, describe(pack), total + ring - layers // 4)
+    order = [name for name, _ in matrices_in_order(describe(pack))]
+    places = [order.index(name) for name in plan.streamed]
+    assert places == sorted(places)
+    assert all(".ffn_" in name for name in plan.streamed)
+    assert (
+        max(b - a for a, b in itertools.pairwise(places)) <= 14
+    )  # two layers; a quarter of all is to be read
+
+
+def test_attention_follows_where_feed_forward_is_not_enough(pack: ModelFile) -> None:
+    total, layers, ring = sizes(pack)
+    plan = plan_streaming(pack, describe(pack), total - layers + ring)
+    assert list(plan.streamed) == [name for name, _ in matrices_in_order(describe(pack))]
+
+
+def test_too_little_for_any_plan(pack: ModelFile) -> None:
+    total, layers, ring = sizes(pack)
+    with pytest.raises(
+        MemoryBudgetError, match=r"even with every layer streamed: .* MiB that every token needs"
+    ):
+        plan_streaming(pack, describe(pack), total - layers + ring - 1)
+
+
+def test_order_is_that_of_the_program(tmp_path: Path) -> None:
+    with open_model_file(write_gguf(tmp_path / "m.gguf", TinyModel(layers=1))) as file:
+        names = [
+            name.removeprefix("blk.0.").removesuffix(".weight")
+            for name, _ in matrices_in_order(describe(file))
+        ]
+    assert names == ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_gate", "ffn_down"]
