@@ -17,12 +17,16 @@ cdef extern from "kernels.h" nogil:
         int head_dim
         int type
     ctypedef void (*pi2_gemm)(const uint8_t *, int64_t, const pi2_q8 *, int, float *, int64_t) noexcept nogil
+    ctypedef void (*pi2_panel)(const uint8_t *, int64_t, int64_t, const pi2_q8 *, int, float *, int64_t) noexcept nogil
     ctypedef void (*pi2_gemm_float)(const uint8_t *, int64_t, const float *, int64_t, int, float *, int64_t) noexcept nogil
     ctypedef struct pi2_kernels:
         const char *name
         int lanes
         pi2_gemm gemm8[31]
         pi2_gemm gemm16[31]
+        pi2_panel panel8[31]
+        pi2_panel panel16[31]
+        int panel
         pi2_gemm_float gemm_float[31]
         void (*quantize8)(const float *, int64_t, int8_t *, float *, float *, int16_t *) noexcept nogil
         void (*quantize16)(const float *, int64_t, int8_t *, float *, float *, int16_t *) noexcept nogil

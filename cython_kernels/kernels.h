@@ -80,8 +80,9 @@ typedef struct {
   int lanes; /* of the widest register, in floats; for reports */
   pi2_gemm gemm8[PI2_TYPES];            /* int8 activations; NULL where the type is float */
   pi2_gemm gemm16[PI2_TYPES];           /* int16 activations */
+  pi2_panel panel8[PI2_TYPES];          /* many columns of int8 activations */
   pi2_panel panel16[PI2_TYPES];         /* many columns of int16 activations */
-  int panel;                            /* row blocks of panel16 */
+  int panel;                            /* row blocks of panel8 and panel16 */
   pi2_gemm_float gemm_float[PI2_TYPES]; /* NULL where the type is quantised */
   /* k multiple of 32. q, d, s, h: one row of pi2_q8. */
   void (*quantize8)(const float *x, int64_t k, int8_t *q, float *d, float *s, int16_t *h);

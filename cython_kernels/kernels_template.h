@@ -11,6 +11,7 @@
 #endif
 
 #include "gemm_template.h"
+#include "panel_template.h"
 #include "vector_template.h"
 #include "attention_template.h"
 
@@ -18,14 +19,15 @@
   {[PI2_Q4_0] = gemm_q4_0_##a, [PI2_Q4_1] = gemm_q4_1_##a, [PI2_Q5_0] = gemm_q5_0_##a,                \
    [PI2_Q5_1] = gemm_q5_1_##a, [PI2_Q8_0] = gemm_q8_0_##a, [PI2_Q4_K] = gemm_q4_k_##a,                \
    [PI2_Q5_K] = gemm_q5_k_##a, [PI2_Q6_K] = gemm_q6_k_##a}
-#define PI2_PANELS                                                                                     \
-  {[PI2_Q4_0] = panel_q4_0, [PI2_Q4_1] = panel_q4_1, [PI2_Q5_0] = panel_q5_0,                         \
-   [PI2_Q5_1] = panel_q5_1, [PI2_Q8_0] = panel_q8_0, [PI2_Q4_K] = panel_q4_k,                         \
-   [PI2_Q5_K] = panel_q5_k, [PI2_Q6_K] = panel_q6_k}
+#define PI2_PANELS(a)                                                                                 \
+  {[PI2_Q4_0] = panel_q4_0_##a, [PI2_Q4_1] = panel_q4_1_##a, [PI2_Q5_0] = panel_q5_0_##a,             \
+   [PI2_Q5_1] = panel_q5_1_##a, [PI2_Q8_0] = panel_q8_0_##a, [PI2_Q4_K] = panel_q4_k_##a,             \
+   [PI2_Q5_K] = panel_q5_k_##a, [PI2_Q6_K] = panel_q6_k_##a}
 #define PI2_TABLE(symbol, label, width)                                                             \
   const pi2_kernels symbol = {                                                                      \
       .name = label, .lanes = width,                                                                \
-      .panel = PI2_PANEL, .panel16 = PI2_PANELS, .gemm8 = PI2_GEMMS(a8), .gemm16 = PI2_GEMMS(a16),                                             \
+      .panel = PI2_PANEL, .panel8 = PI2_PANELS(a8), .panel16 = PI2_PANELS(a16),                     \
+      .gemm8 = PI2_GEMMS(a8), .gemm16 = PI2_GEMMS(a16),                                             \
       .gemm_float = {[PI2_F32] = gemm_f32, [PI2_F16] = gemm_f16, [PI2_BF16] = gemm_bf16},           \
       .quantize8 = quantize8, .quantize16 = quantize16, .rmsnorm = rmsnorm, .add = add, .activate = activate, .rope = rope,     \
       .kv_store = kv_store, .attend = attend, .attend_merge = attend_merge, .scale = scale,         \

@@ -36,7 +36,15 @@ class Kernels:
         self, x: Floats, *, wide: bool = False
     ) -> tuple[Any, Floats, Floats, npt.NDArray[np.int16]]: ...
     def gemm(
-        self, type_name: str, address: int, rows: int, k: int, x: Floats, *, wide: bool = False
+        self,
+        type_name: str,
+        address: int,
+        rows: int,
+        k: int,
+        x: Floats,
+        *,
+        wide: bool = False,
+        panels: bool = False,
     ) -> Floats: ...
     def rmsnorm(self, x: Floats, w: Floats, offset: float, eps: float) -> Floats: ...
     def activate(

@@ -219,14 +219,17 @@ cdef class Kernels:
             q = q.reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(-1)
         return q, d, s, h
 
-    def gemm(self, type_name, uintptr_t address, int64_t rows, int64_t k, const float[:, ::1] x, *, bint wide=False):
+    def gemm(self, type_name, uintptr_t address, int64_t rows, int64_t k, const float[:, ::1] x, *, bint wide=False,
+             bint panels=False):
         """W (rows, k) as row blocks at ``address`` times x float32 (n, k): (n, rows). Where W is quantised, activations
-        become int16 (``wide``) or int8."""
+        become int16 (``wide``) or int8, and row blocks are multiplied several at once (``panels``, as many as the variant
+        takes; what is left one by one) or one by one."""
         cdef int type_id = TYPE_IDS[type_name]
         cdef int64_t n = x.shape[0], size = pi2_row_block_bytes(type_id, k), blocks = (rows + 15) // 16, b
         cdef int64_t ldq = k * (2 if wide else 1)
         cdef bint is_float = self.k.gemm8[type_id] == NULL
         cdef pi2_gemm gemm = self.k.gemm16[type_id] if wide else self.k.gemm8[type_id]
+        cdef pi2_panel panel = self.k.panel16[type_id] if wide else self.k.panel8[type_id]
         cdef pi2_q8 q8
         cdef int8_t[:, ::1] q
         cdef float[:, ::1] d, s, o
@@ -245,7 +248,11 @@ cdef class Kernels:
             for b in range(n):
                 (self.k.quantize16 if wide else self.k.quantize8)(&x[b, 0], k, &q[b, 0], &d[b, 0], &s[b, 0], &h[b, 0])
             q8.q, q8.d, q8.s, q8.h, q8.ldq, q8.ldb = &q[0, 0], &d[0, 0], &s[0, 0], &h[0, 0], ldq, k // 32
-        for b in range(blocks):
+        b = 0
+        while panels and not is_float and b + self.k.panel <= blocks:
+            panel(<const uint8_t *>address + b * size, size, k, &q8, <int>n, &o[0, b * 16], blocks * 16)
+            b += self.k.panel
+        for b in range(b, blocks):
             if is_float:
                 self.k.gemm_float[type_id](<const uint8_t *>address + b * size, k, &x[0, 0], k, <int>n, &o[0, b * 16], blocks * 16)
             else:

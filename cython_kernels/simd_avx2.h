@@ -244,7 +244,49 @@ typedef __m256i vx;
 static inline vx x_load(const int16_t *x) { return broadcast4((const int8_t *)x); }
 static inline vi i_zero(void) { return two_i(_mm256_setzero_si256(), _mm256_setzero_si256()); }
 static inline vi i_madd(vi a, vw w, vx x) {
-  return two_i(_mm256_add_epi32(a.l, _mm256_madd_epi16(w.l, x)), _mm256_add_epi32(a.h, _mm256_madd_epi16(w.h, x)));
+  vi product = two_i(_mm256_madd_epi16(w.l, x), _mm256_madd_epi16(w.h, x));
+  __asm__("vpaddd %1, %0, %0" : "+x"(a.l) : "x"(product.l)); /* at once: gcc keeps the products of many steps, in memory */
+  __asm__("vpaddd %1, %0, %0" : "+x"(a.h) : "x"(product.h));
+  return a;
+}
+/* A panel's groups with int8 activations, as in simd_avx512.h. */
+typedef vi vg;
+typedef __m256i vx8;
+#define PI2_X_GROUPS 1
+#define PI2_SHORT 1
+#define PI2_BIAS 0
+static inline vb b_biased(vb w) { return w; }
+static inline vx8 x8_load(const int8_t *x) { return broadcast4(x); }
+static inline vg g_first(int32_t begin, vb w, vx8 x) {
+  (void)begin;
+  return two_i(_mm256_maddubs_epi16(w.l, x), _mm256_maddubs_epi16(w.h, x));
+}
+static inline void g_madd(vg *a, vb w, vx8 x, int g) {
+  (void)g;
+  vg product = g_first(0, w, x);
+  __asm__("vpaddw %1, %0, %0" : "+x"(a->l) : "x"(product.l)); /* at once, as in i_madd */
+  __asm__("vpaddw %1, %0, %0" : "+x"(a->h) : "x"(product.h));
+}
+static inline vi g_close(vg a) { return two_i(pairs(a.l), pairs(a.h)); }
+static inline vi g_scale(vg a, const v6scale *s, int half) {
+  return two_i(_mm256_madd_epi16(a.l, s->s[half].l), _mm256_madd_epi16(a.h, s->s[half].h));
+}
+static inline __m256i offsets_half(__m256i a, __m256i b) {
+  __m256i both = _mm256_blend_epi16(a, b, 0xaa);
+  return _mm256_sub_epi16(_mm256_setzero_si256(), _mm256_add_epi16(both, both));
+}
+static inline vg g_offsets(v6scale s) {
+  return two_i(offsets_half(s.s[0].l, s.s[1].l), offsets_half(s.s[0].h, s.s[1].h));
+}
+static inline vx8 g_sums(const int16_t *half_sums) { return _mm256_slli_epi16(broadcast4((const int8_t *)half_sums), 4); }
+static inline vi g_offset(vg offsets, vx8 sums) {
+  return two_i(_mm256_madd_epi16(offsets.l, sums), _mm256_madd_epi16(offsets.h, sums));
+}
+static inline void x_widen(const int8_t *x, int16_t *y) {
+  for (int i = 0; i < 32; i += 16) {
+    __m256i wide = _mm256_cvtepi8_epi16(load_128(x + i));
+    _mm256_store_si256((__m256i *)(y + i), _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(wide, 0xd8), 0xd8));
+  }
 }
 #define PI2_PANEL 1 /* 8 sums, 4 activations, 2 weights: 14 of 16 registers */
 static inline void v_prefetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }

@@ -250,6 +250,50 @@ static inline vi i_madd(vi a, vw w, vx x) {
   return a;
 }
 #endif
+/* A panel's groups with int8 activations: panel_template.h says what PI2_SHORT and the functions g_ are. */
+typedef __m512i vg;
+typedef __m512i vx8;
+#define PI2_X_GROUPS 1 /* whose activations x8_load reads */
+static inline vx8 x8_load(const int8_t *x) { return broadcast4(x); }
+#ifdef PI2_VNNI
+#define PI2_SHORT 0
+#define PI2_BIAS 128
+static inline vb b_biased(vb w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
+static inline vg g_first(int32_t begin, vb w, vx8 x) { return _mm512_dpbusd_epi32(_mm512_set1_epi32(begin), w, x); }
+static inline void g_madd(vg *a, vb w, vx8 x, int g) {
+  (void)g;
+  *a = _mm512_dpbusd_epi32(*a, w, x);
+}
+static inline vi g_close(vg a) { return a; }
+static inline vi g_scale(vg a, const v6scale *s, int half) { return _mm512_mullo_epi32(a, s->s[half]); }
+#else
+#define PI2_SHORT 1
+#define PI2_BIAS 0
+static inline vb b_biased(vb w) { return w; }
+static inline vg g_first(int32_t begin, vb w, vx8 x) {
+  (void)begin;
+  return _mm512_maddubs_epi16(w, x);
+}
+static inline void g_madd(vg *a, vb w, vx8 x, int g) {
+  (void)g;
+  vi product = _mm512_maddubs_epi16(w, x);
+  __asm__("vpaddw %1, %0, %0" : "+v"(*a) : "v"(product)); /* in place, as in i_madd */
+}
+static inline vi g_close(vg a) { return pairs(a); }
+static inline vi g_scale(vg a, const v6scale *s, int half) { return _mm512_madd_epi16(a, s->s[half]); }
+/* -32 * (s0*sum0 + s1*sum1) by one vpmaddwd: -2 times the scales, 16 times the sums, of which none exceeds 16 * 127 */
+static inline vg g_offsets(v6scale s) {
+  vi both = _mm512_mask_mov_epi16(s.s[0], 0xaaaaaaaa, s.s[1]);
+  return _mm512_sub_epi16(_mm512_setzero_si512(), _mm512_add_epi16(both, both));
+}
+static inline vx8 g_sums(const int16_t *half_sums) { return _mm512_slli_epi16(broadcast2(half_sums), 4); }
+static inline vi g_offset(vg offsets, vx8 sums) { return _mm512_madd_epi16(offsets, sums); }
+/* 32 values to int16, in the order of i_store_i16_0213 */
+static inline void x_widen(const int8_t *x, int16_t *y) {
+  vi wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)x));
+  _mm512_store_si512(y, _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(wide, 0xd8), 0xd8));
+}
+#endif
 #define PI2_PANEL 4 /* 16 sums, 4 activations, 4 weights: 24 of 32 registers */
 static inline void v_prefetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 static inline uint64_t read_256(const uint8_t *p) {

@@ -194,6 +194,25 @@ ALWAYS vi dot_wide(const vw *steps, const int16_t *x, int n) {
   for (int p = 0; p < n; p++) r = i_madd(r, steps[p], x_load(x + 16 * p));
   return r;
 }
+/* A panel's groups with int8 activations: panel_template.h says what PI2_SHORT and the functions g_ are. */
+typedef vi vg;
+typedef int8x16_t vx8;
+#define PI2_X_GROUPS 4
+#define PI2_SHORT 0
+#define PI2_BIAS 0
+ALWAYS vb b_biased(vb w) { return w; }
+ALWAYS vx8 x8_load(const int8_t *x) { return vld1q_s8(x); }
+ALWAYS void g_madd(vg *a, vb w, vx8 x, int g) {
+  QUARTERS switch (g % 4) { /* the lane must be a constant without optimisation, too */
+    case 0: a->v[i] = SDOT(a->v[i], w.v[i], x, 0); break;
+    case 1: a->v[i] = SDOT(a->v[i], w.v[i], x, 1); break;
+    case 2: a->v[i] = SDOT(a->v[i], w.v[i], x, 2); break;
+    default: a->v[i] = SDOT(a->v[i], w.v[i], x, 3);
+  }
+}
+ALWAYS vg g_first(int32_t begin, vb w, vx8 x) { vg a = i_set(begin); g_madd(&a, w, x, 0); return a; }
+ALWAYS vi g_close(vg a) { return a; }
+ALWAYS vi g_scale(vg a, const v6scale *s, int half) { QUARTERS a.v[i] = vmulq_s32(a.v[i], s->s[half].v[i]); return a; }
 #define PI2_PANEL 1
 static inline void v_prefetch(const uint8_t *p) { __builtin_prefetch(p); }
 static inline uint64_t read_256(const uint8_t *p) {

@@ -166,6 +166,21 @@ static inline vi i_madd(vi a, vw w, vx x) {
   LANES a.v[i] += w.v[2 * i] * x.v[0] + w.v[2 * i + 1] * x.v[1];
   return a;
 }
+/* a panel's groups with int8 activations: panel_template.h says what PI2_SHORT and the functions g_ are */
+typedef vi vg;
+typedef struct { int8_t v[4]; } vx8;
+#define PI2_X_GROUPS 1
+#define PI2_SHORT 0
+#define PI2_BIAS 0
+static inline vb b_biased(vb w) { return w; }
+static inline vx8 x8_load(const int8_t *x) { vx8 r; memcpy(&r, x, 4); return r; }
+static inline void g_madd(vg *a, vb w, vx8 x, int g) {
+  (void)g;
+  LANES for (int j = 0; j < 4; j++) a->v[i] += (int8_t)w.v[4 * i + j] * x.v[j]; /* weights without a sign end at 63 */
+}
+static inline vg g_first(int32_t begin, vb w, vx8 x) { vg a; LANES a.v[i] = begin; g_madd(&a, w, x, 0); return a; }
+static inline vi g_close(vg a) { return a; }
+static inline vi g_scale(vg a, const v6scale *s, int half) { LANES a.v[i] *= s->s[half][i]; return a; }
 #define PI2_PANEL 1
 static inline void v_prefetch(const uint8_t *p) { (void)p; }
 static inline uint64_t read_256(const uint8_t *p) {
