@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, Unpack
 import trio
 
 from pi2rt import catalogue
-from pi2rt._errors import RequestError
+from pi2rt._errors import MemoryBudgetError, RequestError
 from pi2rt._own_nursery import open_own_nursery
 from pi2rt.engine import (
     Chunk,
@@ -24,11 +24,11 @@ from pi2rt.engine import (
 )
 from pi2rt.engine.sampling_params import SamplingKeywords
 from pi2rt.formats import ModelFile, open_model_file
-from pi2rt.memory import estimate_need
+from pi2rt.memory import MemoryNeed, estimate_need
 from pi2rt.model_info import ModelInfo, model_info
 from pi2rt.models import ModelDescription, describe
 from pi2rt.planner.placement import Placement, default_placement
-from pi2rt.planner.streaming import StreamingPlan, matrices_in_order, plan_streaming
+from pi2rt.planner.streaming import StreamingPlan, plan_streaming
 from pi2rt.runtime.actor import Actor, ActorStatistics
 from pi2rt.runtime.assistant import assistant_statistics
 from pi2rt.runtime.channel import ChannelStatistics
@@ -48,7 +48,7 @@ Control tokens spelled out in text or messages become control tokens: mind where
 CLOSE_SECONDS = 5.0
 """How long steps in flight may take to stop when a runtime is closed."""
 
-OWN_MEMORY = 40 << 20
+OWN_MEMORY = 24 << 20
 """Bytes of a memory budget for what is not counted one by one: tokenizer, Python objects, stacks, allocator."""
 
 LONG_TEXT = 50_000
@@ -282,13 +282,15 @@ def _executor_options(
     )
     each = -(-context // PAGE_TOKENS)
     available = available_memory()
-    if chosen.memory is not None:
-        available = min(available, chosen.memory_bytes - rss_bytes() - OWN_MEMORY)
     streaming = StreamingPlan()
-    room = available - need.activations - each * need.page
-    if need.weights > room and _can_stream(file, description) and not chosen.exact_floats:
-        streaming = plan_streaming(file, description, room)
-        need = replace(need, weights=streaming.nbytes)
+    if chosen.memory is not None:
+        own = rss_bytes() + OWN_MEMORY
+        limit = min(available + own, chosen.memory_bytes)
+        available = limit - own
+        if not chosen.exact_floats:
+            streaming = plan_streaming(file, description, available - need.activations - each * need.page)
+            need = replace(need, weights=streaming.nbytes)
+        _check_budget(limit, own, need, streaming, each * need.page)
     return ExecutorOptions(
         slots=chosen.max_sequences,
         pages=need.pages(available, each, each * chosen.max_sequences),
@@ -308,9 +310,29 @@ def _executor_options(
     )
 
 
-def _can_stream(file: ModelFile, description: ModelDescription) -> bool:
-    """Whether the layers' matrices lie in the file as they are used: then they can be read again and again."""
-    return all(file.tensors[name].layout == "blocks16" for name, _ in matrices_in_order(description))
+def _check_budget(limit: int, own: int, need: MemoryNeed, streaming: StreamingPlan, kv: int) -> None:
+    """Raises MemoryBudgetError, with the least that would do, where a memory budget is too small."""
+    least = own + need.weights + need.activations + kv
+    if least <= limit:
+        return
+    parts = {
+        "interpreter, libraries and tokenizer": own,
+        "weights that stay": need.weights - streaming.ring_bytes,
+        "a ring for those that are read in every step": streaming.ring_bytes,
+        "KV cache of one context": kv,
+        "activations": need.activations,
+    }
+    made_of = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items() if size)
+    advice = "a smaller context or kv_type='q8' needs less"
+    if not streaming.streamed:
+        advice = "a pack (pi2rt convert) may be larger than memory; " + advice
+    raise MemoryBudgetError(
+        f"a memory of {_mib(limit)} is too small; the least is {_mib(least)}: {made_of}; {advice}"
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // (1 << 20))} MiB"
 
 
 def _engine_options(description: ModelDescription, options: ExecutorOptions) -> EngineOptions:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from pi2rt._errors import MemoryBudgetError
 from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.models import Attention, FeedForward, ModelDescription, iterate_tensors
 
@@ -21,8 +20,6 @@ SECTOR = 4096
 AHEAD_UNITS = 1
 """Matrices of the largest size for which the ring has room beside those of one operation and a gap at its end: what
 is on its way while that operation computes."""
-
-MiB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +67,14 @@ def least_ring(file: ModelFile, streamed: Collection[str], model: ModelDescripti
 
 
 def plan_streaming(file: ModelFile, model: ModelDescription, room: int) -> StreamingPlan:
-    """Divides the weights so that those in memory and the ring take ``room`` bytes at most.
-
-    Raises:
-        MemoryBudgetError: not even with every layer streamed; the message says what would do.
+    """Divides the weights so that those in memory and the ring take ``room`` bytes at most; or as few as can be,
+    with every layer streamed, where not even that is enough. Where the file's matrices do not lie as they are used,
+    none can be streamed (``pi2rt convert`` makes a pack, where they do).
     """
     total = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model))
-    if total <= room:
-        return StreamingPlan(resident_bytes=total)
     order = [(file.tensors[name], feed_forward) for name, feed_forward in matrices_in_order(model)]
+    if total <= room or any(info.layout != "blocks16" for info, _ in order):
+        return StreamingPlan(resident_bytes=total)
     ring = least_ring(file, [info.name for info, _ in order], model)
     ring += AHEAD_UNITS * max(_sectors(info.nbytes) for info, _ in order)
     missing = total + ring - room
@@ -87,17 +83,10 @@ def plan_streaming(file: ModelFile, model: ModelDescription, room: int) -> Strea
         names = [info for info, feed_forward in order if feed_forward is group]
         chosen |= _spread(names, missing - sum(info.nbytes for info, _ in order if info.name in chosen))
     streamed = [info for info, _ in order if info.name in chosen]
-    resident = total - sum(info.nbytes for info in streamed)
-    if resident + ring > room:
-        raise MemoryBudgetError(
-            f"weights may take {room / MiB:.1f} MiB; {(resident + ring) / MiB:.1f} MiB are needed even with every "
-            f"layer streamed: {resident / MiB:.1f} MiB that every token needs (embedding, output head, norms) and "
-            f"a ring of {ring / MiB:.1f} MiB"
-        )
     return StreamingPlan(
         tuple(info.name for info in streamed),
         ring,
-        resident,
+        total - sum(info.nbytes for info in streamed),
         sum(_sectors(info.nbytes) for info in streamed),
     )
 

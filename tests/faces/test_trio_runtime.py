@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from pi2rt import trio_runtime
 from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
+from pi2rt.planner.convert import convert
 from pi2rt.runtime.executor import ExecutorOptions, Progress
-from tests.support.tiny_models import BOS, EOS
+from tests.support.tiny_models import BOS, EOS, TinyModel, write_gguf
 
 
 def simulated(**options: object) -> dict[str, object]:
@@ -160,6 +162,10 @@ async def test_each_class_of_cores_is_an_actor(tiny: Path) -> None:
         ({"max_sequences": True}, r"^max_sequences=True"),
         ({"prefill_chunk": 1.5}, r"^prefill_chunk=1.5"),
         ({"activations": "int4"}, r"^activations='int4': one of 'int16', 'int8' is needed$"),
+        ({"memory": "much"}, r"^'much' is not a size"),
+        ({"memory": 0}, r"^memory=0: at least one byte"),
+        ({"memory": 1.5}, r"^memory=1.5: a number of bytes or a text"),
+        ({"io": "tape"}, r"^io='tape': one of"),
         ({"kv_type": "f8"}, r"^kv_type='f8': one of 'f16', 'q8' is needed$"),
         ({"threads": 0}, r"^threads=0"),
         ({"executor": "abacus"}, r"^no executor 'abacus'"),
@@ -184,6 +190,42 @@ async def test_a_model_larger_than_the_memory(tiny: Path, monkeypatch: pytest.Mo
     with pytest.raises(pi2rt.MemoryBudgetError, match=r"1\.0 MiB are available, .* too few: weights"):
         async with pi2rt.open_runtime(tiny, executor="simulated"):
             pass
+
+
+async def test_a_budget_is_refused_with_the_least_that_would_do(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        pi2rt.MemoryBudgetError, match=r"a memory of 5 MiB is too small; the least is \d+ MiB: inter"
+    ):
+        async with pi2rt.open_runtime(tiny, memory="5M"):
+            pass
+    with pytest.raises(pi2rt.MemoryBudgetError, match=r"a pack \(pi2rt convert\) may be larger than memory"):
+        async with pi2rt.open_runtime(tiny, memory=1 << 20):
+            pass
+
+
+async def test_streamed_weights_give_the_same_text(tmp_path: Path) -> None:
+    """The least memory that is named is enough, and streams every layer."""
+    model = TinyModel(context=512, dim=256, hidden=1024, layers=12, heads=4, kv_heads=4, head_dim=64)
+    pack = tmp_path / "m.pi2"
+    await trio.to_thread.run_sync(convert, write_gguf(tmp_path / "m.gguf", model, weight_type="F32"), pack)
+    prompt = list(range(3, 43))
+    async with pi2rt.open_runtime(pack, context=128) as runtime:
+        resident = await runtime.generate(prompt, max_tokens=20, ignore_eos=True)
+        assert "ring" not in runtime.statistics().memory
+    with pytest.raises(pi2rt.MemoryBudgetError) as refused:
+        async with pi2rt.open_runtime(pack, context=128, memory=1):
+            pass
+    least = re.search(r"least is (\d+) MiB", str(refused.value))
+    assert least is not None
+    async with pi2rt.open_runtime(pack, context=128, memory=f"{int(least[1]) + 2}M") as runtime:
+        streamed = await runtime.generate(prompt, max_tokens=20, ignore_eos=True)
+        statistics = runtime.statistics()
+        assert statistics.memory["ring"] > 0
+        assert statistics.actors[-1].name == "flash"
+        flash_bytes = statistics.actors[0].executor.details["flash_bytes"]
+        assert isinstance(flash_bytes, int)
+        assert flash_bytes > statistics.engine.steps * 12 * 4 * 256 * (4 * 256)
+    assert streamed.tokens == resident.tokens
 
 
 async def test_errors_of_the_body_come_out_as_they_are(tiny: Path) -> None:

@@ -88,7 +88,8 @@ async def test_the_same_bytes_in_memory(
     assert found.keys() == expected.keys()
     for name in expected:
         if exact_floats:  # == and not bits: ggml's order of sums gives -0 where unpacking gives 0
-            np.testing.assert_array_equal(*(np.frombuffer(each[name], "<f4") for each in (found, expected)))
+            values = [np.frombuffer(each[name], "<f4") for each in (found, expected)]
+            np.testing.assert_array_equal(values[0], values[1])
         else:
             assert found[name] == expected[name]
 
@@ -121,7 +122,7 @@ async def test_executors_compute_the_same(
     for path in (many_types, pack):
         async with opened(executor(), path, exact_floats=exact_floats) as running:
             logits.append(await all_logits(running, TOKENS))
-    np.testing.assert_array_equal(*logits)
+    np.testing.assert_array_equal(logits[0], logits[1])
 
 
 async def test_the_reference_refuses_what_is_not_finite(many_types: Path, pack: Path) -> None:
