@@ -2,8 +2,11 @@
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
+
+cimport cython
 
 import os
 import threading
@@ -49,11 +52,14 @@ BLOCK = PI2_FLASH_BLOCK
 MOST_IN_FLIGHT = PI2_FLASH_MOST
 EOF = PI2_EOF
 IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
-PATIENCE_NS = 100_000_000  # how long a signal may have to wait for its Python handler
+cdef int64_t PATIENCE_NS = 100_000_000  # how long a signal may have to wait for its Python handler
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
+    """Since open. ``io``: "uring" or "preadv". ``latencies[i]``: reads that took less than 2**i us, and not less than half
+    of it; the last one: all others. The rest as in flash.h."""
+
     io: str
     io_reason: str
     direct: bool
@@ -117,18 +123,21 @@ cdef class Slot:
             PyBuffer_Release(&self.view)
 
 
+@cython.no_gc_clear  # the slots hold memory that reads in flight write to, until __dealloc__ has waited for them
 cdef class Reader:
     """Reads of the file at ``path``, at most ``depth`` at a time. One thread at a time uses it; any may wake it."""
 
     cdef pi2_flash *flash
     cdef object lock, using
-    cdef dict slots
-    cdef int in_flight_most
+    cdef dict slots  # of reads in flight, by address
+    cdef Slot registered
+    cdef int64_t wakes, wakes_seen
+    cdef readonly int depth
 
     def __cinit__(self, path, io="auto", int depth=8):
         self.lock, self.using, self.slots = threading.Lock(), threading.Lock(), {}
         self.flash = open_flash(path, io, depth)
-        self.in_flight_most = depth
+        self.depth = depth
 
     def __enter__(self):
         return self
@@ -136,13 +145,18 @@ cdef class Reader:
     def __exit__(self, *exc):
         self.close()
 
-    cdef pi2_flash *use(self) except NULL:
+    cdef pi2_flash *use(self, bint idle=False) except NULL:
         if not self.using.acquire(blocking=False):
             raise BusyError("the reader is in use by another thread")
-        if self.flash == NULL:
+        try:
+            if self.flash == NULL:
+                raise ValueError("reader is closed")
+            if idle and self.slots:
+                raise BusyError(f"{len(self.slots)} reads are in flight")
+            return self.flash
+        except BaseException:
             self.using.release()
-            raise ValueError("reader is closed")
-        return self.flash
+            raise
 
     cdef start(self, pi2_flash *f, int64_t offset, into, tag):
         cdef Slot slot = Slot()
@@ -151,15 +165,16 @@ cdef class Reader:
         slot.read.offset, slot.read.bytes, slot.read.to = offset, slot.view.len, <uint8_t *>slot.view.buf
         slot.read.user = <void *>slot
         if pi2_flash_submit(f, &slot.read):
-            raise BusyError(f"{self.in_flight_most} reads are in flight")
+            raise BusyError(f"{self.depth} reads are in flight")
         self.slots[<uintptr_t><void *>slot] = slot
 
     cdef list take(self, pi2_flash *f, int most, int64_t timeout_ns):
         cdef pi2_read *done[PI2_FLASH_MOST]
         cdef int n, i
         cdef Slot slot
+        most = min(most, PI2_FLASH_MOST)
         with nogil:
-            n = pi2_flash_reap(f, done, min(most, PI2_FLASH_MOST), timeout_ns)
+            n = pi2_flash_reap(f, done, most, timeout_ns)
         out = []
         for i in range(n):
             slot = self.slots.pop(<uintptr_t>done[i].user)
@@ -174,21 +189,35 @@ cdef class Reader:
         finally:
             self.using.release()
 
-    def reap(self, most=PI2_FLASH_MOST, timeout_ns=-1):
-        """(tag, error, bytes that arrived) of reads that have finished; see pi2_flash_reap."""
+    def reap(self, int most=PI2_FLASH_MOST, int64_t timeout_ns=-1):
+        """(tag, error, bytes that arrived) of reads that have finished, the first one waited for: for ever when
+        timeout_ns < 0. Empty after the timeout and after ``wake``. ``most`` 0 starts what was submitted."""
+        cdef int64_t begin = pi2_now_ns(), left = timeout_ns
         f = self.use()
         try:
-            return self.take(f, most, timeout_ns)
+            while True:
+                if self.wakes != self.wakes_seen:
+                    left = 0
+                out = self.take(f, most, PATIENCE_NS if left < 0 else min(left, PATIENCE_NS))
+                if timeout_ns > 0:
+                    left = max(0, timeout_ns - (pi2_now_ns() - begin))
+                if out or most <= 0 or left == 0 or self.wakes != self.wakes_seen:
+                    self.wakes_seen = self.wakes
+                    return out
+                PyErr_CheckSignals()
         finally:
             self.using.release()
 
     def wake(self):
+        """From any thread: a ``reap`` that waits, or else the next one, returns."""
         with self.lock:
+            self.wakes += 1
             if self.flash != NULL:
                 pi2_flash_wake(self.flash)
 
     def register(self, memory):
-        """Declares that reads go to this buffer mostly, which must live until ``close``; OSError where it cannot be."""
+        """Declares that reads go to this buffer mostly; it is held until ``close``. OSError where it cannot be: then
+        reads work as before."""
         cdef Slot slot = Slot()
         f = self.use()
         try:
@@ -197,24 +226,21 @@ cdef class Reader:
             error = pi2_flash_register(f, slot.view.buf, slot.view.len)
             if error:
                 raise OSError(error, f"registering {slot.view.len} bytes: {os.strerror(error)}")
-            self.slots["registered"] = slot
+            self.registered = slot
         finally:
             self.using.release()
 
     def read_many(self, reads, into):
-        """Reads each (offset, bytes) to the buffer, one behind the other; returns their errors (0, errno or EOF)."""
-        cdef pi2_flash *f
+        """Reads each (offset, bytes) into the buffer, one behind the other; returns their errors (0, errno or EOF)."""
         memory = memoryview(into).cast("B")
         total = sum(size for _, size in reads)
-        if total > len(memory):
+        if any(size < 0 for _, size in reads) or total > len(memory):
             raise ValueError(f"{total} bytes do not fit into {len(memory)}")
-        f = self.use()
+        errors, at, begun, left = [0] * len(reads), 0, 0, len(reads)
+        f = self.use(idle=True)
         try:
-            if any(key != "registered" for key in self.slots):
-                raise BusyError("reads are in flight")
-            errors, at, begun, left = [0] * len(reads), 0, 0, len(reads)
             while left:
-                while begun < len(reads) and begun - (len(reads) - left) < self.in_flight_most:
+                while begun < len(reads) and begun - (len(reads) - left) < self.depth:
                     offset, size = reads[begun]
                     self.start(f, offset, memory[at : at + size], begun)
                     at += size
@@ -222,8 +248,11 @@ cdef class Reader:
                 for i, error, _ in self.take(f, PI2_FLASH_MOST, PATIENCE_NS):
                     errors[i] = error
                     left -= 1
+                PyErr_CheckSignals()
             return tuple(errors)
         finally:
+            while self.slots:  # after a signal
+                self.take(f, PI2_FLASH_MOST, -1)
             self.using.release()
 
     def read(self, int64_t offset, int64_t size):
@@ -238,10 +267,8 @@ cdef class Reader:
             return b""
         r.offset = first
         r.bytes = (offset - first + size + PI2_FLASH_BLOCK - 1) // PI2_FLASH_BLOCK * PI2_FLASH_BLOCK
-        f = self.use()
+        f = self.use(idle=True)
         try:
-            if any(key != "registered" for key in self.slots):
-                raise BusyError("reads are in flight")
             if posix_memalign(&memory, PI2_FLASH_BLOCK, r.bytes):
                 raise MemoryError(f"{r.bytes} bytes")
             r.to = <uint8_t *>memory
@@ -287,6 +314,7 @@ cdef class Reader:
                 with nogil:
                     pi2_flash_close(f)
                 self.slots.clear()
+                self.registered = None
         finally:
             self.using.release()
 

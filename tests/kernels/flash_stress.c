@@ -164,7 +164,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < ENDINGS; i++) {
       reader r = open_reader(path, io, depths[i % 4]);
       for (int j = below(r.depth + 1); j > 0; j--) start(&r);
-      if (below(2)) reap(&r);
+      if (r.n_free < r.depth && below(2)) reap(&r);
       close_reader(&r);
     }
   }
