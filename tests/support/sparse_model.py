@@ -35,6 +35,7 @@ def sparse_model(path: Path, nbytes: int) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    assert writer.fout is not None
     (file,) = writer.fout
     written = [np.array(tensor.data) for tensor in reader.tensors if tensor.name not in wide]
     for values in written:
