@@ -140,6 +140,8 @@ class Weights:
             if info.layout == "blocks16" and not self._exact_floats:
                 at = packed.address - self._memory.address + start
                 self._file.read_into(info, start, self._memory.view()[at : at + size].data)
+                if self.units:  # memory is short
+                    self._file.forget(info, start, size)
                 continue
             raw = buffer[:size]
             self._file.read_into(info, start, raw.data)

@@ -94,6 +94,9 @@ class PackFile(ModelFile):
             )
         self._file.read_into(tensor.offset + start, buffer)
 
+    def forget(self, tensor: TensorInfo, start: int, count: int) -> None:
+        self._file.drop_cache(tensor.offset + start, count)
+
     def read_section(self, section: Section, start: int, buffer: memoryview) -> None:
         """As ``read_into``, for any of ``sections``."""
         if start < 0 or start + buffer.nbytes > section.nbytes:
