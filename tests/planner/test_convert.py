@@ -24,6 +24,7 @@ from pi2rt.executors.weights import Weights
 from pi2rt.formats import open_model_file
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.quants import TYPES
+from pi2rt.formats.regular_file import drop_cache
 from pi2rt.models import describe
 from pi2rt.planner import convert as module
 from pi2rt.planner.convert import Broken, convert, verify
@@ -425,8 +426,19 @@ def test_it_takes_little_memory(tmp_path: Path, nbytes: int) -> None:
     )
     assert int(run.stdout) < 32 << 20
     assert pack.stat().st_size > 0.99 * nbytes
-    for path in (source, pack):
-        assert cached(path) < 8 << 20
+    if can_drop(tmp_path):
+        for path in (source, pack):
+            assert cached(path) < 8 << 20
+
+
+def can_drop(folder: Path) -> bool:
+    """Whether the page cache can be told to forget a file here; a file system in memory cannot."""
+    path = folder / "probe"
+    path.write_bytes(bytes(1 << 20))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        drop_cache(file.fileno(), 0, 1 << 20)
+    return cached(path) < 1 << 20
 
 
 def cached(path: Path) -> int:
