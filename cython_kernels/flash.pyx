@@ -11,6 +11,7 @@ cimport cython
 import os
 import threading
 from dataclasses import dataclass
+from typing import Literal
 
 from pi2rt._errors import BusyError
 
@@ -51,7 +52,8 @@ cdef extern from "flash.h" nogil:
 BLOCK = PI2_FLASH_BLOCK
 MOST_IN_FLIGHT = PI2_FLASH_MOST
 EOF = PI2_EOF
-IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
+Io = Literal["auto", "uring", "preadv"]
+cdef dict IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
 cdef int64_t PATIENCE_NS = 100_000_000  # how long a signal may have to wait for its Python handler
 
 

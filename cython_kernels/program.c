@@ -243,12 +243,12 @@ static int fetch(pi2_run *r, pi2_op *op, pi2_worker *w) {
 int pi2_run_job(void *context, pi2_worker *w) {
   pi2_run *r = context;
   pi2_program *p = r->program;
-  if (w->index == 0 && p->stream) r->base = pi2_stream_begin(p->stream);
-  pi2_job_begin(w, &r->stop);
-  if (w->index == 0) {
+  if (w->index == 0) { /* before the others can be at work: kernel time never exceeds the run's */
+    if (p->stream) r->base = pi2_stream_begin(p->stream);
     r->begin_ns = pi2_now_ns();
     r->begin_ticks = pi2_ticks();
   }
+  pi2_job_begin(w, &r->stop);
   int stopped = 0;
   uint64_t busy = 0;
   for (int i = 0; i < p->n_ops && !stopped; i++) {

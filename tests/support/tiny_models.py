@@ -198,7 +198,8 @@ def write_gguf(
         path: the file to write.
         model: the model.
         weight_type: type of all matrices; rows must be whole blocks of it.
-        types: other types for the roles named here (``{"token_embd": "Q8_0"}``).
+        types: other types for the roles (``{"token_embd": "Q8_0"}``) or tensors (``{"blk.0.attn_q": "Q4_K"}``) named
+            here, each of which must be there.
         metadata: more keys, or other values; None leaves a key out.
         extra: more float32 tensors, by their GGUF names.
     """
@@ -237,14 +238,19 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in keys.items():
         _add_key(writer, key, value)
+    unused = dict(types or {})
     for name, values in {**_gguf_weights(model, architecture), **(extra or {})}.items():
-        role = name.split(".")[-2]
-        kind = (types or {}).get(role, weight_type) if values.ndim == 2 else "F32"
+        stem = name.removesuffix(".weight")
+        key = stem if types and stem in types else name.split(".")[-2]
+        kind = (types or {}).get(key, weight_type) if values.ndim == 2 else "F32"
+        unused.pop(key, None)
         if kind == "F32":
             writer.add_tensor(name, values)
         else:
             raw = quantize(kind, values).reshape(len(values), -1)
             writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+    if unused:
+        raise ValueError(f"no tensors {', '.join(unused)}")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
