@@ -114,7 +114,6 @@ int pi2_done_take(pi2_flash *f, pi2_read **done, int max) {
 
 static void *io_main(void *argument) {
   pi2_flash *f = argument;
-  pthread_setname_np(pthread_self(), "pi2rt/io");
   pthread_mutex_lock(&f->mutex);
   for (;;) {
     while (!f->queue && !atomic_load(&f->closing)) pthread_cond_wait(&f->work, &f->mutex);
@@ -152,7 +151,7 @@ static int pool_start(pi2_flash *f) {
   int error = 0;
   while (!error && f->threads < threads) {
     error = pthread_create(&f->thread[f->threads], NULL, io_main, f);
-    if (!error) f->threads++;
+    if (!error) pthread_setname_np(f->thread[f->threads++], "pi2rt/io");
   }
   pthread_sigmask(SIG_SETMASK, &before, NULL);
   if (error) pool_join(f);
