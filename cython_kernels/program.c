@@ -236,7 +236,7 @@ static int fetch(pi2_run *r, pi2_op *op, pi2_worker *w) {
     op->matrix[i].data = pi2_stream_get(s, r->base + (uint64_t)op->matrix[i].unit, w->gang->spin_ns);
     if (!op->matrix[i].data) return 0;
   }
-  if (w->index == 0) s->stall_ns += pi2_now_ns() - begin;
+  if (w->index == 0) atomic_fetch_add_explicit(&s->stall_ns, pi2_now_ns() - begin, memory_order_relaxed);
   return 1;
 }
 
@@ -287,8 +287,8 @@ int pi2_run_job(void *context, pi2_worker *w) {
     r->end_ns = pi2_now_ns();
     r->stopped = stopped;
   }
-  pi2_barrier(w); /* what the run wrote is complete; the gang may report it */
   const int urgent = r->urgent || stopped; /* once it is done, the run may be another one */
+  pi2_barrier(w); /* what the run wrote is complete; the gang may report it */
   if (w->index == 0) r->done = 1;
   return urgent;
 }

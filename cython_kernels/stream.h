@@ -48,7 +48,7 @@ typedef struct pi2_stream {
   _Atomic uint32_t work_word;               /* futex: the reader has something to look at */
   _Atomic int closing;
   _Atomic int64_t bytes, busy_ns;           /* read; time with a read in flight */
-  int64_t stall_ns;                         /* that thread 0 has waited for units */
+  _Atomic int64_t stall_ns;                 /* that thread 0 has waited for units */
   uint64_t laps;                            /* begun by runs */
 } pi2_stream;
 

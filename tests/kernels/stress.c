@@ -1,5 +1,6 @@
 /* The data plane under the sanitizers: a gang of three threads runs a small program of random weights, with steps
- * posted ahead and steps stopped at any moment, and gives the bits that one thread alone gives.
+ * posted ahead and steps stopped at any moment, and gives the bits that one thread alone gives. Then again with every
+ * matrix of every layer streamed from a file through the smallest ring.
  *
  *   stress STEPS
  *
@@ -229,8 +230,53 @@ static pi2_run *fly(pi2_program *p, flight *f, const step *s, result *r) {
   return run;
 }
 
+/* The layers' matrices in a file, to be streamed. */
+typedef struct {
+  char path[32];
+  pi2_extent units[7 * LAYERS];
+  int n;
+  uint8_t *ring;
+} stored;
+
+/* Writes the matrices that the operations use, in their order, and makes units of them. */
+static pi2_stream *stream_all(pi2_program *p, stored *f) {
+  int64_t at = 0, largest = 0, together = 0;
+  strcpy(f->path, "stress.XXXXXX");
+  const int fd = mkstemp(f->path);
+  if (fd < 0) die("no file");
+  for (int i = 0; i < p->n_ops; i++) {
+    pi2_op *op = &p->ops[i];
+    int64_t sum = 0;
+    if (op->kind != PI2_LINEAR && op->kind != PI2_FFN) continue;
+    for (int j = 0; j < op->n_matrices; j++) {
+      pi2_matrix *w = &op->matrix[j];
+      const int64_t bytes = (w->rows + 15) / 16 * pi2_row_block_bytes(w->type, w->k), whole = pi2_align(bytes, PI2_SECTOR);
+      uint8_t *padded = calloc(1, (size_t)whole);
+      memcpy(padded, w->data, (size_t)bytes);
+      if (pwrite(fd, padded, (size_t)whole, at) != whole) die("cannot write");
+      free(padded);
+      w->data = NULL;
+      w->unit = op->last_unit = f->n;
+      op->streamed++;
+      f->units[f->n++] = (pi2_extent){at, whole};
+      at += whole;
+      sum += whole;
+      largest = whole > largest ? whole : largest;
+    }
+    together = sum > together ? sum : together;
+  }
+  if (fsync(fd) || close(fd)) die("cannot write");
+  if (posix_memalign((void **)&f->ring, PI2_SECTOR, (size_t)(together + largest))) die("out of memory");
+  int error = 0;
+  pi2_flash *flash = pi2_flash_open(f->path, PI2_IO_AUTO, 4, &error);
+  if (!flash) die("no flash");
+  pi2_stream *s = pi2_stream_create(flash, f->units, f->n, PI2_SECTOR, 4, f->ring, together + largest, &error);
+  if (!s) die("no stream");
+  return s;
+}
+
 /* Plays the script; `wild`: as many steps ahead as there may be, with trials between. Returns the trials stopped. */
-static int play(const model *m, int threads, const step *script, int steps, result *results, int wild) {
+static int play(const model *m, int threads, const step *script, int steps, result *results, int wild, int streamed) {
   static const int cores[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
   uint8_t *cache = allocate(m->page_bytes * PAGES * SLOTS);
   memset(cache, 0, (size_t)(m->page_bytes * PAGES * SLOTS));
@@ -238,6 +284,8 @@ static int play(const model *m, int threads, const step *script, int steps, resu
   if (!gang) die("no gang");
   pi2_program p;
   build(&p, m, gang, cache);
+  stored file = {.n = 0};
+  if (streamed) p.stream = stream_all(&p, &file);
   flight f = {.n = 0};
   for (int i = 0; i < steps; i++) {
     if (wild && below(2)) {
@@ -252,6 +300,11 @@ static int play(const model *m, int threads, const step *script, int steps, resu
   }
   while (f.n) land(gang, &f);
   pi2_gang_destroy(gang);
+  if (streamed) {
+    pi2_stream_destroy(p.stream);
+    unlink(file.path);
+    free(file.ring);
+  }
   pi2_program_free(&p);
   free(cache);
   return f.stopped;
@@ -299,10 +352,14 @@ int main(int argc, char **argv) {
   int at[SLOTS] = {0, 500, 30}; /* as if the zeros of the cache had been stored: soon beyond one split */
   for (int i = 0; i < steps; i++) script[i] = next_step(at);
   result *alone = calloc((size_t)steps, sizeof *alone), *together = calloc((size_t)steps, sizeof *together);
-  play(&m, 1, script, steps, alone, 0);
-  int stopped = play(&m, 3, script, steps, together, 1), bad = 0;
-  for (int i = 0; i < steps; i++)
-    if (!same(&script[i], &alone[i], &together[i]) && bad++ < 5) printf("step %d differs from that of one thread\n", i);
+  play(&m, 1, script, steps, alone, 0, 0);
+  int stopped = 0, bad = 0;
+  for (int streamed = 0; streamed < 2; streamed++) {
+    stopped += play(&m, 3, script, steps, together, 1, streamed);
+    for (int i = 0; i < steps; i++)
+      if (!same(&script[i], &alone[i], &together[i]) && bad++ < 5)
+        printf("step %d%s differs from that of one thread\n", i, streamed ? ", streamed," : "");
+  }
   end_gangs(200);
   printf("%d steps, %d differ; %d trials stopped; 200 gangs ended\n", steps, bad, stopped);
   free(alone);
