@@ -9,8 +9,8 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-#define PI2_QUEUE 4 /* runs of a program in flight, at most */
-#define PI2_JOBS 8  /* jobs posted and not finished, at most: a run is done a moment before its job is finished */
+#define PI2_QUEUE 8 /* runs of a program in flight, at most */
+#define PI2_JOBS 16 /* jobs posted and not finished, at most: a run is done a moment before its job is finished */
 
 typedef struct pi2_gang pi2_gang;
 typedef struct pi2_worker {

@@ -30,7 +30,7 @@ from pi2rt.runtime.step import PAGE_TOKENS, Floats, Sampling, Step, StepResult
 from pi2rt.runtime.trace import Trace
 from pi2rt.tokenizer import StopMatcher, Tokenizer
 
-RUN_AHEAD_S = 0.02
+RUN_AHEAD_S = 0.03
 """Work that waits behind the step that runs: at least one step, so that the executor never idles, and of short
 steps more, so that it can report several at once. What waits delays a new request, and is discarded when a
 text ends."""

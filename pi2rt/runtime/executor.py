@@ -106,7 +106,8 @@ class Executor(Protocol):
 
     async def wait(self) -> StepResult:
         """The result of the oldest submitted step; raises what made it fail, which also consumes it.
-        Cancelling ``wait`` loses nothing: call it again."""
+        Cancelling ``wait`` loses nothing: call it again. Results that are there already may be given without
+        letting other tasks run, ``max_in_flight`` of them in a row at most."""
         ...
 
     def stop(self, step_id: int) -> None:
