@@ -2,7 +2,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 Io: TypeAlias = Literal["auto", "uring", "preadv"]
 Writable: TypeAlias = Any  # a buffer: collections.abc.Buffer is of Python 3.12
@@ -33,7 +33,7 @@ class Statistics:
 
 class Reader:
     def __init__(self, path: str | os.PathLike[str], io: Io = "auto", depth: int = 8) -> None: ...
-    def __enter__(self) -> Reader: ...
+    def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...

@@ -84,14 +84,23 @@ INLINE void panel_add(int type, const int tile, vi dot[PI2_PANEL][4], const vf *
   }
 }
 
+/* Weights to ask for while one tile of columns is computed: PI2_AHEAD_LINES cache lines of each row block, a few at a time.
+ * All at once would fill the line buffers, of which a core has about a dozen, and stop it until memory has answered. */
+#define PI2_AHEAD_LINES (PI2_STEPS / PI2_PANEL)
+typedef struct {
+  const uint8_t *at; /* of the first row block, or NULL */
+  int64_t stride;
+} panel_ahead;
+
 INLINE void panel16_columns(int type, const int tile, const panel_block *p, const int16_t *const *y, const panel_input *x,
-                            float *out, int64_t ldo) {
+                            panel_ahead ahead, float *out, int64_t ldo) {
   const int halves = type == PI2_Q6_K ? 2 : 1, steps = PI2_STEPS / halves;
   for (int half = 0; half < halves; half++) {
     vi sum[PI2_PANEL][4];
     for (int r = 0; r < PI2_PANEL; r++)
       for (int c = 0; c < tile; c++) sum[r][c] = i_zero();
     for (int step = half * steps; step < (half + 1) * steps; step++) {
+      if (ahead.at) v_prefetch(ahead.at + step % PI2_PANEL * ahead.stride + step / PI2_PANEL * 64);
       for (int c = 0; c < tile; c++) {
         const vx v = x_load(y[c] + PI2_BLOCK / PI2_STEPS * step);
         for (int r = 0; r < PI2_PANEL; r++) sum[r][c] = i_madd(sum[r][c], p->pairs[r][step], v);
@@ -148,13 +157,15 @@ INLINE void panel8_columns(int type, const int tile, const panel_block *p, const
 }
 
 INLINE void panel_tile(int type, const int wide, const int tile, const panel_block *p, const pi2_q8 *x, int c, int64_t b,
-                       float *out, int64_t ldo) {
+                       panel_ahead ahead, float *out, int64_t ldo) {
   panel_input in = {.d = x->d + c * x->ldb + b, .s = x->s + c * x->ldb + b, .h = x->h + 2 * (c * x->ldb + b), .ldb = x->ldb};
   const int8_t *q = x->q + c * x->ldq + (b * PI2_BLOCK << wide);
   __asm__("" : "+r"(q)); /* one pointer, not one for each column, from tile to tile */
   for (int i = 0; i < tile; i++) in.q[i] = q + i * x->ldq;
   out += c * ldo;
   if (!is_wide(type, wide)) {
+    for (int i = 0; ahead.at && i < PI2_STEPS; i++)
+      v_prefetch(ahead.at + i % PI2_PANEL * ahead.stride + i / PI2_PANEL * 64);
     panel8_columns(type, tile, p, &in, out, ldo);
     return;
   }
@@ -168,7 +179,7 @@ INLINE void panel_tile(int type, const int wide, const int tile, const panel_blo
 #else
   for (int i = 0; i < tile; i++) y[i] = (const int16_t *)in.q[i];
 #endif
-  panel16_columns(type, tile, p, y, &in, out, ldo);
+  panel16_columns(type, tile, p, y, &in, ahead, out, ldo);
 }
 
 INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n,
@@ -176,19 +187,22 @@ INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t strid
   const int64_t blocks = k / PI2_BLOCK;
   for (int c = 0; c < n; c++)
     for (int r = 0; r < PI2_PANEL; r++) v_store(out + c * ldo + r * PI2_ROWS, v_zero());
+  const uint8_t *quants = w + pi2_scales_bytes_of(type, k);
   for (int64_t b = 0; b < blocks; b++) {
     panel_block p;
-    for (int r = 0; r < PI2_PANEL; r++) {
-      const uint8_t *quants = w + r * stride + pi2_scales_bytes_of(type, k);
-      const int64_t ahead = b + PI2_AHEAD; /* four streams and more: the hardware follows too few of them */
-      const uint8_t *soon = ahead < blocks ? quants + ahead * quants_stride(type)
-                                           : quants + PI2_PANEL * stride + (ahead - blocks) * quants_stride(type);
-      for (int i = 0; i < quants_stride(type); i += 64) v_prefetch(soon + i);
-      panel_unpack(type, wide, w + r * stride, k, b, r, &p);
-    }
+    for (int r = 0; r < PI2_PANEL; r++) panel_unpack(type, wide, w + r * stride, k, b, r, &p);
+    /* Four streams and more: the hardware follows too few of them. Behind this panel lies the next. */
+    const int64_t soon = b + PI2_AHEAD;
+    panel_ahead ahead = {.stride = stride, .at = quants + (soon < blocks ? soon * quants_stride(type)
+                                                           : PI2_PANEL * stride + (soon - blocks) * quants_stride(type))};
+    const uint8_t *const end = ahead.at + quants_stride(type);
     int c = 0;
-    for (; c + 4 <= n; c += 4) panel_tile(type, wide, 4, &p, x, c, b, out, ldo);
-    for (; c < n; c++) panel_tile(type, wide, 1, &p, x, c, b, out, ldo);
+    for (; c + 4 <= n; c += 4) {
+      panel_tile(type, wide, 4, &p, x, c, b, ahead, out, ldo);
+      if (ahead.at && (ahead.at += PI2_AHEAD_LINES * 64) >= end) ahead.at = NULL;
+    }
+    ahead.at = NULL;
+    for (; c < n; c++) panel_tile(type, wide, 1, &p, x, c, b, ahead, out, ldo);
   }
 }
 #define PANEL(T, WIDE, name)                                                                              \

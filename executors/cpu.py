@@ -93,8 +93,8 @@ class CpuExecutor:
         if self._program is None or self._gang is None:
             raise ClosedError("the cpu executor is not open")
         event_fd = self._gang.event_fd
-        # Results that are there already are taken in a row, for a pass of Trio's loop costs as much as handling one; but
-        # steps that are always done early must not starve other tasks.
+        # Results that are there already are taken in a row, for a pass of Trio's loop costs as much as handling one;
+        # but steps that are always done early must not starve other tasks.
         self._in_a_row = self._in_a_row + 1 if self._program.ready() else 0
         if 0 < self._in_a_row < self.max_in_flight:
             await trio.lowlevel.checkpoint_if_cancelled()
