@@ -12,19 +12,13 @@ from typing import Any
 import trio
 
 import pi2rt
-from pi2rt.cli.bench import bytes_per_token
-from pi2rt.cython_kernels.flash import measure
-from pi2rt.planner.device_profile import measure_device
-from pi2rt.planner.placement import default_placement
 from pi2rt.runtime.executor import ExecutorStatistics
 from pi2rt.runtime.host_memory import peak_rss_bytes
-from pi2rt.runtime.topology import read_topology
 
 
 class Model:
-    def __init__(self, runtime: pi2rt.Runtime, path: str, io: str) -> None:
-        self.runtime, self.path, self.io = runtime, path, io
-        self.bandwidths: dict[str, float] = {}
+    def __init__(self, runtime: pi2rt.Runtime) -> None:
+        self.runtime = runtime
         self.random = random.Random(0)
         self.kept: tuple[tuple[int, int], list[list[int]]] = ((0, 0), [])
 
@@ -78,7 +72,7 @@ class Model:
         }
 
     def reads(self, before: ExecutorStatistics, after: ExecutorStatistics) -> dict[str, float]:
-        """Of weights that do not fit: bytes and waiting per step, and what this machine could do, measured now."""
+        """Of weights that do not fit: bytes read per step, and the share of time that steps have waited for them."""
         if "flash_bytes" not in after.details:
             return {}
         steps = after.steps - before.steps
@@ -86,16 +80,9 @@ class Model:
         def spent(name: str) -> int:
             return int(str(after.details[name])) - int(str(before.details[name]))
 
-        if not self.bandwidths:
-            self.bandwidths = {
-                "memory_bandwidth": measure_device(default_placement(read_topology())).read_bandwidth,
-                "flash_bandwidth": measure(self.path, 1 << 20, 8, 1.0, self.io, "sequential"),
-            }
         return {
             "flash_bytes": spent("flash_bytes") / steps,
             "flash_wait": spent("flash_stall_ns") / (after.finished_ns - before.finished_ns),
-            "memory_bytes": bytes_per_token(self.path),
-            **self.bandwidths,
         }
 
 
@@ -106,7 +93,7 @@ async def serve(
     async with pi2rt.open_runtime(
         path, threads=threads, context=context, max_sequences=sequences, memory=memory, io=io
     ) as runtime:
-        model = Model(runtime, path, io)
+        model = Model(runtime)
         load_s = time.perf_counter() - begin
         print(json.dumps({"load_s": load_s, "version": pi2rt.__version__}), flush=True)
         while line := await trio.to_thread.run_sync(sys.stdin.readline):

@@ -1,8 +1,10 @@
 #include "program.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static void *allocate(pi2_program *p, int64_t count, size_t size) {
   int64_t bytes = pi2_align(count * (int64_t)size + 64, 64);
@@ -101,6 +103,12 @@ int pi2_program_prepare(pi2_program *p) {
     s->acc = allocate(p, vectors * (p->max_head_dim + 2), 4);
     s->acc2 = allocate(p, vectors * (p->max_head_dim + 2), 4);
     s->candidates = allocate(p, p->vocab, sizeof(pi2_candidate));
+    if (!p->embedding.data) {
+      const int64_t bytes = pi2_align(pi2_row_block_bytes(p->embedding.type, p->embedding.k), PI2_SECTOR) + PI2_SECTOR;
+      p->activation_bytes += bytes;
+      s->sectors = aligned_alloc(PI2_SECTOR, (size_t)bytes);
+      ok &= s->sectors != NULL;
+    }
     ok &= s->floats && s->tile && s->queries && s->scores && s->acc && s->acc2 && s->candidates;
   }
   for (int i = 0; i < PI2_QUEUE; i++) ok &= prepare_run(p, &p->runs[i]);
@@ -122,6 +130,7 @@ void pi2_program_free(pi2_program *p) {
     pi2_scratch *s = &p->scratch[t];
     free_q8(&s->q8);
     free(s->floats); free(s->tile); free(s->queries); free(s->scores); free(s->acc); free(s->acc2); free(s->candidates);
+    free(s->sectors);
   }
   for (int i = 0; i < PI2_QUEUE; i++) free_run(&p->runs[i]);
   free_q8(&p->q8_prepared);
@@ -196,14 +205,38 @@ int pi2_run_post(pi2_run *r) {
   return 0;
 }
 
+/* One row of an embedding that is not in memory: the sectors around its row block. Returns 0 or an errno. */
+static int read_row(const pi2_program *p, int64_t row, uint8_t *sectors, float *x) {
+  const pi2_matrix *m = &p->embedding;
+  const int64_t bytes = pi2_row_block_bytes(m->type, m->k), offset = p->embedding_offset + row / PI2_ROWS * bytes;
+  const int64_t begin = offset / PI2_SECTOR * PI2_SECTOR, length = pi2_align(offset + bytes, PI2_SECTOR) - begin;
+  for (int64_t done = 0; done < length;) {
+    const ssize_t n = pread(p->embedding_fd, sectors + done, (size_t)(length - done), begin + done);
+    if (n < 0 && errno != EINTR) return errno;
+    if (n == 0) return EIO; /* a pack is whole sectors: it has shrunk */
+    if (n > 0) done += n;
+  }
+  pi2_unpack_row(m->type, sectors + (offset - begin), m->k, row % PI2_ROWS, x);
+  return 0;
+}
+
 /* Token embeddings and, with them, the step's rotations. */
-static void op_embed(pi2_run *r, int index) {
+static void op_embed(pi2_run *r, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
   for (uint32_t row; (row = pi2_take(r, index, 0)) < (uint32_t)r->n_rows;) {
     int32_t token = r->token[row];
     if (token < 0) token = p->slots[r->slices[r->slice_of[row]].slot].last;
     float *x = p->x + row * p->dim;
-    pi2_unpack_row(p->embedding.type, p->embedding.data, p->dim, token, x);
+    if (p->embedding.data) {
+      pi2_unpack_row(p->embedding.type, p->embedding.data, p->dim, token, x);
+    } else {
+      const int error = read_row(p, token, p->scratch[w->index].sectors, x);
+      if (error) { /* the barrier behind this operation ends the run on every thread */
+        r->error = error;
+        atomic_store(&r->stop, 1);
+        return;
+      }
+    }
     if (p->embedding_scale != 1.0f) p->kernels->scale(x, p->embedding_scale, x, p->dim);
     for (int i = 0; i < p->n_ropes; i++) {
       const pi2_rope *rope = &p->ropes[i];
@@ -265,7 +298,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
     }
     const uint64_t begin = pi2_ticks();
     switch (op->kind) {
-      case PI2_EMBED: op_embed(r, i); break;
+      case PI2_EMBED: op_embed(r, i, w); break;
       case PI2_LINEAR: stopped = pi2_op_linear(r, op, i, w); break;
       case PI2_ATTENTION: stopped = pi2_op_attention(r, op, i, w); break;
       case PI2_FFN: stopped = pi2_op_ffn(r, op, i, w); break;

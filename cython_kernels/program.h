@@ -91,7 +91,7 @@ typedef struct pi2_run {
   _Atomic uint32_t *splits_left;        /* (max_slots, max KV heads): splits done in this layer */
   int stopped;
   uint64_t base;                        /* position of the first streamed unit */
-  int error;                            /* errno of a read that failed: the run was stopped by it */
+  _Atomic int error;                    /* errno of a read that failed: the run was stopped by it */
   _Atomic int done;                     /* last to be set: whoever sees it sees the results */
   int64_t begin_ns, end_ns;
   uint64_t begin_ticks, end_ticks;
@@ -105,6 +105,7 @@ typedef struct { /* one thread's own */
   float *tile;     /* GEMM outputs */
   float *queries, *scores, *acc, *acc2; /* attention */
   pi2_candidate *candidates;
+  uint8_t *sectors; /* of the file, around a row block of the embedding */
 } pi2_scratch;
 
 typedef struct pi2_program {
@@ -116,7 +117,9 @@ typedef struct pi2_program {
   int threads, max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
   pi2_op *ops;
   pi2_rope *ropes;
-  pi2_matrix embedding;
+  pi2_matrix embedding; /* data NULL: its rows are read one by one */
+  int embedding_fd;     /* from here */
+  int64_t embedding_offset;
   float embedding_scale, logit_softcap;
   float *x, *y, *attention, *hidden_floats, *prepared, *logits;
   pi2_q8 q8_prepared, q8_attention, q8_hidden;

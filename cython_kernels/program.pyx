@@ -104,6 +104,8 @@ cdef extern from "program.h" nogil:
         pi2_op *ops
         pi2_rope *ropes
         pi2_matrix embedding
+        int embedding_fd
+        int64_t embedding_offset
         float embedding_scale, logit_softcap
         pi2_slot *slots
         int64_t activation_bytes
@@ -274,9 +276,12 @@ cdef class Program:
         self.p.n_ropes += 1
         return self.p.n_ropes - 1
 
-    def embed(self, Matrix matrix):
+    def embed(self, Matrix matrix, *, int fd=-1, int64_t offset=0):
+        """``fd``, ``offset``: where the row blocks of a matrix lie that is not in memory; its rows are read one by one."""
+        if matrix.m.data == NULL and fd < 0:
+            raise InternalError("an embedding is in memory or in a file")
         self.add(PI2_EMBED, -1)
-        self.p.embedding = matrix.m
+        self.p.embedding, self.p.embedding_fd, self.p.embedding_offset = matrix.m, fd, offset
         self.keep.append(matrix)
 
     def linear(self, int layer, norm, source, sink, matrices, *, bint q8_in=False):
@@ -481,7 +486,7 @@ cdef class Program:
         kernel_ns = <int64_t>(busy * ns_per_tick / self.p.threads)
         if r.error:
             message = "the file ends too early" if r.error < 0 else os.strerror(r.error)
-            raise OSError(abs(r.error), f"reading weights: {message}", os.fspath(self.stream.path))
+            raise OSError(abs(r.error), f"reading weights: {message}", *([] if self.stream is None else [self.stream.path]))
         if r.stopped:
             return StepResult(step.id, stopped=True, started_ns=r.begin_ns, finished_ns=r.end_ns, kernel_ns=kernel_ns), None
         sampled, scores, logits = [], [], []

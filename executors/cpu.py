@@ -43,6 +43,7 @@ class CpuExecutor:
         self._cache: native.Memory | None = None
         self._ring: native.Memory | None = None
         self._stream: Stream | None = None
+        self._rows_fd = -1  # of the file, where rows of the embedding are read one by one
         self._gang: program.Gang | None = None
         self._program: program.Program | None = None
         self._options: ExecutorOptions | None = None
@@ -61,8 +62,16 @@ class CpuExecutor:
         self._threads = [(options.actor, core) for core in cores]
         self._threads += [(actor, core) for actor, group in options.assistants for core in group]
         self._options = options
-        self._weights = Weights(file, model, exact_floats=options.exact_floats, streamed=options.streamed)
+        self._weights = Weights(
+            file,
+            model,
+            exact_floats=options.exact_floats,
+            streamed=options.streamed,
+            read_by_row=options.read_by_row,
+        )
         await self._weights.load(progress, len(self._threads))
+        if options.read_by_row is not None:
+            self._rows_fd = _open_direct(os.fspath(self._weights.path))
         if options.streamed:
             self._ring = native.Memory(options.ring_bytes)
             self._stream = Stream(
@@ -77,7 +86,7 @@ class CpuExecutor:
         pinned = [core for _, core in self._threads]
         spin = SPIN_NS if len(set(pinned)) == len(pinned) else 0  # two on one core would spin for each other
         self._gang = program.Gang(pinned, spin_ns=spin)
-        builder = ProgramBuilder(file, model, self._weights, options, self._gang, self._stream)
+        builder = ProgramBuilder(file, model, self._weights, options, self._gang, self._stream, self._rows_fd)
         self._program = builder.build(self._cache, layouts, page_bytes)
 
     def submit(self, step: Step) -> None:
@@ -163,6 +172,9 @@ class CpuExecutor:
         if self._ring is not None:
             self._ring.close()
             self._ring = None
+        if self._rows_fd >= 0:
+            os.close(self._rows_fd)
+            self._rows_fd = -1
         if self._cache is not None:
             self._cache.close()
             self._cache = None
@@ -203,3 +215,11 @@ class CpuExecutor:
             threads=(*(ThreadStatistics(actor, core, ns) for (actor, core), ns in threads), *flash),
             details=details,
         )
+
+
+def _open_direct(path: str) -> int:
+    """A descriptor for reads of whole sectors past the page cache, where the file system has that."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
+    except OSError:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -60,6 +60,7 @@ class ProgramBuilder:
         options: ExecutorOptions,
         gang: program.Gang,
         stream: Stream | None,
+        rows_fd: int,
     ) -> None:
         self._file, self._model, self._weights, self._options = file, model, weights, options
         self._program = program.Program(
@@ -76,12 +77,14 @@ class ProgramBuilder:
             logit_softcap=model.logit_softcap or 0.0,
             stream=stream,
         )
+        self._rows_fd = rows_fd
         self._ropes: dict[Rope, int] = {}
 
     def build(self, cache: native.Memory, layouts: list[CacheLayout], page_bytes: int) -> program.Program:
         """``cache``: the memory of ``options.pages`` pages."""
         p, model = self._program, self._model
-        p.embed(self._matrix(Linear(model.embedding)))
+        embedding = self._matrix(Linear(model.embedding))
+        p.embed(embedding, fd=self._rows_fd, offset=self._weights.row_offset)
         attention = iter(layouts)
         for index, layer in enumerate(model.layers):
             for block in layer.blocks:
@@ -163,7 +166,7 @@ class ProgramBuilder:
             packed.columns,
             packed.address,
             bias,
-            unit=self._weights.units.get(linear.weight, -1),
+            unit=self._weights.units.get(linear.weight, 0 if packed.address == 0 else -1),
         )
 
     def _norm(self, norm: Norm | None) -> tuple[Floats, float, float] | None:

@@ -41,17 +41,25 @@ class Weights:
     """Every tensor a description names: matrices as row blocks, vectors as float32.
 
     ``exact_floats``: matrices become float32, dequantised as the format says. ``streamed``: names of matrices that
-    are not loaded, because they are read in every step: units of a stream, in this order. They have address 0.
+    are not loaded, because they are read in every step: units of a stream, in this order.
+    ``read_by_row``: one more that is not loaded. They have address 0.
     """
 
     def __init__(
-        self, file: ModelFile, model: ModelDescription, *, exact_floats: bool, streamed: Sequence[str] = ()
+        self,
+        file: ModelFile,
+        model: ModelDescription,
+        *,
+        exact_floats: bool,
+        streamed: Sequence[str] = (),
+        read_by_row: str | None = None,
     ) -> None:
         self._file = file
         self._exact_floats = exact_floats
         infos = [file.tensors[name] for name, _ in iterate_tensors(model)]
         self.units = {name: unit for unit, name in enumerate(streamed)}
-        self._matrix_infos = [info for info in infos if len(info.shape) == 2 and info.name not in self.units]
+        absent = {*streamed, read_by_row}
+        self._matrix_infos = [info for info in infos if len(info.shape) == 2 and info.name not in absent]
         self._vector_infos = [info for info in infos if len(info.shape) == 1]
         self.vectors: dict[str, Floats] = {}
         self.matrices: dict[str, PackedMatrix] = {}
@@ -69,6 +77,12 @@ class Weights:
         self.extents: list[
             tuple[int, int]
         ] = []  # of the streamed ones in the file, (offset, bytes), whole sectors
+        self.row_offset = 0  # in the file, of the matrix that is read by row
+        if read_by_row is not None:
+            info = file.tensors[read_by_row]
+            rows, columns = info.shape
+            self.matrices[read_by_row] = PackedMatrix(info.type, rows, columns, 0)
+            self.row_offset = info.offset
         for name in streamed:
             info = file.tensors[name]
             rows, columns = info.shape

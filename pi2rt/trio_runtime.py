@@ -51,6 +51,10 @@ CLOSE_SECONDS = 5.0
 OWN_MEMORY = 24 << 20
 """Bytes of a memory budget for what is not counted one by one: tokenizer, Python objects, stacks, allocator."""
 
+STREAMED_CHUNK = 128
+"""Prompt tokens in one step at most where weights are read in every step: reading lies under the computing of so
+many already, and what activations of more would take holds weights instead."""
+
 LONG_TEXT = 50_000
 """Characters from which on a prompt is tokenised in a worker thread: below, that takes a few milliseconds."""
 
@@ -271,23 +275,28 @@ def _executor_options(
     placement: Placement,
     trace: Trace | None,
 ) -> ExecutorOptions:
-    need = estimate_need(
-        file,
-        description,
-        page_tokens=PAGE_TOKENS,
-        max_tokens=chosen.step_tokens,
-        slots=chosen.max_sequences,
-        kv_type=chosen.kv_type,
-        exact_floats=chosen.exact_floats,
-    )
+    def need_of(max_tokens: int) -> MemoryNeed:
+        return estimate_need(
+            file,
+            description,
+            page_tokens=PAGE_TOKENS,
+            max_tokens=max_tokens,
+            slots=chosen.max_sequences,
+            kv_type=chosen.kv_type,
+            exact_floats=chosen.exact_floats,
+        )
+
+    tokens, available = chosen.step_tokens, available_memory()
+    need, streaming = need_of(tokens), StreamingPlan()
     each = -(-context // PAGE_TOKENS)
-    available = available_memory()
-    streaming = StreamingPlan()
     if chosen.memory is not None:
         own = rss_bytes() + OWN_MEMORY
         limit = min(available + own, chosen.memory_bytes)
         available = limit - own
         if not chosen.exact_floats:
+            if need.weights + need.activations + each * need.page > available:
+                tokens = min(tokens, max(STREAMED_CHUNK, chosen.max_sequences))
+                need = need_of(tokens)
             streaming = plan_streaming(file, description, available - need.activations - each * need.page)
             need = replace(need, weights=streaming.nbytes)
         _check_budget(limit, own, need, streaming, each * need.page)
@@ -295,7 +304,7 @@ def _executor_options(
         slots=chosen.max_sequences,
         pages=need.pages(available, each, each * chosen.max_sequences),
         context=context,
-        max_tokens=chosen.step_tokens,
+        max_tokens=tokens,
         cores=placement.lead.cores,
         actor=placement.lead.name,
         assistants=placement.assistants,
@@ -304,6 +313,7 @@ def _executor_options(
         exact_floats=chosen.exact_floats,
         kernels=chosen.kernels,
         streamed=streaming.streamed,
+        read_by_row=streaming.read_by_row,
         ring_bytes=streaming.ring_bytes,
         io=chosen.io,
         trace=trace,

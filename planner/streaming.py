@@ -3,7 +3,8 @@
 A dense model uses every weight once per token, in the same order: whatever is not in memory has to be read again
 for each step, and which matrices those are changes nothing but the rhythm. So they are spread evenly over the
 layers: reading then never pauses for long, and the reads lie under the computing of the layers between. The
-feed-forward matrices go first, being the largest; attention follows where that is not enough.
+feed-forward matrices go first, being the largest; attention follows where that is not enough. An embedding that is
+not the output head as well goes before all: of it, a step reads one row for each token.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ is on its way while that operation computes."""
 @dataclass(frozen=True, slots=True)
 class StreamingPlan:
     """``streamed``: names of the matrices that are read in every step, () where all weights stay;
-    ``ring_bytes``: memory they pass through; ``resident_bytes``: weights that stay; ``streamed_bytes``: read per
-    step."""
+    ``read_by_row``: the embedding, where its rows are read one by one; ``ring_bytes``: memory that the streamed
+    pass through; ``resident_bytes``: weights that stay; ``streamed_bytes``: read per step."""
 
     streamed: tuple[str, ...] = ()
+    read_by_row: str | None = None
     ring_bytes: int = 0
     resident_bytes: int = 0
     streamed_bytes: int = 0
@@ -75,6 +77,12 @@ def plan_streaming(file: ModelFile, model: ModelDescription, room: int) -> Strea
     order = [(file.tensors[name], feed_forward) for name, feed_forward in matrices_in_order(model)]
     if total <= room or any(info.layout != "blocks16" for info, _ in order):
         return StreamingPlan(resident_bytes=total)
+    embedding = None
+    if model.embedding != model.head.weight:  # a step needs one row of it for each token
+        embedding = model.embedding
+        total -= file.tensors[embedding].nbytes
+    if total <= room:
+        return StreamingPlan(read_by_row=embedding, resident_bytes=total)
     ring = least_ring(file, [info.name for info, _ in order], model)
     ring += AHEAD_UNITS * max(_sectors(info.nbytes) for info, _ in order)
     missing = total + ring - room
@@ -85,6 +93,7 @@ def plan_streaming(file: ModelFile, model: ModelDescription, room: int) -> Strea
     streamed = [info for info, _ in order if info.name in chosen]
     return StreamingPlan(
         tuple(info.name for info in streamed),
+        embedding,
         ring,
         total - sum(info.nbytes for info in streamed),
         sum(_sectors(info.nbytes) for info in streamed),

@@ -33,7 +33,8 @@ class ExecutorOptions:
     ``exact_floats``: dequantise weights to float32, quantise no activations, keep keys and values in float32
     (for tests; slow). ``kernels``: name of a kernel variant, None for the best.
     ``streamed``: names of the matrices that are not kept but read from the file in every step, through a ring of
-    ``ring_bytes``; ``io``: how, "auto", "uring" or "preadv".
+    ``ring_bytes``; ``read_by_row``: name of the embedding, where of it too only the rows are read that a step
+    needs; ``io``: how, "auto", "uring" or "preadv".
     """
 
     slots: int
@@ -48,6 +49,7 @@ class ExecutorOptions:
     exact_floats: bool = False
     kernels: str | None = None
     streamed: tuple[str, ...] = ()
+    read_by_row: str | None = None
     ring_bytes: int = 0
     io: str = "auto"
     trace: Trace | None = None

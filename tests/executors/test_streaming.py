@@ -77,6 +77,8 @@ async def test_streamed_is_resident_bit_for_bit(pack: Path, every: int, more: in
     async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
         expected = await all_logits(executor, tokens)
     given = {"streamed": names, "ring_bytes": ring_for(pack, names, more), "io": io}
+    if every > 1:
+        given["read_by_row"] = "token_embd.weight"
     async with opened(CpuExecutor(), pack, exact_floats=False, **given) as executor:
         for _ in range(3):
             np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
@@ -136,6 +138,16 @@ async def test_a_file_that_shrinks_fails_the_step_and_not_the_process(pack: Path
             os.truncate(path, file.tensors[names[len(names) // 2]].offset)
         with pytest.raises(OSError, match="reading weights: the file ends too early"):
             await several(executor)
+
+
+async def test_an_embedding_that_cannot_be_read_fails_the_step(pack: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.pi2"
+    shutil.copy(pack, path)
+    async with opened(CpuExecutor(), path, exact_floats=False, read_by_row="token_embd.weight") as executor:
+        await all_logits(executor, np.arange(5, dtype=np.int32))
+        os.truncate(path, 4096)
+        with pytest.raises(OSError, match=r"reading weights: Input/output error"):
+            await all_logits(executor, np.arange(5, dtype=np.int32))
 
 
 def test_a_stream_that_nobody_takes_from_closes(pack: Path) -> None:

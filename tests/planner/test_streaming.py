@@ -25,19 +25,34 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelFile]:
 
 
 def sizes(file: ModelFile) -> tuple[int, int, int]:
-    """All weights; those of layers' matrices; the ring."""
+    """All weights but the embedding; those of layers' matrices; the ring."""
     description = describe(file)
-    total = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(description))
+    names = {name for name, _ in iterate_tensors(description)} - {description.embedding}
+    total = sum(file.tensors[name].nbytes for name in names)
     layers = [file.tensors[name].nbytes for name, _ in matrices_in_order(description)]
-    names = [name for name, _ in matrices_in_order(description)]
-    ring = least_ring(file, names, description) + AHEAD_UNITS * -(-max(layers) // SECTOR) * SECTOR
+    ring = (
+        least_ring(file, [name for name, _ in matrices_in_order(description)], description)
+        + AHEAD_UNITS * -(-max(layers) // SECTOR) * SECTOR
+    )
     return total, sum(layers), ring
 
 
 def test_what_fits_stays(pack: ModelFile) -> None:
-    total, _, _ = sizes(pack)
+    total = sizes(pack)[0] + pack.tensors["token_embd.weight"].nbytes
     plan = plan_streaming(pack, describe(pack), total)
-    assert (plan.streamed, plan.ring_bytes, plan.nbytes, plan.streamed_bytes) == ((), 0, total, 0)
+    assert (plan.streamed, plan.read_by_row, plan.ring_bytes, plan.nbytes) == ((), None, 0, total)
+
+
+def test_rows_of_the_embedding_are_read_first(pack: ModelFile, tmp_path: Path) -> None:
+    total = sizes(pack)[0]
+    plan = plan_streaming(pack, describe(pack), total)
+    assert (plan.streamed, plan.read_by_row, plan.nbytes) == ((), "token_embd.weight", total)
+    model = TinyModel(layers=1, config={"tie_word_embeddings": True})
+    convert(write_gguf(tmp_path / "m.gguf", model), tmp_path / "m.pi2")
+    with open_model_file(tmp_path / "m.pi2") as file:  # the output head needs all of them
+        plan = plan_streaming(file, describe(file), 1)
+        assert plan.streamed
+        assert plan.read_by_row is None
 
 
 @pytest.mark.parametrize("percent", [1, 10, 37, 50, 80, 99])
@@ -48,7 +63,9 @@ def test_the_room_is_kept_and_nearly_filled(pack: ModelFile, percent: int) -> No
     assert plan.nbytes <= room
     largest = max(pack.tensors[name].nbytes for name, _ in matrices_in_order(describe(pack)))
     assert plan.nbytes > min(total, room) - 2 * largest
-    assert plan.resident_bytes + sum(pack.tensors[name].nbytes for name in plan.streamed) == total
+    embedding = 0 if plan.read_by_row else pack.tensors["token_embd.weight"].nbytes
+    streamed = sum(pack.tensors[name].nbytes for name in plan.streamed)
+    assert plan.resident_bytes + streamed == total + embedding
 
 
 def test_streamed_matrices_come_in_order_and_spread_over_the_layers(pack: ModelFile) -> None:
