@@ -17,15 +17,16 @@ import llama_cpp
 
 
 class Model:
-    def __init__(self, path: str, threads: int, context: int, sequences: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, sequences: int, mapped: bool) -> None:
+        """``mapped``: weights stay in the mapped file; else llama.cpp copies some into a faster layout."""
         llama_cpp.llama_backend_init()
         silent = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
         self._silent = silent  # called for as long as the library lives
         start = time.perf_counter()
-        self.model = llama_cpp.llama_model_load_from_file(
-            path.encode(), llama_cpp.llama_model_default_params()
-        )
+        settings = llama_cpp.llama_model_default_params()
+        settings.use_extra_bufts = not mapped
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), settings)
         self.load_s = time.perf_counter() - start
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = context, 512, 512, sequences
@@ -88,7 +89,7 @@ class Model:
 
 def main() -> None:
     path, threads, context, sequences = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    model = Model(path, threads, context, sequences)
+    model = Model(path, threads, context, sequences, sys.argv[5:] == ["mapped"])
     print(json.dumps({"load_s": model.load_s, "version": llama_cpp.__version__}), flush=True)
     for line in sys.stdin:
         print(json.dumps(model.run(json.loads(line))), flush=True)

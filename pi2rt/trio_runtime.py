@@ -48,7 +48,7 @@ Control tokens spelled out in text or messages become control tokens: mind where
 CLOSE_SECONDS = 5.0
 """How long steps in flight may take to stop when a runtime is closed."""
 
-OWN_MEMORY = 24 << 20
+OWN_MEMORY = 14 << 20
 """Bytes of a memory budget for what is not counted one by one: tokenizer, Python objects, stacks, allocator."""
 
 STREAMED_CHUNK = 128
