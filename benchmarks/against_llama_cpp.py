@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="rows to run: decode prefill long batch")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prefill row")
+    parser.add_argument("--activations", choices=("int16", "int8"), default="int16", help="of pi2rt")
     options = parser.parse_args()
     rows: dict[str, tuple[str, dict[str, Any]]] = {
         "decode": ("decode 128 tokens after 64", {"what": "decode", "context": 64, "tokens": 128}),
@@ -63,10 +64,11 @@ def main() -> None:
     }
     chosen = {key: row for key, row in rows.items() if options.only is None or key in options.only}
     context = 4352 if "long" in chosen else 2048
-    ours = Child(sys.executable, "pi2rt_child.py", options.model, options.threads, context, 8)
+    more = json.dumps({"activations": options.activations})
+    ours = Child(sys.executable, "pi2rt_child.py", options.model, options.threads, context, 8, more)
     peer = Child(options.peer, "llama_cpp_child.py", options.model, options.threads, context, 8)
     print(
-        f"{Path(options.model).name}, {options.threads} threads, medians of {options.repeat}, alternating; "
+        f"{Path(options.model).name}, {options.threads} threads, {options.activations} activations, medians of {options.repeat}, alternating; "
         f"pi2rt {ours.start['version']}, llama-cpp-python {peer.start['version']}\n"
     )
     print(

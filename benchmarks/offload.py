@@ -98,13 +98,14 @@ def main() -> None:
         limit = int(size * share) // 4096 * 4096
         mine, theirs, last = [], [], {}
         for _ in range(options.repeat):
-            arguments = [options.threads, options.context, 1, limit, options.io]
-            ours = [sys.executable, str(HERE / "pi2rt_child.py"), options.pack, *map(str, arguments)]
+            arguments = [str(options.threads), str(options.context), "1"]
+            more = json.dumps({"memory": limit, "io": options.io})
+            ours = [sys.executable, str(HERE / "pi2rt_child.py"), options.pack, *arguments, more]
             peer = [
                 options.peer,
                 str(HERE / "llama_cpp_child.py"),
                 options.gguf,
-                *map(str, arguments[:3]),
+                *arguments,
                 "mapped",
             ]
             last = measure(ours, limit, [options.pack], work, options.rounds)

@@ -86,12 +86,11 @@ class Model:
         }
 
 
-async def serve(
-    path: str, threads: int, context: int, sequences: int, memory: int | None = None, io: str = "auto"
-) -> None:
+async def serve(path: str, threads: int, context: int, sequences: int, more: dict[str, Any]) -> None:
+    """``more``: further keywords of ``pi2rt.open_runtime``."""
     begin = time.perf_counter()
     async with pi2rt.open_runtime(
-        path, threads=threads, context=context, max_sequences=sequences, memory=memory, io=io
+        path, threads=threads, context=context, max_sequences=sequences, **more
     ) as runtime:
         model = Model(runtime)
         load_s = time.perf_counter() - begin
@@ -101,5 +100,4 @@ async def serve(
 
 
 if __name__ == "__main__":
-    path, io = sys.argv[1], sys.argv[6] if len(sys.argv) > 6 else "auto"
-    trio.run(serve, path, *map(int, sys.argv[2:5]), int(sys.argv[5]) if len(sys.argv) > 5 else None, io)
+    trio.run(serve, sys.argv[1], *map(int, sys.argv[2:5]), json.loads(sys.argv[5]))
