@@ -68,7 +68,8 @@ def main() -> None:
     ours = Child(sys.executable, "pi2rt_child.py", options.model, options.threads, context, 8, more)
     peer = Child(options.peer, "llama_cpp_child.py", options.model, options.threads, context, 8)
     print(
-        f"{Path(options.model).name}, {options.threads} threads, {options.activations} activations, medians of {options.repeat}, alternating; "
+        f"{Path(options.model).name}, {options.threads} threads, {options.activations} activations, "
+        f"medians of {options.repeat}, alternating; "
         f"pi2rt {ours.start['version']}, llama-cpp-python {peer.start['version']}\n"
     )
     print(
