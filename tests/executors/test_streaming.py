@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from pi2rt.runtime.trace import Trace
 from tests.executors.conformance import ExecutorConformance
+from tests.support.native_threads import settles_at
 from tests.support.running import NOTHING, all_logits, opened, page_table
 from tests.support.tiny_models import TinyModel, write_gguf
 
@@ -154,12 +154,13 @@ def test_a_stream_that_nobody_takes_from_closes(pack: Path) -> None:
     from pi2rt.cython_kernels import native
 
     ring = native.Memory(1 << 20)
-    before = threading.active_count()
+    descriptors = len(os.listdir("/proc/self/fd"))
     for _ in range(50):
         stream = Stream(os.fspath(pack), [(0, 4096), (4096, 8192)], ring.address, ring.nbytes)
         stream.close()
         stream.close()
-    assert threading.active_count() == before
+    assert settles_at("pi2rt/flash", 0)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
     with pytest.raises(FileNotFoundError):
         Stream(os.fspath(pack) + ".no", [(0, 4096)], ring.address, ring.nbytes)
     ring.close()

@@ -25,6 +25,7 @@ from pi2rt._errors import BusyError
 from pi2rt.cython_kernels import flash
 from pi2rt.cython_kernels.flash import BLOCK, EOF, Io, Reader
 from tests.kernels.refused import Refusal, in_thread, refuse
+from tests.support.native_threads import settles_at
 
 Bytes = npt.NDArray[np.uint8]
 SIZE = (3 << 20) + 1234  # the last block is not whole
@@ -68,18 +69,13 @@ def io(request: pytest.FixtureRequest, path: Path) -> Io:
     return "uring" if request.param == "uring" else "preadv"
 
 
-def io_threads() -> int:
-    names = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
-    return sum(name.exists() and name.read_text() == "pi2rt/io\n" for name in names)
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """Neither a thread nor a descriptor outlives its reader."""
     gc.collect()
     before = sorted(os.listdir("/proc/self/fd"))
     yield
-    assert io_threads() == 0
+    assert settles_at("pi2rt/io", 0)
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
@@ -413,8 +409,9 @@ def test_reads_outlive_the_thread_that_started_them(path: Path, content: bytes, 
 def test_threads_of_preadv(path: Path) -> None:
     for depth, threads in ((1, 1), (5, 5), (64, 8)):
         with Reader(path, "preadv", depth) as reader:
-            assert io_threads() == reader.statistics().threads == threads
-        assert io_threads() == 0
+            assert reader.statistics().threads == threads
+            assert settles_at("pi2rt/io", threads)
+        assert settles_at("pi2rt/io", 0)
 
 
 def test_closed_reader(path: Path, io: Io) -> None:
