@@ -21,8 +21,8 @@ typedef struct pi2_worker {
 } pi2_worker;
 
 /* Runs on every thread; `stopped` (see pi2_barrier) is per job. Returns nonzero on thread 0 when whoever waits must know
- * at once. Else the event is held back while more than one job is left: a wake-up costs the control plane 0.3 ms of a core
- * with cold caches, and one for several short steps is enough. */
+ * at once. Else the event is held back while more than one job is left: the control plane wakes up with cold caches, and
+ * one wake-up for several short steps is enough. */
 typedef int (*pi2_job)(void *context, pi2_worker *worker);
 
 struct pi2_gang {

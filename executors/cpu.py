@@ -165,10 +165,8 @@ class CpuExecutor:
         self._in_flight.clear()
         stream, self._stream = self._stream, None
         if stream is not None:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(
-                    stream.close
-                )  # joins the reader: nobody writes to the ring then
+            with trio.CancelScope(shield=True):  # joins the reader: afterwards nobody writes to the ring
+                await trio.to_thread.run_sync(stream.close)
         if self._ring is not None:
             self._ring.close()
             self._ring = None

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from pi2rt._errors import BusyError, ClosedError, ModelFormatError
+from pi2rt._errors import BusyError, ClosedError, ModelFormatError, RequestError
 from pi2rt.executors.reference_model import Mark, ReferenceModel, StoppedError
 from pi2rt.executors.reference_sampling import log_softmax, sample
 from pi2rt.formats import ModelFile, TensorInfo
@@ -72,7 +72,12 @@ class ReferenceExecutor:
 
         Raises:
             ModelFormatError: a tensor holds NaN or infinity.
+            RequestError: weights are to be read in every step.
         """
+        if options.streamed or options.read_by_row is not None:
+            raise RequestError(
+                "the reference executor keeps all weights in memory: give it more memory, or take executor='cpu'"
+            )
         weights = await trio.to_thread.run_sync(_load, file, model, progress)
         self._model = ReferenceModel(model, weights, options.pages)
         self._done_send, self._done = trio.open_memory_channel[_Outcome](self.max_in_flight)

@@ -1,7 +1,7 @@
 """How fast a file can be read, by size of the reads and by how many are in flight: measured, not assumed.
 
 Flash gives little at small reads and shallow queues, and everything at large or deep ones; where the knee lies differs
-from device to device. Read size and depth of every segment of the neuron cache are chosen from this.
+from device to device. For the planner to choose read sizes and depths from; nothing does so by itself yet.
 """
 
 from __future__ import annotations

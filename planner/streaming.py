@@ -27,13 +27,12 @@ is on its way while that operation computes."""
 class StreamingPlan:
     """``streamed``: names of the matrices that are read in every step, () where all weights stay;
     ``read_by_row``: the embedding, where its rows are read one by one; ``ring_bytes``: memory that the streamed
-    pass through; ``resident_bytes``: weights that stay; ``streamed_bytes``: read per step."""
+    pass through; ``resident_bytes``: weights that stay."""
 
     streamed: tuple[str, ...] = ()
     read_by_row: str | None = None
     ring_bytes: int = 0
     resident_bytes: int = 0
-    streamed_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +95,6 @@ def plan_streaming(file: ModelFile, model: ModelDescription, room: int) -> Strea
         embedding,
         ring,
         total - sum(info.nbytes for info in streamed),
-        sum(_sectors(info.nbytes) for info in streamed),
     )
 
 

@@ -34,7 +34,7 @@ class ExecutorOptions:
     (for tests; slow). ``kernels``: name of a kernel variant, None for the best.
     ``streamed``: names of the matrices that are not kept but read from the file in every step, through a ring of
     ``ring_bytes``; ``read_by_row``: name of the embedding, where of it too only the rows are read that a step
-    needs; ``io``: how, "auto", "uring" or "preadv".
+    needs; ``io``: how, "auto", "uring" or "preadv". An executor that cannot do that refuses with RequestError.
     """
 
     slots: int
@@ -58,7 +58,8 @@ class ExecutorOptions:
 @dataclass(frozen=True, slots=True)
 class ThreadStatistics:
     """A native thread. ``actor``: whose unit it is, which is another than the executor's own for the threads
-    of assistants; ``core``: where it is pinned; ``kernel_ns``: time inside kernels."""
+    of assistants; ``core``: where it is pinned, or -1; ``kernel_ns``: time inside kernels, of a reader with a read in
+    flight."""
 
     actor: str
     core: int

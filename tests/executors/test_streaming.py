@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pi2rt._errors import RequestError
 from pi2rt.cython_kernels.stream import SECTOR, Stream
 from pi2rt.executors.cpu import CpuExecutor
+from pi2rt.executors.reference import ReferenceExecutor
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription, describe
 from pi2rt.planner.convert import convert
@@ -148,6 +150,12 @@ async def test_an_embedding_that_cannot_be_read_fails_the_step(pack: Path, tmp_p
         os.truncate(path, 4096)
         with pytest.raises(OSError, match=r"reading weights: Input/output error"):
             await all_logits(executor, np.arange(5, dtype=np.int32))
+
+
+async def test_the_reference_executor_refuses_to_stream(pack: Path) -> None:
+    with pytest.raises(RequestError, match="keeps all weights in memory"):
+        async with opened(ReferenceExecutor(), pack, read_by_row="token_embd.weight"):
+            pass
 
 
 def test_a_stream_that_nobody_takes_from_closes(pack: Path) -> None:
