@@ -19,6 +19,7 @@ class Stream:
         ring: int,
         ring_bytes: int,
         *,
+        name: str | None = None,
         io: str = "auto",
         read_bytes: int = ...,
         depth: int = 8,

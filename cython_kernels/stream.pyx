@@ -37,7 +37,7 @@ cdef class Stream:
 
     A native thread begins at once. ``ring`` (address, ``ring_bytes``) is aligned to SECTOR and outlives the stream; it has
     room for all units that one operation uses, and for the largest beside them, which may not have fitted before its end.
-    ``read_bytes``: size of one read, a multiple of SECTOR; ``depth``: reads in flight.
+    ``name``: what errors call the file, where that is not ``path``. ``read_bytes``: size of one read, a multiple of SECTOR; ``depth``: reads in flight.
     """
 
     cdef pi2_stream *stream
@@ -46,11 +46,11 @@ cdef class Stream:
     cdef readonly int64_t ring_bytes
     cdef readonly object path
 
-    def __cinit__(self, path, units, uintptr_t ring, int64_t ring_bytes, *, io="auto", int64_t read_bytes=1 << 20,
-                  int depth=8):
+    def __cinit__(self, path, units, uintptr_t ring, int64_t ring_bytes, *, name=None, io="auto",
+                  int64_t read_bytes=1 << 20, int depth=8):
         cdef int error = 0
         cdef pi2_flash *flash
-        self.path, self.n, self.ring_bytes = path, <int>len(units), ring_bytes
+        self.path, self.n, self.ring_bytes = path if name is None else name, <int>len(units), ring_bytes
         largest = max(size for _, size in units)
         if any(offset % PI2_SECTOR or size % PI2_SECTOR or size <= 0 for offset, size in units) or ring % PI2_SECTOR:
             raise InternalError("units and ring of a stream are whole sectors")

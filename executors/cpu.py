@@ -71,14 +71,15 @@ class CpuExecutor:
         )
         await self._weights.load(progress, len(self._threads))
         if options.read_by_row is not None:
-            self._rows_fd = _open_direct(os.fspath(self._weights.path))
+            self._rows_fd = _open_direct(file.held_path)
         if options.streamed:
             self._ring = native.Memory(options.ring_bytes)
             self._stream = Stream(
-                os.fspath(self._weights.path),
+                file.held_path,
                 self._weights.extents,
                 self._ring.address,
                 self._ring.nbytes,
+                name=os.fspath(file.path),
                 io=options.io,
             )
         layouts, page_bytes = cache_layouts(model, kv_type(options))

@@ -73,7 +73,6 @@ class Weights:
             rows, columns = info.shape
             self.matrices[info.name] = PackedMatrix(self._type(info), rows, columns, address)
             address += native.matrix_bytes(self._type(info), rows, columns)
-        self.path = file.path
         self.extents: list[
             tuple[int, int]
         ] = []  # of the streamed ones in the file, (offset, bytes), whole sectors

@@ -48,6 +48,11 @@ class ModelFile(ABC):
     def read_into(self, tensor: TensorInfo, start: int, buffer: memoryview) -> None:
         """Fills ``buffer`` with the tensor's bytes from byte ``start`` on. Thread-safe, releases the GIL."""
 
+    @property
+    def held_path(self) -> str:
+        """A path that opens, while this is open, the file whose header was checked; see ``RegularFile``."""
+        return os.fspath(self.path)
+
     def forget(self, tensor: TensorInfo, start: int, count: int) -> None:  # noqa: B027
         """Asks the system to keep none of these bytes of the tensor in its page cache: they count against a memory
         limit. Does nothing for files that are only read where memory is free."""

@@ -94,6 +94,10 @@ class PackFile(ModelFile):
             )
         self._file.read_into(tensor.offset + start, buffer)
 
+    @property
+    def held_path(self) -> str:
+        return self._file.held_path
+
     def forget(self, tensor: TensorInfo, start: int, count: int) -> None:
         self._file.drop_cache(tensor.offset + start, count)
 

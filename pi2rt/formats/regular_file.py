@@ -75,6 +75,13 @@ class RegularFile:
             self.read_into(offset, view)
         return out
 
+    @property
+    def held_path(self) -> str:
+        """A path that opens this very file again, also when another has taken its name; its own path where the
+        system has no such thing."""
+        held = f"/proc/self/fd/{self._fd}"
+        return held if os.path.exists(held) else os.fspath(self.path)
+
     def drop_cache(self, offset: int, count: int) -> None:
         """See the function of that name."""
         drop_cache(self._fd, offset, count)

@@ -142,6 +142,29 @@ async def test_a_file_that_shrinks_fails_the_step_and_not_the_process(pack: Path
             await several(executor)
 
 
+async def test_a_file_that_is_replaced_goes_on_being_read(pack: Path, tmp_path: Path) -> None:
+    path, other = tmp_path / "m.pi2", tmp_path / "other"
+    shutil.copy(pack, path)
+    other.write_bytes(bytes(1 << 20))
+    names = every_matrix(path)
+    tokens = np.arange(9, dtype=np.int32)
+    async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
+        expected = await all_logits(executor, tokens)
+    given = ExecutorOptions(
+        slots=1, pages=16, context=1024, max_tokens=64, streamed=names, ring_bytes=ring_for(path, names),
+        read_by_row="token_embd.weight",
+    )  # fmt: skip
+    executor = CpuExecutor()
+    with open_model_file(path) as file:
+        os.replace(other, path)
+        try:
+            await executor.open(file, describe(file), given, lambda done, total: None)
+            for _ in range(3):
+                np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
+        finally:
+            await executor.aclose()
+
+
 async def test_an_embedding_that_cannot_be_read_fails_the_step(pack: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.pi2"
     shutil.copy(pack, path)
