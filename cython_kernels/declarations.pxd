@@ -19,6 +19,10 @@ cdef extern from "kernels.h" nogil:
     ctypedef void (*pi2_gemm)(const uint8_t *, int64_t, const pi2_q8 *, int, float *, int64_t) noexcept nogil
     ctypedef void (*pi2_panel)(const uint8_t *, int64_t, int64_t, const pi2_q8 *, int, float *, int64_t) noexcept nogil
     ctypedef void (*pi2_gemm_float)(const uint8_t *, int64_t, const float *, int64_t, int, float *, int64_t) noexcept nogil
+    ctypedef void (*pi2_neuron_rows)(const uint8_t *const *, const uint8_t *const *, int, int64_t, const int16_t *, const float *,
+                                     const float *, float *) noexcept nogil
+    ctypedef void (*pi2_neuron_columns)(const uint8_t *const *, const int16_t *, int, const uint8_t *, int64_t, float, float,
+                                        int64_t, float *) noexcept nogil
     ctypedef struct pi2_kernels:
         const char *name
         int lanes
@@ -28,6 +32,8 @@ cdef extern from "kernels.h" nogil:
         pi2_panel panel16[31]
         int panel
         pi2_gemm_float gemm_float[31]
+        pi2_neuron_rows neuron_rows[31]
+        pi2_neuron_columns neuron_columns[31]
         void (*quantize8)(const float *, int64_t, int8_t *, float *, float *, int16_t *) noexcept nogil
         void (*quantize16)(const float *, int64_t, int8_t *, float *, float *, int16_t *) noexcept nogil
         void (*rmsnorm)(const float *, const float *, float, float, float *, int64_t) noexcept nogil

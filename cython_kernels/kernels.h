@@ -75,6 +75,18 @@ typedef void (*pi2_panel)(const uint8_t *w, int64_t stride, int64_t k, const pi2
 /* The same with float weights (F32, F16, BF16 by table entry) and float activations x[c*ldx + i]; any k >= 0. */
 typedef void (*pi2_gemm_float)(const uint8_t *w, int64_t k, const float *x, int64_t ldx, int n, float *out, int64_t ldo);
 
+/* Single neurons, whose quants and scales lie apart (bundles.h), times activations that pi2_arrange has put in order. Bits
+ * are those of the row blocks' kernels. NULL for types that bundles do not have.
+ * Rows of up: out[i], i < m <= 16. rows[i]: quants, 64-byte aligned; scales[i]: 32-byte aligned. x, d, s: 64-byte aligned,
+ * padded with zeros to whole chunks of 512 columns. Up to 1 KiB behind a row is prefetched. */
+typedef void (*pi2_neuron_rows)(const uint8_t *const *rows, const uint8_t *const *scales, int m, int64_t k, const int16_t *x,
+                                const float *d, const float *s, float *out);
+/* Columns of down, of m <= 32 neurons of one group of 32: out[r] += for r < rows, a multiple of 128. columns[i]: quants of
+ * the first row, 64-byte aligned; q[i]: its activation, d and s those of the group (pi2_q8); scales: the group's, at the
+ * first row; plane: bytes from scales to minimums, where the type has them. */
+typedef void (*pi2_neuron_columns)(const uint8_t *const *columns, const int16_t *q, int m, const uint8_t *scales,
+                                   int64_t plane, float d, float s, int64_t rows, float *out);
+
 typedef struct {
   const char *name;
   int lanes; /* of the widest register, in floats; for reports */
@@ -84,6 +96,8 @@ typedef struct {
   pi2_panel panel16[PI2_TYPES];         /* many columns of int16 activations */
   int panel;                            /* row blocks of panel8 and panel16 */
   pi2_gemm_float gemm_float[PI2_TYPES]; /* NULL where the type is quantised */
+  pi2_neuron_rows neuron_rows[PI2_TYPES];
+  pi2_neuron_columns neuron_columns[PI2_TYPES];
   /* k multiple of 32. q, d, s, h: one row of pi2_q8. */
   void (*quantize8)(const float *x, int64_t k, int8_t *q, float *d, float *s, int16_t *h);
   void (*quantize16)(const float *x, int64_t k, int8_t *q, float *d, float *s, int16_t *h); /* h is not written */

@@ -14,6 +14,7 @@
 #include "panel_template.h"
 #include "vector_template.h"
 #include "attention_template.h"
+#include "neuron_template.h"
 
 #define PI2_GEMMS(a)                                                                                  \
   {[PI2_Q4_0] = gemm_q4_0_##a, [PI2_Q4_1] = gemm_q4_1_##a, [PI2_Q5_0] = gemm_q5_0_##a,                \
@@ -23,12 +24,14 @@
   {[PI2_Q4_0] = panel_q4_0_##a, [PI2_Q4_1] = panel_q4_1_##a, [PI2_Q5_0] = panel_q5_0_##a,             \
    [PI2_Q5_1] = panel_q5_1_##a, [PI2_Q8_0] = panel_q8_0_##a, [PI2_Q4_K] = panel_q4_k_##a,             \
    [PI2_Q5_K] = panel_q5_k_##a, [PI2_Q6_K] = panel_q6_k_##a}
+#define PI2_NEURONS(f) {[PI2_Q4_0] = f##_q4_0, [PI2_Q4_1] = f##_q4_1, [PI2_Q8_0] = f##_q8_0}
 #define PI2_TABLE(symbol, label, width)                                                             \
   const pi2_kernels symbol = {                                                                      \
       .name = label, .lanes = width,                                                                \
       .panel = PI2_PANEL, .panel8 = PI2_PANELS(a8), .panel16 = PI2_PANELS(a16),                     \
       .gemm8 = PI2_GEMMS(a8), .gemm16 = PI2_GEMMS(a16),                                             \
       .gemm_float = {[PI2_F32] = gemm_f32, [PI2_F16] = gemm_f16, [PI2_BF16] = gemm_bf16},           \
+      .neuron_rows = PI2_NEURONS(neuron_rows), .neuron_columns = PI2_NEURONS(neuron_columns),         \
       .quantize8 = quantize8, .quantize16 = quantize16, .rmsnorm = rmsnorm, .add = add, .activate = activate, .rope = rope,     \
       .kv_store = kv_store, .attend = attend, .attend_merge = attend_merge, .scale = scale,         \
       .argmax = argmax, .logsumexp = logsumexp, .softcap = softcap, .read = read_bytes,             \

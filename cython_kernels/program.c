@@ -49,6 +49,33 @@ static void free_run(pi2_run *r) {
   free(r->op_begin); free(r->op_end); free(r->units);
 }
 
+/* Buffers of sparse blocks. All of them have as many neurons. */
+static int prepare_sparse(pi2_program *p) {
+  pi2_sparse *s = p->sparse = aligned_alloc(64, (sizeof *s + 63) / 64 * 64);
+  if (!s) return 0;
+  memset(s, 0, sizeof *s);
+  s->n_clusters = (int32_t)((p->hidden + PI2_CLUSTER - 1) / PI2_CLUSTER);
+  s->stride = pi2_align(p->dim, 128);
+  s->n_ranges = (int32_t)(s->stride / 128 < 4 * p->threads ? s->stride / 128 : 4 * p->threads);
+  if (s->n_ranges > PI2_RANGES) s->n_ranges = PI2_RANGES;
+  s->clusters = allocate(p, s->n_clusters, sizeof *s->clusters);
+  s->active = allocate(p, p->max_rows * p->hidden, sizeof *s->active);
+  s->n_active = allocate(p, p->max_rows * s->n_clusters, sizeof *s->n_active);
+  s->pages = allocate(p, p->hidden, sizeof *s->pages);
+  s->sums = allocate(p, p->max_rows * s->stride, sizeof *s->sums);
+  if (!s->clusters || !s->active || !s->n_active || !s->pages || !s->sums) return 0;
+  for (int c = 0; c < s->n_clusters; c++) s->clusters[c] = (pi2_cluster){.pages = s->pages + c * PI2_CLUSTER};
+  pi2_sparse_reset(s);
+  for (int t = 0; t < p->threads; t++) {
+    pi2_scratch *scratch = &p->scratch[t];
+    scratch->arranged = allocate(p, pi2_align(p->dim, 512), sizeof *scratch->arranged);
+    scratch->arranged_d = allocate(p, pi2_align(p->dim, 512) / PI2_BLOCK, sizeof *scratch->arranged_d);
+    scratch->arranged_s = allocate(p, pi2_align(p->dim, 512) / PI2_BLOCK, sizeof *scratch->arranged_s);
+    if (!scratch->arranged || !scratch->arranged_d || !scratch->arranged_s) return 0;
+  }
+  return 1;
+}
+
 int pi2_program_prepare(pi2_program *p) {
   const int64_t rows = p->max_rows;
   int ok = 1;
@@ -59,7 +86,8 @@ int pi2_program_prepare(pi2_program *p) {
       int64_t columns = 0;
       for (int j = 0; j < op->n_matrices; j++) columns += op->matrix[j].rows;
       p->y_columns = columns > p->y_columns ? columns : p->y_columns;
-    } else if (op->kind == PI2_FFN) {
+    } else if (op->kind == PI2_FFN || op->kind == PI2_SPARSE) {
+      if (op->kind == PI2_SPARSE && op->sink == PI2_TO_Y) p->y_columns = p->dim > p->y_columns ? p->dim : p->y_columns;
       p->hidden = op->matrix[0].rows > p->hidden ? op->matrix[0].rows : p->hidden;
     } else if (op->kind == PI2_ATTENTION) {
       int64_t columns = (int64_t)op->n_heads * op->head_dim;
@@ -112,6 +140,7 @@ int pi2_program_prepare(pi2_program *p) {
     ok &= s->floats && s->tile && s->queries && s->scores && s->acc && s->acc2 && s->candidates;
   }
   for (int i = 0; i < PI2_QUEUE; i++) ok &= prepare_run(p, &p->runs[i]);
+  if (p->neurons) ok &= prepare_sparse(p);
   return ok ? 0 : -1;
 }
 
@@ -130,7 +159,11 @@ void pi2_program_free(pi2_program *p) {
     pi2_scratch *s = &p->scratch[t];
     free_q8(&s->q8);
     free(s->floats); free(s->tile); free(s->queries); free(s->scores); free(s->acc); free(s->acc2); free(s->candidates);
-    free(s->sectors);
+    free(s->sectors); free(s->arranged); free(s->arranged_d); free(s->arranged_s);
+  }
+  if (p->sparse) {
+    free(p->sparse->clusters); free(p->sparse->active); free(p->sparse->n_active); free(p->sparse->pages);
+    free(p->sparse->sums); free(p->sparse);
   }
   for (int i = 0; i < PI2_QUEUE; i++) free_run(&p->runs[i]);
   free_q8(&p->q8_prepared);
@@ -297,6 +330,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
       }
     }
     const uint64_t begin = pi2_ticks();
+    p->scratch[w->index].waited = 0;
     switch (op->kind) {
       case PI2_EMBED: op_embed(r, i, w); break;
       case PI2_LINEAR: stopped = pi2_op_linear(r, op, i, w); break;
@@ -304,18 +338,21 @@ int pi2_run_job(void *context, pi2_worker *w) {
       case PI2_FFN: stopped = pi2_op_ffn(r, op, i, w); break;
       case PI2_ADD_NORM: op_add_norm(r, op, i); break;
       case PI2_HEAD: stopped = pi2_op_head(r, op, i, w); break;
+      case PI2_SPARSE: stopped = pi2_op_sparse(r, op, i, w); break;
     }
     const uint64_t end = pi2_ticks();
-    busy += end - begin;
+    busy += end - begin - p->scratch[w->index].waited;
     if (r->trace) {
       r->op_begin[w->index * p->n_ops + i] = begin;
       r->op_end[w->index * p->n_ops + i] = end;
     }
     if (!stopped) stopped = pi2_barrier(w);
+    if (op->kind == PI2_SPARSE && w->index == 0) pi2_sparse_reset(p->sparse); /* the next one is barriers away */
     if (op->streamed && w->index == 0 && !stopped) pi2_stream_release(p->stream, r->base + (uint64_t)op->last_unit);
   }
   r->busy[w->index] = busy;
   if (w->index == 0) {
+    if (stopped && p->neurons) pi2_sparse_reset(p->sparse), pi2_neuron_cache_abandon(p->neurons);
     r->end_ticks = pi2_ticks();
     r->end_ns = pi2_now_ns();
     r->stopped = stopped;

@@ -10,7 +10,9 @@
 
 #include "gang.h"
 #include "kernels.h"
+#include "neuron_cache.h"
 #include "sampler.h"
+#include "sparse.h"
 #include "stream.h"
 
 #define PI2_REPLICATED 4 /* rows up to which every thread prepares all inputs itself */
@@ -39,18 +41,19 @@ typedef struct {
   float *cosine, *sine; /* (max_rows, half), filled per step */
 } pi2_rope;
 
-enum pi2_op_kind { PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD_NORM, PI2_HEAD };
+enum pi2_op_kind { PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD_NORM, PI2_HEAD, PI2_SPARSE };
 enum pi2_source { PI2_FROM_X, PI2_FROM_ATTENTION, PI2_FROM_HIDDEN };
 enum pi2_sink { PI2_TO_Y, PI2_ADD_TO_X };
 
 typedef struct {
   int kind, layer;
-  /* LINEAR: y or x += W [norm](source). FFN: hidden = act(gate) * up. HEAD: logits. */
+  /* LINEAR: y or x += W [norm](source). FFN: hidden = act(gate) * up. SPARSE: y or x += down(act(gate) * up). HEAD: logits. */
   pi2_norm norm;
   int source, sink, n_matrices;
-  pi2_matrix matrix[3]; /* LINEAR: outputs one after the other. FFN: up, gate. HEAD: one */
+  pi2_matrix matrix[3]; /* LINEAR: outputs one after the other. FFN: up, gate. HEAD, SPARSE: one */
   int streamed, last_unit; /* how many of its matrices are, and the last one's unit */
   int activation, up_activation;
+  const pi2_bundles *bundles; /* SPARSE */
   int q8_in, q8_out; /* the source is integers already; the next operation wants them: quantise while in cache */
   /* ATTENTION */
   int n_heads, n_kv_heads, head_dim, window; /* window 0: all. kv.head_dim: padded to a multiple of 16 */
@@ -106,12 +109,18 @@ typedef struct { /* one thread's own */
   float *queries, *scores, *acc, *acc2; /* attention */
   pi2_candidate *candidates;
   uint8_t *sectors; /* of the file, around a row block of the embedding */
+  int16_t *arranged; /* activations in the order of single neurons' rows, and their scales */
+  float *arranged_d, *arranged_s;
+  uint64_t waited;  /* ticks in the running operation */
 } pi2_scratch;
 
 typedef struct pi2_program {
   const pi2_kernels *kernels;
   pi2_gang *gang;
   pi2_stream *stream; /* or NULL: all weights are in memory */
+  pi2_neuron_cache *neurons; /* of SPARSE operations, or NULL */
+  pi2_sparse *sparse;
+  int pipeline;
   int wide; /* activations are int16, else int8 */
   int64_t dim, vocab, max_rows, max_slots, context, max_k, hidden, y_columns, attention_columns;
   int threads, max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
@@ -149,6 +158,7 @@ int pi2_run_job(void *run, pi2_worker *worker);
 int pi2_op_linear(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 int pi2_op_ffn(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 int pi2_op_attention(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
+int pi2_op_sparse(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 int pi2_op_head(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 
 /* Inputs of a matrix product, as its type wants them. */

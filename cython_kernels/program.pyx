@@ -43,8 +43,23 @@ cdef extern from "stream.h" nogil:
     ctypedef struct pi2_stream:
         pass
 
+cdef extern from "neuron_cache.h" nogil:
+    ctypedef struct pi2_neuron_cache:
+        pass
+
+cdef extern from "sparse.h" nogil:
+    enum: PI2_PIPELINE_NONE, PI2_PIPELINE_MATRIX, PI2_PIPELINE_CLUSTER
+    ctypedef struct pi2_bundles:
+        int region, up_type, down_type
+        int64_t neurons, per_page, neuron_bytes, up_bytes
+        const uint8_t *up_scales
+        const uint8_t *down_scales
+        int64_t up_stride, down_stride, down_plane
+        const float *up_bias
+        const float *down_bias
+
 cdef extern from "program.h" nogil:
-    enum: PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD_NORM, PI2_HEAD
+    enum: PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD_NORM, PI2_HEAD, PI2_SPARSE
     enum: PI2_QUEUE
     ctypedef struct pi2_matrix:
         int type
@@ -66,6 +81,7 @@ cdef extern from "program.h" nogil:
         pi2_matrix matrix[3]
         int streamed, last_unit
         int activation, up_activation, q8_in, q8_out
+        const pi2_bundles *bundles
         int n_heads, n_kv_heads, head_dim, window
         float scale, softcap
         int rope
@@ -99,6 +115,8 @@ cdef extern from "program.h" nogil:
         const pi2_kernels *kernels
         pi2_gang *gang
         pi2_stream *stream
+        pi2_neuron_cache *neurons
+        int pipeline
         int64_t dim, vocab, max_rows, max_slots, context
         int wide, threads, n_ropes, n_ops
         pi2_op *ops
@@ -117,6 +135,7 @@ cdef extern from "program.h" nogil:
 MOST_IN_FLIGHT = PI2_QUEUE
 SOURCES = {"x": 0, "attention": 1, "hidden": 2}
 SINKS = {"y": 0, "x": 1}
+PIPELINES = {"none": PI2_PIPELINE_NONE, "matrix": PI2_PIPELINE_MATRIX, "cluster": PI2_PIPELINE_CLUSTER}
 
 
 cdef class Gang:
@@ -180,18 +199,49 @@ cdef class Matrix:
             self.m.bias = &b[0]
 
 
+cdef class Bundles:
+    """The neurons of a feed-forward block: region ``region`` of the program's neuron cache, and their scales in memory.
+
+    ``up``, ``down``: (type id, address of the scales, bytes from one neuron's (32 neurons') to the next), None where the block
+    has no gate. ``down_plane``: bytes from a group's scales to its minimums, in types that have them. Biases: float32.
+    Scales stay valid as long as the program lives.
+    """
+
+    cdef pi2_bundles b
+    cdef list keep
+
+    def __init__(self, int region, up, down, *, int64_t down_plane, int64_t neurons, int64_t per_page, int64_t neuron_bytes,
+                 int64_t up_bytes, up_bias=None, down_bias=None):
+        cdef const float[::1] bias
+        self.keep = [up_bias, down_bias]
+        self.b.region, self.b.up_type = region, -1
+        if up is not None:
+            self.b.up_type, self.b.up_stride = up[0], up[2]
+            self.b.up_scales = <const uint8_t *><uintptr_t>up[1]
+        self.b.down_type, self.b.down_stride, self.b.down_plane = down[0], down[2], down_plane
+        self.b.down_scales = <const uint8_t *><uintptr_t>down[1]
+        self.b.neurons, self.b.per_page, self.b.neuron_bytes, self.b.up_bytes = neurons, per_page, neuron_bytes, up_bytes
+        if up_bias is not None:
+            bias = up_bias
+            self.b.up_bias = &bias[0]
+        if down_bias is not None:
+            bias = down_bias
+            self.b.down_bias = &bias[0]
+
+
 cdef class Program:
     """A model's operations. Build in order with ``embed``, ``linear``, ``attention``, ``ffn``, ``add_norm``, ``head``,
     then ``prepare``; then ``post`` steps and ``result`` them in order.
 
     ``wide``: activations are int16, else int8. ``stream``: a ``stream.Stream``, which outlives the gang; its units are
-    matrices of the operations, in their order.
+    matrices of the operations, in their order. ``neurons``: a ``neuron_cache.NeuronCache``, which does so too; ``pipeline``:
+    a key of PIPELINES, how far reading its neurons overlaps with computing (sparse.h).
     Norms are ``(weight float32 (n,), offset, eps)`` or None. Everything passed in must stay alive and unmoved.
     """
 
     cdef pi2_program p
     cdef Gang gang
-    cdef object stream
+    cdef object stream, neurons
     cdef int next_unit
     cdef list keep, waiting
     cdef int capacity, capacity_ropes
@@ -202,8 +252,9 @@ cdef class Program:
 
     def __init__(self, Gang gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
                  int64_t context, int64_t pages, bint wide=True, float embedding_scale=1, float logit_softcap=0,
-                 stream=None):
+                 stream=None, neurons=None, pipeline="cluster"):
         self.gang, self.pages, self.stream = gang, pages, stream
+        self.neurons = neurons
         self.keep = []
         self.waiting = []
         self.busy_ns = [0] * gang.gang.n
@@ -213,6 +264,9 @@ cdef class Program:
         p.wide = wide
         if stream is not None:
             p.stream = <pi2_stream *><uintptr_t>stream.address
+        if neurons is not None:
+            p.neurons = <pi2_neuron_cache *><uintptr_t>neurons.address
+        p.pipeline = PIPELINES[pipeline]
         p.embedding_scale, p.logit_softcap = embedding_scale, logit_softcap
 
     cdef pi2_op *add(self, int kind, int layer) except NULL:
@@ -296,6 +350,17 @@ cdef class Program:
         op.activation, op.up_activation, op.q8_out = activation, up_activation, q8_out
         self.set_matrices(op, [up] if gate is None else [up, gate])
 
+    def sparse_ffn(self, int layer, norm, sink, Matrix decides, Bundles bundles, int activation, int up_activation):
+        """A whole feed-forward block whose neurons are read when they fire. ``decides``: gate, or up where there is none."""
+        if self.neurons is None or not 0 <= bundles.b.region < self.neurons.n_regions:
+            raise InternalError(f"neurons of region {bundles.b.region} are in no cache")
+        op = self.add(PI2_SPARSE, layer)
+        op.norm = self.norm_of(norm)
+        op.sink, op.bundles = SINKS[sink], &bundles.b
+        op.activation, op.up_activation = activation, up_activation
+        self.set_matrices(op, [decides])
+        self.keep.append(bundles)
+
     def attention(self, int layer, *, int n_heads, int n_kv_heads, int head_dim, int window, float scale, float softcap,
                   int rope, q_norm, k_norm, uintptr_t kv, int64_t page_stride, int64_t head_stride, int64_t v_offset,
                   int kv_type, bint q8_out):
@@ -335,7 +400,7 @@ cdef class Program:
     def operations(self):
         """Names of the operations, for traces: ``"layer 3 attention"``."""
         names = {PI2_EMBED: "embed", PI2_LINEAR: "linear", PI2_ATTENTION: "attention", PI2_FFN: "ffn",
-                 PI2_ADD_NORM: "norm", PI2_HEAD: "head"}
+                 PI2_ADD_NORM: "norm", PI2_HEAD: "head", PI2_SPARSE: "ffn"}
         out = []
         for i in range(self.p.n_ops):
             op = &self.p.ops[i]

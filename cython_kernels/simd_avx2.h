@@ -297,4 +297,100 @@ static inline uint64_t read_256(const uint8_t *p) {
   __m128i b = _mm_xor_si128(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   return (uint64_t)_mm_cvtsi128_si64(b) ^ (uint64_t)_mm_extract_epi64(b, 1);
 }
+/* Neurons one by one; simd_scalar.h says what these do, simd_avx512.h how far the sums can grow. */
+static inline __m256i madd_add(__m256i sum, __m256i w, const int16_t *x) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(w, _mm256_load_si256((const __m256i *)x)));
+}
+static inline __m256i r_nibbles_half(const uint8_t *p, const int16_t *x) {
+  __m256i sum = _mm256_setzero_si256(), sum16 = sum, sum256 = sum;
+  for (int i = 0; i < 4; i++, x += 128) {
+    const __m256i w = _mm256_load_si256((const __m256i *)(p + 64 * i));
+    sum = madd_add(sum, _mm256_and_si256(w, _mm256_set1_epi16(0x000f)), x);
+    sum16 = madd_add(sum16, _mm256_and_si256(w, _mm256_set1_epi16(0x00f0)), x + 32);
+    sum256 = madd_add(sum256, _mm256_and_si256(w, _mm256_set1_epi16(0x0f00)), x + 64);
+    sum = madd_add(sum, _mm256_srli_epi16(w, 12), x + 96);
+  }
+  sum = _mm256_add_epi32(sum, _mm256_srai_epi32(sum16, 4));
+  return _mm256_add_epi32(sum, _mm256_srai_epi32(sum256, 8));
+}
+static inline vi r_nibbles(const uint8_t *p, const int16_t *x) {
+  return two_i(r_nibbles_half(p, x), r_nibbles_half(p + 32, x + 16));
+}
+static inline __m256i r_bytes_half(const uint8_t *p, const int16_t *x) {
+  __m256i even = _mm256_setzero_si256(), odd = even;
+  for (int i = 0; i < 8; i++, x += 64) {
+    const __m256i w = _mm256_load_si256((const __m256i *)(p + 64 * i));
+    even = madd_add(even, _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), x);
+    odd = madd_add(odd, _mm256_srai_epi16(w, 8), x + 32);
+  }
+  return _mm256_add_epi32(even, odd);
+}
+static inline vi r_bytes(const uint8_t *p, const int16_t *x) {
+  return two_i(r_bytes_half(p, x), r_bytes_half(p + 32, x + 16));
+}
+static inline void c_add(__m256i *sum, __m256i w, __m256i x) { *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(w, x)); }
+/* The lower (or upper) halves of both words in one: what belongs to one neuron beside what belongs to the other. */
+static inline void c_halves(const uint8_t *a, const uint8_t *b, __m256i out[2]) {
+  const __m256i v = _mm256_load_si256((const __m256i *)a), w = _mm256_load_si256((const __m256i *)b);
+  out[0] = _mm256_blend_epi16(v, _mm256_slli_epi32(w, 16), 0xaa);
+  out[1] = _mm256_blend_epi16(_mm256_srli_epi32(v, 16), w, 0xaa);
+}
+static inline __m256i two_factors(int32_t a, int32_t b) { return _mm256_set1_epi32((a & 0xffff) | (int32_t)((uint32_t)b << 16)); }
+static inline void c_nibbles(vi sum[8], const uint8_t *a, const uint8_t *b, int32_t xa, int32_t xb) {
+  const __m256i x = two_factors(xa, xb), one = _mm256_set1_epi16(0x000f), sixteen = _mm256_set1_epi16(0x00f0);
+  for (int side = 0; side < 2; side++) {
+    __m256i halves[2];
+    c_halves(a + 32 * side, b + 32 * side, halves);
+    for (int h = 0; h < 2; h++) {
+      const __m256i high = _mm256_srli_epi16(halves[h], 8);
+      c_add(side ? &sum[4 * h].h : &sum[4 * h].l, _mm256_and_si256(halves[h], one), x);
+      c_add(side ? &sum[4 * h + 1].h : &sum[4 * h + 1].l, _mm256_and_si256(halves[h], sixteen), x);
+      c_add(side ? &sum[4 * h + 2].h : &sum[4 * h + 2].l, _mm256_and_si256(high, one), x);
+      c_add(side ? &sum[4 * h + 3].h : &sum[4 * h + 3].l, _mm256_and_si256(high, sixteen), x);
+    }
+  }
+}
+static inline void c_close(vi sum[8]) {
+  for (int n = 1; n < 8; n += 2) sum[n] = two_i(_mm256_srai_epi32(sum[n].l, 4), _mm256_srai_epi32(sum[n].h, 4));
+}
+static inline void c_bytes(vi sum[4], const uint8_t *a, const uint8_t *b, int32_t xa, int32_t xb) {
+  const __m256i x = two_factors(xa, xb);
+  for (int side = 0; side < 2; side++) {
+    __m256i halves[2];
+    c_halves(a + 32 * side, b + 32 * side, halves);
+    for (int h = 0; h < 2; h++) {
+      c_add(side ? &sum[2 * h].h : &sum[2 * h].l, _mm256_srai_epi16(_mm256_slli_epi16(halves[h], 8), 8), x);
+      c_add(side ? &sum[2 * h + 1].h : &sum[2 * h + 1].l, _mm256_srai_epi16(halves[h], 8), x);
+    }
+  }
+}
+static inline void transpose_quarter(__m256 m[8]) {
+  __m256 a[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(m[i], m[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(m[i], m[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      m[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+      m[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; i++) {
+    a[i] = _mm256_permute2f128_ps(m[i], m[i + 4], 0x20);
+    a[i + 4] = _mm256_permute2f128_ps(m[i], m[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; i++) m[i] = a[i];
+}
+static inline void v_transpose(vf m[16]) {
+  __m256 quarter[4][8];
+  for (int i = 0; i < 8; i++) {
+    quarter[0][i] = m[i].l, quarter[1][i] = m[i + 8].l;
+    quarter[2][i] = m[i].h, quarter[3][i] = m[i + 8].h;
+  }
+  for (int q = 0; q < 4; q++) transpose_quarter(quarter[q]);
+  for (int i = 0; i < 8; i++) {
+    m[i] = two(quarter[0][i], quarter[1][i]);
+    m[i + 8] = two(quarter[2][i], quarter[3][i]);
+  }
+}
 #define PI2_TILE 4

@@ -304,4 +304,85 @@ static inline uint64_t read_256(const uint8_t *p) {
   __m128i d = _mm_xor_si128(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1));
   return (uint64_t)_mm_cvtsi128_si64(d) ^ (uint64_t)_mm_extract_epi64(d, 1);
 }
+/* Neurons one by one; simd_scalar.h says what these do. The masks of dot_nibbles serve here too: sums of four pairs times
+ * 256 stay below 2^31, and so do those of 32 columns times 16. */
+static inline vi madd_add(vi sum, __m512i w, __m512i x) {
+#ifdef PI2_VNNI
+  return _mm512_dpwssd_epi32(sum, w, x);
+#else
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(w, x));
+#endif
+}
+static inline vi r_nibbles(const uint8_t *p, const int16_t *x) {
+  vi sum = _mm512_setzero_si512(), sum16 = sum, sum256 = sum;
+  for (int i = 0; i < 4; i++, x += 128) {
+    const __m512i w = _mm512_load_si512(p + 64 * i);
+    sum = madd_add(sum, _mm512_and_si512(w, _mm512_set1_epi16(0x000f)), _mm512_load_si512(x));
+    sum16 = madd_add(sum16, _mm512_and_si512(w, _mm512_set1_epi16(0x00f0)), _mm512_load_si512(x + 32));
+    sum256 = madd_add(sum256, _mm512_and_si512(w, _mm512_set1_epi16(0x0f00)), _mm512_load_si512(x + 64));
+    sum = madd_add(sum, _mm512_srli_epi16(w, 12), _mm512_load_si512(x + 96));
+  }
+  sum16 = _mm512_srai_epi32(sum16, 4);
+  return _mm512_add_epi32(_mm512_add_epi32(sum, sum16), _mm512_srai_epi32(sum256, 8));
+}
+static inline vi r_bytes(const uint8_t *p, const int16_t *x) {
+  vi even = _mm512_setzero_si512(), odd = even;
+  for (int i = 0; i < 8; i++, x += 64) {
+    const __m512i w = _mm512_load_si512(p + 64 * i);
+    even = madd_add(even, _mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_load_si512(x));
+    odd = madd_add(odd, _mm512_srai_epi16(w, 8), _mm512_load_si512(x + 32));
+  }
+  return _mm512_add_epi32(even, odd);
+}
+static inline __m512i two_factors(int32_t a, int32_t b) { return _mm512_set1_epi32((a & 0xffff) | (int32_t)((uint32_t)b << 16)); }
+static inline void c_nibbles(vi sum[8], const uint8_t *a, const uint8_t *b, int32_t xa, int32_t xb) {
+  const __m512i x = two_factors(xa, xb), v = _mm512_load_si512(a), w = _mm512_load_si512(b);
+  const __m512i one = _mm512_set1_epi16(0x000f), sixteen = _mm512_set1_epi16(0x00f0);
+  /* the lower halves of both words in one, then the upper: a nibble of one neuron beside that of the other */
+  const __m512i halves[2] = {_mm512_mask_blend_epi16(0xaaaaaaaa, v, _mm512_slli_epi32(w, 16)),
+                             _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(v, 16), w)};
+  for (int h = 0; h < 2; h++) {
+    const __m512i high = _mm512_srli_epi16(halves[h], 8);
+    sum[4 * h] = madd_add(sum[4 * h], _mm512_and_si512(halves[h], one), x);
+    sum[4 * h + 1] = madd_add(sum[4 * h + 1], _mm512_and_si512(halves[h], sixteen), x);
+    sum[4 * h + 2] = madd_add(sum[4 * h + 2], _mm512_and_si512(high, one), x);
+    sum[4 * h + 3] = madd_add(sum[4 * h + 3], _mm512_and_si512(high, sixteen), x);
+  }
+}
+static inline void c_close(vi sum[8]) {
+  for (int n = 1; n < 8; n += 2) sum[n] = _mm512_srai_epi32(sum[n], 4);
+}
+static inline void c_bytes(vi sum[4], const uint8_t *a, const uint8_t *b, int32_t xa, int32_t xb) {
+  const __m512i x = two_factors(xa, xb), v = _mm512_load_si512(a), w = _mm512_load_si512(b);
+  const __m512i halves[2] = {_mm512_mask_blend_epi16(0xaaaaaaaa, v, _mm512_slli_epi32(w, 16)),
+                             _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(v, 16), w)};
+  for (int h = 0; h < 2; h++) {
+    sum[2 * h] = madd_add(sum[2 * h], _mm512_srai_epi16(_mm512_slli_epi16(halves[h], 8), 8), x);
+    sum[2 * h + 1] = madd_add(sum[2 * h + 1], _mm512_srai_epi16(halves[h], 8), x);
+  }
+}
+static inline void v_transpose(vf m[16]) {
+  vf a[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(m[i], m[i + 1]);
+    a[i + 1] = _mm512_unpackhi_ps(m[i], m[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      m[i + 2 * j] = _mm512_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+      m[i + 2 * j + 1] = _mm512_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; i++) { /* m[4r + i]: column 4q + i of rows 4r.. in quarter q */
+    a[i] = _mm512_shuffle_f32x4(m[i], m[i + 4], 0x88);
+    a[i + 4] = _mm512_shuffle_f32x4(m[i], m[i + 4], 0xdd);
+    a[i + 8] = _mm512_shuffle_f32x4(m[i + 8], m[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_f32x4(m[i + 8], m[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    m[i] = _mm512_shuffle_f32x4(a[i], a[i + 8], 0x88);
+    m[i + 8] = _mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
+    m[i + 4] = _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0x88);
+    m[i + 12] = _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0xdd);
+  }
+}
 #define PI2_TILE 8

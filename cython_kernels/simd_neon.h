@@ -224,4 +224,77 @@ static inline uint64_t read_256(const uint8_t *p) {
   uint64x2_t c = vreinterpretq_u64_u8(veorq_u8(a, b));
   return vgetq_lane_u64(c, 0) ^ vgetq_lane_u64(c, 1);
 }
+/* Neurons one by one; simd_scalar.h says what these do. */
+ALWAYS int32x4_t madd_add(int32x4_t sum, int16x8_t w, const int16_t *x) {
+  const int16x8_t y = vld1q_s16(x);
+  const int32x4_t low = vmull_s16(vget_low_s16(w), vget_low_s16(y)), high = vmull_high_s16(w, y);
+  return vaddq_s32(sum, vpaddq_s32(low, high));
+}
+ALWAYS vi r_nibbles(const uint8_t *p, const int16_t *x) {
+  vi sum = i_set(0);
+  const uint16x8_t low = vdupq_n_u16(15);
+  for (int i = 0; i < 4; i++, x += 128)
+    for (int s = 0; s < 4; s++) {
+      const uint16x8_t w = vreinterpretq_u16_u8(vld1q_u8(p + 64 * i + 16 * s));
+      const int16_t *y = x + 8 * s;
+      sum.v[s] = madd_add(sum.v[s], vreinterpretq_s16_u16(vandq_u16(w, low)), y);
+      sum.v[s] = madd_add(sum.v[s], vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(w, 4), low)), y + 32);
+      sum.v[s] = madd_add(sum.v[s], vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(w, 8), low)), y + 64);
+      sum.v[s] = madd_add(sum.v[s], vreinterpretq_s16_u16(vshrq_n_u16(w, 12)), y + 96);
+    }
+  return sum;
+}
+ALWAYS vi r_bytes(const uint8_t *p, const int16_t *x) {
+  vi sum = i_set(0);
+  for (int i = 0; i < 8; i++, x += 64)
+    for (int s = 0; s < 4; s++) {
+      const int16x8_t w = vreinterpretq_s16_u8(vld1q_u8(p + 64 * i + 16 * s));
+      sum.v[s] = madd_add(sum.v[s], vshrq_n_s16(vshlq_n_s16(w, 8), 8), x + 8 * s);
+      sum.v[s] = madd_add(sum.v[s], vshrq_n_s16(w, 8), x + 8 * s + 32);
+    }
+  return sum;
+}
+/* 16-bit lanes: nibbles of the words' lower halves beside each other, then of the upper; vmlal widens by itself */
+ALWAYS void c_nibbles(vi sum[8], const uint8_t *a, const uint8_t *b, int32_t xa, int32_t xb) {
+  const uint16x4_t low = vdup_n_u16(15);
+  for (int s = 0; s < 4; s++) {
+    const uint32x4_t v = vreinterpretq_u32_u8(vld1q_u8(a + 16 * s)), w = vreinterpretq_u32_u8(vld1q_u8(b + 16 * s));
+    const uint16x4_t vs[2] = {vmovn_u32(v), vshrn_n_u32(v, 16)}, ws[2] = {vmovn_u32(w), vshrn_n_u32(w, 16)};
+    for (int h = 0; h < 2; h++) {
+      const uint16x4_t f[4] = {vand_u16(vs[h], low), vand_u16(vshr_n_u16(vs[h], 4), low),
+                               vand_u16(vshr_n_u16(vs[h], 8), low), vshr_n_u16(vs[h], 12)};
+      const uint16x4_t g[4] = {vand_u16(ws[h], low), vand_u16(vshr_n_u16(ws[h], 4), low),
+                               vand_u16(vshr_n_u16(ws[h], 8), low), vshr_n_u16(ws[h], 12)};
+      for (int n = 0; n < 4; n++) {
+        int32x4_t t = vmlal_n_s16(sum[4 * h + n].v[s], vreinterpret_s16_u16(f[n]), (int16_t)xa);
+        sum[4 * h + n].v[s] = vmlal_n_s16(t, vreinterpret_s16_u16(g[n]), (int16_t)xb);
+      }
+    }
+  }
+}
+ALWAYS void c_close(vi sum[8]) { (void)sum; }
+ALWAYS void c_bytes(vi sum[4], const uint8_t *a, const uint8_t *b, int32_t xa, int32_t xb) {
+  for (int s = 0; s < 4; s++) {
+    const int32x4_t v = vreinterpretq_s32_u8(vld1q_u8(a + 16 * s)), w = vreinterpretq_s32_u8(vld1q_u8(b + 16 * s));
+    const int32x4_t f[4] = {vshrq_n_s32(vshlq_n_s32(v, 24), 24), vshrq_n_s32(vshlq_n_s32(v, 16), 24),
+                            vshrq_n_s32(vshlq_n_s32(v, 8), 24), vshrq_n_s32(v, 24)};
+    const int32x4_t g[4] = {vshrq_n_s32(vshlq_n_s32(w, 24), 24), vshrq_n_s32(vshlq_n_s32(w, 16), 24),
+                            vshrq_n_s32(vshlq_n_s32(w, 8), 24), vshrq_n_s32(w, 24)};
+    for (int n = 0; n < 4; n++) sum[n].v[s] = vmlaq_n_s32(vmlaq_n_s32(sum[n].v[s], f[n], xa), g[n], xb);
+  }
+}
+ALWAYS void v_transpose(vf m[16]) {
+  vf t[16];
+  for (int r = 0; r < 4; r++)
+    for (int c = 0; c < 4; c++) { /* the 4 x 4 block of rows 4r.., columns 4c.. goes to rows 4c.., columns 4r.. */
+      const float32x4_t a = m[4 * r].v[c], b = m[4 * r + 1].v[c], d = m[4 * r + 2].v[c], e = m[4 * r + 3].v[c];
+      const float64x2_t ab0 = vreinterpretq_f64_f32(vtrn1q_f32(a, b)), ab1 = vreinterpretq_f64_f32(vtrn2q_f32(a, b));
+      const float64x2_t de0 = vreinterpretq_f64_f32(vtrn1q_f32(d, e)), de1 = vreinterpretq_f64_f32(vtrn2q_f32(d, e));
+      t[4 * c].v[r] = vreinterpretq_f32_f64(vtrn1q_f64(ab0, de0));
+      t[4 * c + 1].v[r] = vreinterpretq_f32_f64(vtrn1q_f64(ab1, de1));
+      t[4 * c + 2].v[r] = vreinterpretq_f32_f64(vtrn2q_f64(ab0, de0));
+      t[4 * c + 3].v[r] = vreinterpretq_f32_f64(vtrn2q_f64(ab1, de1));
+    }
+  for (int i = 0; i < 16; i++) m[i] = t[i];
+}
 #define PI2_TILE 4

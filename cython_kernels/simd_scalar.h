@@ -188,5 +188,47 @@ static inline uint64_t read_256(const uint8_t *p) {
   for (int i = 0; i < 256; i += 8) { memcpy(&w, p + i, 8); s ^= w; }
   return s;
 }
+/* Neurons one by one; neuron_template.h says what lies where. Sixteen blocks of a row, a lane each: 256 bytes of nibbles or
+ * 512 of bytes, times activations x[16][16 lanes][2]. */
+static inline vi r_nibbles(const uint8_t *p, const int16_t *x) {
+  vi r;
+  LANES {
+    int32_t sum = 0;
+    for (int v = 0; v < 16; v++)
+      for (int j = 0; j < 2; j++) {
+        const int byte = p[64 * (v / 4) + 4 * i + 2 * j + v % 4 / 2];
+        sum += (v % 2 ? byte >> 4 : byte & 15) * x[32 * v + 2 * i + j];
+      }
+    r.v[i] = sum;
+  }
+  return r;
+}
+static inline vi r_bytes(const uint8_t *p, const int16_t *x) {
+  vi r;
+  LANES {
+    int32_t sum = 0;
+    for (int v = 0; v < 16; v++)
+      for (int j = 0; j < 2; j++) sum += (int8_t)p[64 * (v / 2) + 4 * i + 2 * j + v % 2] * x[32 * v + 2 * i + j];
+    r.v[i] = sum;
+  }
+  return r;
+}
+/* Two neurons' columns times an activation each: 128 rows of nibbles, sixteen to a sum, or 64 of bytes. c_close: once, at
+ * the end of at most 16 such pairs of nibbles. */
+static inline void c_nibbles(vi sum[8], const uint8_t *a, const uint8_t *b, int32_t xa, int32_t xb) {
+  LANES for (int n = 0; n < 8; n++)
+    sum[n].v[i] += (a[4 * i + n / 2] >> n % 2 * 4 & 15) * xa + (b[4 * i + n / 2] >> n % 2 * 4 & 15) * xb;
+}
+static inline void c_close(vi sum[8]) { (void)sum; }
+static inline void c_bytes(vi sum[4], const uint8_t *a, const uint8_t *b, int32_t xa, int32_t xb) {
+  LANES for (int n = 0; n < 4; n++) sum[n].v[i] += (int8_t)a[4 * i + n] * xa + (int8_t)b[4 * i + n] * xb;
+}
+static inline void v_transpose(vf m[16]) {
+  LANES for (int j = 0; j < i; j++) {
+    const float a = m[i].v[j];
+    m[i].v[j] = m[j].v[i];
+    m[j].v[i] = a;
+  }
+}
 #define PI2_TILE 4
 #define PI2_GENERIC 1

@@ -37,7 +37,8 @@ cdef class Stream:
 
     A native thread begins at once. ``ring`` (address, ``ring_bytes``) is aligned to SECTOR and outlives the stream; it has
     room for all units that one operation uses, and for the largest beside them, which may not have fitted before its end.
-    ``name``: what errors call the file, where that is not ``path``. ``read_bytes``: size of one read, a multiple of SECTOR; ``depth``: reads in flight.
+    ``name``: what errors call the file, where that is not ``path``. ``read_bytes``: size of one read, a multiple of SECTOR;
+    ``depth``: reads in flight.
     """
 
     cdef pi2_stream *stream

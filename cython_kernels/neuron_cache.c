@@ -1,0 +1,265 @@
+#define _GNU_SOURCE
+#include "neuron_cache.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "gang.h"
+
+enum { ABSENT, COMING, PRESENT }; /* state of a slot: of no page, being read, usable */
+enum { RUNNING, WAITS_FOR_WORK, WAITS_FOR_READS };
+#define FILL_BYTES (1 << 20) /* of one read where many pages in a row are read */
+
+static void futex_wake(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
+
+void pi2_neuron_cache_signal(pi2_neuron_cache *c) {
+  atomic_fetch_add(&c->event, 1);
+  if (atomic_load(&c->sleepers)) futex_wake(&c->event);
+}
+void pi2_neuron_cache_wait(pi2_neuron_cache *c, uint32_t seen, int64_t timeout_ns) {
+  const struct timespec t = {timeout_ns / 1000000000, timeout_ns % 1000000000};
+  atomic_fetch_add(&c->sleepers, 1);
+  if (atomic_load(&c->event) == seen) syscall(SYS_futex, &c->event, FUTEX_WAIT_PRIVATE, seen, &t, NULL, 0);
+  atomic_fetch_sub(&c->sleepers, 1);
+}
+static void wake_reader(pi2_neuron_cache *c) {
+  atomic_fetch_add(&c->work, 1);
+  const int waits = atomic_load(&c->reader);
+  if (waits == WAITS_FOR_WORK) futex_wake(&c->work);
+  if (waits == WAITS_FOR_READS && atomic_load(&c->in_flight) < c->depth) pi2_flash_wake(c->flash);
+}
+
+static int region_of(const pi2_neuron_cache *c, int32_t page) {
+  int low = 0, high = c->n_regions - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (c->regions[middle].first <= page) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+/* A slot for a new page: one never used, or that of the first unpinned page whose counter has run out. -1: all are pinned
+ * or on their way. */
+static int32_t take_slot(pi2_neuron_cache *c) {
+  if (c->used < c->n_slots) return c->used++;
+  if (!c->unpinned) return -1;
+  for (;; c->hand = c->hand + 1 < c->n_slots ? c->hand + 1 : 0) {
+    pi2_page_slot *s = &c->slots[c->hand];
+    if (s->pins || s->state == COMING) continue;
+    if (s->heat) {
+      s->heat--;
+      continue;
+    }
+    if (s->page >= 0) {
+      atomic_store_explicit(&c->slot_of[s->page], -1, memory_order_relaxed);
+      c->evictions++;
+    }
+    c->unpinned--;
+    return c->hand;
+  }
+}
+static void enqueue(pi2_neuron_cache *c, int32_t slot, int count) {
+  c->queue[c->queue_tail++ % (uint64_t)c->n_slots] = (pi2_fetch){slot, count};
+}
+
+int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending) {
+  const int32_t first = c->regions[region].first;
+  int asked = 0, reads = 0;
+  pthread_mutex_lock(&c->mutex);
+  for (; asked < n; asked++) {
+    const int32_t page = first + pages[asked];
+    int32_t slot = atomic_load_explicit(&c->slot_of[page], memory_order_relaxed);
+    if (slot < 0) {
+      if ((slot = take_slot(c)) < 0) break;
+      c->slots[slot] = (pi2_page_slot){.page = page, .pins = 1, .state = COMING, .heat = 1, .pending = pending};
+      atomic_store_explicit(&c->slot_of[page], slot, memory_order_relaxed);
+      atomic_fetch_add(pending, 1);
+      enqueue(c, slot, 1);
+      reads++;
+      c->misses++;
+      continue;
+    }
+    pi2_page_slot *s = &c->slots[slot];
+    if (s->state == COMING) { /* left over from a run that was stopped */
+      if (!s->pins) s->pending = pending, atomic_fetch_add(pending, 1);
+    } else if (!s->pins) {
+      c->unpinned--;
+    }
+    s->pins++;
+    if (s->heat < PI2_HEAT) s->heat++;
+    c->hits++;
+  }
+  pthread_mutex_unlock(&c->mutex);
+  if (reads) wake_reader(c);
+  return asked;
+}
+void pi2_neuron_cache_release(pi2_neuron_cache *c, int region, const int32_t *pages, int n) {
+  const int32_t first = c->regions[region].first;
+  pthread_mutex_lock(&c->mutex);
+  for (int i = 0; i < n; i++) {
+    pi2_page_slot *s = &c->slots[atomic_load_explicit(&c->slot_of[first + pages[i]], memory_order_relaxed)];
+    if (!--s->pins) c->unpinned++;
+  }
+  pthread_mutex_unlock(&c->mutex);
+}
+void pi2_neuron_cache_abandon(pi2_neuron_cache *c) {
+  pthread_mutex_lock(&c->mutex);
+  for (int32_t i = 0; i < c->used; i++) {
+    pi2_page_slot *s = &c->slots[i];
+    if (s->pins && s->state != COMING) c->unpinned++;
+    s->pins = 0;
+    s->pending = NULL;
+  }
+  pthread_mutex_unlock(&c->mutex);
+  atomic_store(&c->error, 0);
+}
+
+/* -- the reader */
+
+static void start(pi2_neuron_cache *c, pi2_fetch f) {
+  const int32_t page = c->slots[f.slot].page; /* COMING: nobody changes it */
+  const pi2_region *g = &c->regions[region_of(c, page)];
+  pi2_read *r = c->spare[--c->n_spare];
+  r->offset = g->offset + (page - g->first) * g->page_bytes;
+  r->bytes = f.count * g->page_bytes;
+  r->to = c->memory + f.slot * c->slot_bytes;
+  r->user = (void *)(intptr_t)f.slot;
+  atomic_fetch_add(&c->in_flight, 1);
+  if (pi2_flash_submit(c->flash, r)) { /* cannot be: there are as many reads as it takes */
+    atomic_fetch_sub(&c->in_flight, 1);
+    atomic_store(&c->error, EIO);
+    c->spare[c->n_spare++] = r;
+  }
+}
+/* Returns whether somebody has to be told. Under the mutex. */
+static int finish(pi2_neuron_cache *c, pi2_read *r) {
+  const int32_t first = (int32_t)(intptr_t)r->user;
+  const int32_t count = (int32_t)(r->bytes / c->regions[region_of(c, c->slots[first].page)].page_bytes);
+  int tell = r->error != 0;
+  c->spare[c->n_spare++] = r;
+  atomic_fetch_sub(&c->in_flight, 1);
+  atomic_fetch_add_explicit(&c->bytes, r->got, memory_order_relaxed);
+  atomic_fetch_add_explicit(&c->reads_done, 1, memory_order_relaxed);
+  for (int32_t i = first; i < first + count; i++) {
+    pi2_page_slot *s = &c->slots[i];
+    if (r->error) { /* the page is not there; its cluster never becomes ready */
+      atomic_store_explicit(&c->slot_of[s->page], -1, memory_order_relaxed);
+      s->page = -1;
+      s->heat = 0;
+    }
+    s->state = r->error ? ABSENT : PRESENT;
+    if (!s->pins) c->unpinned++;
+    if (s->pending && !r->error && atomic_fetch_sub(s->pending, 1) == 1) tell = 1;
+    s->pending = NULL;
+  }
+  if (r->error) atomic_store(&c->error, r->error == PI2_EOF ? EIO : r->error);
+  return tell;
+}
+static void *reader_main(void *argument) {
+  pi2_neuron_cache *c = argument;
+  pi2_read *done[PI2_FLASH_MOST];
+  pthread_setname_np(pthread_self(), "pi2rt/neurons");
+  while (!atomic_load(&c->closing)) {
+    const uint32_t work = atomic_load(&c->work);
+    pthread_mutex_lock(&c->mutex);
+    while (c->n_spare && c->queue_head != c->queue_tail) start(c, c->queue[c->queue_head++ % (uint64_t)c->n_slots]);
+    const int full = c->queue_head != c->queue_tail;
+    pthread_mutex_unlock(&c->mutex);
+    if (c->n_spare == c->depth) {
+      atomic_store(&c->reader, WAITS_FOR_WORK);
+      if (atomic_load(&c->work) == work && !atomic_load(&c->closing))
+        syscall(SYS_futex, &c->work, FUTEX_WAIT_PRIVATE, work, NULL, NULL, 0);
+      atomic_store(&c->reader, RUNNING);
+      continue;
+    }
+    const int64_t begin = pi2_now_ns();
+    atomic_store(&c->reader, WAITS_FOR_READS);
+    /* what was asked for meanwhile is started before waiting: its wake-up may have come too early */
+    const int more = !full && atomic_load(&c->work) != work;
+    const int n = pi2_flash_reap(c->flash, done, PI2_FLASH_MOST, more ? 0 : -1);
+    atomic_store(&c->reader, RUNNING);
+    atomic_fetch_add_explicit(&c->busy_ns, pi2_now_ns() - begin, memory_order_relaxed);
+    int tell = 0;
+    pthread_mutex_lock(&c->mutex);
+    for (int i = 0; i < n; i++) tell |= finish(c, done[i]);
+    pthread_mutex_unlock(&c->mutex);
+    if (tell) pi2_neuron_cache_signal(c);
+  }
+  return NULL;
+}
+
+int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_t count) {
+  const pi2_region *g = &c->regions[region];
+  const int32_t most = c->slot_bytes == g->page_bytes ? (int32_t)(FILL_BYTES / g->page_bytes) : 1;
+  _Atomic int32_t pending = 1;
+  pthread_mutex_lock(&c->mutex);
+  for (int32_t i = first; i < first + count;) {
+    int32_t n = first + count - i < most ? first + count - i : most;
+    if (n < 1) n = 1;
+    if (c->used + n > c->n_slots) n = c->n_slots - c->used;
+    if (n == 0) break;
+    for (int32_t j = 0; j < n; j++) {
+      c->slots[c->used + j] = (pi2_page_slot){.page = g->first + i + j, .state = COMING, .pending = j ? NULL : &pending};
+      atomic_store_explicit(&c->slot_of[g->first + i + j], c->used + j, memory_order_relaxed);
+    }
+    atomic_fetch_add(&pending, 1);
+    enqueue(c, c->used, n);
+    c->used += n;
+    i += n;
+  }
+  pthread_mutex_unlock(&c->mutex);
+  wake_reader(c);
+  atomic_fetch_sub(&pending, 1);
+  for (;;) {
+    const uint32_t seen = atomic_load(&c->event);
+    const int error = atomic_load(&c->error);
+    if (error) {
+      pi2_neuron_cache_abandon(c); /* `pending` goes with this call */
+      return error;
+    }
+    if (atomic_load(&pending) == 0) return 0;
+    pi2_neuron_cache_wait(c, seen, 100000000);
+  }
+}
+
+pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *regions, int n_regions, int32_t n_pages,
+                                          int64_t slot_bytes, uint8_t *memory, int32_t n_slots, int depth, int *error) {
+  pi2_neuron_cache *c = aligned_alloc(64, (sizeof *c + 63) / 64 * 64);
+  *error = ENOMEM;
+  if (!c) return NULL;
+  memset(c, 0, sizeof *c);
+  c->flash = flash, c->regions = regions, c->n_regions = n_regions, c->n_pages = n_pages;
+  c->slot_bytes = slot_bytes, c->memory = memory, c->n_slots = n_slots, c->depth = depth;
+  c->slot_of = malloc((size_t)n_pages * sizeof *c->slot_of);
+  c->slots = calloc((size_t)n_slots, sizeof *c->slots);
+  c->queue = calloc((size_t)n_slots, sizeof *c->queue);
+  c->reads = calloc((size_t)depth, sizeof *c->reads);
+  c->spare = calloc((size_t)depth, sizeof *c->spare);
+  if (c->slot_of && c->slots && c->queue && c->reads && c->spare) {
+    for (int32_t i = 0; i < n_pages; i++) atomic_init(&c->slot_of[i], -1);
+    for (int32_t i = 0; i < n_slots; i++) c->slots[i].page = -1;
+    for (int i = 0; i < depth; i++) c->spare[c->n_spare++] = &c->reads[i];
+    *error = pthread_mutex_init(&c->mutex, NULL);
+    if (!*error && (*error = pthread_create(&c->thread, NULL, reader_main, c))) pthread_mutex_destroy(&c->mutex);
+  }
+  if (!*error) return c;
+  free((void *)c->slot_of), free(c->slots), free(c->queue), free(c->reads), free(c->spare), free(c);
+  return NULL;
+}
+void pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
+  atomic_store(&c->closing, 1);
+  atomic_fetch_add(&c->work, 1);
+  futex_wake(&c->work);
+  pi2_flash_wake(c->flash);
+  pthread_join(c->thread, NULL);
+  pi2_flash_close(c->flash); /* waits for the reads in flight: slots and memory may go then */
+  pthread_mutex_destroy(&c->mutex);
+  free((void *)c->slot_of), free(c->slots), free(c->queue), free(c->reads), free(c->spare), free(c);
+}

@@ -1,0 +1,93 @@
+/* The segmented neuron cache: memory for pages of neuron bundles, filled from flash when a neuron fires.
+ *
+ * A page (one bundle, or as many as fit into 4 KiB) has a slot or none. Compute threads ask for the pages of a cluster at
+ * once: what is there is pinned and counted as used; what is not takes the slot of a page that was used little of late, and
+ * goes to the one thread that reads. A cluster's `pending` falls by one with each page that arrives, so that a cluster is
+ * computed the moment its bytes are there; nobody waits for another's. A page that is pinned or on its way is never
+ * evicted. Nothing is allocated after the start.
+ *
+ * Eviction: a clock over the slots with a small counter each (use adds one, the hand takes one), because which neurons fire
+ * is a power law: the often used survive a burst of others, which plain LRU lets push them out. */
+#ifndef PI2_NEURON_CACHE_H
+#define PI2_NEURON_CACHE_H
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+
+#include "flash.h"
+
+#define PI2_HEAT 3 /* at most that many rounds of the hand does a page survive unused */
+
+typedef struct { /* pages of one feed-forward block */
+  int64_t offset;       /* in the file */
+  int64_t page_bytes;
+  int32_t first, pages; /* their numbers among all */
+} pi2_region;
+
+typedef struct {
+  int32_t page; /* or -1 */
+  int32_t pins;
+  uint8_t state, heat;
+  _Atomic int32_t *pending; /* of whom it will be read for */
+} pi2_page_slot;
+
+typedef struct { int32_t slot, count; } pi2_fetch; /* pages in a row into slots in a row: one read */
+
+typedef struct pi2_neuron_cache {
+  pi2_flash *flash;
+  const pi2_region *regions;
+  int n_regions, depth;
+  int64_t slot_bytes;
+  uint8_t *memory;
+  int32_t n_slots, n_pages;
+  pthread_t thread;
+  /* under the mutex */
+  pthread_mutex_t mutex;
+  _Atomic int32_t *slot_of; /* (n_pages) or -1; whoever has pinned a page may read its entry without the mutex */
+  pi2_page_slot *slots;
+  int32_t used, hand, unpinned; /* slots ever used; unpinned: of the present ones */
+  pi2_fetch *queue;             /* (n_slots) ring of what is to be read */
+  uint64_t queue_head, queue_tail;
+  int64_t hits, misses, evictions;
+  /* the reader's own */
+  pi2_read *reads;
+  pi2_read **spare;
+  int n_spare;
+  /* shared */
+  _Alignas(64) _Atomic uint32_t event; /* futex: something arrived, failed, or was computed */
+  _Atomic int sleepers;
+  _Atomic int error;       /* errno of a read that failed in this run */
+  _Alignas(64) _Atomic uint32_t work; /* futex: the reader has something to do */
+  _Atomic int reader;      /* what it waits for: nothing, work, or a read (then in_flight may rise) */
+  _Atomic int in_flight;
+  _Atomic int closing;
+  _Atomic int64_t bytes, reads_done, busy_ns;
+  _Atomic int64_t stall_ns; /* of all threads, in which they had nothing to compute before something arrives */
+} pi2_neuron_cache;
+
+/* Starts the reader. `regions` and `memory` (n_slots * slot_bytes, aligned to 4096) outlive the cache. NULL and *error on
+ * failure. */
+pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *regions, int n_regions, int32_t n_pages,
+                                          int64_t slot_bytes, uint8_t *memory, int32_t n_slots, int depth, int *error);
+/* Joins the reader and closes the flash; afterwards nobody writes to the memory. */
+void pi2_neuron_cache_destroy(pi2_neuron_cache *c);
+
+/* Reads pages [first, first + count) of a region in order into slots that were never used, with large reads, and waits for
+ * them: before any run. 0 or an errno. */
+int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_t count);
+
+/* Pins pages[0..n) (numbers within the region) until there is no room left; returns how many. Adds one to *pending for each
+ * that is not there yet, which falls again when it arrives; whoever sees it fall to 0 is told by `event`. */
+int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending);
+void pi2_neuron_cache_release(pi2_neuron_cache *c, int region, const int32_t *pages, int n);
+/* A run was stopped: nothing is pinned, nobody is told. */
+void pi2_neuron_cache_abandon(pi2_neuron_cache *c);
+
+/* Where a pinned page lies that has arrived. */
+static inline const uint8_t *pi2_neuron_cache_at(const pi2_neuron_cache *c, int region, int32_t page) {
+  return c->memory + atomic_load_explicit(&c->slot_of[c->regions[region].first + page], memory_order_relaxed) * c->slot_bytes;
+}
+void pi2_neuron_cache_signal(pi2_neuron_cache *c);
+/* Waits until `event` is no longer `seen`, for at most timeout_ns. */
+void pi2_neuron_cache_wait(pi2_neuron_cache *c, uint32_t seen, int64_t timeout_ns);
+#endif

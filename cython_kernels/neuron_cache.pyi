@@ -1,0 +1,37 @@
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+IO: Mapping[str, int]
+MOST_DEPTH: int
+PAGE: int
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    reads: int = 0
+    bytes: int = 0
+    busy_ns: int = 0
+    stall_ns: int = 0
+
+class NeuronCache:
+    n_regions: int
+    path: str
+    address: int
+    slots_used: int
+    counters: Counters
+    def __init__(
+        self,
+        path: str,
+        regions: Sequence[tuple[int, int, int]],
+        memory: int,
+        slots: int,
+        slot_bytes: int,
+        *,
+        name: str | None = None,
+        io: str = "auto",
+        depth: int = 64,
+    ) -> None: ...
+    def fill(self, region: int, first: int, count: int) -> None: ...
+    def close(self) -> None: ...

@@ -1,0 +1,136 @@
+"""Memory for neurons that are read from flash when they fire (neuron_cache.h)."""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
+from libc.stdlib cimport free, malloc
+
+import os
+from dataclasses import dataclass
+
+from pi2rt._errors import InternalError
+
+cdef extern from "flash.h" nogil:
+    enum: PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV, PI2_FLASH_MOST
+    ctypedef struct pi2_flash:
+        pass
+    pi2_flash *pi2_flash_open(const char *, int, int, int *)
+    int pi2_flash_register(pi2_flash *, void *, int64_t)
+    void pi2_flash_close(pi2_flash *)
+
+cdef extern from "neuron_cache.h" nogil:
+    ctypedef struct pi2_region:
+        int64_t offset, page_bytes
+        int32_t first, pages
+    ctypedef struct pi2_neuron_cache:
+        int32_t used, n_slots, n_pages
+        int64_t hits, misses, evictions
+        int64_t bytes, reads_done, busy_ns, stall_ns
+    pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *, const pi2_region *, int, int32_t, int64_t, uint8_t *, int32_t, int,
+                                              int *)
+    void pi2_neuron_cache_destroy(pi2_neuron_cache *)
+    int pi2_neuron_cache_fill(pi2_neuron_cache *, int, int32_t, int32_t)
+
+IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
+MOST_DEPTH = PI2_FLASH_MOST
+PAGE = 4096
+"""Pages and slots are multiples of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Of pages: asked for while they were there (hits) or not (misses), and given up for others. Of reading: reads, bytes,
+    nanoseconds with a read in flight, and nanoseconds in which compute threads (all of them, added up) waited."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    reads: int = 0
+    bytes: int = 0
+    busy_ns: int = 0
+    stall_ns: int = 0
+
+
+cdef class NeuronCache:
+    """Holds pages of ``regions``, (offset in the file, bytes of a page, number of pages) for each feed-forward block, in
+    ``slots`` slots of ``slot_bytes`` at ``memory`` (aligned to PAGE, outlives the cache).
+
+    A native thread that reads begins at once. ``name``: what errors call the file, where that is not ``path``.
+    ``depth``: reads in flight, at most MOST_DEPTH.
+    """
+
+    cdef pi2_neuron_cache *cache
+    cdef pi2_region *regions
+    cdef readonly int n_regions
+    cdef readonly object path
+    cdef object last
+
+    def __cinit__(self, path, regions, uintptr_t memory, int slots, int64_t slot_bytes, *, name=None, io="auto",
+                  int depth=64):
+        cdef int error = 0
+        cdef int32_t first = 0
+        cdef pi2_flash *flash
+        self.path, self.n_regions = path if name is None else name, <int>len(regions)
+        if memory % PAGE or slot_bytes % PAGE or slots < 1 or not regions or not 1 <= depth <= PI2_FLASH_MOST:
+            raise InternalError(f"{slots} slots of {slot_bytes} bytes, {len(regions)} regions, {depth} reads at once")
+        if any(offset % PAGE or size % PAGE or not 0 < size <= slot_bytes or pages < 1 for offset, size, pages in regions):
+            raise InternalError(f"regions of neurons {regions} are whole pages of at most {slot_bytes} bytes")
+        self.regions = <pi2_region *>malloc(self.n_regions * sizeof(pi2_region))
+        if self.regions == NULL:
+            raise MemoryError("neuron cache")
+        for i, (offset, size, pages) in enumerate(regions):
+            self.regions[i].offset, self.regions[i].page_bytes = offset, size
+            self.regions[i].first, self.regions[i].pages = first, pages
+            first += pages
+        flash = pi2_flash_open(os.fsencode(path), IO[io], depth, &error)
+        if flash == NULL:
+            raise OSError(error, os.strerror(error), os.fspath(self.path))
+        pi2_flash_register(flash, <void *>memory, slots * slot_bytes)  # faster where it may be; else nothing is lost
+        self.cache = pi2_neuron_cache_create(flash, self.regions, self.n_regions, first, slot_bytes, <uint8_t *>memory,
+                                             slots, depth, &error)
+        if self.cache == NULL:
+            pi2_flash_close(flash)
+            raise OSError(error, os.strerror(error), os.fspath(self.path))
+
+    def fill(self, int region, int first, int count):
+        """Reads these pages of a region into free slots, while there are any. Blocks; releases the GIL.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        cdef int error
+        if self.cache == NULL or not (0 <= region < self.n_regions and 0 <= first
+                                      and first + count <= self.regions[region].pages):
+            raise InternalError(f"pages {first} to {first + count} of region {region}")
+        with nogil:
+            error = pi2_neuron_cache_fill(self.cache, region, first, count)
+        if error:
+            raise OSError(error, os.strerror(error), os.fspath(self.path))
+
+    @property
+    def address(self):
+        """Of the pi2_neuron_cache, for a program."""
+        return <uintptr_t>self.cache
+
+    @property
+    def slots_used(self):
+        return 0 if self.cache == NULL else self.cache.used
+
+    @property
+    def counters(self):
+        cdef pi2_neuron_cache *c = self.cache
+        if c == NULL:
+            return self.last or Counters()
+        return Counters(c.hits, c.misses, c.evictions, c.reads_done, c.bytes, c.busy_ns, c.stall_ns)
+
+    def close(self):
+        """Joins the reader. Only after the gang that runs the program was closed."""
+        cdef pi2_neuron_cache *cache = self.cache
+        if cache != NULL:
+            self.last = self.counters
+            self.cache = NULL
+            with nogil:
+                pi2_neuron_cache_destroy(cache)
+
+    def __dealloc__(self):
+        if self.cache != NULL:
+            pi2_neuron_cache_destroy(self.cache)
+        free(self.regions)

@@ -1,0 +1,298 @@
+/* The sparse feed-forward block of a program; sparse.h says how it goes. */
+#include <string.h>
+
+#include "layout.h"
+#include "program.h"
+
+#define WAIT_NS 20000000 /* after which a thread that waits looks whether the run was stopped */
+
+/* What the block is computed on, the same for all threads. */
+typedef struct {
+  pi2_run *r;
+  const pi2_program *p;
+  const pi2_op *op;
+  const pi2_bundles *b;
+  pi2_sparse *s;
+  pi2_neuron_cache *cache;
+  pi2_worker *w;
+  const pi2_input *in;
+  int index, arranged; /* arranged: row whose activations are in the scratch */
+} block;
+
+/* Activations in the order of neuron_rows: x[chunk of 16 blocks][16 pairs][16 blocks][2 columns]. */
+static void arrange(const pi2_q8 *x, int wide, int64_t k, int16_t *to, float *d, float *s) {
+  const int64_t blocks = k / PI2_BLOCK, padded = pi2_align(blocks, 16);
+  for (int64_t b = 0; b < blocks; b++) {
+    int16_t *o = to + b / 16 * 512 + b % 16 * 2;
+    if (wide) { /* stored 0 2 1 3 */
+      const int16_t *q = (const int16_t *)x->q + b * PI2_BLOCK;
+      for (int g = 0; g < 8; g++, o += 64) o[0] = q[4 * g], o[1] = q[4 * g + 2], o[32] = q[4 * g + 1], o[33] = q[4 * g + 3];
+    } else {
+      const int8_t *q = x->q + b * PI2_BLOCK;
+      for (int v = 0; v < 16; v++, o += 32) o[0] = q[2 * v], o[1] = q[2 * v + 1];
+    }
+  }
+  for (int64_t b = blocks; b < padded; b++)
+    for (int v = 0; v < 16; v++) memset(to + b / 16 * 512 + v * 32 + b % 16 * 2, 0, 4);
+  memcpy(d, x->d, (size_t)blocks * 4);
+  memcpy(s, x->s, (size_t)blocks * 4);
+  memset(d + blocks, 0, (size_t)(padded - blocks) * 4);
+  memset(s + blocks, 0, (size_t)(padded - blocks) * 4);
+}
+/* Neuron `at` of the cluster that begins at `first`. */
+static const uint8_t *neuron(const block *k, int64_t first, int at) {
+  const int64_t i = first + at;
+  return pi2_neuron_cache_at(k->cache, k->b->region, (int32_t)(i / k->b->per_page)) + i % k->b->per_page * k->b->neuron_bytes;
+}
+static int64_t cluster_end(const block *k, int c) {
+  const int64_t end = (int64_t)(c + 1) * PI2_CLUSTER;
+  return end < k->b->neurons ? end : k->b->neurons;
+}
+static uint16_t *active(const block *k, int row, int c) { return k->s->active + row * k->p->hidden + c * PI2_CLUSTER; }
+static int n_active(const block *k, int row, int c) { return k->s->n_active[row * k->s->n_clusters + c]; }
+
+/* The deciding matrix of a cluster: who fires, for which rows, on which pages. */
+static void gate_cluster(block *k, int c) {
+  const pi2_program *p = k->p;
+  const pi2_op *op = k->op;
+  const pi2_matrix *m = &op->matrix[0];
+  const int64_t first = (int64_t)c * PI2_CLUSTER, end = cluster_end(k, c), ld = PI2_TILE_BLOCKS * PI2_ROWS;
+  const int pass = pi2_pass_rows(m->k), alone = k->b->up_type < 0;
+  float *tile = p->scratch[k->w->index].tile;
+  uint8_t wanted[PI2_CLUSTER] = {0};
+  for (int row = 0; row < k->r->n_rows; row += pass) {
+    const int rows = k->r->n_rows - row < pass ? k->r->n_rows - row : pass;
+    for (int i = 0; i < rows; i++) k->s->n_active[(row + i) * k->s->n_clusters + c] = 0;
+    for (int64_t at = first; at < end; at += ld) {
+      const int64_t width = end - at < ld ? end - at : ld, blocks = (width + PI2_ROWS - 1) / PI2_ROWS;
+      pi2_multiply(p, m, at / PI2_ROWS, (int)blocks, k->in, row, rows, tile, ld);
+      for (int i = 0; i < rows; i++) {
+        float *g = tile + i * ld, *h = p->hidden_floats + (row + i) * p->hidden + at;
+        uint16_t *list = active(k, row + i, c), *n = &k->s->n_active[(row + i) * k->s->n_clusters + c];
+        if (m->bias) p->kernels->add(m->bias + at, g, width);
+        if (alone) p->kernels->activate(op->activation, PI2_NONE, NULL, g, g, width);
+        for (int64_t j = 0; j < width; j++) { /* NaN fires: it must not get lost */
+          const int fires = !(g[j] <= 0);
+          h[j] = fires ? g[j] : 0;
+          list[*n] = (uint16_t)(at - first + j);
+          *n = (uint16_t)(*n + fires);
+          wanted[at - first + j] |= (uint8_t)fires;
+        }
+      }
+    }
+  }
+  pi2_cluster *cluster = &k->s->clusters[c];
+  cluster->n_pages = cluster->asked = 0;
+  for (int64_t i = first, last = -1; i < end; i++)
+    if (wanted[i - first] && i / k->b->per_page != last)
+      cluster->pages[cluster->n_pages++] = (int32_t)(last = i / k->b->per_page);
+  atomic_store(&cluster->pending, 1); /* until all are asked for */
+  atomic_store(&cluster->ranges_left, k->s->n_ranges);
+  atomic_store(&cluster->stage, PI2_GATED);
+  atomic_fetch_add(&k->s->gated, 1);
+}
+
+/* Asks for what clusters need, in order, so that the oldest is never short of what a younger one has pinned. Returns
+ * whether anything changed. */
+static int ask(block *k) {
+  pi2_sparse *s = k->s;
+  if (k->p->pipeline != PI2_PIPELINE_CLUSTER && atomic_load(&s->gated) < s->n_clusters) return 0;
+  const int at = atomic_load(&s->next_asked);
+  if (at == s->n_clusters || atomic_load(&s->clusters[at].stage) != PI2_GATED || atomic_exchange(&s->asking, 1)) return 0;
+  int changed = 0;
+  for (int c; (c = atomic_load(&s->next_asked)) < s->n_clusters;) {
+    pi2_cluster *cluster = &s->clusters[c];
+    if (atomic_load(&cluster->stage) != PI2_GATED) break;
+    const int got = pi2_neuron_cache_ask(k->cache, k->b->region, cluster->pages + cluster->asked,
+                                         cluster->n_pages - cluster->asked, &cluster->pending);
+    cluster->asked += got;
+    changed |= got > 0;
+    if (cluster->asked < cluster->n_pages) break; /* no room: when something is released, somebody comes again */
+    atomic_fetch_sub(&cluster->pending, 1);
+    atomic_store(&cluster->stage, PI2_ASKED);
+    atomic_store(&s->next_asked, c + 1);
+    changed = 1;
+  }
+  atomic_store(&s->asking, 0);
+  if (changed) pi2_neuron_cache_signal(k->cache); /* some have all they need */
+  return changed;
+}
+
+/* Rows of up of a cluster's neurons, and with them the hidden values, as integers. */
+static void compute_up(block *k, int c) {
+  const pi2_program *p = k->p;
+  const pi2_bundles *b = k->b;
+  const int64_t first = (int64_t)c * PI2_CLUSTER, width = cluster_end(k, c) - first;
+  pi2_scratch *scratch = &p->scratch[k->w->index];
+  for (int row = 0; row < k->r->n_rows; row++) {
+    const int n = n_active(k, row, c);
+    const uint16_t *list = active(k, row, c);
+    float *h = p->hidden_floats + row * p->hidden + first;
+    if (!n) continue;
+    if (b->up_type >= 0 && k->arranged != row) {
+      const pi2_q8 x = pi2_q8_row(&k->in->q8, row);
+      arrange(&x, p->wide, k->op->matrix[0].k, scratch->arranged, scratch->arranged_d, scratch->arranged_s);
+      k->arranged = row;
+    }
+    for (int at = 0; b->up_type >= 0 && at < n; at += 16) {
+      const int m = n - at < 16 ? n - at : 16;
+      const uint8_t *rows[16], *scales[16];
+      float gate[16], up[16];
+      for (int i = 0; i < m; i++) {
+        rows[i] = neuron(k, first, list[at + i]);
+        scales[i] = b->up_scales + (first + list[at + i]) * b->up_stride;
+        gate[i] = h[list[at + i]];
+      }
+      p->kernels->neuron_rows[b->up_type](rows, scales, m, k->op->matrix[0].k, scratch->arranged, scratch->arranged_d,
+                                          scratch->arranged_s, up);
+      for (int i = 0; b->up_bias && i < m; i++) up[i] += b->up_bias[first + list[at + i]];
+      p->kernels->activate(k->op->activation, k->op->up_activation, gate, up, up, m);
+      for (int i = 0; i < m; i++) h[list[at + i]] = up[i];
+    }
+    pi2_q8 q8 = pi2_q8_at(p, &p->q8_hidden, row, first);
+    pi2_quantize(p, h, width, &q8);
+  }
+}
+
+/* Columns of down of a cluster's neurons, for rows [from, to) of the stream. */
+static void add_down(const block *k, int c, int64_t from, int64_t to) {
+  static const uint8_t stored[4] = {0, 2, 1, 3};
+  const pi2_program *p = k->p;
+  const pi2_bundles *b = k->b;
+  const int64_t first = (int64_t)c * PI2_CLUSTER, line = from / (b->down_type == PI2_Q8_0 ? 64 : 128) * 64;
+  for (int row = 0; row < k->r->n_rows; row++) {
+    const int n = n_active(k, row, c);
+    const uint16_t *list = active(k, row, c);
+    const pi2_q8 x = pi2_q8_at(p, &p->q8_hidden, row, first);
+    for (int at = 0; at < n;) {
+      const int group = list[at] / PI2_BLOCK;
+      const uint8_t *columns[PI2_BLOCK];
+      int16_t q[PI2_BLOCK];
+      int m = 0;
+      for (; at < n && list[at] / PI2_BLOCK == group; at++) {
+        const int j = list[at];
+        q[m] = p->wide ? ((const int16_t *)x.q)[(j & ~3) + stored[j & 3]] : x.q[j];
+        if (q[m]) columns[m++] = neuron(k, first, j) + b->up_bytes + line;
+      }
+      if (!m) continue; /* adds zero: the second activation was, or the value is too small beside its neighbours */
+      p->kernels->neuron_columns[b->down_type](columns, q, m,
+                                               b->down_scales + (first / PI2_BLOCK + group) * b->down_stride + 2 * from,
+                                               b->down_plane, x.d[group], x.s[group], to - from,
+                                               k->s->sums + row * k->s->stride + from);
+    }
+  }
+}
+/* The block's result for these rows of the stream. */
+static void close_range(const block *k, int64_t from, int64_t to) {
+  const pi2_program *p = k->p;
+  const int64_t width = (to < p->dim ? to : p->dim) - from;
+  for (int row = 0; row < k->r->n_rows; row++) {
+    float *t = k->s->sums + row * k->s->stride + from;
+    if (k->b->down_bias) p->kernels->add(k->b->down_bias + from, t, width);
+    if (k->op->sink == PI2_ADD_TO_X) p->kernels->add(t, p->x + row * p->dim + from, width);
+    else memcpy(p->y + row * p->y_columns + from, t, (size_t)width * sizeof *t);
+  }
+}
+static int64_t range_start(const pi2_sparse *s, int range) { return s->stride / 128 * range / s->n_ranges * 128; }
+
+/* Takes a range of the stream's rows as far as clusters are computed. Returns whether there was any. */
+static int advance_range(block *k) {
+  pi2_sparse *s = k->s;
+  for (int i = 0; i < s->n_ranges; i++) {
+    const int range = (i + k->w->index * s->n_ranges / k->p->threads) % s->n_ranges;
+    int next = atomic_load(&s->range[range].next);
+    if (next == s->n_clusters || atomic_load(&s->clusters[next].stage) != PI2_COMPUTED) continue;
+    if (atomic_exchange(&s->range[range].busy, 1)) continue;
+    const int64_t from = range_start(s, range), to = range_start(s, range + 1);
+    next = atomic_load(&s->range[range].next);
+    if (next == 0)
+      for (int row = 0; row < k->r->n_rows; row++) memset(s->sums + row * s->stride + from, 0, (size_t)(to - from) * 4);
+    int changed = 0;
+    for (; next < s->n_clusters && atomic_load(&s->clusters[next].stage) == PI2_COMPUTED; next++, changed = 1) {
+      add_down(k, next, from, to);
+      pi2_cluster *cluster = &s->clusters[next];
+      if (atomic_fetch_sub(&cluster->ranges_left, 1) == 1)
+        pi2_neuron_cache_release(k->cache, k->b->region, cluster->pages, cluster->n_pages);
+    }
+    if (changed && next == s->n_clusters) {
+      close_range(k, from, to);
+      atomic_fetch_add(&k->r->cursors[4 * k->index + 2], 1); /* ranges that are finished */
+    }
+    atomic_store(&s->range[range].next, next);
+    atomic_store(&s->range[range].busy, 0);
+    if (changed) return 1;
+  }
+  return 0;
+}
+
+/* Rows of up of any cluster that is in memory. Returns whether there was one. */
+static int take_cluster(block *k) {
+  pi2_sparse *s = k->s;
+  const int asked = atomic_load(&s->next_asked);
+  if (k->p->pipeline == PI2_PIPELINE_NONE) {
+    if (asked < s->n_clusters) return 0;
+    for (int c = 0; c < asked; c++)
+      if (atomic_load(&s->clusters[c].pending)) return 0;
+  }
+  for (int c = 0; c < asked; c++) {
+    pi2_cluster *cluster = &s->clusters[c];
+    int32_t stage = PI2_ASKED;
+    if (atomic_load(&cluster->stage) != PI2_ASKED || atomic_load(&cluster->pending)) continue;
+    if (!atomic_compare_exchange_strong(&cluster->stage, &stage, PI2_TAKEN)) continue;
+    compute_up(k, c);
+    atomic_store(&cluster->stage, PI2_COMPUTED);
+    atomic_fetch_add(&s->computed, 1);
+    pi2_neuron_cache_signal(k->cache);
+    return 1;
+  }
+  return 0;
+}
+
+void pi2_sparse_reset(pi2_sparse *s) {
+  for (int c = 0; c < s->n_clusters; c++) atomic_store(&s->clusters[c].stage, PI2_IDLE);
+  for (int i = 0; i < PI2_RANGES; i++) atomic_store(&s->range[i].next, 0), atomic_store(&s->range[i].busy, 0);
+  atomic_store(&s->asking, 0);
+  atomic_store(&s->next_asked, 0);
+  atomic_store(&s->gated, 0);
+  atomic_store(&s->computed, 0);
+}
+
+int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
+  const pi2_program *p = r->program;
+  pi2_scratch *scratch = &p->scratch[w->index];
+  int stopped = 0;
+  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, NULL, r->n_rows, 1, &stopped);
+  if (stopped) return stopped;
+  block k = {.r = r, .p = p, .op = op, .b = op->bundles, .s = p->sparse, .cache = p->neurons, .w = w, .in = &in,
+             .index = index, .arranged = -1};
+  pi2_sparse *s = p->sparse;
+  _Atomic uint32_t *ranges_done = &r->cursors[4 * index + 2];
+  while (atomic_load(ranges_done) < (uint32_t)s->n_ranges) {
+    if (atomic_load_explicit(&r->stop, memory_order_relaxed)) return 0; /* the closing barrier tells everybody */
+    const uint32_t seen = atomic_load(&k.cache->event);
+    const int error = atomic_load(&k.cache->error);
+    if (error) {
+      r->error = error;
+      atomic_store(&r->stop, 1);
+      return 0;
+    }
+    ask(&k);
+    const uint32_t c = atomic_load(&r->cursors[4 * index + 1]) < (uint32_t)s->n_clusters ? pi2_take(r, index, 1) : UINT32_MAX;
+    if (c < (uint32_t)s->n_clusters) { /* first of all: what it needs can be on its way while the rest is computed */
+      gate_cluster(&k, (int)c);
+      continue;
+    }
+    if (take_cluster(&k)) continue;
+    if (p->pipeline == PI2_PIPELINE_CLUSTER || atomic_load(&s->computed) == s->n_clusters)
+      if (advance_range(&k)) continue;
+    if (ask(&k)) continue;
+    const uint64_t begin = pi2_ticks();
+    const int64_t begin_ns = pi2_now_ns();
+    pi2_neuron_cache_wait(k.cache, seen, WAIT_NS);
+    if (atomic_load(&k.cache->in_flight))
+      atomic_fetch_add_explicit(&k.cache->stall_ns, pi2_now_ns() - begin_ns, memory_order_relaxed);
+    scratch->waited += pi2_ticks() - begin;
+  }
+  if (s->n_ranges > 1) pi2_neuron_cache_signal(k.cache); /* whoever waits leaves, too */
+  return 0;
+}

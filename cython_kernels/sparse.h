@@ -1,0 +1,57 @@
+/* A feed-forward block of which only the neurons that fire are read and computed: the cluster pipeline.
+ *
+ * The deciding matrix (gate; up, where there is no gate) is computed whole. Its rows are cut into clusters of PI2_CLUSTER
+ * neurons. Of each cluster the neurons that fired are asked for (neuron_cache.h); once they are in memory their rows of up
+ * are computed, and then their columns of down are added to the residual stream. Clusters are at different stages at the
+ * same time, and a thread takes whatever can be done next: no barrier between the matrices, order only within a cluster.
+ *
+ * The columns are added by ranges of the stream's rows, each range cluster after cluster: the sums have one order, whatever
+ * arrives first and whoever computes it. So a result does not depend on what the cache held, and is the dense one. */
+#ifndef PI2_SPARSE_H
+#define PI2_SPARSE_H
+#include <stdatomic.h>
+#include <stdint.h>
+
+#define PI2_CLUSTER 512
+#define PI2_RANGES 32 /* of the stream's rows, at most */
+
+enum pi2_pipeline { /* how much of reading and computing overlaps; for measuring what each is worth */
+  PI2_PIPELINE_NONE,   /* read, when all gates are known; compute, when all is read */
+  PI2_PIPELINE_MATRIX, /* compute of a matrix what is there while the rest is read; then the next matrix */
+  PI2_PIPELINE_CLUSTER
+};
+
+typedef struct { /* where the neurons of a block lie; docs/pack-format.md */
+  int region, up_type, down_type; /* up_type -1: no gate, so up decides and only columns of down are read */
+  int64_t neurons, per_page, neuron_bytes, up_bytes; /* up_bytes: from a neuron's row of up to its column of down */
+  const uint8_t *up_scales, *down_scales;
+  int64_t up_stride, down_stride, down_plane; /* scales: per neuron; per 32 neurons; from scales to minimums */
+  const float *up_bias, *down_bias;
+} pi2_bundles;
+
+enum { PI2_IDLE, PI2_GATED, PI2_ASKED, PI2_TAKEN, PI2_COMPUTED };
+typedef struct { /* a cluster while its block runs */
+  _Atomic int32_t stage;
+  _Atomic int32_t pending;     /* pages it waits for */
+  _Atomic int32_t ranges_left; /* that have not added its columns */
+  int32_t n_pages, asked;
+  int32_t *pages;
+} pi2_cluster;
+
+typedef struct {
+  int32_t n_clusters, n_ranges;
+  pi2_cluster *clusters;
+  uint16_t *active;       /* (max_rows, hidden): per row and cluster the neurons that fire, ascending, within the cluster */
+  uint16_t *n_active;     /* (max_rows, clusters) */
+  int32_t *pages;         /* (hidden) */
+  float *sums;            /* (max_rows, stride): of down */
+  int64_t stride;         /* dim, in whole lines of 128 rows */
+  _Atomic int32_t asking; /* a thread is */
+  _Atomic int32_t next_asked; /* clusters below it have been asked for, completely */
+  _Atomic int32_t gated, computed; /* clusters */
+  struct { _Alignas(64) _Atomic int32_t busy; _Atomic int32_t next; } range[PI2_RANGES]; /* next: cluster to add */
+} pi2_sparse;
+
+/* Back to where a block begins: behind the barrier that ends one. */
+void pi2_sparse_reset(pi2_sparse *s);
+#endif
