@@ -4,7 +4,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+Bytes: TypeAlias = npt.NDArray[np.uint8]
 Floats: TypeAlias = npt.NDArray[np.float32]
+BundleLayout: TypeAlias = tuple[int, int, int, int]
 
 TYPE_IDS: Mapping[str, int]
 KV_TYPES: Mapping[str, int]
@@ -27,6 +29,36 @@ def matrix_bytes(type_name: str, rows: int, k: int) -> int: ...
 def kv_half_bytes(kv_type: str, head_dim: int) -> int: ...
 def repack(type_name: str, source: npt.NDArray[np.uint8], rows: int, k: int, address: int) -> int | None: ...
 def unpack(type_name: str, address: int, rows: int, k: int) -> Floats: ...
+def up_quants(type_name: str, k: int) -> int: ...
+def down_quants(type_name: str, rows: int) -> int: ...
+def up_scales(type_name: str, k: int) -> int: ...
+def down_scales(type_name: str, rows: int) -> int: ...
+def bundle_up(
+    type_name: str,
+    source: Bytes,
+    n: int,
+    k: int,
+    layout: BundleLayout,
+    to: Bytes | None,
+    scales: Bytes | None,
+) -> int | None: ...
+def bundle_down(
+    type_name: str,
+    source: Bytes,
+    rows: int,
+    hidden: int,
+    first: int,
+    count: int,
+    layout: BundleLayout,
+    to: Bytes | None,
+    scales: Bytes | None,
+) -> int | None: ...
+def unbundle_up(
+    type_name: str, pages: Bytes, scales: Bytes, n: int, k: int, layout: BundleLayout
+) -> Floats: ...
+def unbundle_down(
+    type_name: str, pages: Bytes, scales: Bytes, rows: int, n: int, layout: BundleLayout
+) -> Floats: ...
 def read_bandwidth(nbytes: int, threads: int, repeats: int = 3, name: str | None = None) -> float: ...
 
 class Kernels:

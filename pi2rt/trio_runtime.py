@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, Unpack
 import trio
 
 from pi2rt import catalogue
-from pi2rt._errors import MemoryBudgetError, RequestError
+from pi2rt._errors import MemoryBudgetError, RequestError, UnsupportedModelError
 from pi2rt._own_nursery import open_own_nursery
 from pi2rt.engine import (
     Chunk,
@@ -220,6 +220,13 @@ async def open_runtime(
         executor_options = _executor_options(file, description, chosen, info.context, placement, trace)
 
         async def open_executor(executor: Executor) -> None:
+            if file.bundles and not getattr(executor, "reads_bundles", False):
+                raise UnsupportedModelError(
+                    file.path,
+                    "bundles",
+                    f"are there, matrices stored by neuron, which the executor {executor.name!r} cannot read; convert "
+                    f"the model again with --no-bundles",
+                )
             await executor.open(file, description, executor_options, chosen.on_load or _ignore)
 
         actor = Actor(placement.lead.name, make_executor, open_executor, trace)

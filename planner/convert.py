@@ -35,6 +35,7 @@ from pi2rt.formats.regular_file import RegularFile
 from pi2rt.formats.row_blocks import ROWS
 from pi2rt.models import ModelDescription, describe
 from pi2rt.models.tensors import block_tensors, iterate_tensors
+from pi2rt.planner.bundling import Bundled, BundleWriter, bundled_blocks, planned_pages, planned_scales
 
 Progress: TypeAlias = Callable[[int, int], None]
 """``progress(done, total)``, in bytes. It may raise, which ends the work."""
@@ -50,6 +51,7 @@ def convert(
     destination: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    bundles: bool = True,
     progress: Progress | None = None,
 ) -> None:
     """Writes the pack of a model. Blocks: from Trio, call it in a thread, and let ``progress`` raise the cancellation.
@@ -60,6 +62,7 @@ def convert(
         source_path: a GGUF file or a Hugging Face directory.
         destination: the file to write.
         overwrite: whether a file that is there already may be replaced.
+        bundles: whether feed-forward blocks whose neurons can be skipped are stored by neuron.
         progress: called between pieces, from the calling thread.
 
     Raises:
@@ -74,7 +77,7 @@ def convert(
             raise RequestError(f"{file.path} is a pack already")
         if destination.exists() and any(destination.samefile(path) for path in _source_paths(file)):
             raise RequestError(f"{destination} is the model itself; choose another name")
-        _Conversion(file, destination, overwrite, progress or _ignore).run()
+        _Conversion(file, destination, overwrite, bundles, progress or _ignore).run()
 
 
 def reading_order(model: ModelDescription) -> Iterator[str]:
@@ -92,7 +95,9 @@ def reading_order(model: ModelDescription) -> Iterator[str]:
 class _Conversion:
     """One run: what goes where, and how far it is."""
 
-    def __init__(self, file: ModelFile, destination: Path, overwrite: bool, progress: Progress) -> None:
+    def __init__(
+        self, file: ModelFile, destination: Path, overwrite: bool, bundles: bool, progress: Progress
+    ) -> None:
         self._file, self._destination, self._overwrite, self._progress = (
             file,
             destination,
@@ -108,6 +113,7 @@ class _Conversion:
             if info.name not in self._named and len(info.shape) == 1 and info.nbytes
         ]
         self._tensors = [*(file.tensors[name] for name in reading_order(model)), *rest]
+        self._bundled = tuple(bundled_blocks(file, model)) if bundles else ()
         self._paths = _source_paths(file)
         self._stamps = [_stamp(path) for path in self._paths]
         self._total = sum(info.nbytes for info in self._tensors) + sum(size for size, *_ in self._stamps)
@@ -121,10 +127,7 @@ class _Conversion:
         metadata = encode_metadata(file.metadata if config is None else config.decode())
         found = {name: file.read_companion(name, _COMPANION_BYTES) for name in COMPANIONS}
         companions = {name: data for name, data in found.items() if data is not None}
-        plan = [
-            Planned(info.name, info.type, info.shape, "blocks16" if self._is_matrix(info) else "rows")
-            for info in self._tensors
-        ]
+        plan = list(self._planned())
         plan += [Planned(name, size=len(data)) for name, data in companions.items()]
         source = self._source(container, [bytes(DIGEST_BYTES)] * len(self._paths))
         writer = PackWriter(
@@ -145,6 +148,20 @@ class _Conversion:
                     raise ConversionError(f"{path} changed while it was converted; convert it again")
             writer.finish(source)
 
+    def _planned(self) -> Iterator[Planned]:
+        by_neuron = {info.name: each for each in self._bundled for info in each.tensors}
+        for info in self._tensors:
+            if info.name in by_neuron:
+                yield planned_scales(info, by_neuron[info.name])
+            else:
+                yield Planned(
+                    info.name, info.type, info.shape, "blocks16" if self._is_matrix(info) else "rows"
+                )
+            yield from map(planned_pages, self._bundles_behind(info))
+
+    def _bundles_behind(self, info: TensorInfo) -> list[Bundled]:
+        return [each for each in self._bundled if each.last == info.name]
+
     def _is_matrix(self, info: TensorInfo) -> bool:
         return info.name in self._named and len(info.shape) == 2
 
@@ -157,13 +174,19 @@ class _Conversion:
         )
 
     def _write_tensors(self, writer: PackWriter) -> None:
+        bundles = BundleWriter(self._file, writer, self._bundled, self._advance)
         with _Dropper(self._paths) as dropper:
             for info in self._tensors:
-                if self._is_matrix(info):
-                    self._write_matrix(writer, info)
-                else:
-                    self._write_vector(writer, info)
-                dropper.drop(info)
+                if not bundles.write_scales(info):  # of what it writes, the quants will be read
+                    if self._is_matrix(info):
+                        self._write_matrix(writer, info)
+                    else:
+                        self._write_vector(writer, info)
+                    dropper.drop(info)
+                for block in self._bundles_behind(info):
+                    bundles.write_pages(block)
+                    for each in block.tensors:
+                        dropper.drop(each)
 
     def _write_vector(self, writer: PackWriter, info: TensorInfo) -> None:
         block = TYPES[info.type].block_bytes

@@ -12,6 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _runtime.add_model_argument(parser)
     parser.add_argument("pack", metavar="FILE.pi2", help="the pack to write")
     parser.add_argument("--force", action="store_true", help="replace the pack if it is there")
+    parser.add_argument(
+        "--no-bundles",
+        dest="bundles",
+        action="store_false",
+        help="store feed-forward matrices of ReLU models as all others, not by neuron",
+    )
 
 
 def main(options: argparse.Namespace) -> int:
@@ -29,6 +35,8 @@ async def _convert(options: argparse.Namespace) -> int:
 
     path = await fetch(options.model)
     with Bar("converting") as bar:
-        await work_in_thread(partial(convert, path, options.pack, overwrite=options.force), bar)
+        await work_in_thread(
+            partial(convert, path, options.pack, overwrite=options.force, bundles=options.bundles), bar
+        )
     print(f"{options.pack}: {size(os.stat(options.pack).st_size)}")
     return 0

@@ -8,13 +8,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from pi2rt._errors import ModelFormatError, ModelNotFoundError
+from pi2rt.formats.neuron_bundles import NeuronBundles
 from pi2rt.formats.regular_file import RegularFile
+
+_NO_BUNDLES: Mapping[str, NeuronBundles] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +26,9 @@ class TensorInfo:
     """Where a tensor lies. ``shape`` is numpy's, rows first; ``type`` is a name in
     ``pi2rt.formats.quants.TYPES`` ("F32", "Q4_K").
 
-    ``layout``: "rows", as model files have them, contiguous, ``nbytes / shape[0]`` each; or "blocks16", the row
-    blocks that kernels read (``pi2rt.formats.row_blocks``), which only a pack has.
+    ``layout``: "rows", as model files have them, contiguous, ``nbytes / shape[0]`` each; or, in a pack only,
+    "blocks16", the row blocks that kernels read (``pi2rt.formats.row_blocks``), or "neurons": its quants are in the
+    bundles that name it (``ModelFile.bundles``), and ``offset`` and ``nbytes`` are those of its scales alone.
     """
 
     name: str
@@ -43,6 +48,7 @@ class ModelFile(ABC):
     architecture: str
     metadata: Mapping[str, Any]  # GGUF's keys, or config.json of a Hugging Face directory
     tensors: Mapping[str, TensorInfo]
+    bundles: Mapping[str, NeuronBundles] = _NO_BUNDLES  # by the name of the down tensor; only packs have some
 
     @abstractmethod
     def read_into(self, tensor: TensorInfo, start: int, buffer: memoryview) -> None:
@@ -53,9 +59,13 @@ class ModelFile(ABC):
         """A path that opens, while this is open, the file whose header was checked; see ``RegularFile``."""
         return os.fspath(self.path)
 
-    def forget(self, tensor: TensorInfo, start: int, count: int) -> None:  # noqa: B027
-        """Asks the system to keep none of these bytes of the tensor in its page cache: they count against a memory
-        limit. Does nothing for files that are only read where memory is free."""
+    def read_bundles_into(self, bundles: NeuronBundles, start: int, buffer: memoryview) -> None:
+        """As ``read_into``, for the pages of one of ``bundles``."""
+        raise ValueError(f"{self.path} has no bundles {bundles.name!r}")
+
+    def forget(self, tensor: TensorInfo | NeuronBundles, start: int, count: int) -> None:  # noqa: B027
+        """Asks the system to keep none of these bytes of the tensor (or bundles) in its page cache: they count against
+        a memory limit. Does nothing for files that are only read where memory is free."""
 
     @abstractmethod
     def close(self) -> None: ...

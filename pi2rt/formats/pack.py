@@ -18,8 +18,9 @@ from typing import Any
 import msgspec
 
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
-from pi2rt.formats import row_blocks
+from pi2rt.formats import neuron_bundles, row_blocks
 from pi2rt.formats.model_file import ModelFile, TensorInfo, printable
+from pi2rt.formats.neuron_bundles import Matrix, NeuronBundles
 from pi2rt.formats.pack_header import (
     ALIGNMENT,
     DIGEST_BYTES,
@@ -44,7 +45,7 @@ assert PREAMBLE.size == PREAMBLE_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A range of bytes in the file that has a checksum: a tensor, or a companion."""
+    """A range of bytes in the file that has a checksum: a tensor (or its scales), bundles, or a companion."""
 
     name: str
     offset: int
@@ -56,8 +57,8 @@ class PackFile(ModelFile):
     """An open pack.
 
     ``metadata`` and ``architecture`` are the source's, as its own reader gives them; ``source`` says what that was.
-    ``tensors`` are in the order of the file; matrices have the layout "blocks16". Content is not verified here; see
-    ``sections`` and ``pi2rt.planner.convert.verify``.
+    ``tensors`` are in the order of the file; matrices have the layout "blocks16", or "neurons" where they are in one of
+    ``bundles``. Content is not verified here; see ``sections`` and ``pi2rt.planner.convert.verify``.
 
     Args:
         path: the file.
@@ -78,9 +79,12 @@ class PackFile(ModelFile):
             self.metadata: dict[str, Any] = self._metadata(header)
             self._companions = {each.name: self._section(each, "companion") for each in header.companions}
             self._checksums = {each.name: self._section(each, "tensor") for each in header.tensors}
+            self._bundles = {each.name: self._section(each, "bundles") for each in header.bundles}
             self._refuse_doubles(header)
+            bundles, scales = self._arrange(header)
+            self.bundles = MappingProxyType(bundles)
             self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-                {each.name: self._tensor(each) for each in header.tensors}
+                {each.name: self._tensor(each, scales.get(each.name)) for each in header.tensors}
             )
         except BaseException:
             self._file.close()
@@ -94,11 +98,19 @@ class PackFile(ModelFile):
             )
         self._file.read_into(tensor.offset + start, buffer)
 
+    def read_bundles_into(self, bundles: NeuronBundles, start: int, buffer: memoryview) -> None:
+        if self.bundles.get(bundles.down) != bundles or start < 0 or start + buffer.nbytes > bundles.nbytes:
+            raise ValueError(
+                f"{buffer.nbytes} bytes from byte {start} on are not inside bundles {bundles.name!r} "
+                f"({bundles.nbytes} bytes) of {self.path}"
+            )
+        self._file.read_into(bundles.offset + start, buffer)
+
     @property
     def held_path(self) -> str:
         return self._file.held_path
 
-    def forget(self, tensor: TensorInfo, start: int, count: int) -> None:
+    def forget(self, tensor: TensorInfo | NeuronBundles, start: int, count: int) -> None:
         self._file.drop_cache(tensor.offset + start, count)
 
     def read_section(self, section: Section, start: int, buffer: memoryview) -> None:
@@ -114,7 +126,8 @@ class PackFile(ModelFile):
     @property
     def sections(self) -> Sequence[Section]:
         """Everything that has a checksum, in the order of the file."""
-        return sorted((*self._checksums.values(), *self._companions.values()), key=lambda each: each.offset)
+        found = (*self._checksums.values(), *self._bundles.values(), *self._companions.values())
+        return sorted(found, key=lambda each: each.offset)
 
     def read_companion(self, name: str, limit: int) -> bytes | None:
         section = self._companions.get(name)
@@ -196,6 +209,7 @@ class PackFile(ModelFile):
     def _refuse_doubles(self, header: Header) -> None:
         for kind, regions, found in (
             ("tensor", header.tensors, self._checksums),
+            ("bundles", header.bundles, self._bundles),
             ("companion", header.companions, self._companions),
         ):
             seen: set[str] = set()
@@ -210,7 +224,50 @@ class PackFile(ModelFile):
                     f"byte {after.offset} of the file lies inside {printable(before.name)}",
                 )
 
-    def _tensor(self, entry: TensorEntry) -> TensorInfo:
+    def _arrange(self, header: Header) -> tuple[dict[str, NeuronBundles], dict[str, int]]:
+        """The bundles by their down tensor, as they follow from their tensors, if that is what the header says; and the
+        bytes that each of these tensors should have, which are those of its scales."""
+        entries = {each.name: each for each in header.tensors}
+        bundles: dict[str, NeuronBundles] = {}
+        scales: dict[str, int] = {}
+        for entry in header.bundles:
+            field = f"bundles {printable(entry.name)}"
+            found: dict[str, Matrix | None] = {}
+            for role, name in (("up", entry.up), ("down", entry.down)):
+                found[role] = None if name is None else self._matrix(f"{field}: {role}", name, entries)
+                if name in scales:
+                    raise self._error(f"{field}: {role}", f"{printable(name)} is in bundles already")
+                if name is not None:
+                    scales[name] = 0
+            up, down = found["up"], found["down"]
+            assert down is not None
+            try:
+                arranged = neuron_bundles.arrange(entry.name, up, down, self._bundles[entry.name].offset)
+            except ValueError as error:
+                raise self._error(field, printable(str(error))) from None
+            for key in ("neurons", "neuron_bytes", "neurons_per_page", "page_bytes", "nbytes"):
+                said, derived = getattr(entry, key), getattr(arranged, key)
+                if said != derived:
+                    raise self._error(f"{field}: {key}", f"is {said}, but its tensors make it {derived}")
+            bundles[down.name] = arranged
+            scales[down.name] = neuron_bundles.down_scales_bytes(down)
+            if up is not None:
+                scales[up.name] = neuron_bundles.up_scales_bytes(up)
+        return bundles, scales
+
+    def _matrix(self, field: str, name: str, entries: Mapping[str, TensorEntry]) -> Matrix:
+        entry = entries.get(name)
+        if entry is None or entry.layout != "neurons" or len(entry.shape) != 2:
+            raise self._error(field, f"{printable(name)} is no matrix of layout neurons")
+        if entry.type not in neuron_bundles.TYPES:
+            raise UnsupportedModelError(
+                self.path,
+                field,
+                f"{printable(name)} is {printable(entry.type)}; bundles have {', '.join(neuron_bundles.TYPES)}",
+            )
+        return Matrix(name, entry.type, (entry.shape[0], entry.shape[1]))
+
+    def _tensor(self, entry: TensorEntry, scales_bytes: int | None) -> TensorInfo:
         field = f"tensor {printable(entry.name)}"
         if entry.type not in TYPES:
             raise UnsupportedModelError(
@@ -231,9 +288,15 @@ class PackFile(ModelFile):
                     f"{field}: layout", f"is blocks16, but shape {list(entry.shape)} is no matrix"
                 )
             expected = row_blocks.matrix_bytes(entry.type, *entry.shape)
+        elif entry.layout == "neurons":
+            if scales_bytes is None:
+                raise self._error(f"{field}: layout", "is neurons, but no bundles name it")
+            expected = scales_bytes
         else:
             raise UnsupportedModelError(
-                self.path, f"{field}: layout", f"is {printable(entry.layout)}; pi2rt reads rows and blocks16"
+                self.path,
+                f"{field}: layout",
+                f"is {printable(entry.layout)}; pi2rt reads rows, blocks16 and neurons",
             )
         if entry.nbytes != expected:
             raise self._error(

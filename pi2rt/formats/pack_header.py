@@ -72,6 +72,18 @@ class TensorEntry(Region, frozen=True):
     layout: Annotated[str, msgspec.Meta(max_length=32)]
 
 
+class BundlesEntry(Region, frozen=True):
+    """The neuron bundles of a feed-forward block. ``up``, ``down``: names of tensors of layout "neurons"; what else
+    there is follows from those and is checked against them."""
+
+    up: _Name | None
+    down: _Name
+    neurons: _Size
+    page_bytes: _Size
+    neurons_per_page: _Size
+    neuron_bytes: _Size
+
+
 class Header(msgspec.Struct, frozen=True):
     """``metadata``: of a GGUF file its keys, of a Hugging Face directory the text of its config.json."""
 
@@ -80,6 +92,7 @@ class Header(msgspec.Struct, frozen=True):
     metadata: msgspec.Raw
     tensors: Annotated[list[TensorEntry], msgspec.Meta(max_length=MAX_TENSORS)]
     companions: Annotated[list[Region], msgspec.Meta(max_length=_MAX_FILES)] = []
+    bundles: Annotated[list[BundlesEntry], msgspec.Meta(max_length=MAX_TENSORS)] = []
 
 
 # Arrays of numbers are an extension whose code is GGUF's number of the type.

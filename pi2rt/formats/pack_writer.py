@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from pi2rt._errors import ConversionError, RequestError
 from pi2rt.formats import row_blocks
+from pi2rt.formats.neuron_bundles import NeuronBundles
 from pi2rt.formats.pack import PREAMBLE, header_digest
 from pi2rt.formats.pack_header import (
     ALIGNMENT,
@@ -29,6 +30,7 @@ from pi2rt.formats.pack_header import (
     MAX_HEADER_BYTES,
     PREAMBLE_BYTES,
     VERSION,
+    BundlesEntry,
     Header,
     Region,
     Source,
@@ -48,17 +50,21 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 @dataclass(frozen=True, slots=True)
 class Planned:
     """What will be written next to one another. A tensor has a ``type``, ``shape`` and ``layout``; a companion has
-    none of them, but ``size``."""
+    none of them, but ``size``. A tensor of layout "neurons" has both: ``size`` is that of its scales. Bundles have
+    ``bundles``, whose offset does not matter."""
 
     name: str
     type: str = ""
     shape: tuple[int, ...] = ()
     layout: str = "rows"
     size: int = 0
+    bundles: NeuronBundles | None = None
 
     @property
     def nbytes(self) -> int:
-        if not self.type:
+        if self.bundles is not None:
+            return self.bundles.nbytes
+        if not self.type or self.layout == "neurons":
             return self.size
         if self.layout == "blocks16":
             rows, columns = self.shape
@@ -77,7 +83,7 @@ class PackWriter:
         destination: where the pack will be.
         source: what it is made from; its digests may be given to ``finish`` later.
         architecture, metadata: see ``Header``.
-        plan: tensors first, then companions.
+        plan: tensors and bundles first, then companions.
         overwrite: whether a file that is there already may be replaced.
 
     Raises:
@@ -277,14 +283,30 @@ class PackWriter:
         checksums = self._checksums + [bytes(CHECKSUM_BYTES)] * (len(self._plan) - len(self._checksums))
         tensors: list[TensorEntry] = []
         companions: list[Region] = []
+        bundles: list[BundlesEntry] = []
         for each, offset, checksum in zip(self._plan, self._offsets, checksums, strict=True):
             if each.type:
                 tensors.append(
                     TensorEntry(each.name, offset, each.nbytes, checksum, each.type, each.shape, each.layout)
                 )
+            elif (found := each.bundles) is not None:
+                bundles.append(
+                    BundlesEntry(
+                        each.name,
+                        offset,
+                        each.nbytes,
+                        checksum,
+                        up=found.up,
+                        down=found.down,
+                        neurons=found.neurons,
+                        page_bytes=found.page_bytes,
+                        neurons_per_page=found.neurons_per_page,
+                        neuron_bytes=found.neuron_bytes,
+                    )
+                )
             else:
                 companions.append(Region(each.name, offset, each.nbytes, checksum))
-        header = Header(source, self._architecture, self._metadata, tensors, companions)
+        header = Header(source, self._architecture, self._metadata, tensors, companions, bundles)
         return msgspec.msgpack.encode(header)
 
 

@@ -90,7 +90,8 @@ class Executor(Protocol):
     """Drives one hardware unit. The life of one: construct, ``open``, many ``submit``/``wait``, ``aclose``.
 
     ``max_in_flight``: how many steps may be submitted and not yet waited for; at least 1. Steps complete in
-    the order of submission.
+    the order of submission. An executor that has an attribute ``reads_bundles``, and it is true, knows matrices of the
+    layout "neurons"; others are given no file that has any.
     """
 
     name: str

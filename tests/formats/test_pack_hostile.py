@@ -273,7 +273,10 @@ UNSUPPORTED: dict[str, tuple[bytes, str]] = {
     ),
     "flags": (build(flags=4), "flags: are 0x4; this pi2rt knows none"),
     "type": (tensor(type="Q2_K"), "tensor m: type: is Q2_K; pi2rt reads F32, F16, BF16, Q4_0"),
-    "layout": (tensor(layout="bundles"), "tensor m: layout: is bundles; pi2rt reads rows and blocks16"),
+    "layout": (
+        tensor(layout="bundles"),
+        "tensor m: layout: is bundles; pi2rt reads rows, blocks16 and neurons",
+    ),
 }
 
 
