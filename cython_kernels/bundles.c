@@ -95,7 +95,7 @@ int64_t pi2_bundle_up(int type, const uint8_t *rows, int64_t n, int64_t k, const
 
 static const uint8_t NO_ROW[34]; /* the quants of a row that is not there: zeros */
 
-/* `rows` rows of 32 quants each, 8 (4-bit) or 4 (8-bit): word j of the result has all of neuron j. */
+/* The quants of 32 neurons in 8 (4-bit) or 4 (8-bit) rows of a file: word j has those of neuron j, the first row lowest. */
 static void transpose(int type, const uint8_t *const rows[8], uint32_t words[GROUP]) {
   uint8_t bytes[4][GROUP];
   for (int i = 0; i < 4; i++) {

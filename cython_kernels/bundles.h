@@ -35,8 +35,9 @@ int64_t pi2_down_scales(int type, int64_t rows); /* of 32 neurons */
  * with a scale that is not finite. */
 int64_t pi2_bundle_up(int type, const uint8_t *rows, int64_t n, int64_t k, const pi2_bundle_layout *layout, uint8_t *to,
                       uint8_t *scales);
-/* Columns first .. first + count of a model file's matrix (rows, hidden); first, count and hidden are multiples of 32. Neuron `first` goes to
- * the beginning of the page at `to`. scales: count / 32 * pi2_down_scales. As above; the index is that of a row. */
+/* Columns first .. first + count of a model file's matrix (rows, hidden); first, count and hidden are multiples of 32.
+ * Neuron `first` goes to the beginning of the page at `to`. scales: count / 32 * pi2_down_scales. As above; the index is
+ * that of a row. */
 int64_t pi2_bundle_down(int type, const uint8_t *matrix, int64_t rows, int64_t hidden, int64_t first, int64_t count,
                         const pi2_bundle_layout *layout, uint8_t *to, uint8_t *scales);
 

@@ -107,7 +107,10 @@ static int ask(block *k) {
                                          cluster->n_pages - cluster->asked, &cluster->pending);
     cluster->asked += got;
     changed |= got > 0;
-    if (cluster->asked < cluster->n_pages) break; /* no room: when something is released, somebody comes again */
+    if (cluster->asked < cluster->n_pages) { /* no room: when something is released, somebody comes again */
+      atomic_store(&s->crowded, 1);
+      break;
+    }
     atomic_fetch_sub(&cluster->pending, 1);
     atomic_store(&cluster->stage, PI2_ASKED);
     atomic_store(&s->next_asked, c + 1);
@@ -229,7 +232,7 @@ static int advance_range(block *k) {
 static int take_cluster(block *k) {
   pi2_sparse *s = k->s;
   const int asked = atomic_load(&s->next_asked);
-  if (k->p->pipeline == PI2_PIPELINE_NONE) {
+  if (k->p->pipeline == PI2_PIPELINE_NONE && !atomic_load(&s->crowded)) {
     if (asked < s->n_clusters) return 0;
     for (int c = 0; c < asked; c++)
       if (atomic_load(&s->clusters[c].pending)) return 0;
@@ -255,6 +258,7 @@ void pi2_sparse_reset(pi2_sparse *s) {
   atomic_store(&s->next_asked, 0);
   atomic_store(&s->gated, 0);
   atomic_store(&s->computed, 0);
+  atomic_store(&s->crowded, 0);
 }
 
 int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
@@ -283,7 +287,7 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
       continue;
     }
     if (take_cluster(&k)) continue;
-    if (p->pipeline == PI2_PIPELINE_CLUSTER || atomic_load(&s->computed) == s->n_clusters)
+    if (p->pipeline == PI2_PIPELINE_CLUSTER || atomic_load(&s->computed) == s->n_clusters || atomic_load(&s->crowded))
       if (advance_range(&k)) continue;
     if (ask(&k)) continue;
     const uint64_t begin = pi2_ticks();

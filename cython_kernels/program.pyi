@@ -1,9 +1,10 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from pi2rt.cython_kernels.neuron_cache import NeuronCache
 from pi2rt.cython_kernels.stream import Stream
 from pi2rt.runtime.step import Bind, Sampling, Step, StepResult
 
@@ -12,6 +13,9 @@ Nanoseconds: TypeAlias = npt.NDArray[np.int64]
 Norm: TypeAlias = tuple[Floats, float, float]
 
 MOST_IN_FLIGHT: int
+CLUSTER: int
+PIPELINES: Mapping[str, int]
+Scales: TypeAlias = tuple[int, int, int]
 
 class Gang:
     cores: tuple[int, ...]
@@ -22,6 +26,22 @@ class Gang:
 class Matrix:
     def __init__(
         self, type_id: int, rows: int, k: int, address: int, bias: Floats | None = None, *, unit: int = -1
+    ) -> None: ...
+
+class Bundles:
+    def __init__(
+        self,
+        region: int,
+        up: Scales | None,
+        down: Scales,
+        *,
+        down_plane: int,
+        neurons: int,
+        per_page: int,
+        neuron_bytes: int,
+        up_bytes: int,
+        up_bias: Floats | None = None,
+        down_bias: Floats | None = None,
     ) -> None: ...
 
 class Program:
@@ -45,6 +65,8 @@ class Program:
         embedding_scale: float = 1,
         logit_softcap: float = 0,
         stream: Stream | None = None,
+        neurons: NeuronCache | None = None,
+        pipeline: str = "cluster",
     ) -> None: ...
     def rope(self, frequencies: npt.NDArray[np.float64], interleaved: bool, magnitude: float) -> int: ...
     def embed(self, matrix: Matrix, *, fd: int = -1, offset: int = 0) -> None: ...
@@ -68,6 +90,16 @@ class Program:
         up_activation: int,
         *,
         q8_out: bool,
+    ) -> None: ...
+    def sparse_ffn(
+        self,
+        layer: int,
+        norm: Norm | None,
+        sink: str,
+        decides: Matrix,
+        bundles: Bundles,
+        activation: int,
+        up_activation: int,
     ) -> None: ...
     def attention(
         self,

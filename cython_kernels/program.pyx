@@ -48,6 +48,7 @@ cdef extern from "neuron_cache.h" nogil:
         pass
 
 cdef extern from "sparse.h" nogil:
+    enum: PI2_CLUSTER
     enum: PI2_PIPELINE_NONE, PI2_PIPELINE_MATRIX, PI2_PIPELINE_CLUSTER
     ctypedef struct pi2_bundles:
         int region, up_type, down_type
@@ -135,6 +136,7 @@ cdef extern from "program.h" nogil:
 MOST_IN_FLIGHT = PI2_QUEUE
 SOURCES = {"x": 0, "attention": 1, "hidden": 2}
 SINKS = {"y": 0, "x": 1}
+CLUSTER = PI2_CLUSTER  # neurons that are asked for together
 PIPELINES = {"none": PI2_PIPELINE_NONE, "matrix": PI2_PIPELINE_MATRIX, "cluster": PI2_PIPELINE_CLUSTER}
 
 

@@ -49,6 +49,7 @@ typedef struct {
   _Atomic int32_t asking; /* a thread is */
   _Atomic int32_t next_asked; /* clusters below it have been asked for, completely */
   _Atomic int32_t gated, computed; /* clusters */
+  _Atomic int32_t crowded; /* there was no room for what one needs: what is there must go first, whatever the pipeline */
   struct { _Alignas(64) _Atomic int32_t busy; _Atomic int32_t next; } range[PI2_RANGES]; /* next: cluster to add */
 } pi2_sparse;
 

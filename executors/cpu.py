@@ -18,6 +18,7 @@ from pi2rt._errors import BusyError, ClosedError
 from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
+from pi2rt.executors.neurons import Neurons
 from pi2rt.executors.weights import Weights
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
@@ -36,6 +37,7 @@ class CpuExecutor:
     """See ``pi2rt.runtime.executor.Executor``."""
 
     name = "cpu"
+    reads_bundles = True
     max_in_flight = program.MOST_IN_FLIGHT
 
     def __init__(self) -> None:
@@ -43,6 +45,7 @@ class CpuExecutor:
         self._cache: native.Memory | None = None
         self._ring: native.Memory | None = None
         self._stream: Stream | None = None
+        self._neurons: Neurons | None = None
         self._rows_fd = -1  # of the file, where rows of the embedding are read one by one
         self._gang: program.Gang | None = None
         self._program: program.Program | None = None
@@ -69,7 +72,7 @@ class CpuExecutor:
             streamed=options.streamed,
             read_by_row=options.read_by_row,
         )
-        await self._weights.load(progress, len(self._threads))
+        await self._load(file, model, options, progress)
         if options.read_by_row is not None:
             self._rows_fd = _open_direct(file.held_path)
         if options.streamed:
@@ -87,8 +90,31 @@ class CpuExecutor:
         pinned = [core for _, core in self._threads]
         spin = SPIN_NS if len(set(pinned)) == len(pinned) else 0  # two on one core would spin for each other
         self._gang = program.Gang(pinned, spin_ns=spin)
-        builder = ProgramBuilder(file, model, self._weights, options, self._gang, self._stream, self._rows_fd)
+        builder = ProgramBuilder(
+            file, model, self._weights, options, self._gang, self._stream, self._rows_fd, self._neurons
+        )
         self._program = builder.build(self._cache, layouts, page_bytes)
+
+    async def _load(
+        self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
+    ) -> None:
+        """Weights, and of packs with bundles as many neurons as there is room for."""
+        assert self._weights is not None
+        if not self._weights.scales:
+            await self._weights.load(progress, len(self._threads))
+            return
+        self._neurons = neurons = Neurons(file, model, options.neuron_bytes, options.io)
+        total, done = self._weights.file_bytes + neurons.nbytes, 0
+        await self._weights.load(lambda read, _: progress(read, total), len(self._threads))
+        done = self._weights.file_bytes
+
+        def report(count: int) -> None:
+            nonlocal done
+            done += count
+            trio.from_thread.check_cancelled()
+            trio.from_thread.run_sync(progress, done, total)
+
+        await trio.to_thread.run_sync(neurons.load, report)
 
     def submit(self, step: Step) -> None:
         if self._program is None or self._options is None:
@@ -171,6 +197,10 @@ class CpuExecutor:
         if self._ring is not None:
             self._ring.close()
             self._ring = None
+        neurons, self._neurons = self._neurons, None
+        if neurons is not None:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(neurons.close)
         if self._rows_fd >= 0:
             os.close(self._rows_fd)
             self._rows_fd = -1
@@ -196,11 +226,24 @@ class CpuExecutor:
             "kernels": None if self._options is None else native.current(self._options.kernels)
         }
         flash: tuple[ThreadStatistics, ...] = ()
+        if self._neurons is not None:
+            held["neurons"] = self._neurons.nbytes
+            counters = self._neurons.counters
+            details |= {
+                "neuron_hits": counters.hits,
+                "neuron_misses": counters.misses,
+                "neuron_evictions": counters.evictions,
+                "flash_reads": counters.reads,
+                "flash_bytes": counters.bytes,
+                "flash_stall_ns": counters.stall_ns // len(self._threads),
+            }
+            flash = (ThreadStatistics(FLASH, -1, counters.busy_ns),)
         if self._stream is not None and self._ring is not None:
             held["ring"] = self._ring.nbytes
-            read, reading_ns, details["flash_stall_ns"] = self._stream.counters
-            details["flash_bytes"] = read
-            flash = (ThreadStatistics(FLASH, -1, reading_ns),)
+            read, reading_ns, stall_ns = self._stream.counters
+            details["flash_bytes"] = read + int(str(details.get("flash_bytes", 0)))
+            details["flash_stall_ns"] = stall_ns + int(str(details.get("flash_stall_ns", 0)))
+            flash = (ThreadStatistics(FLASH, -1, reading_ns + sum(each.kernel_ns for each in flash)),)
         busy = (0,) * len(self._threads) if self._program is None else self._program.thread_ns
         threads = zip(self._threads, busy, strict=True)
         return ExecutorStatistics(

@@ -9,6 +9,7 @@ import numpy as np
 from pi2rt._errors import UnsupportedModelError
 from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.stream import Stream
+from pi2rt.executors.neurons import Neurons
 from pi2rt.executors.weights import PackedMatrix, Weights
 from pi2rt.formats import ModelFile
 from pi2rt.models import Attention, FeedForward, Linear, ModelDescription, Norm, Rope
@@ -61,6 +62,7 @@ class ProgramBuilder:
         gang: program.Gang,
         stream: Stream | None,
         rows_fd: int,
+        neurons: Neurons | None,
     ) -> None:
         self._file, self._model, self._weights, self._options = file, model, weights, options
         self._program = program.Program(
@@ -76,7 +78,10 @@ class ProgramBuilder:
             embedding_scale=model.embedding_scale,
             logit_softcap=model.logit_softcap or 0.0,
             stream=stream,
+            neurons=None if neurons is None else neurons.cache,
+            pipeline=options.pipeline,
         )
+        self._neurons = neurons
         self._rows_fd = rows_fd
         self._ropes: dict[Rope, int] = {}
 
@@ -133,6 +138,9 @@ class ProgramBuilder:
         self._output(index, block.out, block.post_norm, "attention", q8)
 
     def _feed_forward(self, index: int, block: FeedForward) -> None:
+        if self._neurons is not None and block.down.weight in self._weights.scales:
+            self._sparse(index, block, self._neurons)
+            return
         q8 = not self._is_float(block.down)  # then hidden is a multiple of 32
         self._program.ffn(
             index,
@@ -144,6 +152,19 @@ class ProgramBuilder:
             q8_out=q8,
         )
         self._output(index, block.down, block.post_norm, "hidden", q8)
+
+    def _sparse(self, index: int, block: FeedForward, neurons: Neurons) -> None:
+        self._program.sparse_ffn(
+            index,
+            self._norm(block.norm),
+            "x" if block.post_norm is None else "y",
+            self._matrix(block.up if block.gate is None else block.gate),
+            neurons.block(block, self._weights),
+            native.ACTIVATIONS[block.activation],
+            native.ACTIVATIONS[block.up_activation],
+        )
+        if block.post_norm is not None:
+            self._program.add_norm(index, self._norm(block.post_norm))
 
     def _output(self, index: int, out: Linear, post_norm: Norm | None, source: str, q8: bool) -> None:
         """The block's last product, added to the residual stream, through its second norm where it has one."""

@@ -43,6 +43,8 @@ class Weights:
     ``exact_floats``: matrices become float32, dequantised as the format says. ``streamed``: names of matrices that
     are not loaded, because they are read in every step: units of a stream, in this order.
     ``read_by_row``: one more that is not loaded. They have address 0.
+
+    ``scales``: of matrices whose neurons a pack stores one by one, type and address; ``dim``: of the model.
     """
 
     def __init__(
@@ -59,13 +61,18 @@ class Weights:
         infos = [file.tensors[name] for name, _ in iterate_tensors(model)]
         self.units = {name: unit for unit, name in enumerate(streamed)}
         absent = {*streamed, read_by_row}
-        self._matrix_infos = [info for info in infos if len(info.shape) == 2 and info.name not in absent]
+        matrices = [info for info in infos if len(info.shape) == 2 and info.name not in absent]
+        self._matrix_infos = [info for info in matrices if info.layout != "neurons"]
+        self._scale_infos = [info for info in matrices if info.layout == "neurons"]
         self._vector_infos = [info for info in infos if len(info.shape) == 1]
         self.vectors: dict[str, Floats] = {}
         self.matrices: dict[str, PackedMatrix] = {}
+        self.scales: dict[str, tuple[str, int]] = {}
+        self.dim = model.dim
         size = 0
         for info in self._matrix_infos:
             size += native.matrix_bytes(self._type(info), *info.shape)
+        size += sum(-(-info.nbytes // 64) * 64 for info in self._scale_infos)
         self.nbytes = size
         self._memory = native.Memory(max(size, 1))
         address = self._memory.address
@@ -73,6 +80,9 @@ class Weights:
             rows, columns = info.shape
             self.matrices[info.name] = PackedMatrix(self._type(info), rows, columns, address)
             address += native.matrix_bytes(self._type(info), rows, columns)
+        for info in self._scale_infos:
+            self.scales[info.name] = (info.type, address)
+            address += -(-info.nbytes // 64) * 64
         self.extents: list[
             tuple[int, int]
         ] = []  # of the streamed ones in the file, (offset, bytes), whole sectors
@@ -91,6 +101,11 @@ class Weights:
     def _type(self, info: TensorInfo) -> str:
         return "F32" if self._exact_floats else info.type
 
+    @property
+    def file_bytes(self) -> int:
+        """What ``load`` reads."""
+        return sum(info.nbytes for info in (*self._matrix_infos, *self._scale_infos))
+
     async def load(self, progress: Progress, workers: int) -> None:
         """Reads everything with ``workers`` threads. Cancellable between pieces.
 
@@ -103,7 +118,8 @@ class Weights:
             pieces.extend(
                 (info, row, min(row + step, info.shape[0])) for row in range(0, info.shape[0], step)
             )
-        total = sum(info.nbytes for info in self._matrix_infos)
+        pieces.extend((info, 0, info.shape[0]) for info in self._scale_infos)
+        total = self.file_bytes
         done = 0
         limiter = trio.CapacityLimiter(workers)
 
@@ -148,6 +164,9 @@ class Weights:
         self, buffer: npt.NDArray[np.uint8], pieces: Sequence[tuple[TensorInfo, int, int]]
     ) -> None:
         for info, first, last in pieces:
+            if info.layout == "neurons":
+                self._load_scales(info)
+                continue
             start, size = _bytes_in_file(info, 0, first), _bytes_in_file(info, first, last)
             packed = self.matrices[info.name]
             if info.layout == "blocks16" and not self._exact_floats:
@@ -170,6 +189,11 @@ class Weights:
                     f"row {first + bad} holds NaN or infinity in a scale or value",
                 )
 
+    def _load_scales(self, info: TensorInfo) -> None:
+        at = self.scales[info.name][1] - self._memory.address
+        self._file.read_into(info, 0, self._memory.view()[at : at + info.nbytes].data)
+        self._file.forget(info, 0, info.nbytes)
+
     def close(self) -> None:
         self._memory.close()
         self.matrices.clear()
@@ -188,4 +212,6 @@ def _bytes_in_file(info: TensorInfo, first: int, last: int) -> int:
     """Bytes that rows ``first`` (a multiple of 16) to ``last`` of a matrix take in its file."""
     if info.layout == "blocks16":
         return native.matrix_bytes(info.type, last - first, info.shape[1])
+    if info.layout == "neurons":
+        return info.nbytes  # scales are not cut
     return info.nbytes // info.shape[0] * (last - first)

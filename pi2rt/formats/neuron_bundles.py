@@ -43,6 +43,10 @@ class NeuronBundles:
     up_bytes: int
 
     @property
+    def pages(self) -> int:
+        return self.nbytes // self.page_bytes
+
+    @property
     def layout(self) -> tuple[int, int, int, int]:
         """As the native functions take it."""
         return self.neurons_per_page, self.page_bytes, self.neuron_bytes, self.up_bytes

@@ -14,7 +14,7 @@ from pi2rt.formats.pack import PackFile
 from tests.cli.conftest import COMMAND, Run
 from tests.support.real_model import smollm2
 from tests.support.sparse_model import poke, sparse_model
-from tests.support.tiny_models import TinyModel, write_huggingface
+from tests.support.tiny_models import TinyModel, write_gguf, write_huggingface
 
 
 @pytest.fixture
@@ -39,6 +39,19 @@ def test_convert_verify_and_run(pi2rt: Run, model: str, pack: Path) -> None:
         answers = [pi2rt("run", path, *options) for path in (model, str(pack))]
         assert [answer.status for answer in answers] == [0, 0]
         assert answers[0].output == answers[1].output
+
+
+def test_bundles_can_be_left_out(pi2rt: Run, tmp_path: Path, pack: Path) -> None:
+    relu = TinyModel(config={"hidden_act": "relu"})
+    source = write_gguf(tmp_path / "relu.gguf", relu, weight_type="Q4_0")
+    for options, blocks in (((), relu.layers), (("--no-bundles",), 0)):
+        assert pi2rt("convert", str(source), str(pack), "--force", *options).status == 0
+        with PackFile(pack) as file:
+            assert len(file.bundles) == blocks
+        assert pi2rt("verify", str(pack)).output == f"{pack}: whole\n"
+    answers = [pi2rt("run", str(path), "-p", "Hi", "-n", "8", "--ignore-eos") for path in (source, pack)]
+    assert [answer.status for answer in answers] == [0, 0]
+    assert answers[0].output == answers[1].output
 
 
 def test_a_directory(pi2rt: Run, tmp_path: Path, pack: Path) -> None:

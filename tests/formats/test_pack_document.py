@@ -66,6 +66,8 @@ class DocumentedReader:
         raw, kind, shape = np.frombuffer(self.bytes_of(tensor), np.uint8), tensor["type"], tensor["shape"]
         if tensor["layout"] == "rows":
             return dequantize(kind, raw, tuple(shape))
+        if tensor["layout"] == "neurons":
+            return self.neuron_values(tensor)
         assert tensor["layout"] == "blocks16"
         rows, columns = shape
         blocks = raw.reshape(-(-rows // 16), -1)
@@ -73,6 +75,76 @@ class DocumentedReader:
         every = values(kind, blocks, columns)  # (blocks, 16, columns)
         assert not every.reshape(-1, columns)[rows:].any()
         return every.reshape(-1, columns)[:rows]
+
+    def neuron_values(self, tensor: dict[str, Any]) -> Floats:
+        name, (rows, columns) = tensor["name"], tensor["shape"]
+        (bundles,) = (each for each in self.header["bundles"] if name in (each["up"], each["down"]))
+        by_name = {each["name"]: each for each in self.header["tensors"]}
+        up, down = by_name.get(bundles["up"]), by_name[bundles["down"]]
+        up_bytes = 0 if up is None else -(-up["shape"][1] // 512) * (512 if up["type"] == "Q8_0" else 256)
+        line_rows = 64 if down["type"] == "Q8_0" else 128
+        size = up_bytes + 64 * -(-down["shape"][0] // line_rows)
+        per_page = max(1, 4096 // size)
+        assert (bundles["neuron_bytes"], bundles["neurons_per_page"]) == (size, per_page)
+        assert bundles["page_bytes"] == -(-size * per_page // 4096) * 4096
+        pages = np.frombuffer(self.bytes_of(bundles), np.uint8).reshape(-1, bundles["page_bytes"])
+        assert not pages[:, size * per_page :].any()
+        neurons = pages[:, : size * per_page].reshape(-1, size)
+        assert not neurons[bundles["neurons"] :].any()
+        neurons = neurons[: bundles["neurons"]]
+        scales = np.frombuffer(self.bytes_of(tensor), "<f2").astype(np.float32)
+        affine = tensor["type"] == "Q4_1"
+        if tensor is up:
+            assert rows == bundles["neurons"]
+            quants = up_neurons(tensor["type"], neurons[:, :up_bytes], columns)
+            planes = scales.reshape(rows, 1 + affine, -1).swapaxes(0, 1)  # (d and m, neurons, blocks)
+            assert not planes[:, :, columns // 32 :].any()
+            numbers = [np.repeat(plane[:, : columns // 32], 32, axis=1) for plane in planes]
+        else:
+            assert columns == bundles["neurons"]
+            quants = down_neurons(tensor["type"], neurons[:, up_bytes:], rows)
+            planes = scales.reshape(columns // 32, 1 + affine, -1).swapaxes(0, 1)  # (d and m, groups, rows)
+            assert planes.shape[2] == -(-rows // 128) * 128
+            assert not planes[:, :, rows:].any()
+            numbers = [np.repeat(plane[:, :rows], 32, axis=0).T for plane in planes]
+        if affine:
+            return numbers[0] * quants + numbers[1]
+        return numbers[0] * (quants - (8 if tensor["type"] == "Q4_0" else 0))
+
+
+def up_neurons(kind: str, data: Bytes, columns: int) -> Floats:
+    """(neurons, columns)"""
+    every = np.zeros((len(data), data.shape[1] // (512 if kind == "Q8_0" else 256) * 512), np.int32)
+    for at in range(data.shape[1]):
+        lane, b = at % 64 // 4, at % 4
+        if kind == "Q8_0":
+            c, i = at // 512, at % 512 // 64
+            every[:, 32 * (16 * c + lane) + 4 * i + 2 * (b % 2) + b // 2] = signed(data[:, at])
+            continue
+        c, i = at // 256, at % 256 // 64
+        for h in (0, 1):
+            column = 32 * (16 * c + lane) + 8 * i + 4 * (b % 2) + 2 * h + b // 2
+            every[:, column] = data[:, at] >> 4 * h & 15
+    assert not every[:, columns:].any()
+    return every[:, :columns].astype(np.float32)
+
+
+def down_neurons(kind: str, data: Bytes, rows: int) -> Floats:
+    """(rows, neurons)"""
+    every = np.zeros((data.shape[1] * (1 if kind == "Q8_0" else 2), len(data)), np.int32)
+    for at in range(data.shape[1]):
+        c, lane, b = at // 64, at % 64 // 4, at % 4
+        if kind == "Q8_0":
+            every[64 * c + 16 * b + lane] = signed(data[:, at])
+            continue
+        for h in (0, 1):
+            every[128 * c + 16 * (2 * b + h) + lane] = data[:, at] >> 4 * h & 15
+    assert not every[rows:].any()
+    return every[:rows].astype(np.float32)
+
+
+def signed(data: Bytes) -> npt.NDArray[np.int8]:
+    return np.ascontiguousarray(data).view(np.int8)
 
 
 def array(code: int, data: bytes) -> npt.NDArray[Any]:
@@ -147,13 +219,24 @@ def k_values(kind: str, scales: Bytes, quants: Floats) -> Floats:
     return (d * scale)[..., None] * quants - (dmin * least)[..., None]
 
 
+def compare(source: Path, pack: Path) -> DocumentedReader:
+    """Every value of the pack with the source's."""
+    reader = DocumentedReader(pack.read_bytes())
+    with open_model_file(source) as file:
+        for tensor in reader.header["tensors"]:
+            info = file.tensors[tensor["name"]]
+            expected = dequantize(info.type, file.read(info.name), info.shape)
+            np.testing.assert_array_equal(reader.values(tensor), expected)
+    return reader
+
+
 @pytest.mark.parametrize("shift", [0, 3])
 def test_a_reader_from_the_document(tmp_path: Path, shift: int) -> None:
     names = [*TYPES][shift:] + [*TYPES][:shift]  # more types than roles
     model = TinyModel("qwen3", seed=8, dim=256, hidden=512, layers=1, heads=2, kv_heads=1, head_dim=256)
     source = write_gguf(tmp_path / "m.gguf", model, types=dict(zip(ROLES, names, strict=False)))
     convert(source, tmp_path / "m.pi2")
-    reader = DocumentedReader((tmp_path / "m.pi2").read_bytes())
+    reader = compare(source, tmp_path / "m.pi2")
     with open_model_file(source) as file:
         assert reader.header["architecture"] == file.architecture
         assert list(reader.header["metadata"]) == list(file.metadata)
@@ -164,7 +247,22 @@ def test_a_reader_from_the_document(tmp_path: Path, shift: int) -> None:
         assert only["digest"] == hashlib.blake2b(source.read_bytes(), digest_size=32).digest()
         tensors = reader.header["tensors"]
         assert {tensor["type"] for tensor in tensors} >= set(names[: len(ROLES)])
-        for tensor in tensors:
-            info = file.tensors[tensor["name"]]
-            expected = dequantize(info.type, file.read(info.name), info.shape)
-            np.testing.assert_array_equal(reader.values(tensor), expected)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(
+    ("up", "down"), [("Q4_0", "Q4_0"), ("Q4_1", "Q8_0"), ("Q8_0", "Q4_1"), ("Q8_0", "Q8_0")]
+)
+def test_a_reader_of_neurons(tmp_path: Path, gated: bool, up: str, down: str) -> None:
+    """Rows that are more than one padded line, neurons that are no whole number of pages."""
+    config = {"hidden_act": "relu"}
+    model = TinyModel(seed=9, dim=544, hidden=160, layers=2, head_dim=16, gated=gated, config=config)
+    source = write_gguf(tmp_path / "m.gguf", model, types={"ffn_up": up, "ffn_down": down})
+    convert(source, tmp_path / "m.pi2")
+    reader = compare(source, tmp_path / "m.pi2")
+    layouts = {each["name"]: each["layout"] for each in reader.header["tensors"]}
+    assert {name for name, layout in layouts.items() if layout == "neurons"} == {
+        f"blk.{layer}.ffn_{role}.weight"
+        for layer in (0, 1)
+        for role in (("up", "down") if gated else ("down",))
+    }

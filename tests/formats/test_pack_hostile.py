@@ -360,25 +360,27 @@ JUNK = st.recursive(
 
 
 @st.composite
-def mutated_headers(draw: st.DrawFn) -> bytes:
-    """The valid header with a few values, anywhere in it, replaced by others or taken away."""
-    header = copy.deepcopy(VALID)
+def mutated_headers(
+    draw: st.DrawFn, valid: dict[str, Any] = VALID, key: str | None = None, data: int = DATA_BYTES
+) -> bytes:
+    """The valid header with a few values, anywhere in it (or under ``key``), replaced by others or taken away."""
+    header = copy.deepcopy(valid)
     for _ in range(draw(st.integers(1, 3))):
-        at: Any = header
+        at: Any = header if key is None else header[key]
         while True:
             keys = list(at) if isinstance(at, dict) else list(range(len(at)))
             if not keys:
                 break
-            key = draw(st.sampled_from(keys))
-            if isinstance(at[key], (dict, list)) and at[key] and draw(st.integers(0, 3)):
-                at = at[key]
+            chosen = draw(st.sampled_from(keys))
+            if isinstance(at[chosen], (dict, list)) and at[chosen] and draw(st.integers(0, 3)):
+                at = at[chosen]
                 continue
             if draw(st.integers(0, 7)):
-                at[key] = draw(JUNK)
+                at[chosen] = draw(JUNK)
             else:
-                del at[key]
+                del at[chosen]
             break
-    return build(header)
+    return build(header, data=data)
 
 
 @st.composite

@@ -1,0 +1,109 @@
+"""The neurons of a pack's feed-forward blocks as one executor holds them: in a cache, with the scales in memory.
+
+All neurons of all blocks share one cache, so that a layer whose neurons fire more gets more of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from pi2rt.cython_kernels import native, program
+from pi2rt.cython_kernels.neuron_cache import Counters, NeuronCache
+from pi2rt.executors.weights import Weights
+from pi2rt.formats import ModelFile, neuron_bundles
+from pi2rt.models import FeedForward, ModelDescription
+
+FILL_PAGES = 4096
+"""Pages that are read between two reports of progress."""
+
+
+class Neurons:
+    """The neuron cache of one model.
+
+    Args:
+        file: a pack with bundles; stays open as long as this.
+        model: what is in it.
+        nbytes: memory for neurons; 0 where all of them stay.
+        io: "auto", "uring" or "preadv".
+    """
+
+    def __init__(self, file: ModelFile, model: ModelDescription, nbytes: int, io: str) -> None:
+        blocks = [block for layer in model.layers for block in layer.blocks if isinstance(block, FeedForward)]
+        self._bundles = [
+            file.bundles[block.down.weight] for block in blocks if block.down.weight in file.bundles
+        ]
+        self._numbers = {each.down: number for number, each in enumerate(self._bundles)}
+        self.slot_bytes = max(each.page_bytes for each in self._bundles)
+        self.pages = sum(each.pages for each in self._bundles)
+        self.slots = min(self.pages, nbytes // self.slot_bytes) if nbytes else self.pages
+        self._memory = native.Memory(self.slots * self.slot_bytes)
+        regions = [(each.offset, each.page_bytes, each.pages) for each in self._bundles]
+        try:
+            self.cache = NeuronCache(
+                file.held_path,
+                regions,
+                self._memory.address,
+                self.slots,
+                self.slot_bytes,
+                name=os.fspath(file.path),
+                io=io,
+            )
+        except BaseException:
+            self._memory.close()
+            raise
+
+    @property
+    def nbytes(self) -> int:
+        return self._memory.nbytes
+
+    @property
+    def resident(self) -> bool:
+        """Whether all neurons have a place."""
+        return self.slots == self.pages
+
+    @property
+    def counters(self) -> Counters:
+        return self.cache.counters
+
+    def load(self, report: Callable[[int], None]) -> None:
+        """Reads neurons until all slots are used, of each block alike. Blocks: for a worker thread. ``report`` is
+        called with the bytes read since; what it raises ends the work.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        for number, bundles in enumerate(self._bundles):
+            share = bundles.pages * self.slots // self.pages
+            for first in range(0, share, FILL_PAGES):
+                count = min(FILL_PAGES, share - first)
+                self.cache.fill(number, first, count)
+                report(count * bundles.page_bytes)
+
+    def block(self, block: FeedForward, weights: Weights) -> program.Bundles:
+        """What a program needs to know of one block."""
+        bundles = self._bundles[self._numbers[block.down.weight]]
+        down_type, down_scales = weights.scales[block.down.weight]
+        down_group = neuron_bundles.down_scales(down_type, weights.dim)
+        up = None
+        if block.gate is not None:
+            up_type, up_scales = weights.scales[block.up.weight]
+            up = (native.TYPE_IDS[up_type], up_scales, neuron_bundles.up_scales(up_type, weights.dim))
+        biased = block.up.bias if block.gate is not None else None
+        return program.Bundles(
+            self._numbers[block.down.weight],
+            up,
+            (native.TYPE_IDS[down_type], down_scales, down_group),
+            down_plane=down_group // 2,
+            neurons=bundles.neurons,
+            per_page=bundles.neurons_per_page,
+            neuron_bytes=bundles.neuron_bytes,
+            up_bytes=bundles.up_bytes,
+            up_bias=None if biased is None else weights.vectors[biased],
+            down_bias=None if block.down.bias is None else weights.vectors[block.down.bias],
+        )
+
+    def close(self) -> None:
+        """Joins the reader, then frees the memory that it wrote to. Only after the threads that compute have ended."""
+        self.cache.close()
+        self._memory.close()
