@@ -4,9 +4,10 @@
     python benchmarks/make_model.py bamboo-7b bamboo.pi2
     python benchmarks/make_model.py custom tiny.gguf --dim 512 --hidden 2048 --layers 4 --heads 8 --activity 0.05
 
-PATH ends in .gguf or in .pi2: a pack is written directly, without a GGUF file, and has the same weights. Models are Q4_0, and
-their gates fire as a trained ReLU model's do (benchmarks/synthetic_model.py); tinyllama-1.1b and llama-0.5b are plain
-Q4_K_M, to a .gguf only. llama.cpp loads every GGUF file, and runs SiLU whatever the activation: the same work.
+PATH ends in .gguf, or in .pi2 for a pack, which is written directly, without a GGUF file, and has the same weights.
+Models are Q4_0, and their gates fire as a trained ReLU model's do (synthetic_model.py); tinyllama-1.1b and llama-0.5b
+are plain Q4_K_M, to a .gguf only. llama.cpp loads every GGUF file, and runs SiLU whatever the activation is: other
+results, the same work.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,7 @@ CUSTOM = Shape(1024, 3584, 8, 8, 8, 32000, "drelu")
 """What the options of the shape "custom" change."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     formatter = partial(argparse.RawDescriptionHelpFormatter, width=110)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("shape", choices=[*sorted((*SHAPES, *K_QUANT_SHAPES)), "custom"])
@@ -41,7 +43,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="replace the file if it is there")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     fields = [*(name.replace("-", "_") for name in numbers), "activation"]
     changes = {name: value for name in fields if (value := getattr(options, name)) is not None}
 
@@ -67,9 +69,15 @@ def main() -> None:
         if options.path.suffix == ".gguf":
             write_gguf(model, options.path)
         else:
-            from pi2rt.planner.convert import convert_file
+            from pi2rt import Pi2rtError
+            from pi2rt.planner.convert import (
+                convert_file,
+            )  # needs the native module, which a GGUF file does not
 
-            convert_file(model, options.path, overwrite=options.force)
+            try:
+                convert_file(model, options.path, overwrite=options.force)
+            except Pi2rtError as error:
+                parser.error(str(error))
     seconds, size = time.perf_counter() - begun, options.path.stat().st_size
     print(
         f"{options.path}: {size / 1e6:.1f} MB in {seconds:.1f} s ({size / 1e6 / seconds:.0f} MB/s)",

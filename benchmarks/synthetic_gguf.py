@@ -17,8 +17,8 @@ _FLUSH_BYTES = 256 << 20  # written between two flushes; what the page cache hol
 
 
 def write_gguf(model: ModelFile, path: Path) -> None:
-    """Writes ``model``, whose metadata has the keys and types of a GGUF file, to ``path``; under that name the file appears
-    whole or not at all."""
+    """Writes ``model``, whose metadata has the keys and types of a GGUF file, to ``path``; under that name the file
+    appears whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     writer = gguf.GGUFWriter(part, model.architecture)
     try:

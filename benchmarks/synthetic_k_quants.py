@@ -1,7 +1,7 @@
 """Models in llama.cpp's Q4_K_M mixture with random weights and no structure.
 
-Quants are random bytes and scales are set so that values have the spread of a trained model's; half of the value and down
-projections are Q6_K. The whole model is held in memory.
+Quants are random bytes and scales are set so that values have the spread of a trained model's; half of the value and
+down projections are Q6_K. The whole model is held in memory.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import numpy.typing as npt
-
 from synthetic_shape import Shape
-
 
 _BLOCK_BYTES = {"Q4_K": 144, "Q6_K": 210}
 

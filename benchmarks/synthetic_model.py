@@ -6,14 +6,20 @@ from it piece by piece, and are the same wherever they are made. Text of these m
 How the statistics come about:
 
 - The first 32 values of the residual stream are the constant 1, in every token and layer: embedding rows begin with it,
-  and the first 32 rows of attention output and down projections are zero. Other weights ignore it (scale 0), but for gates,
-  whose first block turns it into a bias for each neuron.
-- A gate is therefore normal with variance 1 (random weights times the normalised stream) plus that bias, and fires with the
-  probability that ``synthetic_activity_law.py`` gives the neuron. Neurons are permuted, differently in each layer.
+  and the first 32 rows of attention output and down projections are zero. Other weights ignore it (scale 0), but for
+  gates, whose first block turns it into a bias for each neuron.
+- A gate is therefore normal with variance 1 (random weights times the normalised stream) plus that bias, and fires with
+  the probability that ``synthetic_activity_law.py`` gives the neuron. Neurons are permuted, differently in each layer.
 - The normalised constant depends on how much the stream has grown. Blocks add energies that are known: feed-forward
   blocks together ``_FEED_FORWARD_GROWTH`` of the embedding's, attention at most ``_ATTENTION_GROWTH``.
-- Embeddings share a part with all tokens of their topic, a range of the vocabulary, and the head prefers the topic of the
-  current token: consecutive tokens fire similar neurons, and text wanders from topic to topic.
+- Embeddings share a part with all tokens of their topic, a range of the vocabulary, and the head prefers the topic of
+  the current token: consecutive tokens fire similar neurons, and text wanders from topic to topic.
+
+Measured by ``synthetic_activity.py`` in every layer of bamboo-small, over 512 tokens of such text: 10 % of the gates
+fire; 26 to 29 % of the neurons make 80 % of that (30 % over all topics); of a token's active neurons 43 % were active
+at the token before it (35 % of unrelated tokens), and 23 % at none of the five before it (LLM in a flash, Alizadeh et
+al., 2024, loads 2.4 % of the neurons for a token where 10 % are active: 24 %). That is of gates: of the neurons of a
+dReLU block whose gates fire, half have an up projection that is cut off to zero.
 """
 
 from __future__ import annotations
@@ -25,9 +31,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from pi2rt.formats.model_file import ModelFile, TensorInfo
-from pi2rt.formats.quants import TYPES
 from synthetic_activity_law import biases, firing_probabilities, hidden_energy
 from synthetic_noise import Noise
 from synthetic_shape import Shape
@@ -44,6 +47,9 @@ from synthetic_tensors import (
     uniform,
 )
 
+from pi2rt.formats.model_file import ModelFile, TensorInfo
+from pi2rt.formats.quants import TYPES
+
 TOPICS = 64
 STAY = 0.97
 """Probability that a sampled token (temperature 1) has the topic of the one before it."""
@@ -51,10 +57,12 @@ SPECIALS = 259
 """<unk>, <s>, </s> and the bytes come first in the vocabulary, and are never sampled."""
 
 _ALIGNMENT = 32  # of tensors in a GGUF file
-_SHARED = 0.35  # of an embedding's variance: its topic's
+_SHARED = 0.3  # of an embedding's variance: its topic's
 _FEED_FORWARD_GROWTH = 0.5
 _ATTENTION_GROWTH = 0.2
-_COHERENCE = 0.3  # energy of the mean of the values attended to over that of one: in a context of one topic about _SHARED
+_COHERENCE = (
+    0.3  # energy of the mean of the values attended to over that of one: _SHARED in a context of one topic
+)
 _LOGIT_SPREAD = 1.5  # standard deviation of logits within a topic
 _SPECIAL_LOGIT = -30.0
 
@@ -76,7 +84,7 @@ class SyntheticModel(ModelFile):
     def __init__(
         self, name: str, shape: Shape, *, activity: float = 0.1, seed: int = 0, context: int = 8192
     ) -> None:
-        _check(shape)
+        _check(shape, seed)
         self.path = Path(f"synthetic-{name}")
         self.architecture = "llama"
         self.shape, self.activity, self.seed = shape, activity, seed
@@ -100,6 +108,10 @@ class SyntheticModel(ModelFile):
 
     def close(self) -> None:
         """Nothing is open."""
+
+    def expected_rms(self, layer: int) -> float:
+        """What the norm before a feed-forward block divides by, on average: biases are made for it."""
+        return self._rms(self._before_feed_forward(layer))
 
     # -- tensors
 
@@ -138,18 +150,21 @@ class SyntheticModel(ModelFile):
 
     @property
     def _growth(self) -> float:
-        """Energy (mean square of the values that are not constant) that a layer adds to the stream; an embedding has 1."""
+        """Energy (mean square of all but the constant) that a layer adds to the stream; an embedding has 1."""
         return (_FEED_FORWARD_GROWTH + _COHERENCE * _ATTENTION_GROWTH) / self.shape.layers
+
+    def _before_feed_forward(self, layer: int) -> float:
+        return 1 + layer * self._growth + _COHERENCE * _ATTENTION_GROWTH / self.shape.layers
 
     def _rms(self, energy: float) -> float:
         """What RMSNorm divides the stream by."""
-        return ((BLOCK + (self.shape.dim - BLOCK) * energy) / self.shape.dim) ** 0.5
+        return math.sqrt((BLOCK + (self.shape.dim - BLOCK) * energy) / self.shape.dim)
 
     def _layer(self, layer: int) -> dict[str, Tensor]:
         shape, at = self.shape, f"blk.{layer}"
         inner = shape.dim - BLOCK
         before = 1 + layer * self._growth
-        between = before + _COHERENCE * _ATTENTION_GROWTH / shape.layers
+        between = self._before_feed_forward(layer)
 
         def reader(name: str, rows: tuple[int, ...], energy: float, **first: Any) -> RandomBlocks:
             """Results have variance 1."""
@@ -218,10 +233,11 @@ def _permutation(noise: Noise, count: int) -> npt.NDArray[np.int64]:
     return np.argsort(keys, kind="stable")
 
 
-def _check(shape: Shape) -> None:
+def _check(shape: Shape, seed: int) -> None:
     problem = None
     if shape.dim < 2 * BLOCK or shape.dim % BLOCK or shape.hidden < BLOCK or shape.hidden % BLOCK:
-        problem = f"dim {shape.dim} and hidden {shape.hidden} must be multiples of {BLOCK}, and dim at least {2 * BLOCK}"
+        multiples = f"must be multiples of {BLOCK}, and dim at least {2 * BLOCK}"
+        problem = f"dim {shape.dim} and hidden {shape.hidden} {multiples}"
     elif shape.layers < 1 or shape.heads < 1 or shape.dim % shape.heads or shape.dim // shape.heads % 2:
         problem = f"dim {shape.dim} must be an even number for each of {shape.heads} heads"
     elif shape.kv_heads < 1 or shape.heads % shape.kv_heads:
@@ -232,6 +248,8 @@ def _check(shape: Shape) -> None:
         )
     elif not 0 <= shape.experts_used <= shape.experts or (shape.experts and not shape.experts_used):
         problem = f"{shape.experts_used} of {shape.experts} experts cannot be used"
+    elif not 0 <= seed < 1 << 32:
+        problem = f"seed {seed} is not between 0 and {(1 << 32) - 1}"
     if problem:
         raise ValueError(problem)
 

@@ -17,9 +17,9 @@ _LENGTHS = (262139, 262133)  # 16-bit words; without a common factor, so their s
 class Noise:
     """The stream of a name, in words of 16 bits.
 
-    Word ``i`` is ``a[i % len(a)] ^ b[i % len(b)]`` of two tables filled by Philox (Salmon et al., 2011), whose raw output
-    is the same in every version of numpy: several times faster than a generator, words uniform and independent in pairs,
-    which is all that weights need.
+    Word ``i`` is ``a[i % len(a)] ^ b[i % len(b)]`` of two tables filled by Philox (Salmon et al., 2011), whose raw
+    output is the same in every version of numpy. That is several times faster than a generator, and words are uniform
+    and independent in pairs, which is all that weights need.
 
     Args:
         seed: of the model.

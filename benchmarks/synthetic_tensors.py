@@ -7,7 +7,6 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-
 from synthetic_noise import Noise
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -80,10 +79,10 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class RandomBlocks:
-    """One or more Q4_0 matrices of random nibbles. All scales have the magnitude ``scale``, and random signs, which makes
-    values symmetric about zero. Scales are 0 in the first ``BLOCK`` rows of every matrix where ``zero_rows``, and in the
-    first block of every row where ``zero_columns``. With ``first_scales`` (bits of float16, one for each row of all
-    matrices) the values of that block are all -8 times this scale instead.
+    """One or more Q4_0 matrices of random nibbles. All scales have the magnitude ``scale``, and random signs, which
+    makes values symmetric about zero. Scales are 0 in the first ``BLOCK`` rows of every matrix where ``zero_rows``, and
+    in the first block of every row where ``zero_columns``. With ``first_scales`` (bits of float16, one for each row of
+    all matrices) the values of that block are all -8 times this scale instead.
     """
 
     noise: Noise
@@ -127,8 +126,8 @@ class RandomBlocks:
 
 @dataclass(frozen=True, slots=True)
 class TopicRows:
-    """A Q4_0 matrix with a row for each token: ``topic_weight`` times the vector of its topic plus ``own_weight`` times a
-    random one, both of variance 1. Topics are ranges of tokens of about equal length.
+    """A Q4_0 matrix with a row for each token: ``topic_weight`` times the vector of its topic plus ``own_weight`` times
+    a random one, both of variance 1. Topics are ranges of tokens of about equal length.
 
     ``leading``: the block that every row starts with, as bytes; ``special``: that of the first ``specials`` rows.
     """

@@ -80,8 +80,8 @@ def convert_file(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """As ``convert``, of a model that is open. One of a class of its own, which may make its tensors up, has metadata as
-    GGUF files do, and its pack lists no files as its source."""
+    """As ``convert``, of a model that is open. One that is not read from files, but made up as it is read, has metadata
+    as GGUF files do, and its pack lists no files as its source."""
     destination = Path(destination)
     if isinstance(file, PackFile):
         raise RequestError(f"{file.path} is a pack already")
