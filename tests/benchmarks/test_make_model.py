@@ -12,6 +12,7 @@ import make_model
 import numpy as np
 import pytest
 from synthetic_gguf import write_gguf
+from synthetic_k_quants import write_model
 from synthetic_model import SPECIALS, SyntheticModel
 from synthetic_shape import K_QUANT_SHAPES, SHAPES, Shape
 
@@ -174,7 +175,7 @@ def test_k_quants_stay_as_they_were(tmp_path: Path) -> None:
     shape = replace(
         K_QUANT_SHAPES["llama-0.5b"], dim=256, hidden=512, layers=2, heads=4, kv_heads=2, vocab=300
     )
-    make_model.write_model(tmp_path / "model.gguf", shape, "tiny")
+    write_model(tmp_path / "model.gguf", shape, "tiny")
     with open_model_file(tmp_path / "model.gguf") as file:
         assert describe(file).name == "synthetic tiny"
         assert {info.type for info in file.tensors.values()} == {"Q4_K", "Q6_K", "F32"}
