@@ -1,126 +1,88 @@
-"""Writes a GGUF model of a known shape with random weights, for speed only: its text is noise.
+"""Writes a synthetic model: random weights in a known shape, for speed and memory; its text is noise.
 
-    python benchmarks/make_model.py tinyllama-1.1b model.gguf
+    python benchmarks/make_model.py bamboo-7b bamboo.gguf
+    python benchmarks/make_model.py bamboo-7b bamboo.pi2
+    python benchmarks/make_model.py custom tiny.gguf --dim 512 --hidden 2048 --layers 4 --heads 8 --activity 0.05
 
-Quants are random bytes and scales are set so that values have the spread of a trained model's; types follow llama.cpp's
-Q4_K_M recipe (half of the value and down projections in Q6_K). Both engines load the file. Always called synthetic.
+PATH ends in .gguf, or in .pi2 for a pack, which is written directly, without a GGUF file, and has the same weights.
+Models are Q4_0, and their gates fire as a trained ReLU model's do (synthetic_model.py); tinyllama-1.1b and llama-0.5b
+are plain Q4_K_M, to a .gguf only. llama.cpp loads every GGUF file, and runs SiLU whatever the activation is: other
+results, the same work.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import gguf
-import numpy as np
-import numpy.typing as npt
+from synthetic_gguf import write_gguf
+from synthetic_k_quants import write_model
+from synthetic_model import SyntheticModel
+from synthetic_shape import K_QUANT_SHAPES, SHAPES, Shape
+
+CUSTOM = Shape(1024, 3584, 8, 8, 8, 32000, "drelu")
+"""What the options of the shape "custom" change."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    dim: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab: int
+def main(arguments: Sequence[str] | None = None) -> None:
+    formatter = partial(argparse.RawDescriptionHelpFormatter, width=110)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("shape", choices=[*sorted((*SHAPES, *K_QUANT_SHAPES)), "custom"])
+    parser.add_argument("path", type=Path, help="a name that ends in .gguf or .pi2")
+    numbers = ("dim", "hidden", "layers", "heads", "kv-heads", "vocab", "experts", "experts-used")
+    for name in numbers:
+        parser.add_argument(f"--{name}", type=int, help="instead of the shape's")
+    parser.add_argument("--activation", choices=("silu", "relu", "drelu"), help="instead of the shape's")
+    parser.add_argument(
+        "--activity", type=float, default=0.1, help="mean share of gates that fire (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--force", action="store_true", help="replace the file if it is there")
+    options = parser.parse_args(arguments)
+    fields = [*(name.replace("-", "_") for name in numbers), "activation"]
+    changes = {name: value for name in fields if (value := getattr(options, name)) is not None}
 
-
-SHAPES = {
-    "tinyllama-1.1b": Shape(2048, 5632, 22, 32, 4, 32000),
-    "llama-0.5b": Shape(1536, 4096, 16, 24, 8, 32000),
-}
-
-_BLOCK_BYTES = {"Q4_K": 144, "Q6_K": 210}
-
-
-def random_blocks(kind: str, rows: int, columns: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Rows of random K blocks, uint8 (rows, row bytes): values symmetric about zero with a spread near 0.02."""
-    blocks = rows * columns // 256
-    raw = rng.integers(0, 256, (blocks, _BLOCK_BYTES[kind]), np.uint8)
-    if kind == "Q4_K":
-        scale = np.float16(
-            0.02 / 4.6 / 32
-        )  # sub-block scales of 0..63 average 32, quants of 0..15 deviate by 4.6
-        raw[:, 0:2] = np.frombuffer(scale.tobytes(), np.uint8)
-        raw[:, 2:4] = np.frombuffer(np.float16(scale * 7.5).tobytes(), np.uint8)
-        raw[:, 4:8] &= (
-            0x3F  # the first four mins equal the first four scales, and so do the low bits of the others:
-        )
-        raw[:, 8:12] = raw[:, 4:8]
-        raw[:, 12:16] = (raw[:, 12:16] & 0x0F) * 0x11
+    if options.path.suffix not in (".gguf", ".pi2"):
+        parser.error(f"{options.path} ends neither in .gguf nor in .pi2")
+    if options.path.exists() and not options.force:
+        parser.error(f"{options.path} is there already; remove it or add --force")
+    begun = time.perf_counter()
+    if options.shape in K_QUANT_SHAPES:
+        if options.path.suffix != ".gguf" or changes:
+            parser.error(
+                f"{options.shape} is Q4_K_M, which goes to a .gguf, and has no options (pi2rt convert makes a pack)"
+            )
+        write_model(options.path, K_QUANT_SHAPES[options.shape], options.shape)
     else:
-        raw[:, 192:208] = rng.integers(16, 48, (blocks, 16), np.uint8)
-        raw[:, 208:210] = np.frombuffer(np.float16(0.02 / 18.5 / 32).tobytes(), np.uint8)
-    return raw.reshape(rows, -1)
+        if "heads" in changes:
+            changes.setdefault("kv_heads", changes["heads"])
+        try:
+            shape = replace(SHAPES.get(options.shape, CUSTOM), **changes)
+            model = SyntheticModel(options.shape, shape, activity=options.activity, seed=options.seed)
+        except ValueError as error:
+            parser.error(str(error))
+        if options.path.suffix == ".gguf":
+            write_gguf(model, options.path)
+        else:
+            from pi2rt import Pi2rtError
+            from pi2rt.planner.convert import (
+                convert_file,
+            )  # needs the native module, which a GGUF file does not
 
-
-def write_model(path: Path, shape: Shape, name: str) -> None:
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name(f"synthetic {name}")
-    writer.add_context_length(8192)
-    writer.add_embedding_length(shape.dim)
-    writer.add_block_count(shape.layers)
-    writer.add_feed_forward_length(shape.hidden)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(shape.dim // shape.heads)
-    writer.add_vocab_size(shape.vocab)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(
-        ["<unk>", "<s>", "</s>"]
-        + [f"<0x{i:02X}>" for i in range(256)]
-        + [f"t{i}" for i in range(shape.vocab - 259)]
+            try:
+                convert_file(model, options.path, overwrite=options.force)
+            except Pi2rtError as error:
+                parser.error(str(error))
+    seconds, size = time.perf_counter() - begun, options.path.stat().st_size
+    print(
+        f"{options.path}: {size / 1e6:.1f} MB in {seconds:.1f} s ({size / 1e6 / seconds:.0f} MB/s)",
+        file=sys.stderr,
     )
-    writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(shape.vocab - 259)])
-    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (shape.vocab - 259))
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-
-    def matrix(tensor: str, kind: str, rows: int, columns: int) -> None:
-        writer.add_tensor(
-            tensor + ".weight",
-            random_blocks(kind, rows, columns, rng),
-            raw_dtype=getattr(gguf.GGMLQuantizationType, kind),
-        )
-
-    kv = shape.kv_heads * shape.dim // shape.heads
-    matrix("token_embd", "Q4_K", shape.vocab, shape.dim)
-    for i in range(shape.layers):
-        more = (
-            "Q6_K"
-            if i < shape.layers // 8 or i >= 7 * shape.layers // 8 or (i - shape.layers // 8) % 3 == 2
-            else "Q4_K"
-        )
-        for norm in "attn_norm", "ffn_norm":
-            writer.add_tensor(f"blk.{i}.{norm}.weight", np.ones(shape.dim, np.float32))
-        matrix(f"blk.{i}.attn_q", "Q4_K", shape.dim, shape.dim)
-        matrix(f"blk.{i}.attn_k", "Q4_K", kv, shape.dim)
-        matrix(f"blk.{i}.attn_v", more, kv, shape.dim)
-        matrix(f"blk.{i}.attn_output", "Q4_K", shape.dim, shape.dim)
-        matrix(f"blk.{i}.ffn_gate", "Q4_K", shape.hidden, shape.dim)
-        matrix(f"blk.{i}.ffn_up", "Q4_K", shape.hidden, shape.dim)
-        matrix(f"blk.{i}.ffn_down", more, shape.dim, shape.hidden)
-    writer.add_tensor("output_norm.weight", np.ones(shape.dim, np.float32))
-    matrix("output", "Q6_K", shape.vocab, shape.dim)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("shape", choices=sorted(SHAPES))
-    parser.add_argument("path", type=Path)
-    options = parser.parse_args()
-    write_model(options.path, SHAPES[options.shape], options.shape)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 from pi2rt._errors import ConversionError, ModelFormatError, RequestError
 from pi2rt.cython_kernels import native
 from pi2rt.formats import ModelFile, TensorInfo, open_model_file
+from pi2rt.formats.gguf import GgufFile
 from pi2rt.formats.huggingface import COMPANIONS, MAX_CONFIG_BYTES, HuggingFaceDirectory
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.pack_header import (
@@ -71,13 +72,26 @@ def convert(
         RequestError: the source is a pack already, or the destination is there or cannot be written to.
         ConversionError: the disk is full, the source changed meanwhile, or another process writes the same pack.
     """
-    destination = Path(destination)
     with open_model_file(source_path) as file:
-        if isinstance(file, PackFile):
-            raise RequestError(f"{file.path} is a pack already")
-        if destination.exists() and any(destination.samefile(path) for path in _source_paths(file)):
-            raise RequestError(f"{destination} is the model itself; choose another name")
-        _Conversion(file, destination, overwrite, bundles, progress or _ignore).run()
+        convert_file(file, destination, overwrite=overwrite, bundles=bundles, progress=progress)
+
+
+def convert_file(
+    file: ModelFile,
+    destination: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    bundles: bool = True,
+    progress: Progress | None = None,
+) -> None:
+    """As ``convert``, of a model that is open. One that is not read from files, but made up as it is read, has metadata
+    as GGUF files do, and its pack lists no files as its source."""
+    destination = Path(destination)
+    if isinstance(file, PackFile):
+        raise RequestError(f"{file.path} is a pack already")
+    if destination.exists() and any(destination.samefile(path) for path in _source_paths(file)):
+        raise RequestError(f"{destination} is the model itself; choose another name")
+    _Conversion(file, destination, overwrite, bundles, progress or _ignore).run()
 
 
 def reading_order(model: ModelDescription) -> Iterator[str]:
@@ -270,13 +284,16 @@ class _Dropper:
             file.close()
 
     def drop(self, info: TensorInfo) -> None:
-        self._files[info.path].drop_cache(info.offset, info.nbytes)
+        if info.path in self._files:
+            self._files[info.path].drop_cache(info.offset, info.nbytes)
 
 
 def _source_paths(file: ModelFile) -> list[Path]:
     """Every file that is read of a model."""
-    if not isinstance(file, HuggingFaceDirectory):
+    if isinstance(file, GgufFile):
         return [file.path]
+    if not isinstance(file, HuggingFaceDirectory):
+        return []
     names = ("config.json", "model.safetensors.index.json", *COMPANIONS)
     paths = [path for name in names if (path := file.companion(name)) is not None]
     return list(dict.fromkeys((*paths, *(info.path for info in file.tensors.values()))))
