@@ -30,6 +30,8 @@ class RuntimeKeywords(TypedDict, total=False):
     kernels: str | None
     memory: int | str | None
     io: Literal["auto", "uring", "preadv"]
+    cache: int | str | None
+    pipeline: Literal["cluster", "matrix", "none"]
     exact_floats: bool
     trace: str | os.PathLike[str] | None
     on_load: Progress | None
@@ -63,6 +65,11 @@ class RuntimeOptions:
     convert``) that do not fit are read from it in every step."""
     io: Literal["auto", "uring", "preadv"] = "auto"
     """How they are read: "auto" is io_uring where the system permits it, else threads with preadv."""
+    cache: int | str | None = None
+    """Of a pack with neuron bundles, memory for neurons at most, in bytes or as "600M"; "off": as little as will do.
+    None: all that ``memory`` leaves."""
+    pipeline: Literal["cluster", "matrix", "none"] = "cluster"
+    """How far reading neurons overlaps with computing. For measuring: the others are slower."""
     exact_floats: bool = False
     """Weights and activations as float32, for tests; slow."""
     trace: str | os.PathLike[str] | None = None
@@ -81,8 +88,12 @@ class RuntimeOptions:
             raise RequestError(f"kv_type={self.kv_type!r}: one of {', '.join(map(repr, KV_BYTES))} is needed")
         if self.io not in ("auto", "uring", "preadv"):
             raise RequestError(f"io={self.io!r}: one of 'auto', 'uring', 'preadv' is needed")
+        if self.pipeline not in ("cluster", "matrix", "none"):
+            raise RequestError(f"pipeline={self.pipeline!r}: one of 'cluster', 'matrix', 'none' is needed")
         if self.memory is not None and self.memory_bytes < 1:
             raise RequestError(f"memory={self.memory!r}: at least one byte is needed")
+        if self.cache not in (None, "off") and self.cache_bytes is not None and self.cache_bytes < 1:
+            raise RequestError(f"cache={self.cache!r}: at least one byte is needed, or 'off'")
         if self.activations not in ("int16", "int8"):
             raise RequestError(f"activations={self.activations!r}: one of 'int16', 'int8' is needed")
         if self.trace is not None and not Path(self.trace).absolute().parent.is_dir():
@@ -91,15 +102,22 @@ class RuntimeOptions:
     @property
     def memory_bytes(self) -> int:
         """The memory asked for; 0 where none was."""
-        if isinstance(self.memory, str):
-            return parse_size(self.memory)
-        if self.memory is not None and (isinstance(self.memory, bool) or not isinstance(self.memory, int)):
-            raise RequestError(
-                f"memory={self.memory!r}: a number of bytes or a text such as '600M' is needed"
-            )
-        return self.memory or 0
+        return _size("memory", self.memory) or 0
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """The memory for neurons asked for; None where none was."""
+        return 0 if self.cache == "off" else _size("cache", self.cache)
 
     @property
     def step_tokens(self) -> int:
         """Tokens in one step at most: there is always room for one of each sequence."""
         return max(self.prefill_chunk, self.max_sequences)
+
+
+def _size(name: str, given: int | str | None) -> int | None:
+    if isinstance(given, str):
+        return parse_size(given)
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int)):
+        raise RequestError(f"{name}={given!r}: a number of bytes or a text such as '600M' is needed")
+    return given

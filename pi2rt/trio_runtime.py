@@ -304,7 +304,8 @@ def _executor_options(
             if need.weights + need.activations + each * need.page > available:
                 tokens = min(tokens, max(STREAMED_CHUNK, chosen.max_sequences))
                 need = need_of(tokens)
-            streaming = plan_streaming(file, description, available - need.activations - each * need.page)
+            room = available - need.activations - each * need.page
+            streaming = plan_streaming(file, description, room, chosen.cache_bytes)
             need = replace(need, weights=streaming.nbytes)
         _check_budget(limit, own, need, streaming, each * need.page)
     return ExecutorOptions(
@@ -323,6 +324,8 @@ def _executor_options(
         read_by_row=streaming.read_by_row,
         ring_bytes=streaming.ring_bytes,
         io=chosen.io,
+        neuron_bytes=streaming.neuron_bytes,
+        pipeline=chosen.pipeline,
         trace=trace,
     )
 
@@ -334,7 +337,8 @@ def _check_budget(limit: int, own: int, need: MemoryNeed, streaming: StreamingPl
         return
     parts = {
         "interpreter, libraries and tokenizer": own,
-        "weights that stay": need.weights - streaming.ring_bytes,
+        "weights that stay": need.weights - streaming.ring_bytes - streaming.neuron_bytes,
+        "neurons that are computed together": streaming.neuron_bytes,
         "a ring for those that are read in every step": streaming.ring_bytes,
         "KV cache of one context": kv,
         "activations": need.activations,

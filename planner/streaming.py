@@ -5,18 +5,29 @@ for each step, and which matrices those are changes nothing but the rhythm. So t
 layers: reading then never pauses for long, and the reads lie under the computing of the layers between. The
 feed-forward matrices go first, being the largest; attention follows where that is not enough. An embedding that is
 not the output head as well goes before all: of it, a step reads one row for each token.
+
+A block whose neurons a pack stores one by one (``formats/neuron_bundles.py``) needs few of them for a token: what its
+gate lets through. Gates and scales stay, and the room that is left is a cache of neurons. Only where that leaves less
+than the neurons of ``LEAST_CLUSTERS`` clusters are matrices streamed as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from pi2rt.cython_kernels.program import CLUSTER
 from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.models import Attention, FeedForward, ModelDescription, iterate_tensors
 
 SECTOR = 4096
 """Reads and the places in the ring are whole sectors."""
+
+LEAST_CLUSTERS = 2
+"""The neurons of so many clusters have room at least: one is computed while the next one is read."""
+
+SLOT_RECORDS = 64
+"""Bytes that the neuron cache keeps of each slot and page, at most (``cython_kernels/neuron_cache.h``)."""
 
 AHEAD_UNITS = 1
 """Matrices of the largest size for which the ring has room beside those of one operation and a gap at its end: what
@@ -27,16 +38,18 @@ is on its way while that operation computes."""
 class StreamingPlan:
     """``streamed``: names of the matrices that are read in every step, () where all weights stay;
     ``read_by_row``: the embedding, where its rows are read one by one; ``ring_bytes``: memory that the streamed
-    pass through; ``resident_bytes``: weights that stay."""
+    pass through; ``neuron_bytes``: memory for neurons that are read when they fire, 0 where all stay;
+    ``resident_bytes``: weights that stay."""
 
     streamed: tuple[str, ...] = ()
     read_by_row: str | None = None
     ring_bytes: int = 0
     resident_bytes: int = 0
+    neuron_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
-        return self.resident_bytes + self.ring_bytes
+        return self.resident_bytes + self.ring_bytes + self.neuron_bytes
 
 
 def operations_in_order(model: ModelDescription) -> Iterator[tuple[tuple[str, ...], bool]]:
@@ -67,13 +80,47 @@ def least_ring(file: ModelFile, streamed: Collection[str], model: ModelDescripti
     return together + max(size.values())
 
 
-def plan_streaming(file: ModelFile, model: ModelDescription, room: int) -> StreamingPlan:
+def least_neurons(file: ModelFile) -> int:
+    """Bytes that the smallest neuron cache takes."""
+    pages = max(-(-CLUSTER // each.neurons_per_page) + 1 for each in file.bundles.values())
+    return LEAST_CLUSTERS * pages * max(each.page_bytes for each in file.bundles.values())
+
+
+def all_neurons(file: ModelFile) -> int:
+    """Bytes of a neuron cache that holds all neurons, with its records."""
+    pages = sum(each.pages for each in file.bundles.values())
+    return pages * (max((each.page_bytes for each in file.bundles.values()), default=0) + SLOT_RECORDS)
+
+
+def plan_streaming(
+    file: ModelFile, model: ModelDescription, room: int, cache: int | None = None
+) -> StreamingPlan:
     """Divides the weights so that those in memory and the ring take ``room`` bytes at most; or as few as can be,
     with every layer streamed, where not even that is enough. Where the file's matrices do not lie as they are used,
     none can be streamed (``pi2rt convert`` makes a pack, where they do).
+
+    Args:
+        cache: bytes for neurons at most; None: all that is left.
     """
+    if not file.bundles:
+        return _plan_matrices(file, model, room)
+    total, neurons = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model)), all_neurons(file)
+    if total + neurons <= room and (cache is None or cache >= neurons):
+        return StreamingPlan(resident_bytes=total + neurons)
+    least = least_neurons(file)
+    records = SLOT_RECORDS * sum(each.pages for each in file.bundles.values())
+    plan = _plan_matrices(file, model, room - least - records)
+    left = max(least, room - records - plan.nbytes)
+    if cache is not None:
+        left = max(least, min(left, cache))
+    return replace(plan, resident_bytes=plan.resident_bytes + records, neuron_bytes=left // SECTOR * SECTOR)
+
+
+def _plan_matrices(file: ModelFile, model: ModelDescription, room: int) -> StreamingPlan:
+    """Without neurons."""
     total = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model))
     order = [(file.tensors[name], feed_forward) for name, feed_forward in matrices_in_order(model)]
+    order = [each for each in order if each[0].layout != "neurons"]
     if total <= room or any(info.layout != "blocks16" for info, _ in order):
         return StreamingPlan(resident_bytes=total)
     embedding = None

@@ -66,6 +66,17 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         help="how weights that do not fit are read (default: auto)",
     )
     group.add_argument(
+        "--cache",
+        metavar="SIZE|off",
+        help="of a pack with neuron bundles, memory for neurons at most (default: all that --memory leaves)",
+    )
+    group.add_argument(
+        "--pipeline",
+        choices=("cluster", "matrix", "none"),
+        default="cluster",
+        help="how far reading neurons overlaps with computing (default: cluster)",
+    )
+    group.add_argument(
         "--kernels", metavar="NAME", help="kernel variant, see 'pi2rt info' (default: the best)"
     )
 
@@ -95,6 +106,8 @@ async def opened(
             kernels=options.kernels,
             memory=options.memory,
             io=options.io,
+            cache=options.cache,
+            pipeline=options.pipeline,
             on_load=bar.update,
             **more,
         ) as runtime:

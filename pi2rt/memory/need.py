@@ -66,6 +66,8 @@ def estimate_need(
     """
     names = {name: math.prod(shape) for name, shape in iterate_tensors(model)}
     weights = sum(4 * size if exact_floats else file.tensors[name].nbytes for name, size in names.items())
+    if not exact_floats:
+        weights += sum(bundles.nbytes for bundles in file.bundles.values())
     row = widest = 0
     for layer in model.layers:
         for block in layer.blocks:
@@ -73,7 +75,8 @@ def estimate_need(
                 row += 2 * block.n_kv_heads * block.head_dim
                 widest = max(widest, (2 * block.n_heads + 2 * block.n_kv_heads) * block.head_dim)
             elif isinstance(block, FeedForward):
-                widest = max(widest, 2 * block.hidden)
+                sparse = block.down.weight in file.bundles  # lists of who fires, and sums of down
+                widest = max(widest, 2 * block.hidden + sparse * (block.hidden // 2 + model.dim))
     activations = 4 * (max_tokens * (4 * model.dim + widest) + 2 * slots * model.vocab_size)
     return MemoryNeed(weights, math.ceil(row * page_tokens * KV_BYTES[kv_type]), activations)
 
