@@ -7,7 +7,7 @@
 #include "layout.h"
 
 #ifndef PI2_PREFETCH
-#define PI2_PREFETCH 2048 /* bytes ahead of a memory-bound stream */
+#define PI2_PREFETCH 4096 /* bytes ahead of a memory-bound stream */
 #endif
 
 #include "gemm_template.h"

@@ -45,25 +45,41 @@ static int region_of(const pi2_neuron_cache *c, int32_t page) {
   return low;
 }
 
-/* A slot for a new page: one never used, or that of the first unpinned page whose counter has run out. -1: all are pinned
- * or on their way. */
+/* How much a page is used, in this step. */
+static float uses(const pi2_neuron_cache *c, int32_t page) {
+  const uint32_t age = c->step - c->use[page].step;
+  return age < PI2_FADE_STEPS ? c->use[page].uses * c->fade[age] : 0.0f;
+}
+static void use(pi2_neuron_cache *c, int32_t page) {
+  c->use[page] = (pi2_use){uses(c, page) + 1.0f, c->step};
+}
+/* A slot for a new page: one never used, or that of the least used among the next few that nobody needs. -1: all are
+ * pinned or on their way. */
 static int32_t take_slot(pi2_neuron_cache *c) {
   if (c->used < c->n_slots) return c->used++;
   if (!c->unpinned) return -1;
-  for (;; c->hand = c->hand + 1 < c->n_slots ? c->hand + 1 : 0) {
-    pi2_page_slot *s = &c->slots[c->hand];
+  int32_t chosen = -1;
+  float least = 0;
+  for (int seen = 0; chosen < 0 || seen < PI2_SAMPLE; seen++) {
+    const int32_t at = c->hand;
+    const pi2_page_slot *s = &c->slots[at];
+    c->hand = at + 1 < c->n_slots ? at + 1 : 0;
     if (s->pins || s->state == COMING) continue;
-    if (s->heat) {
-      s->heat--;
-      continue;
-    }
-    if (s->page >= 0) {
-      atomic_store_explicit(&c->slot_of[s->page], -1, memory_order_relaxed);
-      c->evictions++;
-    }
-    c->unpinned--;
-    return c->hand;
+    const float mine = s->page < 0 ? -1.0f : uses(c, s->page);
+    if (chosen < 0 || mine < least) chosen = at, least = mine;
   }
+  pi2_page_slot *s = &c->slots[chosen];
+  if (s->page >= 0) {
+    atomic_store_explicit(&c->slot_of[s->page], -1, memory_order_relaxed);
+    c->evictions++;
+  }
+  c->unpinned--;
+  return chosen;
+}
+void pi2_neuron_cache_step(pi2_neuron_cache *c) {
+  pthread_mutex_lock(&c->mutex);
+  c->step++;
+  pthread_mutex_unlock(&c->mutex);
 }
 static void enqueue(pi2_neuron_cache *c, int32_t slot, int count) {
   c->queue[c->queue_tail++ % (uint64_t)c->n_slots] = (pi2_fetch){slot, count};
@@ -78,7 +94,8 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
     int32_t slot = atomic_load_explicit(&c->slot_of[page], memory_order_relaxed);
     if (slot < 0) {
       if ((slot = take_slot(c)) < 0) break;
-      c->slots[slot] = (pi2_page_slot){.page = page, .pins = 1, .state = COMING, .heat = 1, .pending = pending};
+      c->slots[slot] = (pi2_page_slot){.page = page, .pins = 1, .state = COMING, .pending = pending};
+      use(c, page);
       atomic_store_explicit(&c->slot_of[page], slot, memory_order_relaxed);
       atomic_fetch_add(pending, 1);
       enqueue(c, slot, 1);
@@ -93,7 +110,7 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
       c->unpinned--;
     }
     s->pins++;
-    if (s->heat < PI2_HEAT) s->heat++;
+    use(c, page);
     c->hits++;
   }
   pthread_mutex_unlock(&c->mutex);
@@ -152,7 +169,6 @@ static int finish(pi2_neuron_cache *c, pi2_read *r) {
     if (r->error) { /* the page is not there; its cluster never becomes ready */
       atomic_store_explicit(&c->slot_of[s->page], -1, memory_order_relaxed);
       s->page = -1;
-      s->heat = 0;
     }
     s->state = r->error ? ABSENT : PRESENT;
     if (!s->pins) c->unpinned++;
@@ -239,10 +255,12 @@ pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *re
   c->slot_bytes = slot_bytes, c->memory = memory, c->n_slots = n_slots, c->depth = depth;
   c->slot_of = malloc((size_t)n_pages * sizeof *c->slot_of);
   c->slots = calloc((size_t)n_slots, sizeof *c->slots);
+  c->use = calloc((size_t)n_pages, sizeof *c->use);
+  for (int i = 0; i < PI2_FADE_STEPS; i++) c->fade[i] = i ? c->fade[i - 1] * PI2_FADE : 1.0f;
   c->queue = calloc((size_t)n_slots, sizeof *c->queue);
   c->reads = calloc((size_t)depth, sizeof *c->reads);
   c->spare = calloc((size_t)depth, sizeof *c->spare);
-  if (c->slot_of && c->slots && c->queue && c->reads && c->spare) {
+  if (c->slot_of && c->slots && c->use && c->queue && c->reads && c->spare) {
     for (int32_t i = 0; i < n_pages; i++) atomic_init(&c->slot_of[i], -1);
     for (int32_t i = 0; i < n_slots; i++) c->slots[i].page = -1;
     for (int i = 0; i < depth; i++) c->spare[c->n_spare++] = &c->reads[i];
@@ -250,7 +268,7 @@ pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *re
     if (!*error && (*error = pthread_create(&c->thread, NULL, reader_main, c))) pthread_mutex_destroy(&c->mutex);
   }
   if (!*error) return c;
-  free((void *)c->slot_of), free(c->slots), free(c->queue), free(c->reads), free(c->spare), free(c);
+  free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->reads), free(c->spare), free(c);
   return NULL;
 }
 void pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
@@ -261,5 +279,5 @@ void pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
   pthread_join(c->thread, NULL);
   pi2_flash_close(c->flash); /* waits for the reads in flight: slots and memory may go then */
   pthread_mutex_destroy(&c->mutex);
-  free((void *)c->slot_of), free(c->slots), free(c->queue), free(c->reads), free(c->spare), free(c);
+  free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->reads), free(c->spare), free(c);
 }

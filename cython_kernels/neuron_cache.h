@@ -6,8 +6,9 @@
  * computed the moment its bytes are there; nobody waits for another's. A page that is pinned or on its way is never
  * evicted. Nothing is allocated after the start.
  *
- * Eviction: a clock over the slots with a small counter each (use adds one, the hand takes one), because which neurons fire
- * is a power law: the often used survive a burst of others, which plain LRU lets push them out. */
+ * Eviction: of a few slots in a row, that of the page used least, where every use counts PI2_FADE times what one in the step
+ * after it does. Which neurons fire is a power law, and a step may miss as many pages as half the cache holds: by LRU the
+ * newest push out the often used, and a page's history would be lost with its slot. So it is kept for all pages. */
 #ifndef PI2_NEURON_CACHE_H
 #define PI2_NEURON_CACHE_H
 #include <pthread.h>
@@ -16,7 +17,9 @@
 
 #include "flash.h"
 
-#define PI2_HEAT 3 /* at most that many rounds of the hand does a page survive unused */
+#define PI2_FADE 0.97f   /* a use counts half after 23 steps */
+#define PI2_FADE_STEPS 256 /* and nothing after so many */
+#define PI2_SAMPLE 8     /* slots of which one is given up */
 
 typedef struct { /* pages of one feed-forward block */
   int64_t offset;       /* in the file */
@@ -27,9 +30,14 @@ typedef struct { /* pages of one feed-forward block */
 typedef struct {
   int32_t page; /* or -1 */
   int32_t pins;
-  uint8_t state, heat;
+  uint8_t state;
   _Atomic int32_t *pending; /* of whom it will be read for */
 } pi2_page_slot;
+
+typedef struct { /* how much a page was used, as of a step */
+  float uses;
+  uint32_t step;
+} pi2_use;
 
 typedef struct { int32_t slot, count; } pi2_fetch; /* pages in a row into slots in a row: one read */
 
@@ -45,6 +53,9 @@ typedef struct pi2_neuron_cache {
   pthread_mutex_t mutex;
   _Atomic int32_t *slot_of; /* (n_pages) or -1; whoever has pinned a page may read its entry without the mutex */
   pi2_page_slot *slots;
+  pi2_use *use;             /* (n_pages) */
+  uint32_t step;
+  float fade[PI2_FADE_STEPS];
   int32_t used, hand, unpinned; /* slots ever used; unpinned: of the present ones */
   pi2_fetch *queue;             /* (n_slots) ring of what is to be read */
   uint64_t queue_head, queue_tail;
@@ -76,6 +87,8 @@ void pi2_neuron_cache_destroy(pi2_neuron_cache *c);
  * them: before any run. 0 or an errno. */
 int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_t count);
 
+/* A step begins. */
+void pi2_neuron_cache_step(pi2_neuron_cache *c);
 /* Pins pages[0..n) (numbers within the region) until there is no room left; returns how many. Adds one to *pending for each
  * that is not there yet, which falls again when it arrives; whoever sees it fall to 0 is told by `event`. */
 int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending);

@@ -292,8 +292,9 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     if (ask(&k)) continue;
     const uint64_t begin = pi2_ticks();
     const int64_t begin_ns = pi2_now_ns();
+    const int reading = atomic_load(&k.cache->in_flight);
     pi2_neuron_cache_wait(k.cache, seen, WAIT_NS);
-    if (atomic_load(&k.cache->in_flight))
+    if (reading)
       atomic_fetch_add_explicit(&k.cache->stall_ns, pi2_now_ns() - begin_ns, memory_order_relaxed);
     scratch->waited += pi2_ticks() - begin;
   }

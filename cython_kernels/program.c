@@ -311,6 +311,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
   pi2_program *p = r->program;
   if (w->index == 0) { /* before the others can be at work: kernel time never exceeds the run's */
     if (p->stream) r->base = pi2_stream_begin(p->stream);
+    if (p->neurons) pi2_neuron_cache_step(p->neurons);
     r->begin_ns = pi2_now_ns();
     r->begin_ticks = pi2_ticks();
   }

@@ -109,19 +109,22 @@ def plan_streaming(
         return StreamingPlan(resident_bytes=total + neurons)
     least = least_neurons(file)
     records = SLOT_RECORDS * sum(each.pages for each in file.bundles.values())
-    plan = _plan_matrices(file, model, room - least - records)
+    plan = _plan_matrices(file, model, room - least - records, spare=True)
     left = max(least, room - records - plan.nbytes)
     if cache is not None:
         left = max(least, min(left, cache))
     return replace(plan, resident_bytes=plan.resident_bytes + records, neuron_bytes=left // SECTOR * SECTOR)
 
 
-def _plan_matrices(file: ModelFile, model: ModelDescription, room: int) -> StreamingPlan:
-    """Without neurons."""
+def _plan_matrices(
+    file: ModelFile, model: ModelDescription, room: int, *, spare: bool = False
+) -> StreamingPlan:
+    """Without neurons. ``spare``: memory is short even where these matrices fit, so rows of the embedding are read one
+    by one."""
     total = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model))
     order = [(file.tensors[name], feed_forward) for name, feed_forward in matrices_in_order(model)]
     order = [each for each in order if each[0].layout != "neurons"]
-    if total <= room or any(info.layout != "blocks16" for info, _ in order):
+    if (total <= room and not spare) or any(info.layout != "blocks16" for info, _ in order):
         return StreamingPlan(resident_bytes=total)
     embedding = None
     if model.embedding != model.head.weight:  # a step needs one row of it for each token
