@@ -60,11 +60,11 @@ static int32_t take_slot(pi2_neuron_cache *c) {
   if (!c->unpinned) return -1;
   int32_t chosen = -1;
   float least = 0;
-  for (int seen = 0; chosen < 0 || seen < PI2_SAMPLE; seen++) {
+  for (int32_t seen = 0; chosen < 0 || seen < PI2_SAMPLE; seen++) {
     const int32_t at = c->hand;
     const pi2_page_slot *s = &c->slots[at];
     c->hand = at + 1 < c->n_slots ? at + 1 : 0;
-    if (s->pins || s->state == COMING) continue;
+    if (s->pins || s->state == COMING || (s->wanted > c->asked && seen < c->n_slots)) continue;
     const float mine = s->page < 0 ? -1.0f : uses(c, s->page);
     if (chosen < 0 || mine < least) chosen = at, least = mine;
   }
@@ -79,6 +79,11 @@ static int32_t take_slot(pi2_neuron_cache *c) {
 void pi2_neuron_cache_step(pi2_neuron_cache *c) {
   pthread_mutex_lock(&c->mutex);
   c->step++;
+  pthread_mutex_unlock(&c->mutex);
+}
+void pi2_neuron_cache_block(pi2_neuron_cache *c) {
+  pthread_mutex_lock(&c->mutex);
+  c->asked++;
   pthread_mutex_unlock(&c->mutex);
 }
 static void enqueue(pi2_neuron_cache *c, int32_t slot, int count) {
@@ -104,8 +109,9 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
       continue;
     }
     pi2_page_slot *s = &c->slots[slot];
-    if (s->state == COMING) { /* left over from a run that was stopped */
+    if (s->state == COMING) { /* foreseen, or left over from a run that was stopped */
       if (!s->pins) s->pending = pending, atomic_fetch_add(pending, 1);
+      c->early++;
     } else if (!s->pins) {
       c->unpinned--;
     }
@@ -116,6 +122,25 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
   pthread_mutex_unlock(&c->mutex);
   if (reads) wake_reader(c);
   return asked;
+}
+void pi2_neuron_cache_foresee(pi2_neuron_cache *c, int region, const int32_t *pages, int n) {
+  const int32_t first = c->regions[region].first;
+  int reads = 0;
+  pthread_mutex_lock(&c->mutex);
+  for (int i = 0; i < n && c->unpinned > c->n_slots / 2; i++) {
+    const int32_t page = first + pages[i];
+    int32_t slot = atomic_load_explicit(&c->slot_of[page], memory_order_relaxed);
+    if (slot < 0) {
+      if ((slot = take_slot(c)) < 0) break;
+      c->slots[slot] = (pi2_page_slot){.page = page, .state = COMING};
+      atomic_store_explicit(&c->slot_of[page], slot, memory_order_relaxed);
+      enqueue(c, slot, 1);
+      reads++;
+    }
+    c->slots[slot].wanted = c->asked + 2; /* the next block is the one after this */
+  }
+  pthread_mutex_unlock(&c->mutex);
+  if (reads) wake_reader(c);
 }
 void pi2_neuron_cache_release(pi2_neuron_cache *c, int region, const int32_t *pages, int n) {
   const int32_t first = c->regions[region].first;

@@ -17,7 +17,7 @@
 
 #include "flash.h"
 
-#define PI2_FADE 0.97f   /* a use counts half after 23 steps */
+#define PI2_FADE 0.97f     /* a use counts half after 23 steps */
 #define PI2_FADE_STEPS 256 /* and nothing after so many */
 #define PI2_SAMPLE 8     /* slots of which one is given up */
 
@@ -31,6 +31,7 @@ typedef struct {
   int32_t page; /* or -1 */
   int32_t pins;
   uint8_t state;
+  uint32_t wanted;          /* nobody takes it before `asked` has come to this */
   _Atomic int32_t *pending; /* of whom it will be read for */
 } pi2_page_slot;
 
@@ -59,7 +60,8 @@ typedef struct pi2_neuron_cache {
   int32_t used, hand, unpinned; /* slots ever used; unpinned: of the present ones */
   pi2_fetch *queue;             /* (n_slots) ring of what is to be read */
   uint64_t queue_head, queue_tail;
-  int64_t hits, misses, evictions;
+  uint32_t asked;           /* times that a block began to ask */
+  int64_t hits, early, misses, evictions;
   /* the reader's own */
   pi2_read *reads;
   pi2_read **spare;
@@ -87,8 +89,9 @@ void pi2_neuron_cache_destroy(pi2_neuron_cache *c);
  * them: before any run. 0 or an errno. */
 int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_t count);
 
-/* A step begins. */
+/* A step begins; a block begins to ask. */
 void pi2_neuron_cache_step(pi2_neuron_cache *c);
+void pi2_neuron_cache_block(pi2_neuron_cache *c);
 /* Pins pages[0..n) (numbers within the region) until there is no room left; returns how many. Adds one to *pending for each
  * that is not there yet, which falls again when it arrives; whoever sees it fall to 0 is told by `event`. */
 int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending);
@@ -96,6 +99,9 @@ void pi2_neuron_cache_release(pi2_neuron_cache *c, int region, const int32_t *pa
 /* A run was stopped: nothing is pinned, nobody is told. */
 void pi2_neuron_cache_abandon(pi2_neuron_cache *c);
 
+/* Starts reading those of pages[0..n) that are not there, for the block that asks next. As far as there is room that nobody
+ * else will need. */
+void pi2_neuron_cache_foresee(pi2_neuron_cache *c, int region, const int32_t *pages, int n);
 /* Where a pinned page lies that has arrived. */
 static inline const uint8_t *pi2_neuron_cache_at(const pi2_neuron_cache *c, int region, int32_t page) {
   return c->memory + atomic_load_explicit(&c->slot_of[c->regions[region].first + page], memory_order_relaxed) * c->slot_bytes;

@@ -8,6 +8,7 @@ PAGE: int
 @dataclass(frozen=True, slots=True)
 class Counters:
     hits: int = 0
+    early: int = 0
     misses: int = 0
     evictions: int = 0
     reads: int = 0

@@ -22,7 +22,7 @@ cdef extern from "neuron_cache.h" nogil:
         int32_t first, pages
     ctypedef struct pi2_neuron_cache:
         int32_t used, n_slots, n_pages
-        int64_t hits, misses, evictions
+        int64_t hits, early, misses, evictions
         int64_t bytes, reads_done, busy_ns, stall_ns
     pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *, const pi2_region *, int, int32_t, int64_t, uint8_t *, int32_t, int,
                                               int *)
@@ -37,10 +37,12 @@ PAGE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Of pages: asked for while they were there (hits) or not (misses), and given up for others. Of reading: reads, bytes,
-    nanoseconds with a read in flight, and nanoseconds in which compute threads (all of them, added up) waited."""
+    """Of pages: asked for while they were there (hits; early: of these, on their way because they were foreseen) or not
+    (misses), and given up for others. Of reading: reads, bytes, nanoseconds with a read in flight, and nanoseconds in which
+    compute threads (all of them, added up) waited."""
 
     hits: int = 0
+    early: int = 0
     misses: int = 0
     evictions: int = 0
     reads: int = 0
@@ -119,7 +121,7 @@ cdef class NeuronCache:
         cdef pi2_neuron_cache *c = self.cache
         if c == NULL:
             return self.last or Counters()
-        return Counters(c.hits, c.misses, c.evictions, c.reads_done, c.bytes, c.busy_ns, c.stall_ns)
+        return Counters(c.hits, c.early, c.misses, c.evictions, c.reads_done, c.bytes, c.busy_ns, c.stall_ns)
 
     def close(self):
         """Joins the reader. Only after the gang that runs the program was closed."""

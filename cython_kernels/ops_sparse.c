@@ -92,6 +92,48 @@ static void gate_cluster(block *k, int c) {
   atomic_fetch_add(&k->s->gated, 1);
 }
 
+/* -- looking ahead: the stream changes little from block to block, so that what it is now tells mostly which neurons of the
+ * next block will fire. Threads that would only wait for flash compute its gates on it, and their neurons are read while
+ * this block ends and attention runs. The true gates decide; what was foreseen in vain cost a read. */
+
+/* The next block's input, as far as it is known. False where it cannot be foreseen. */
+static int prepare_ahead(const block *k, pi2_input *in) {
+  const pi2_program *p = k->p;
+  const pi2_op *next = &p->ops[k->op->next_sparse];
+  pi2_scratch *scratch = &p->scratch[k->w->index];
+  if (!k->op->next_sparse || p->pipeline != PI2_PIPELINE_CLUSTER || k->r->n_rows > PI2_REPLICATED) return 0;
+  if (!next->matrix[0].data || !next->norm.weight || pi2_is_float(next->matrix[0].type)) return 0;
+  if (k->cache->used < k->cache->n_slots || k->cache->n_slots == k->cache->n_pages) return 0; /* all there is room for */
+  for (int row = 0; row < k->r->n_rows; row++) {
+    const pi2_q8 q8 = pi2_q8_row(&scratch->ahead, row);
+    float *floats = scratch->ahead_floats + row * p->dim;
+    p->kernels->rmsnorm(p->x + row * p->dim, next->norm.weight, next->norm.offset, next->norm.eps, floats, p->dim);
+    pi2_quantize(p, floats, p->dim, &q8);
+  }
+  *in = (pi2_input){.q8 = scratch->ahead, .floats = scratch->ahead_floats, .ld = p->dim};
+  return 1;
+}
+static void foresee_cluster(const block *k, int c, const pi2_input *in) {
+  const pi2_program *p = k->p;
+  const pi2_op *next = &p->ops[k->op->next_sparse];
+  const pi2_matrix *m = &next->matrix[0];
+  const int64_t first = (int64_t)c * PI2_CLUSTER, end = cluster_end(k, c), ld = PI2_TILE_BLOCKS * PI2_ROWS;
+  float *tile = p->scratch[k->w->index].tile;
+  int32_t pages[PI2_CLUSTER];
+  int n = 0;
+  for (int64_t at = first; at < end; at += ld) {
+    const int64_t width = end - at < ld ? end - at : ld;
+    pi2_multiply(p, m, at / PI2_ROWS, (int)((width + PI2_ROWS - 1) / PI2_ROWS), in, 0, k->r->n_rows, tile, ld);
+    for (int64_t j = 0; j < width; j++) {
+      int fires = 0;
+      for (int row = 0; row < k->r->n_rows; row++) fires |= tile[row * ld + j] + (m->bias ? m->bias[at + j] : 0) > 0;
+      const int32_t page = (int32_t)((at + j) / next->bundles->per_page);
+      if (fires && (!n || pages[n - 1] != page)) pages[n++] = page;
+    }
+  }
+  pi2_neuron_cache_foresee(k->cache, next->bundles->region, pages, n);
+}
+
 /* Asks for what clusters need, in order, so that the oldest is never short of what a younger one has pinned. Returns
  * whether anything changed. */
 static int ask(block *k) {
@@ -270,6 +312,9 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   block k = {.r = r, .p = p, .op = op, .b = op->bundles, .s = p->sparse, .cache = p->neurons, .w = w, .in = &in,
              .index = index, .arranged = -1};
   pi2_sparse *s = p->sparse;
+  pi2_input ahead;
+  const int looks_ahead = prepare_ahead(&k, &ahead);
+  if (w->index == 0) pi2_neuron_cache_block(k.cache);
   _Atomic uint32_t *ranges_done = &r->cursors[4 * index + 2];
   while (atomic_load(ranges_done) < (uint32_t)s->n_ranges) {
     if (atomic_load_explicit(&r->stop, memory_order_relaxed)) return 0; /* the closing barrier tells everybody */
@@ -290,6 +335,13 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     if (p->pipeline == PI2_PIPELINE_CLUSTER || atomic_load(&s->computed) == s->n_clusters || atomic_load(&s->crowded))
       if (advance_range(&k)) continue;
     if (ask(&k)) continue;
+    if (looks_ahead && atomic_load(&k.cache->in_flight) && atomic_load(&s->next_asked) == s->n_clusters) {
+      const uint32_t next = pi2_take(r, index, 3);
+      if (next < (uint32_t)s->n_clusters) {
+        foresee_cluster(&k, (int)next, &ahead);
+        continue;
+      }
+    }
     const uint64_t begin = pi2_ticks();
     const int64_t begin_ns = pi2_now_ns();
     const int reading = atomic_load(&k.cache->in_flight);

@@ -66,8 +66,12 @@ static int prepare_sparse(pi2_program *p) {
   if (!s->clusters || !s->active || !s->n_active || !s->pages || !s->sums) return 0;
   for (int c = 0; c < s->n_clusters; c++) s->clusters[c] = (pi2_cluster){.pages = s->pages + c * PI2_CLUSTER};
   pi2_sparse_reset(s);
+  for (int i = p->n_ops - 1, next = 0; i > 0; i--)
+    if (p->ops[i].kind == PI2_SPARSE) p->ops[i].next_sparse = next, next = i;
   for (int t = 0; t < p->threads; t++) {
     pi2_scratch *scratch = &p->scratch[t];
+    scratch->ahead_floats = allocate(p, PI2_REPLICATED * p->dim, sizeof *scratch->ahead_floats);
+    if (!scratch->ahead_floats || !allocate_q8(p, &scratch->ahead, PI2_REPLICATED, p->dim)) return 0;
     scratch->arranged = allocate(p, pi2_align(p->dim, 512), sizeof *scratch->arranged);
     scratch->arranged_d = allocate(p, pi2_align(p->dim, 512) / PI2_BLOCK, sizeof *scratch->arranged_d);
     scratch->arranged_s = allocate(p, pi2_align(p->dim, 512) / PI2_BLOCK, sizeof *scratch->arranged_s);
@@ -160,6 +164,7 @@ void pi2_program_free(pi2_program *p) {
     free_q8(&s->q8);
     free(s->floats); free(s->tile); free(s->queries); free(s->scores); free(s->acc); free(s->acc2); free(s->candidates);
     free(s->sectors); free(s->arranged); free(s->arranged_d); free(s->arranged_s);
+    free(s->ahead_floats); free_q8(&s->ahead);
   }
   if (p->sparse) {
     free(p->sparse->clusters); free(p->sparse->active); free(p->sparse->n_active); free(p->sparse->pages);

@@ -54,6 +54,7 @@ typedef struct {
   int streamed, last_unit; /* how many of its matrices are, and the last one's unit */
   int activation, up_activation;
   const pi2_bundles *bundles; /* SPARSE */
+  int next_sparse;            /* the operation of the next sparse block, or 0 */
   int q8_in, q8_out; /* the source is integers already; the next operation wants them: quantise while in cache */
   /* ATTENTION */
   int n_heads, n_kv_heads, head_dim, window; /* window 0: all. kv.head_dim: padded to a multiple of 16 */
@@ -111,6 +112,8 @@ typedef struct { /* one thread's own */
   uint8_t *sectors; /* of the file, around a row block of the embedding */
   int16_t *arranged; /* activations in the order of single neurons' rows, and their scales */
   float *arranged_d, *arranged_s;
+  pi2_q8 ahead;     /* (PI2_REPLICATED, dim) what the next sparse block may be computed on */
+  float *ahead_floats;
   uint64_t waited;  /* ticks in the running operation */
 } pi2_scratch;
 

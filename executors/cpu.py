@@ -231,6 +231,7 @@ class CpuExecutor:
             counters = self._neurons.counters
             details |= {
                 "neuron_hits": counters.hits,
+                "neuron_early": counters.early,
                 "neuron_misses": counters.misses,
                 "neuron_evictions": counters.evictions,
                 "flash_reads": counters.reads,
