@@ -99,7 +99,7 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
     int32_t slot = atomic_load_explicit(&c->slot_of[page], memory_order_relaxed);
     if (slot < 0) {
       if ((slot = take_slot(c)) < 0) break;
-      c->slots[slot] = (pi2_page_slot){.page = page, .pins = 1, .state = COMING, .pending = pending};
+      c->slots[slot] = (pi2_page_slot){.page = page, .pins = 1, .state = COMING, .pending = {pending}};
       use(c, page);
       atomic_store_explicit(&c->slot_of[page], slot, memory_order_relaxed);
       atomic_fetch_add(pending, 1);
@@ -110,7 +110,8 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
     }
     pi2_page_slot *s = &c->slots[slot];
     if (s->state == COMING) { /* foreseen, or left over from a run that was stopped */
-      if (!s->pins) s->pending = pending, atomic_fetch_add(pending, 1);
+      s->pending[s->pending[0] != NULL] = pending;
+      atomic_fetch_add(pending, 1);
       c->early++;
     } else if (!s->pins) {
       c->unpinned--;
@@ -157,7 +158,7 @@ void pi2_neuron_cache_abandon(pi2_neuron_cache *c) {
     pi2_page_slot *s = &c->slots[i];
     if (s->pins && s->state != COMING) c->unpinned++;
     s->pins = 0;
-    s->pending = NULL;
+    s->pending[0] = s->pending[1] = NULL;
   }
   pthread_mutex_unlock(&c->mutex);
   atomic_store(&c->error, 0);
@@ -197,8 +198,10 @@ static int finish(pi2_neuron_cache *c, pi2_read *r) {
     }
     s->state = r->error ? ABSENT : PRESENT;
     if (!s->pins) c->unpinned++;
-    if (s->pending && !r->error && atomic_fetch_sub(s->pending, 1) == 1) tell = 1;
-    s->pending = NULL;
+    for (int j = 0; j < 2; j++) {
+      if (s->pending[j] && !r->error && atomic_fetch_sub(s->pending[j], 1) == 1) tell = 1;
+      s->pending[j] = NULL;
+    }
   }
   if (r->error) atomic_store(&c->error, r->error == PI2_EOF ? EIO : r->error);
   return tell;
@@ -247,7 +250,7 @@ int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_
     if (c->used + n > c->n_slots) n = c->n_slots - c->used;
     if (n == 0) break;
     for (int32_t j = 0; j < n; j++) {
-      c->slots[c->used + j] = (pi2_page_slot){.page = g->first + i + j, .state = COMING, .pending = j ? NULL : &pending};
+      c->slots[c->used + j] = (pi2_page_slot){.page = g->first + i + j, .state = COMING, .pending = {j ? NULL : &pending}};
       atomic_store_explicit(&c->slot_of[g->first + i + j], c->used + j, memory_order_relaxed);
     }
     atomic_fetch_add(&pending, 1);

@@ -32,7 +32,7 @@ typedef struct {
   int32_t pins;
   uint8_t state;
   uint32_t wanted;          /* nobody takes it before `asked` has come to this */
-  _Atomic int32_t *pending; /* of whom it will be read for */
+  _Atomic int32_t *pending[2]; /* of whom it is read for: a page may end one cluster and begin the next */
 } pi2_page_slot;
 
 typedef struct { /* how much a page was used, as of a step */
@@ -92,7 +92,8 @@ int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_
 /* A step begins; a block begins to ask. */
 void pi2_neuron_cache_step(pi2_neuron_cache *c);
 void pi2_neuron_cache_block(pi2_neuron_cache *c);
-/* Pins pages[0..n) (numbers within the region) until there is no room left; returns how many. Adds one to *pending for each
+/* Pins pages[0..n) (numbers within the region; no page is asked for by more than two before it is there) until there is no
+ * room left; returns how many. Adds one to *pending for each
  * that is not there yet, which falls again when it arrives; whoever sees it fall to 0 is told by `event`. */
 int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending);
 void pi2_neuron_cache_release(pi2_neuron_cache *c, int region, const int32_t *pages, int n);
