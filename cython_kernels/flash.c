@@ -91,6 +91,13 @@ int pi2_read_settle(pi2_flash *f, pi2_read *r, int64_t result) {
   }
   r->got += whole;
   if (r->got == r->bytes) return finish(f, r, 0);
+  for (int64_t rest = whole; r->parts && rest;) {
+    const int64_t length = (int64_t)r->parts->iov_len, gone = rest < length ? rest : length;
+    r->parts->iov_base = (uint8_t *)r->parts->iov_base + gone;
+    r->parts->iov_len -= (size_t)gone;
+    rest -= gone;
+    if (gone == length) r->parts++, r->n_parts--;
+  }
   pi2_read_next(r);
   return 0;
 }
@@ -125,7 +132,7 @@ static void *io_main(void *argument) {
     ssize_t n;
     do {
       struct iovec part = {.iov_base = r->to + r->got, .iov_len = (size_t)r->asked};
-      n = preadv(f->fd, &part, 1, r->offset + r->got);
+      n = preadv(f->fd, r->parts ? r->parts : &part, r->parts ? r->n_parts : 1, r->offset + r->got);
     } while (!pi2_read_settle(f, r, n < 0 ? -errno : n));
     pthread_mutex_lock(&f->mutex);
     pi2_done_push(f, r);
@@ -298,8 +305,12 @@ int pi2_flash_submit(pi2_flash *f, pi2_read *r) {
   r->tries = r->stalls = r->slow = 0;
   r->next = NULL;
   r->submitted_ns = pi2_now_ns();
-  const int wrong = r->offset < 0 || r->offset % PI2_FLASH_BLOCK || r->bytes <= 0 || r->bytes % PI2_FLASH_BLOCK ||
-                    r->bytes > INT64_MAX - r->offset || (uintptr_t)r->to % PI2_FLASH_BLOCK;
+  int64_t parts = 0;
+  for (int i = 0; r->parts && i < r->n_parts; i++)
+    parts += (uintptr_t)r->parts[i].iov_base % PI2_FLASH_BLOCK ? INT64_MIN / PI2_FLASH_MOST : (int64_t)r->parts[i].iov_len;
+  const int wrong = (r->parts && (r->n_parts > PI2_FLASH_PARTS || parts != r->bytes || parts > MOST_ASKED)) ||
+                    r->offset < 0 || r->offset % PI2_FLASH_BLOCK || r->bytes <= 0 || r->bytes % PI2_FLASH_BLOCK ||
+                    r->bytes > INT64_MAX - r->offset || (!r->parts && (uintptr_t)r->to % PI2_FLASH_BLOCK);
   if (!wrong) pi2_read_next(r);
   else pi2_read_fail(f, r, EINVAL);
   if (f->ring) {

@@ -6,11 +6,13 @@
 #ifndef PI2_FLASH_H
 #define PI2_FLASH_H
 #include <stdint.h>
+#include <sys/uio.h>
 
 #define PI2_FLASH_BLOCK 4096    /* offsets, lengths and addresses of reads are multiples of it */
 #define PI2_FLASH_MOST 256      /* reads in flight, at most */
 #define PI2_FLASH_THREADS 8     /* of the preadv backend, at most */
 #define PI2_FLASH_LATENCIES 24
+#define PI2_FLASH_PARTS 256
 #define PI2_EOF (-1)            /* pi2_read.error: the file ends before the read does */
 
 typedef struct pi2_flash pi2_flash;
@@ -19,7 +21,9 @@ enum pi2_io { PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV };
 /* One read. The caller's memory, not touched by the caller between submit and reap (or close). */
 typedef struct pi2_read {
   int64_t offset, bytes; /* multiples of PI2_FLASH_BLOCK; bytes > 0 */
-  uint8_t *to;           /* aligned to PI2_FLASH_BLOCK */
+  uint8_t *to;           /* aligned to PI2_FLASH_BLOCK; not used with parts */
+  struct iovec *parts;   /* NULL, or where the bytes go instead, together `bytes` long, each as `to`; used up by the read */
+  int n_parts;           /* at most PI2_FLASH_PARTS */
   void *user;
   int error;             /* set when reaped: 0, an errno, or PI2_EOF */
   int64_t got;           /* bytes that arrived, from the front: all of them without an error */

@@ -30,6 +30,7 @@ cdef extern from "flash.h" nogil:
     ctypedef struct pi2_read:
         int64_t offset, bytes
         uint8_t *to
+        void *parts
         void *user
         int error
         int64_t got, latency_ns
@@ -273,7 +274,7 @@ cdef class Reader:
         try:
             if posix_memalign(&memory, PI2_FLASH_BLOCK, r.bytes):
                 raise MemoryError(f"{r.bytes} bytes")
-            r.to = <uint8_t *>memory
+            r.to, r.parts = <uint8_t *>memory, NULL
             with nogil:
                 pi2_flash_submit(f, &r)
                 while pi2_flash_reap(f, &done, 1, -1) == 0:

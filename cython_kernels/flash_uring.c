@@ -80,9 +80,9 @@ static void commit_sqe(pi2_ring *g) {
 static void ask(pi2_flash *f, pi2_read *r) {
   pi2_ring *g = f->ring;
   struct io_uring_sqe *e = next_sqe(g);
-  uint8_t *to = r->to + r->got;
-  e->opcode = IORING_OP_READ;
-  if (g->base && to >= g->base && r->asked <= g->base_bytes - (to - g->base) &&
+  uint8_t *to = r->parts ? NULL : r->to + r->got;
+  e->opcode = r->parts ? IORING_OP_READV : IORING_OP_READ;
+  if (to && g->base && to >= g->base && r->asked <= g->base_bytes - (to - g->base) &&
       (to - g->base) / PIECE == (to - g->base + r->asked - 1) / PIECE) {
     e->opcode = IORING_OP_READ_FIXED;
     e->buf_index = (uint16_t)((to - g->base) / PIECE);
@@ -91,8 +91,8 @@ static void ask(pi2_flash *f, pi2_read *r) {
   /* slow: was refused once without waiting; let a kernel thread wait for it */
   e->flags = (uint8_t)((g->fixed_file ? IOSQE_FIXED_FILE : 0) | (r->slow ? IOSQE_ASYNC : 0));
   e->off = (uint64_t)(r->offset + r->got);
-  e->addr = (uint64_t)(uintptr_t)to;
-  e->len = (uint32_t)r->asked;
+  e->addr = (uint64_t)(uintptr_t)(r->parts ? (void *)r->parts : to);
+  e->len = (uint32_t)(r->parts ? r->n_parts : r->asked);
   e->user_data = (uint64_t)(uintptr_t)r;
   commit_sqe(g);
 }

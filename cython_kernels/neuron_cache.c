@@ -14,7 +14,6 @@
 
 enum { ABSENT, COMING, PRESENT }; /* state of a slot: of no page, being read, usable */
 enum { RUNNING, WAITS_FOR_WORK, WAITS_FOR_READS };
-#define FILL_BYTES (1 << 20) /* of one read where many pages in a row are read */
 
 static void futex_wake(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
 
@@ -86,9 +85,7 @@ void pi2_neuron_cache_block(pi2_neuron_cache *c) {
   c->asked++;
   pthread_mutex_unlock(&c->mutex);
 }
-static void enqueue(pi2_neuron_cache *c, int32_t slot, int count) {
-  c->queue[c->queue_tail++ % (uint64_t)c->n_slots] = (pi2_fetch){slot, count};
-}
+static void enqueue(pi2_neuron_cache *c, int32_t slot) { c->queue[c->queue_tail++ % (uint64_t)c->n_slots] = slot; }
 
 int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending) {
   const int32_t first = c->regions[region].first;
@@ -103,7 +100,7 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
       use(c, page);
       atomic_store_explicit(&c->slot_of[page], slot, memory_order_relaxed);
       atomic_fetch_add(pending, 1);
-      enqueue(c, slot, 1);
+      enqueue(c, slot);
       reads++;
       c->misses++;
       continue;
@@ -135,7 +132,7 @@ void pi2_neuron_cache_foresee(pi2_neuron_cache *c, int region, const int32_t *pa
       if ((slot = take_slot(c)) < 0) break;
       c->slots[slot] = (pi2_page_slot){.page = page, .state = COMING};
       atomic_store_explicit(&c->slot_of[page], slot, memory_order_relaxed);
-      enqueue(c, slot, 1);
+      enqueue(c, slot);
       reads++;
     }
     c->slots[slot].wanted = c->asked + 2; /* the next block is the one after this */
@@ -166,32 +163,41 @@ void pi2_neuron_cache_abandon(pi2_neuron_cache *c) {
 
 /* -- the reader */
 
-static void start(pi2_neuron_cache *c, pi2_fetch f) {
-  const int32_t page = c->slots[f.slot].page; /* COMING: nobody changes it */
-  const pi2_region *g = &c->regions[region_of(c, page)];
-  pi2_read *r = c->spare[--c->n_spare];
-  r->offset = g->offset + (page - g->first) * g->page_bytes;
-  r->bytes = f.count * g->page_bytes;
-  r->to = c->memory + f.slot * c->slot_bytes;
-  r->user = (void *)(intptr_t)f.slot;
+/* The next read: the oldest page that waits, and those behind it that are its neighbours in the file. Under the mutex. */
+static void start(pi2_neuron_cache *c) {
+  pi2_fetch *f = c->spare[--c->n_spare];
+  const int32_t first = c->slots[c->queue[c->queue_head % (uint64_t)c->n_slots]].page; /* COMING: nobody changes it */
+  const pi2_region *g = &c->regions[region_of(c, first)];
+  for (f->count = 0; c->queue_head != c->queue_tail && f->count < PI2_MERGED; c->queue_head++, f->count++) {
+    const int32_t slot = c->queue[c->queue_head % (uint64_t)c->n_slots];
+    if (c->slots[slot].page != first + f->count || first + f->count >= g->first + g->pages) break;
+    f->slot[f->count] = slot;
+    f->part[f->count] = (struct iovec){c->memory + slot * c->slot_bytes, (size_t)g->page_bytes};
+  }
+  pi2_read *r = &f->read;
+  r->offset = g->offset + (first - g->first) * g->page_bytes;
+  r->bytes = f->count * g->page_bytes;
+  r->to = f->part[0].iov_base;
+  r->parts = f->count > 1 ? f->part : NULL;
+  r->n_parts = f->count;
+  r->user = f;
   atomic_fetch_add(&c->in_flight, 1);
   if (pi2_flash_submit(c->flash, r)) { /* cannot be: there are as many reads as it takes */
     atomic_fetch_sub(&c->in_flight, 1);
     atomic_store(&c->error, EIO);
-    c->spare[c->n_spare++] = r;
+    c->spare[c->n_spare++] = f;
   }
 }
 /* Returns whether somebody has to be told. Under the mutex. */
 static int finish(pi2_neuron_cache *c, pi2_read *r) {
-  const int32_t first = (int32_t)(intptr_t)r->user;
-  const int32_t count = (int32_t)(r->bytes / c->regions[region_of(c, c->slots[first].page)].page_bytes);
+  pi2_fetch *f = r->user;
   int tell = r->error != 0;
-  c->spare[c->n_spare++] = r;
+  c->spare[c->n_spare++] = f;
   atomic_fetch_sub(&c->in_flight, 1);
   atomic_fetch_add_explicit(&c->bytes, r->got, memory_order_relaxed);
   atomic_fetch_add_explicit(&c->reads_done, 1, memory_order_relaxed);
-  for (int32_t i = first; i < first + count; i++) {
-    pi2_page_slot *s = &c->slots[i];
+  for (int i = 0; i < f->count; i++) {
+    pi2_page_slot *s = &c->slots[f->slot[i]];
     if (r->error) { /* the page is not there; its cluster never becomes ready */
       atomic_store_explicit(&c->slot_of[s->page], -1, memory_order_relaxed);
       s->page = -1;
@@ -213,7 +219,7 @@ static void *reader_main(void *argument) {
   while (!atomic_load(&c->closing)) {
     const uint32_t work = atomic_load(&c->work);
     pthread_mutex_lock(&c->mutex);
-    while (c->n_spare && c->queue_head != c->queue_tail) start(c, c->queue[c->queue_head++ % (uint64_t)c->n_slots]);
+    while (c->n_spare && c->queue_head != c->queue_tail) start(c);
     const int full = c->queue_head != c->queue_tail;
     pthread_mutex_unlock(&c->mutex);
     if (c->n_spare == c->depth) {
@@ -241,22 +247,14 @@ static void *reader_main(void *argument) {
 
 int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_t count) {
   const pi2_region *g = &c->regions[region];
-  const int32_t most = c->slot_bytes == g->page_bytes ? (int32_t)(FILL_BYTES / g->page_bytes) : 1;
   _Atomic int32_t pending = 1;
   pthread_mutex_lock(&c->mutex);
-  for (int32_t i = first; i < first + count;) {
-    int32_t n = first + count - i < most ? first + count - i : most;
-    if (n < 1) n = 1;
-    if (c->used + n > c->n_slots) n = c->n_slots - c->used;
-    if (n == 0) break;
-    for (int32_t j = 0; j < n; j++) {
-      c->slots[c->used + j] = (pi2_page_slot){.page = g->first + i + j, .state = COMING, .pending = {j ? NULL : &pending}};
-      atomic_store_explicit(&c->slot_of[g->first + i + j], c->used + j, memory_order_relaxed);
-    }
+  for (int32_t i = first; i < first + count && c->used < c->n_slots; i++) {
+    const int32_t slot = c->used++;
+    c->slots[slot] = (pi2_page_slot){.page = g->first + i, .state = COMING, .pending = {&pending}};
+    atomic_store_explicit(&c->slot_of[g->first + i], slot, memory_order_relaxed);
     atomic_fetch_add(&pending, 1);
-    enqueue(c, c->used, n);
-    c->used += n;
-    i += n;
+    enqueue(c, slot);
   }
   pthread_mutex_unlock(&c->mutex);
   wake_reader(c);
@@ -286,17 +284,17 @@ pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *re
   c->use = calloc((size_t)n_pages, sizeof *c->use);
   for (int i = 0; i < PI2_FADE_STEPS; i++) c->fade[i] = i ? c->fade[i - 1] * PI2_FADE : 1.0f;
   c->queue = calloc((size_t)n_slots, sizeof *c->queue);
-  c->reads = calloc((size_t)depth, sizeof *c->reads);
+  c->fetches = calloc((size_t)depth, sizeof *c->fetches);
   c->spare = calloc((size_t)depth, sizeof *c->spare);
-  if (c->slot_of && c->slots && c->use && c->queue && c->reads && c->spare) {
+  if (c->slot_of && c->slots && c->use && c->queue && c->fetches && c->spare) {
     for (int32_t i = 0; i < n_pages; i++) atomic_init(&c->slot_of[i], -1);
     for (int32_t i = 0; i < n_slots; i++) c->slots[i].page = -1;
-    for (int i = 0; i < depth; i++) c->spare[c->n_spare++] = &c->reads[i];
+    for (int i = 0; i < depth; i++) c->spare[c->n_spare++] = &c->fetches[i];
     *error = pthread_mutex_init(&c->mutex, NULL);
     if (!*error && (*error = pthread_create(&c->thread, NULL, reader_main, c))) pthread_mutex_destroy(&c->mutex);
   }
   if (!*error) return c;
-  free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->reads), free(c->spare), free(c);
+  free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare), free(c);
   return NULL;
 }
 void pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
@@ -307,5 +305,5 @@ void pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
   pthread_join(c->thread, NULL);
   pi2_flash_close(c->flash); /* waits for the reads in flight: slots and memory may go then */
   pthread_mutex_destroy(&c->mutex);
-  free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->reads), free(c->spare), free(c);
+  free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare), free(c);
 }

@@ -20,6 +20,7 @@
 #define PI2_FADE 0.97f     /* a use counts half after 23 steps */
 #define PI2_FADE_STEPS 256 /* and nothing after so many */
 #define PI2_SAMPLE 8     /* slots of which one is given up */
+#define PI2_MERGED 64    /* pages in one read, at most */
 
 typedef struct { /* pages of one feed-forward block */
   int64_t offset;       /* in the file */
@@ -40,7 +41,12 @@ typedef struct { /* how much a page was used, as of a step */
   uint32_t step;
 } pi2_use;
 
-typedef struct { int32_t slot, count; } pi2_fetch; /* pages in a row into slots in a row: one read */
+typedef struct { /* pages in a row, into any slots: one read */
+  pi2_read read;
+  int count;
+  int32_t slot[PI2_MERGED];
+  struct iovec part[PI2_MERGED];
+} pi2_fetch;
 
 typedef struct pi2_neuron_cache {
   pi2_flash *flash;
@@ -58,13 +64,13 @@ typedef struct pi2_neuron_cache {
   uint32_t step;
   float fade[PI2_FADE_STEPS];
   int32_t used, hand, unpinned; /* slots ever used; unpinned: of the present ones */
-  pi2_fetch *queue;             /* (n_slots) ring of what is to be read */
+  int32_t *queue;               /* (n_slots) ring of slots to be filled */
   uint64_t queue_head, queue_tail;
   uint32_t asked;           /* times that a block began to ask */
   int64_t hits, early, misses, evictions;
   /* the reader's own */
-  pi2_read *reads;
-  pi2_read **spare;
+  pi2_fetch *fetches;
+  pi2_fetch **spare;
   int n_spare;
   /* shared */
   _Alignas(64) _Atomic uint32_t event; /* futex: something arrived, failed, or was computed */
@@ -85,7 +91,7 @@ pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *re
 /* Joins the reader and closes the flash; afterwards nobody writes to the memory. */
 void pi2_neuron_cache_destroy(pi2_neuron_cache *c);
 
-/* Reads pages [first, first + count) of a region in order into slots that were never used, with large reads, and waits for
+/* Reads pages [first, first + count) of a region in order into slots that were never used, while there are any, and waits for
  * them: before any run. 0 or an errno. */
 int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_t count);
 
