@@ -7,6 +7,7 @@ import json
 import random
 import sys
 import time
+from itertools import pairwise
 from typing import Any
 
 import trio
@@ -33,6 +34,9 @@ class Model:
             return {"tokens_per_s": timing.prefill_tokens_per_s}
         sequences = command.get("sequences", 1)
         before = ExecutorStatistics()
+        tokens: list[
+            tuple[float, float]
+        ] = []  # of one sequence: when each came, and reads of neurons until then
         ends: list[tuple[float, float]] = []  # of each sequence: its first token and its last, on one clock
         waiting = sequences
         if self.kept[0] != (command["context"], sequences):
@@ -44,7 +48,7 @@ class Model:
         async def generate(prompt: list[int]) -> None:
             nonlocal waiting, before
             async with self.runtime.stream(
-                prompt, max_tokens=command["tokens"] + 1, ignore_eos=True
+                prompt, max_tokens=command["tokens"] + 1, ignore_eos=True, **command.get("sampling", {})
             ) as chunks:
                 await anext(chunks)
                 waiting -= 1
@@ -52,7 +56,7 @@ class Model:
                     before = self.runtime.statistics().actors[0].executor
                 first = time.perf_counter()
                 async for _ in chunks:
-                    pass
+                    tokens.append((time.perf_counter(), self.neuron_reads()))
                 ends.append((first, time.perf_counter()))
 
         async with trio.open_nursery() as nursery:
@@ -63,13 +67,19 @@ class Model:
         # and of the others' tokens only their share after it
         start = max(first for first, _ in ends)
         end = max(last for _, last in ends)
-        tokens = sum(command["tokens"] * (last - start) / (last - first) for first, last in ends)
+        count = sum(command["tokens"] * (last - start) / (last - first) for first, last in ends)
         return {
-            "tokens_per_s": tokens / (end - start),
+            "tokens_per_s": count / (end - start),
+            **(each_token(tokens) if sequences == 1 else {}),
             **self.reads(before, after),
             "outside_kernels": 1
             - (after.kernel_ns - before.kernel_ns) / (after.finished_ns - before.finished_ns),
         }
+
+    def neuron_reads(self) -> float:
+        """Of neurons, since the start."""
+        details = self.runtime.statistics().actors[0].executor.details
+        return float(str(details.get("flash_reads", 0)))
 
     def reads(self, before: ExecutorStatistics, after: ExecutorStatistics) -> dict[str, float]:
         """Of weights that do not fit: bytes read per step, and the share of time that steps have waited for them."""
@@ -80,10 +90,37 @@ class Model:
         def spent(name: str) -> int:
             return int(str(after.details[name])) - int(str(before.details[name]))
 
+        more = {}
+        if "neuron_misses" in after.details:
+            asked = spent("neuron_misses") + spent("neuron_hits")
+            # what was foreseen was not there either: it was read for this step
+            not_there = spent("neuron_misses") + spent("neuron_early")
+            more = {"flash_reads": spent("flash_reads") / steps, "missing": not_there / asked}
         return {
+            **more,
             "flash_bytes": spent("flash_bytes") / steps,
             "flash_wait": spent("flash_stall_ns") / (after.finished_ns - before.finished_ns),
         }
+
+
+def each_token(tokens: list[tuple[float, float]]) -> dict[str, float]:
+    """Milliseconds from token to token, and reads of neurons for each: means and percentiles."""
+    if len(tokens) < 3:
+        return {}
+    gaps = sorted(1e3 * (b[0] - a[0]) for a, b in pairwise(tokens))
+    reads = sorted(b[1] - a[1] for a, b in pairwise(tokens))
+
+    def at(values: list[float], share: float) -> float:
+        return values[min(len(values) - 1, int(share * len(values)))]
+
+    return {
+        "mean_ms": sum(gaps) / len(gaps),
+        "p50_ms": at(gaps, 0.5),
+        "p90_ms": at(gaps, 0.9),
+        "p99_ms": at(gaps, 0.99),
+        "reads_mean": sum(reads) / len(reads),
+        "reads_p99": at(reads, 0.99),
+    }
 
 
 async def serve(path: str, threads: int, context: int, sequences: int, more: dict[str, Any]) -> None:

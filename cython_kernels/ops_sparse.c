@@ -4,6 +4,7 @@
 #include "layout.h"
 #include "program.h"
 
+#define AHEAD 512 /* bytes of what comes next that are prefetched while something else is computed */
 #define WAIT_NS 20000000 /* after which a thread that waits looks whether the run was stopped */
 
 /* What the block is computed on, the same for all threads. */
@@ -38,11 +39,6 @@ static void arrange(const pi2_q8 *x, int wide, int64_t k, int16_t *to, float *d,
   memcpy(s, x->s, (size_t)blocks * 4);
   memset(d + blocks, 0, (size_t)(padded - blocks) * 4);
   memset(s + blocks, 0, (size_t)(padded - blocks) * 4);
-}
-/* Neuron `at` of the cluster that begins at `first`. */
-static const uint8_t *neuron(const block *k, int64_t first, int at) {
-  const int64_t i = first + at;
-  return pi2_neuron_cache_at(k->cache, k->b->region, (int32_t)(i / k->b->per_page)) + i % k->b->per_page * k->b->neuron_bytes;
 }
 static int64_t cluster_end(const block *k, int c) {
   const int64_t end = (int64_t)(c + 1) * PI2_CLUSTER;
@@ -163,12 +159,28 @@ static int ask(block *k) {
   return changed;
 }
 
+/* Where the neurons of a cluster lie, whose pages are all there. */
+static void find_neurons(const block *k, const pi2_cluster *cluster, int64_t first, int64_t end) {
+  const pi2_bundles *b = k->b;
+  for (int i = 0; i < cluster->n_pages; i++) {
+    const uint8_t *at = pi2_neuron_cache_at(k->cache, b->region, cluster->pages[i]);
+    const int64_t from = cluster->pages[i] * b->per_page;
+    for (int64_t j = from < first ? first : from; j < end && j < from + b->per_page; j++)
+      k->s->places[j] = at + (j - from) * b->neuron_bytes;
+  }
+}
+static void prefetch(const uint8_t *p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
 /* Rows of up of a cluster's neurons, and with them the hidden values, as integers. */
 static void compute_up(block *k, int c) {
   const pi2_program *p = k->p;
   const pi2_bundles *b = k->b;
   const int64_t first = (int64_t)c * PI2_CLUSTER, width = cluster_end(k, c) - first;
+  const uint8_t *const *places = k->s->places + first;
   pi2_scratch *scratch = &p->scratch[k->w->index];
+  find_neurons(k, &k->s->clusters[c], first, first + width);
   for (int row = 0; row < k->r->n_rows; row++) {
     const int n = n_active(k, row, c);
     const uint16_t *list = active(k, row, c);
@@ -184,10 +196,11 @@ static void compute_up(block *k, int c) {
       const uint8_t *rows[16], *scales[16];
       float gate[16], up[16];
       for (int i = 0; i < m; i++) {
-        rows[i] = neuron(k, first, list[at + i]);
+        rows[i] = places[list[at + i]];
         scales[i] = b->up_scales + (first + list[at + i]) * b->up_stride;
         gate[i] = h[list[at + i]];
       }
+      for (int i = at + m; i < n && i < at + m + 16; i++) prefetch(places[list[i]], AHEAD); /* the kernel does the rest */
       p->kernels->neuron_rows[b->up_type](rows, scales, m, k->op->matrix[0].k, scratch->arranged, scratch->arranged_d,
                                           scratch->arranged_s, up);
       for (int i = 0; b->up_bias && i < m; i++) up[i] += b->up_bias[first + list[at + i]];
@@ -199,31 +212,53 @@ static void compute_up(block *k, int c) {
   }
 }
 
+typedef struct { /* columns of down of one group of 32 neurons */
+  int group, n;
+  const uint8_t *column[PI2_BLOCK], *scales;
+  int16_t q[PI2_BLOCK];
+} columns;
+
+/* The next group with any that is not zero, from *at on; its first lines are on their way to the cache then. */
+static int next_group(const block *k, int c, int row, int *at, int64_t from, int64_t lines, columns *out) {
+  static const uint8_t stored[4] = {0, 2, 1, 3};
+  const pi2_bundles *b = k->b;
+  const int n = n_active(k, row, c);
+  const uint16_t *list = active(k, row, c);
+  const int64_t first = (int64_t)c * PI2_CLUSTER, offset = b->up_bytes + from / (b->down_type == PI2_Q8_0 ? 64 : 128) * 64;
+  const uint8_t *const *places = k->s->places + first;
+  const pi2_q8 x = pi2_q8_at(k->p, &k->p->q8_hidden, row, first);
+  for (out->n = 0; *at < n && !out->n;) {
+    out->group = list[*at] / PI2_BLOCK;
+    for (; *at < n && list[*at] / PI2_BLOCK == out->group; ++*at) {
+      const int j = list[*at];
+      const int16_t q = k->p->wide ? ((const int16_t *)x.q)[(j & ~3) + stored[j & 3]] : x.q[j];
+      if (!q) continue; /* adds zero: the second activation was, or the value is too small beside its neighbours */
+      out->column[out->n] = places[j] + offset;
+      out->q[out->n] = q;
+      prefetch(out->column[out->n++], lines * 64 < AHEAD ? lines * 64 : AHEAD);
+    }
+  }
+  if (out->n) {
+    out->scales = b->down_scales + (first / PI2_BLOCK + out->group) * b->down_stride + 2 * from;
+    prefetch(out->scales, AHEAD);
+  }
+  return out->n;
+}
 /* Columns of down of a cluster's neurons, for rows [from, to) of the stream. */
 static void add_down(const block *k, int c, int64_t from, int64_t to) {
-  static const uint8_t stored[4] = {0, 2, 1, 3};
   const pi2_program *p = k->p;
   const pi2_bundles *b = k->b;
-  const int64_t first = (int64_t)c * PI2_CLUSTER, line = from / (b->down_type == PI2_Q8_0 ? 64 : 128) * 64;
+  const int64_t lines = (to - from) / (b->down_type == PI2_Q8_0 ? 64 : 128);
   for (int row = 0; row < k->r->n_rows; row++) {
-    const int n = n_active(k, row, c);
-    const uint16_t *list = active(k, row, c);
-    const pi2_q8 x = pi2_q8_at(p, &p->q8_hidden, row, first);
-    for (int at = 0; at < n;) {
-      const int group = list[at] / PI2_BLOCK;
-      const uint8_t *columns[PI2_BLOCK];
-      int16_t q[PI2_BLOCK];
-      int m = 0;
-      for (; at < n && list[at] / PI2_BLOCK == group; at++) {
-        const int j = list[at];
-        q[m] = p->wide ? ((const int16_t *)x.q)[(j & ~3) + stored[j & 3]] : x.q[j];
-        if (q[m]) columns[m++] = neuron(k, first, j) + b->up_bytes + line;
-      }
-      if (!m) continue; /* adds zero: the second activation was, or the value is too small beside its neighbours */
-      p->kernels->neuron_columns[b->down_type](columns, q, m,
-                                               b->down_scales + (first / PI2_BLOCK + group) * b->down_stride + 2 * from,
-                                               b->down_plane, x.d[group], x.s[group], to - from,
-                                               k->s->sums + row * k->s->stride + from);
+    const pi2_q8 x = pi2_q8_at(p, &p->q8_hidden, row, (int64_t)c * PI2_CLUSTER);
+    columns both[2];
+    int at = 0, now = 0;
+    next_group(k, c, row, &at, from, lines, &both[0]);
+    for (; both[now].n; now = !now) {
+      const columns *g = &both[now];
+      next_group(k, c, row, &at, from, lines, &both[!now]);
+      p->kernels->neuron_columns[b->down_type](g->column, g->q, g->n, g->scales, b->down_plane, x.d[g->group],
+                                               x.s[g->group], to - from, k->s->sums + row * k->s->stride + from);
     }
   }
 }

@@ -56,14 +56,15 @@ static int prepare_sparse(pi2_program *p) {
   memset(s, 0, sizeof *s);
   s->n_clusters = (int32_t)((p->hidden + PI2_CLUSTER - 1) / PI2_CLUSTER);
   s->stride = pi2_align(p->dim, 128);
-  s->n_ranges = (int32_t)(s->stride / 128 < 4 * p->threads ? s->stride / 128 : 4 * p->threads);
+  s->n_ranges = (int32_t)(s->stride / 128 < 2 * p->threads ? s->stride / 128 : 2 * p->threads);
   if (s->n_ranges > PI2_RANGES) s->n_ranges = PI2_RANGES;
   s->clusters = allocate(p, s->n_clusters, sizeof *s->clusters);
   s->active = allocate(p, p->max_rows * p->hidden, sizeof *s->active);
   s->n_active = allocate(p, p->max_rows * s->n_clusters, sizeof *s->n_active);
   s->pages = allocate(p, p->hidden, sizeof *s->pages);
+  s->places = allocate(p, p->hidden, sizeof *s->places);
   s->sums = allocate(p, p->max_rows * s->stride, sizeof *s->sums);
-  if (!s->clusters || !s->active || !s->n_active || !s->pages || !s->sums) return 0;
+  if (!s->clusters || !s->active || !s->n_active || !s->pages || !s->places || !s->sums) return 0;
   for (int c = 0; c < s->n_clusters; c++) s->clusters[c] = (pi2_cluster){.pages = s->pages + c * PI2_CLUSTER};
   pi2_sparse_reset(s);
   for (int i = p->n_ops - 1, next = 0; i > 0; i--)
@@ -168,7 +169,7 @@ void pi2_program_free(pi2_program *p) {
   }
   if (p->sparse) {
     free(p->sparse->clusters); free(p->sparse->active); free(p->sparse->n_active); free(p->sparse->pages);
-    free(p->sparse->sums); free(p->sparse);
+    free((void *)p->sparse->places); free(p->sparse->sums); free(p->sparse);
   }
   for (int i = 0; i < PI2_QUEUE; i++) free_run(&p->runs[i]);
   free_q8(&p->q8_prepared);

@@ -44,6 +44,7 @@ typedef struct {
   uint16_t *active;       /* (max_rows, hidden): per row and cluster the neurons that fire, ascending, within the cluster */
   uint16_t *n_active;     /* (max_rows, clusters) */
   int32_t *pages;         /* (hidden) */
+  const uint8_t **places; /* (hidden) of neurons that fire, once they are there */
   float *sums;            /* (max_rows, stride): of down */
   int64_t stride;         /* dim, in whole lines of 128 rows */
   _Atomic int32_t asking; /* a thread is */
