@@ -3,10 +3,10 @@
     python benchmarks/make_model.py bamboo-7b b7.gguf && pi2rt convert b7.gguf b7.pi2
     python benchmarks/ladder.py b7.gguf b7.pi2 --peer /path/to/python-with-llama-cpp-python
 
-Every rung, and llama.cpp, runs alone in a memory cgroup of the same size, page cache included: all weights but half of
-the feed-forward ones, and ``--beside`` for KV cache, activations and the interpreter. Files start uncached; engines
-take turns, ``--repeat`` times. Tokens are drawn at temperature 1, for a greedy text soon repeats itself and its neurons.
-Needs root. Prints a Markdown table.
+Every rung, and llama.cpp, runs alone in a memory cgroup of the same size, page cache included: all weights but half
+of the feed-forward ones, and ``--beside`` for KV cache, activations and the interpreter. Files start uncached; engines
+take turns, ``--repeat`` times. Tokens are drawn at temperature 1, for a greedy text soon repeats itself and its
+neurons. Needs root. Prints a Markdown table.
 
 Rungs: no cache (neurons are read for each token, gates known, reading and computing in turn), with the cache, with
 reading overlapped matrix by matrix, and cluster by cluster with a look ahead (docs/design.md). ``bound``: the law of
@@ -73,12 +73,19 @@ def row(name: str, runs: list[dict[str, Any]], theirs: float, limit: int, memory
 
     token_s = middle("mean_ms") / 1e3
     flash_s = median(run["flash_reads"] / run["flash_iops"] for run in runs)
-    return (
-        f"| {name} | {1 / token_s:.2f} | {1 / token_s / theirs:.1f} | {middle('mean_ms'):.0f} / {middle('p50_ms'):.0f} / "
-        f"{middle('p90_ms'):.0f} / {middle('p99_ms'):.0f} | {middle('missing'):.1%} | {middle('reads_mean'):.0f} / "
-        f"{middle('reads_p99'):.0f} | {middle('flash_wait'):.0%} | {max(flash_s, memory_s) / token_s:.2f} | "
-        f"{max(run['peak'] for run in runs) / limit:.3f} |"
+    latency = " / ".join(f"{middle(key):.0f}" for key in ("mean_ms", "p50_ms", "p90_ms", "p99_ms"))
+    cells = (
+        name,
+        f"{1 / token_s:.2f}",
+        f"{1 / token_s / theirs:.1f}",
+        latency,
+        f"{middle('missing'):.1%}",
+        f"{middle('reads_mean'):.0f} / {middle('reads_p99'):.0f}",
+        f"{middle('flash_wait'):.0%}",
+        f"{max(flash_s, memory_s) / token_s:.2f}",
+        f"{max(run['peak'] for run in runs) / limit:.3f}",
     )
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -130,10 +137,10 @@ def main() -> None:
     memory_s = resident_bytes(options.pack) / bandwidth
     flash = median(run["flash_iops"] for each in runs.values() for run in each)
     print(
-        f"{Path(options.gguf).name} (synthetic), half of its {feed_forward / 1e9:.2f} GB of feed-forward weights on flash: "
-        f"a memory of {limit / 1e6:.0f} MB for {total / 1e6:.0f} MB; {options.threads} threads, {options.tokens} tokens, "
-        f"medians of {options.repeat}, alternating; memory {bandwidth / 1e9:.1f} GB/s, flash {flash / 1e3:.0f},000 reads/s "
-        f"of 4 KiB at depth {DEPTH}\n\n"
+        f"{Path(options.gguf).name} (synthetic), half of its {feed_forward / 1e9:.2f} GB of feed-forward weights on "
+        f"flash: a memory of {limit / 1e6:.0f} MB for {total / 1e6:.0f} MB; {options.threads} threads, "
+        f"{options.tokens} tokens, medians of {options.repeat}, alternating; memory {bandwidth / 1e9:.1f} GB/s, "
+        f"flash {flash / 1e3:.0f},000 reads/s of 4 KiB at depth {DEPTH}\n\n"
         f"llama.cpp, mapped: {other:.3f} tokens/s\n\n"
         "| | tokens/s | over llama.cpp | ms per token: mean / P50 / P90 / P99 | neurons missing | reads: mean / P99 "
         "| waiting for flash | efficiency | peak |\n|---|---|---|---|---|---|---|---|---|"

@@ -55,8 +55,7 @@ class Model:
                 if not waiting:
                     before = self.runtime.statistics().actors[0].executor
                 first = time.perf_counter()
-                async for _ in chunks:
-                    tokens.append((time.perf_counter(), self.neuron_reads()))
+                tokens.extend([(time.perf_counter(), self.neuron_reads()) async for _ in chunks])
                 ends.append((first, time.perf_counter()))
 
         async with trio.open_nursery() as nursery:

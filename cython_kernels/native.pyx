@@ -14,7 +14,7 @@ from pi2rt._errors import KernelUnavailableError
 
 cdef extern from "sys/mman.h" nogil:
     int madvise(void *, size_t, int)
-    enum: MADV_HUGEPAGE
+    enum: MADV_HUGEPAGE, MADV_DONTNEED
 
 cdef extern from *:
     """
@@ -114,6 +114,13 @@ cdef class Memory:
         if not self.address:
             raise ValueError("memory is closed")
         return np.asarray(<uint8_t[:self.nbytes]><uint8_t *>self.address)
+
+    def discard(self, int64_t offset, int64_t size):
+        """Gives these bytes (whole pages of 4096) back to the system; they read as zeros until written again."""
+        if self.address == 0 or offset < 0 or size < 0 or offset + size > self.nbytes or offset % 4096:
+            raise ValueError(f"{size} bytes from byte {offset} on are not pages of {self.nbytes} bytes")
+        if size and madvise(<void *>(self.address + offset), <size_t>size, MADV_DONTNEED):
+            raise OSError("madvise")
 
     def close(self):
         if self.address:

@@ -75,6 +75,39 @@ static int32_t take_slot(pi2_neuron_cache *c) {
   c->unpinned--;
   return chosen;
 }
+static void drop(pi2_neuron_cache *c, pi2_page_slot *s) {
+  if (s->page >= 0) {
+    atomic_store_explicit(&c->slot_of[s->page], -1, memory_order_relaxed);
+    c->evictions++;
+  }
+  s->page = -1;
+  s->state = ABSENT;
+}
+/* Of a slot that nobody needs any more: it may be given up, or is one of those that go. */
+static void unpin(pi2_neuron_cache *c, pi2_page_slot *s) {
+  if (s - c->slots < c->n_slots) c->unpinned++;
+  else drop(c, s);
+}
+int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots) {
+  int32_t left = 0;
+  pthread_mutex_lock(&c->mutex);
+  for (int32_t i = n_slots; i < c->capacity; i++) {
+    pi2_page_slot *s = &c->slots[i];
+    if (s->pins || s->state == COMING) {
+      left++;
+      continue;
+    }
+    if (i < c->n_slots && i < c->used) c->unpinned--;
+    if (s->page >= 0) drop(c, s);
+  }
+  if (!left || n_slots < c->n_slots) {
+    c->n_slots = n_slots;
+    if (c->used > n_slots) c->used = n_slots;
+    if (c->hand >= n_slots) c->hand = 0;
+  }
+  pthread_mutex_unlock(&c->mutex);
+  return left;
+}
 void pi2_neuron_cache_step(pi2_neuron_cache *c) {
   pthread_mutex_lock(&c->mutex);
   c->step++;
@@ -85,7 +118,7 @@ void pi2_neuron_cache_block(pi2_neuron_cache *c) {
   c->asked++;
   pthread_mutex_unlock(&c->mutex);
 }
-static void enqueue(pi2_neuron_cache *c, int32_t slot) { c->queue[c->queue_tail++ % (uint64_t)c->n_slots] = slot; }
+static void enqueue(pi2_neuron_cache *c, int32_t slot) { c->queue[c->queue_tail++ % (uint64_t)c->capacity] = slot; }
 
 int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending) {
   const int32_t first = c->regions[region].first;
@@ -145,17 +178,18 @@ void pi2_neuron_cache_release(pi2_neuron_cache *c, int region, const int32_t *pa
   pthread_mutex_lock(&c->mutex);
   for (int i = 0; i < n; i++) {
     pi2_page_slot *s = &c->slots[atomic_load_explicit(&c->slot_of[first + pages[i]], memory_order_relaxed)];
-    if (!--s->pins) c->unpinned++;
+    if (!--s->pins) unpin(c, s);
   }
   pthread_mutex_unlock(&c->mutex);
 }
 void pi2_neuron_cache_abandon(pi2_neuron_cache *c) {
   pthread_mutex_lock(&c->mutex);
-  for (int32_t i = 0; i < c->used; i++) {
+  for (int32_t i = 0; i < c->capacity; i++) {
     pi2_page_slot *s = &c->slots[i];
-    if (s->pins && s->state != COMING) c->unpinned++;
+    const int was = s->pins;
     s->pins = 0;
     s->pending[0] = s->pending[1] = NULL;
+    if (was && s->state != COMING) unpin(c, s);
   }
   pthread_mutex_unlock(&c->mutex);
   atomic_store(&c->error, 0);
@@ -166,10 +200,10 @@ void pi2_neuron_cache_abandon(pi2_neuron_cache *c) {
 /* The next read: the oldest page that waits, and those behind it that are its neighbours in the file. Under the mutex. */
 static void start(pi2_neuron_cache *c) {
   pi2_fetch *f = c->spare[--c->n_spare];
-  const int32_t first = c->slots[c->queue[c->queue_head % (uint64_t)c->n_slots]].page; /* COMING: nobody changes it */
+  const int32_t first = c->slots[c->queue[c->queue_head % (uint64_t)c->capacity]].page; /* COMING: nobody changes it */
   const pi2_region *g = &c->regions[region_of(c, first)];
   for (f->count = 0; c->queue_head != c->queue_tail && f->count < PI2_MERGED; c->queue_head++, f->count++) {
-    const int32_t slot = c->queue[c->queue_head % (uint64_t)c->n_slots];
+    const int32_t slot = c->queue[c->queue_head % (uint64_t)c->capacity];
     if (c->slots[slot].page != first + f->count || first + f->count >= g->first + g->pages) break;
     f->slot[f->count] = slot;
     f->part[f->count] = (struct iovec){c->memory + slot * c->slot_bytes, (size_t)g->page_bytes};
@@ -203,7 +237,7 @@ static int finish(pi2_neuron_cache *c, pi2_read *r) {
       s->page = -1;
     }
     s->state = r->error ? ABSENT : PRESENT;
-    if (!s->pins) c->unpinned++;
+    if (!s->pins) unpin(c, s);
     for (int j = 0; j < 2; j++) {
       if (s->pending[j] && !r->error && atomic_fetch_sub(s->pending[j], 1) == 1) tell = 1;
       s->pending[j] = NULL;
@@ -272,23 +306,23 @@ int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_
 }
 
 pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *regions, int n_regions, int32_t n_pages,
-                                          int64_t slot_bytes, uint8_t *memory, int32_t n_slots, int depth, int *error) {
+                                          int64_t slot_bytes, uint8_t *memory, int32_t n_slots, int32_t capacity, int depth, int *error) {
   pi2_neuron_cache *c = aligned_alloc(64, (sizeof *c + 63) / 64 * 64);
   *error = ENOMEM;
   if (!c) return NULL;
   memset(c, 0, sizeof *c);
   c->flash = flash, c->regions = regions, c->n_regions = n_regions, c->n_pages = n_pages;
-  c->slot_bytes = slot_bytes, c->memory = memory, c->n_slots = n_slots, c->depth = depth;
+  c->slot_bytes = slot_bytes, c->memory = memory, c->n_slots = n_slots, c->capacity = capacity, c->depth = depth;
   c->slot_of = malloc((size_t)n_pages * sizeof *c->slot_of);
-  c->slots = calloc((size_t)n_slots, sizeof *c->slots);
+  c->slots = calloc((size_t)capacity, sizeof *c->slots);
   c->use = calloc((size_t)n_pages, sizeof *c->use);
   for (int i = 0; i < PI2_FADE_STEPS; i++) c->fade[i] = i ? c->fade[i - 1] * PI2_FADE : 1.0f;
-  c->queue = calloc((size_t)n_slots, sizeof *c->queue);
+  c->queue = calloc((size_t)capacity, sizeof *c->queue);
   c->fetches = calloc((size_t)depth, sizeof *c->fetches);
   c->spare = calloc((size_t)depth, sizeof *c->spare);
   if (c->slot_of && c->slots && c->use && c->queue && c->fetches && c->spare) {
     for (int32_t i = 0; i < n_pages; i++) atomic_init(&c->slot_of[i], -1);
-    for (int32_t i = 0; i < n_slots; i++) c->slots[i].page = -1;
+    for (int32_t i = 0; i < capacity; i++) c->slots[i].page = -1;
     for (int i = 0; i < depth; i++) c->spare[c->n_spare++] = &c->fetches[i];
     *error = pthread_mutex_init(&c->mutex, NULL);
     if (!*error && (*error = pthread_create(&c->thread, NULL, reader_main, c))) pthread_mutex_destroy(&c->mutex);

@@ -54,7 +54,7 @@ typedef struct pi2_neuron_cache {
   int n_regions, depth;
   int64_t slot_bytes;
   uint8_t *memory;
-  int32_t n_slots, n_pages;
+  int32_t n_slots, n_pages, capacity; /* capacity: slots there can be */
   pthread_t thread;
   /* under the mutex */
   pthread_mutex_t mutex;
@@ -64,7 +64,7 @@ typedef struct pi2_neuron_cache {
   uint32_t step;
   float fade[PI2_FADE_STEPS];
   int32_t used, hand, unpinned; /* slots ever used; unpinned: of the present ones */
-  int32_t *queue;               /* (n_slots) ring of slots to be filled */
+  int32_t *queue;               /* (capacity) ring of slots to be filled */
   uint64_t queue_head, queue_tail;
   uint32_t asked;           /* times that a block began to ask */
   int64_t hits, early, misses, evictions;
@@ -84,10 +84,13 @@ typedef struct pi2_neuron_cache {
   _Atomic int64_t stall_ns; /* of all threads, in which they had nothing to compute before something arrives */
 } pi2_neuron_cache;
 
-/* Starts the reader. `regions` and `memory` (n_slots * slot_bytes, aligned to 4096) outlive the cache. NULL and *error on
+/* Starts the reader. `regions` and `memory` (capacity * slot_bytes, aligned to 4096) outlive the cache. NULL and *error on
  * failure. */
 pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *regions, int n_regions, int32_t n_pages,
-                                          int64_t slot_bytes, uint8_t *memory, int32_t n_slots, int depth, int *error);
+                                          int64_t slot_bytes, uint8_t *memory, int32_t n_slots, int32_t capacity, int depth, int *error);
+/* Other than so many slots (at most the capacity), also while runs use them. What lies in slots that go is dropped, at once or
+ * when its last use ends: returns how many still are used. Their memory is not written to once there are none. */
+int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots);
 /* Joins the reader and closes the flash; afterwards nobody writes to the memory. */
 void pi2_neuron_cache_destroy(pi2_neuron_cache *c);
 

@@ -1,6 +1,6 @@
 """Memory for neurons that are read from flash when they fire (neuron_cache.h)."""
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 import os
@@ -13,7 +13,6 @@ cdef extern from "flash.h" nogil:
     ctypedef struct pi2_flash:
         pass
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
-    int pi2_flash_register(pi2_flash *, void *, int64_t)
     void pi2_flash_close(pi2_flash *)
 
 cdef extern from "neuron_cache.h" nogil:
@@ -21,11 +20,14 @@ cdef extern from "neuron_cache.h" nogil:
         int64_t offset, page_bytes
         int32_t first, pages
     ctypedef struct pi2_neuron_cache:
-        int32_t used, n_slots, n_pages
+        int32_t used, n_slots, n_pages, capacity
+        uint32_t event
         int64_t hits, early, misses, evictions
         int64_t bytes, reads_done, busy_ns, stall_ns
-    pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *, const pi2_region *, int, int32_t, int64_t, uint8_t *, int32_t, int,
-                                              int *)
+    pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *, const pi2_region *, int, int32_t, int64_t, uint8_t *, int32_t,
+                                              int32_t, int, int *)
+    int32_t pi2_neuron_cache_resize(pi2_neuron_cache *, int32_t)
+    void pi2_neuron_cache_wait(pi2_neuron_cache *, uint32_t, int64_t)
     void pi2_neuron_cache_destroy(pi2_neuron_cache *)
     int pi2_neuron_cache_fill(pi2_neuron_cache *, int, int32_t, int32_t)
 
@@ -53,7 +55,8 @@ class Counters:
 
 cdef class NeuronCache:
     """Holds pages of ``regions``, (offset in the file, bytes of a page, number of pages) for each feed-forward block, in
-    ``slots`` slots of ``slot_bytes`` at ``memory`` (aligned to PAGE, outlives the cache).
+    ``slots`` slots of ``slot_bytes`` at ``memory`` (aligned to PAGE, outlives the cache, has room for a slot for each page,
+    of which those that are not used need not be there).
 
     A native thread that reads begins at once. ``name``: what errors call the file, where that is not ``path``.
     ``depth``: reads in flight, at most MOST_DEPTH.
@@ -85,9 +88,8 @@ cdef class NeuronCache:
         flash = pi2_flash_open(os.fsencode(path), IO[io], depth, &error)
         if flash == NULL:
             raise OSError(error, os.strerror(error), os.fspath(self.path))
-        pi2_flash_register(flash, <void *>memory, slots * slot_bytes)  # faster where it may be; else nothing is lost
         self.cache = pi2_neuron_cache_create(flash, self.regions, self.n_regions, first, slot_bytes, <uint8_t *>memory,
-                                             slots, depth, &error)
+                                             slots, max(slots, first), depth, &error)
         if self.cache == NULL:
             pi2_flash_close(flash)
             raise OSError(error, os.strerror(error), os.fspath(self.path))
@@ -106,6 +108,17 @@ cdef class NeuronCache:
             error = pi2_neuron_cache_fill(self.cache, region, first, count)
         if error:
             raise OSError(error, os.strerror(error), os.fspath(self.path))
+
+    def resize(self, int slots):
+        """Other than so many slots, also while programs run. Blocks until nothing uses the memory of slots that go."""
+        cdef int32_t left = 1
+        if self.cache == NULL or not 1 <= slots <= self.cache.capacity:
+            raise InternalError(f"{slots} slots")
+        while left:
+            with nogil:
+                left = pi2_neuron_cache_resize(self.cache, slots)
+                if left:
+                    pi2_neuron_cache_wait(self.cache, self.cache.event, 5_000_000)
 
     @property
     def address(self):

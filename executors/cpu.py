@@ -14,7 +14,7 @@ from collections import deque
 import numpy as np
 import trio
 
-from pi2rt._errors import BusyError, ClosedError
+from pi2rt._errors import BusyError, ClosedError, RequestError
 from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
@@ -178,6 +178,14 @@ class CpuExecutor:
     def stop(self, step_id: int) -> None:
         if self._program is not None:
             self._program.stop(step_id)
+
+    async def resize(self, neuron_bytes: int) -> None:
+        """See ``pi2rt.runtime.executor.Resizable``."""
+        if self._neurons is None:
+            raise RequestError("there are no neurons in a cache: their memory cannot be resized")
+        # Not to be left half done: the thread would go on, and the memory might be freed under it.
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._neurons.resize, neuron_bytes)
 
     async def aclose(self) -> None:
         gang, self._gang = self._gang, None

@@ -41,7 +41,7 @@ class Neurons:
         self.slot_bytes = max(each.page_bytes for each in self._bundles)
         self.pages = sum(each.pages for each in self._bundles)
         self.slots = min(self.pages, nbytes // self.slot_bytes) if nbytes else self.pages
-        self._memory = native.Memory(self.slots * self.slot_bytes)
+        self._memory = native.Memory(self.pages * self.slot_bytes)  # resident where it is used
         regions = [(each.offset, each.page_bytes, each.pages) for each in self._bundles]
         try:
             self.cache = NeuronCache(
@@ -60,7 +60,7 @@ class Neurons:
 
     @property
     def nbytes(self) -> int:
-        return self._memory.nbytes
+        return self.slots * self.slot_bytes
 
     @property
     def resident(self) -> bool:
@@ -84,6 +84,13 @@ class Neurons:
                 count = min(FILL_PAGES, share - first)
                 self.cache.fill(number, first, count)
                 report(count * bundles.page_bytes)
+
+    def resize(self, nbytes: int) -> None:
+        """Another size, also while steps run: what no longer fits is given up. Blocks until its memory is free."""
+        slots = min(self.pages, nbytes // self.slot_bytes)
+        self.cache.resize(slots)
+        self._memory.discard(slots * self.slot_bytes, (self.pages - slots) * self.slot_bytes)
+        self.slots = slots
 
     def block(self, block: FeedForward, weights: Weights) -> program.Bundles:
         """What a program needs to know of one block."""

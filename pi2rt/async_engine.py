@@ -136,6 +136,10 @@ class AsyncEngine:
         """As ``Runtime.logits``."""
         return await self._call(lambda runtime: runtime.logits(tokens))
 
+    async def resize(self, memory: int | str) -> None:
+        """As ``Runtime.resize``."""
+        await self._call(lambda runtime: runtime.resize(memory))
+
     async def statistics(self) -> RuntimeStatistics:
         """As ``Runtime.statistics``."""
 

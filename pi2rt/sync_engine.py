@@ -117,6 +117,10 @@ class Engine:
         """As ``Runtime.logits``."""
         return self._call(lambda runtime: runtime.logits(tokens))
 
+    def resize(self, memory: int | str) -> None:
+        """As ``Runtime.resize``."""
+        self._call(lambda runtime: runtime.resize(memory))
+
     def statistics(self) -> RuntimeStatistics:
         """As ``Runtime.statistics``."""
 

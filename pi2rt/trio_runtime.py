@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, Unpack
@@ -28,7 +28,7 @@ from pi2rt.memory import MemoryNeed, estimate_need
 from pi2rt.model_info import ModelInfo, model_info
 from pi2rt.models import ModelDescription, describe
 from pi2rt.planner.placement import Placement, default_placement
-from pi2rt.planner.streaming import StreamingPlan, plan_streaming
+from pi2rt.planner.streaming import StreamingPlan, all_neurons, least_neurons, plan_streaming
 from pi2rt.runtime.actor import Actor, ActorStatistics
 from pi2rt.runtime.assistant import assistant_statistics
 from pi2rt.runtime.channel import ChannelStatistics
@@ -73,8 +73,15 @@ class RuntimeStatistics:
 class Runtime:
     """An open model. Made by ``open_runtime``; all methods are for tasks of the same Trio run."""
 
-    def __init__(self, engine: Engine, actor: Actor, tokenizer: Tokenizer, model: ModelInfo) -> None:
-        self._engine, self._actor = engine, actor
+    def __init__(
+        self,
+        engine: Engine,
+        actor: Actor,
+        tokenizer: Tokenizer,
+        model: ModelInfo,
+        resize: Callable[[int], Awaitable[None]],
+    ) -> None:
+        self._engine, self._actor, self._resize = engine, actor, resize
         self.tokenizer = tokenizer
         self.model = model
         self._stopped = trio.Event()
@@ -138,6 +145,20 @@ class Runtime:
         """The logits of the token after each of ``tokens``. float32 (n, vocab_size). Errors as for
         ``score``."""
         return await self._engine.logits(tokens)
+
+    async def resize(self, memory: int | str) -> None:
+        """Another memory budget, also while requests run: the neuron cache gives up what no longer fits, or may grow.
+        No text changes.
+
+        Args:
+            memory: what the whole process may take, in bytes or as "2G".
+
+        Raises:
+            RequestError: the model was opened without a budget, or as one that has no neurons in a cache.
+            MemoryBudgetError: too little for what must stay; the message says how much that is.
+            ExecutorError, ClosedError: as ``stream``.
+        """
+        await self._resize(RuntimeOptions(memory=memory).memory_bytes)
 
     def statistics(self) -> RuntimeStatistics:
         """What is going on now; cheap enough to ask every second."""
@@ -219,6 +240,8 @@ async def open_runtime(
         description, info = await trio.to_thread.run_sync(_describe, file, chosen.context)
         executor_options = _executor_options(file, description, chosen, info.context, placement, trace)
 
+        beside = chosen.memory_bytes - (executor_options.neuron_bytes or all_neurons(file))
+
         async def open_executor(executor: Executor) -> None:
             if file.bundles and not getattr(executor, "reads_bundles", False):
                 raise UnsupportedModelError(
@@ -229,12 +252,30 @@ async def open_runtime(
                 )
             await executor.open(file, description, executor_options, chosen.on_load or _ignore)
 
+        async def resize(memory: int) -> None:
+            nonlocal executor_options
+            if chosen.memory is None or not file.bundles:
+                raise RequestError(
+                    "the memory of this model cannot change while it runs: that takes a memory budget, and a pack with "
+                    "neuron bundles"
+                )
+            neurons = max(0, memory - beside)
+            if neurons < least_neurons(file):
+                raise MemoryBudgetError(
+                    f"a memory of {_mib(memory)} is too small; the least that a running model can change to is "
+                    f"{_mib(beside + least_neurons(file))}"
+                )
+            await actor.resize(neurons)
+            executor_options = replace(
+                executor_options, neuron_bytes=neurons
+            )  # of an executor that is made again
+
         actor = Actor(placement.lead.name, make_executor, open_executor, trace)
         try:
             async with open_own_nursery() as nursery:
                 tokenizer = await _load(nursery, actor, file)
                 engine = Engine(actor, tokenizer, _engine_options(description, executor_options), trace)
-                runtime = Runtime(engine, actor, tokenizer, info)
+                runtime = Runtime(engine, actor, tokenizer, info, resize)
                 await nursery.start(runtime._run)
                 try:
                     yield runtime

@@ -19,9 +19,9 @@ from typing import Literal, TypeAlias
 
 import trio
 
-from pi2rt._errors import BusyError, ClosedError, ExecutorError, InternalError
+from pi2rt._errors import BusyError, ClosedError, ExecutorError, InternalError, RequestError
 from pi2rt.runtime.channel import ChannelStatistics
-from pi2rt.runtime.executor import Executor, ExecutorStatistics
+from pi2rt.runtime.executor import Executor, ExecutorStatistics, Resizable
 from pi2rt.runtime.step import Step, StepResult
 from pi2rt.runtime.trace import Trace, Track
 
@@ -186,6 +186,19 @@ class Actor:
                 self._executor.stop(step_id)
             except Exception as error:
                 self._lose_executor(error)
+
+    async def resize(self, neuron_bytes: int) -> None:
+        """Another size of the executor's neuron cache, while steps run.
+
+        Raises:
+            RequestError: the executor has none.
+            ActorBrokenError, ClosedError, ExecutorError: as ``submit``.
+        """
+        self._check_usable("resize")
+        executor: object = self._executor
+        if not isinstance(executor, Resizable):
+            raise RequestError(f"the executor of actor {self.name!r} cannot change its memory while it runs")
+        await executor.resize(neuron_bytes)
 
     async def aclose(self) -> None:
         """Closes the executor and ends the task. Waiting ``submit`` and ``result`` raise ClosedError.

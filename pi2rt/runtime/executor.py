@@ -130,3 +130,13 @@ class Executor(Protocol):
         ...
 
     def statistics(self) -> ExecutorStatistics: ...
+
+
+@runtime_checkable
+class Resizable(Protocol):
+    """An executor whose memory for neurons (``ExecutorOptions.neuron_bytes``) can change while steps run."""
+
+    async def resize(self, neuron_bytes: int) -> None:
+        """Gives up what no longer fits, and returns when its memory is free; or may hold more from now on. Results do
+        not change. Raises RequestError where no neurons are in a cache."""
+        ...
