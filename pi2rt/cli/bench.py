@@ -169,7 +169,7 @@ class _RandomPrompts:
 
 def bytes_per_token(path: str) -> int:
     """Bytes of weights that one step reads: every tensor once, of an embedding that is not the head one
-    row."""
+    row. Of neurons that a pack stores one by one nothing: how many fire is not known before."""
     from pi2rt.formats import open_model_file
     from pi2rt.models import describe
     from pi2rt.models.tensors import iterate_tensors
@@ -179,6 +179,8 @@ def bytes_per_token(path: str) -> int:
         total = 0
         for name, shape in iterate_tensors(model):
             size = file.tensors[name].nbytes
+            if file.tensors[name].layout == "neurons":
+                continue
             total += size // shape[0] if name == model.embedding != model.head.weight else size
         return total
 

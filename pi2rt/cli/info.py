@@ -51,6 +51,7 @@ def collect() -> dict[str, Any]:
             "total": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             "available": available_memory(),
         },
+        "flash": _flash(),
         "kernels": _kernels(),
         "executors": {name: _executor(name) for name in available_executors()},
         "cache": str(catalogue.cache_directory()),
@@ -69,6 +70,16 @@ def processor() -> str:
             if name.strip() == key and value.strip():
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+def _flash() -> dict[str, Any]:
+    """How weights that do not fit are read, and why."""
+    try:
+        from pi2rt.cython_kernels.flash import probe
+    except ImportError as error:
+        return {"error": f"the native module cannot be imported: {error}"}
+    permitted, why = probe()
+    return {"io": "uring" if permitted else "preadv", "why": why}
 
 
 def _kernels() -> dict[str, Any]:
@@ -118,6 +129,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     )
     yield f"threads by default: {found['threads']}{quota}"
     yield f"memory: {size(found['memory']['available'])} available of {size(found['memory']['total'])}"
+    flash = found["flash"]
+    yield f"flash: {flash['error']}" if "error" in flash else f"flash: {flash['io']} ({flash['why']})"
     kernels = found["kernels"]
     yield (
         f"kernels: {kernels['current']} ({kernels['why']})"

@@ -9,6 +9,7 @@ import pytest
 
 from pi2rt import __version__
 from pi2rt.cli.main import main
+from pi2rt.cython_kernels.flash import probe
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +32,9 @@ def test_info(capfd: pytest.CaptureFixture[str], cache: Path) -> None:
     memory, kernels, executors = found["memory"], found["kernels"], found["executors"]
     assert isinstance(memory, dict)
     assert 0 < memory["available"] <= memory["total"]
+    assert found["flash"] == dict(
+        zip(("io", "why"), ("uring" if probe()[0] else "preadv", probe()[1]), strict=True)
+    )
     assert isinstance(executors, dict)
     assert {"cpu", "reference", "simulated"} <= executors.keys()
     assert not any("error" in executor for executor in executors.values())
@@ -42,7 +46,14 @@ def test_info(capfd: pytest.CaptureFixture[str], cache: Path) -> None:
     assert main(["info"]) == 0
     text = capfd.readouterr().out
     assert f"kernels: {kernels['current']} (the best" in text
-    for words in ("processor: ", "cores ", "memory: ", "  scalar: runs here\n", "  cpu: pi2rt.executors.cpu"):
+    for words in (
+        "processor: ",
+        "cores ",
+        "memory: ",
+        "flash: ",
+        "  scalar: runs here\n",
+        "  cpu: pi2rt.executors.cpu",
+    ):
         assert words in text
 
 
