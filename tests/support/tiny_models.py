@@ -293,6 +293,10 @@ def write_gguf(
         keys[f"{architecture}.expert_used_count"] = model.experts_used
     if architecture in ("qwen2moe", "qwen3moe"):
         keys[f"{architecture}.expert_feed_forward_length"] = model.expert_hidden
+        if config["norm_topk_prob"] != (
+            architecture == "qwen3moe"
+        ):  # not what these files mean without saying
+            keys[f"{architecture}.expert_weights_norm"] = config["norm_topk_prob"]
     if architecture == "qwen2moe":
         keys[f"{architecture}.expert_shared_feed_forward_length"] = model.shared_hidden
     if config.get("hidden_act", "silu") != "silu":
