@@ -153,8 +153,9 @@ class ReferenceModel:
     def _mixture(self, block: MixtureOfExperts, x: Floats) -> Floats:
         logits = self._linear(block.router, x)  # (t, n_experts)
         chosen = np.argsort(-logits, axis=-1, kind="stable")[:, : block.n_used]  # (t, n_used)
+        weights: Floats  # (t, n_used)
         if block.normalized:
-            weights = _softmax(np.take_along_axis(logits, chosen, axis=-1))  # (t, n_used)
+            weights = _softmax(np.take_along_axis(logits, chosen, axis=-1))
         else:
             weights = np.take_along_axis(_softmax(logits), chosen, axis=-1)
         out = np.zeros_like(x)
@@ -168,7 +169,7 @@ class ReferenceModel:
 
     def _expert(self, block: MixtureOfExperts, expert: int, x: Floats) -> Floats:
         """The output of one expert for the tokens that chose it, before its weight."""
-        y = x @ self._matrix_of(block.up, expert).T  # (t, hidden)
+        y: Floats = x @ self._matrix_of(block.up, expert).T  # (t, hidden)
         if block.up_activation is not None:
             y = activate(block.up_activation, y)
         if block.gate is None:
@@ -246,7 +247,7 @@ def activate(kind: Activation, x: Floats) -> Floats:
 
 def _sigmoid(x: Floats) -> Floats:
     with np.errstate(over="ignore"):  # as in activate
-        y: Floats = 1 / (1 + np.exp(-x))
+        y: Floats = np.reciprocal(1 + np.exp(-x))
     return y
 
 

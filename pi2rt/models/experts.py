@@ -76,17 +76,15 @@ def n_used(c: Checkpoint, experts: int = MAX_EXPERTS) -> int:
 def shared_expert(c: Checkpoint, layer: int, hidden: int) -> SharedExpert:
     """``hidden``: its neurons."""
     router = c.tensor("ffn_gate_inp_shexp", layer)
-    flat, row = (c.dim,), (1, c.dim)
-    shape = row if not c.gguf else flat
-    if router in c.file.tensors and c.file.tensors[router].shape in (flat, row):
-        shape = c.file.tensors[router].shape
+    found = c.file.tensors.get(router)
+    flat = c.gguf if found is None else len(found.shape) == 1
     return SharedExpert(
         gate=c.linear("ffn_gate_shexp", layer),
         up=c.linear("ffn_up_shexp", layer),
         down=c.linear("ffn_down_shexp", layer),
         hidden=hidden,
         router=router,
-        router_shape=shape,
+        router_shape=(c.dim,) if flat else (1, c.dim),
     )
 
 
