@@ -15,6 +15,7 @@ from synthetic_model import SPECIALS, STAY, TOPICS, SyntheticModel
 from synthetic_shape import SHAPES
 from synthetic_tensors import topic_of
 
+from pi2rt._errors import UnsupportedModelError
 from pi2rt.executors.reference_model import ReferenceModel
 from pi2rt.formats import ModelFile
 from pi2rt.formats.quants import dequantize
@@ -59,9 +60,13 @@ def activity(model: SyntheticModel, tokens: Int32s, layers: int | None = None) -
     """Measures the first ``layers`` layers (None: all) over a text, int32 (tokens,), of more than ``WINDOW`` tokens.
 
     Raises:
-        UnsupportedModelError: a mixture of experts, which the reference does not run.
+        UnsupportedModelError: a mixture of experts, whose gates are not those of one block.
     """
     description = describe(model)
+    if model.shape.experts:
+        raise UnsupportedModelError(
+            model.path, "experts", "activity is measured of plain feed-forward blocks only"
+        )
     description = replace(description, layers=description.layers[:layers])
     pages = -(-len(tokens) // PAGE_TOKENS)
     recorder = _Recorder(description, _Dequantised(model), pages)

@@ -17,7 +17,7 @@ import trio
 from pi2rt._errors import BusyError, ClosedError, RequestError
 from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.stream import Stream
-from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
+from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type, refuse_unknown_blocks
 from pi2rt.executors.neurons import Neurons
 from pi2rt.executors.weights import Weights
 from pi2rt.formats import ModelFile
@@ -61,6 +61,7 @@ class CpuExecutor:
         self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
     ) -> None:
         """Loads the weights with as many threads as will compute; ``progress`` counts bytes of the file."""
+        refuse_unknown_blocks(file, model)
         cores = options.cores or tuple(sorted(os.sched_getaffinity(0)))
         self._threads = [(options.actor, core) for core in cores]
         self._threads += [(actor, core) for actor, group in options.assistants for core in group]

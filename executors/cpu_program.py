@@ -50,6 +50,18 @@ def cache_layouts(model: ModelDescription, kv_type: str) -> tuple[list[CacheLayo
     return layouts, offset
 
 
+def refuse_unknown_blocks(file: ModelFile, model: ModelDescription) -> None:
+    """Raises UnsupportedModelError where a layer has a block that no program can compute."""
+    for layer in model.layers:
+        for block in layer.blocks:
+            if not isinstance(block, (Attention, FeedForward)):
+                raise UnsupportedModelError(
+                    file.path,
+                    type(block).__name__,
+                    "the cpu executor does not run this block yet; take executor='reference', which is slow",
+                )
+
+
 class ProgramBuilder:
     """Builds the program of a model for one gang of threads."""
 

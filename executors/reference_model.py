@@ -13,7 +13,18 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from pi2rt.models import Activation, Attention, FeedForward, Linear, ModelDescription, Norm, Rope
+from pi2rt.models import (
+    Activation,
+    Attention,
+    ExpertLinear,
+    FeedForward,
+    Linear,
+    MixtureOfExperts,
+    ModelDescription,
+    Norm,
+    Rope,
+    SharedExpert,
+)
 from pi2rt.runtime.step import PAGE_TOKENS, Floats, Int32s
 
 Weights = Mapping[str, Floats]
@@ -80,8 +91,10 @@ class ReferenceModel:
                 y = self._norm(block.norm, x)
                 if isinstance(block, Attention):
                     y = self._attention(block, y, start, pages, self._caches[i, j])
-                else:
+                elif isinstance(block, FeedForward):
                     y = self._feed_forward(block, y)
+                else:
+                    y = self._mixture(block, y)
                 x = x + (y if block.post_norm is None else self._norm(block.post_norm, y))
                 if marks is not None:
                     marks.append((f"{i} {type(block).__name__}", begun, time.perf_counter_ns()))
@@ -137,6 +150,53 @@ class ReferenceModel:
             up = activate(block.up_activation, up)
         return self._linear(block.down, activate(block.activation, self._linear(block.gate, x)) * up)
 
+    def _mixture(self, block: MixtureOfExperts, x: Floats) -> Floats:
+        logits = self._linear(block.router, x)  # (t, n_experts)
+        chosen = np.argsort(-logits, axis=-1, kind="stable")[:, : block.n_used]  # (t, n_used)
+        weights: Floats  # (t, n_used)
+        if block.normalized:
+            weights = _softmax(np.take_along_axis(logits, chosen, axis=-1))
+        else:
+            weights = np.take_along_axis(_softmax(logits), chosen, axis=-1)
+        out = np.zeros_like(x)
+        for expert in np.unique(chosen):
+            tokens, places = np.nonzero(chosen == expert)
+            y = self._expert(block, int(expert), x[tokens])
+            out[tokens] += weights[tokens, places, None] * y
+        if block.shared is not None:
+            out += self._shared(block, block.shared, x)
+        return out
+
+    def _expert(self, block: MixtureOfExperts, expert: int, x: Floats) -> Floats:
+        """The output of one expert for the tokens that chose it, before its weight."""
+        y: Floats = x @ self._matrix_of(block.up, expert).T  # (t, hidden)
+        if block.up_activation is not None:
+            y = activate(block.up_activation, y)
+        if block.gate is None:
+            y = activate(block.activation, y)
+        else:
+            y = activate(block.activation, x @ self._matrix_of(block.gate, expert).T) * y
+        out: Floats = y @ self._matrix_of(block.down, expert).T
+        return out
+
+    def _shared(self, block: MixtureOfExperts, shared: SharedExpert, x: Floats) -> Floats:
+        plain = FeedForward(
+            block.norm,
+            shared.up,
+            shared.down,
+            shared.hidden,
+            block.activation,
+            shared.gate,
+            block.up_activation,
+        )
+        weight = _sigmoid(x @ self.weights[shared.router].reshape(-1, 1))  # (t, 1)
+        return weight * self._feed_forward(plain, x)
+
+    def _matrix_of(self, linear: ExpertLinear, expert: int) -> Floats:
+        name, index = linear.of(expert)
+        matrix = self.weights[name]
+        return matrix if index is None else matrix[index]
+
     def _linear(self, linear: Linear, x: Floats) -> Floats:
         y: Floats = x @ self.weights[linear.weight].T
         return y if linear.bias is None else y + self.weights[linear.bias]
@@ -182,6 +242,12 @@ def activate(kind: Activation, x: Floats) -> Floats:
         y = np.maximum(x, 0)
     else:  # relu2
         y = np.square(np.maximum(x, 0))
+    return y
+
+
+def _sigmoid(x: Floats) -> Floats:
+    with np.errstate(over="ignore"):  # as in activate
+        y: Floats = np.reciprocal(1 + np.exp(-x))
     return y
 
 

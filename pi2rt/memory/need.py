@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pi2rt._errors import MemoryBudgetError
 from pi2rt.formats import ModelFile
-from pi2rt.models import Attention, FeedForward, ModelDescription
+from pi2rt.models import Attention, FeedForward, MixtureOfExperts, ModelDescription
 from pi2rt.models.tensors import iterate_tensors
 
 KV_BYTES = {"f16": 2.0, "q8": 1.0 + 2 / 32}
@@ -74,6 +74,10 @@ def estimate_need(
             if isinstance(block, Attention):
                 row += 2 * block.n_kv_heads * block.head_dim
                 widest = max(widest, (2 * block.n_heads + 2 * block.n_kv_heads) * block.head_dim)
+            elif isinstance(block, MixtureOfExperts):
+                # All tokens may choose the same expert: their inputs, its neurons and outputs; and who chose whom.
+                neurons = max(block.hidden, 0 if block.shared is None else block.shared.hidden)
+                widest = max(widest, 2 * neurons + 2 * model.dim + 2 * (block.n_experts + block.n_used))
             elif isinstance(block, FeedForward):
                 sparse = block.down.weight in file.bundles  # lists of who fires, and sums of down
                 widest = max(widest, 2 * block.hidden + sparse * (block.hidden // 2 + model.dim))

@@ -70,11 +70,19 @@ def activation_name(c: Checkpoint, key: str = "hidden_act", default: str = "silu
     return name
 
 
-def feed_forward(c: Checkpoint, layer: int, activation: str, *, post_norm: str | None = None) -> FeedForward:
-    """``activation``: a key of ``ACTIVATIONS``. A model whose first layer has no gate tensor has the plain
-    ``down(activation(up(x)))``."""
+def feed_forward(
+    c: Checkpoint,
+    layer: int,
+    activation: str,
+    *,
+    post_norm: str | None = None,
+    gated: bool | None = None,
+) -> FeedForward:
+    """``activation``: a key of ``ACTIVATIONS``. ``gated``: None where it is up to the file: a model whose first layer
+    has no gate tensor has the plain ``down(activation(up(x)))``."""
     gate_activation, up_activation = ACTIVATIONS[activation]
-    gated = c.has("ffn_gate", 0) or up_activation is not None
+    if gated is None:
+        gated = c.has("ffn_gate", 0) or up_activation is not None
     return FeedForward(
         norm=c.norm("ffn_norm", layer),
         gate=c.linear("ffn_gate", layer, bias=None) if gated else None,

@@ -89,7 +89,60 @@ class FeedForward:
     post_norm: Norm | None = None
 
 
-Block: TypeAlias = Attention | FeedForward
+@dataclass(frozen=True, slots=True)
+class ExpertLinear:
+    """One linear map of every expert, ``y = W[expert] @ x``. ``weight``: one tensor of shape (experts, outputs,
+    inputs), or one of shape (outputs, inputs) for each expert, in their order."""
+
+    weight: str | tuple[str, ...]
+
+    def of(self, expert: int) -> tuple[str, int | None]:
+        """The tensor that has this expert's matrix, and its index in there: None where it is all of it."""
+        return (self.weight, expert) if isinstance(self.weight, str) else (self.weight[expert], None)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """An expert that every token uses, its output times ``sigmoid(router . x)``; activations as its mixture has them.
+
+    ``router``: tensor of ``router_shape``, (dim,) or (1, dim), as the file has it.
+    """
+
+    up: Linear
+    down: Linear
+    hidden: int
+    router: str
+    router_shape: tuple[int, ...]
+    gate: Linear | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureOfExperts:
+    """The sum over the ``n_used`` experts whose router logits are largest of weight times
+    ``down(activation(gate(x)) * up(x))``, and of the shared expert's output. Shazeer et al., 2017.
+
+    Of equal logits the one of the lower expert goes first. Weights are the softmax over the logits of the chosen where
+    ``normalized`` (the same as one over all, divided by the sum of the chosen), and else the softmax over all, which
+    sums to less than 1. ``hidden``: neurons of each expert. ``gate``, ``activation`` and ``up_activation`` as
+    ``FeedForward`` has them.
+    """
+
+    norm: Norm
+    router: Linear  # of shape (n_experts, dim)
+    up: ExpertLinear
+    down: ExpertLinear
+    hidden: int
+    n_experts: int
+    n_used: int
+    normalized: bool
+    activation: Activation
+    gate: ExpertLinear | None = None
+    up_activation: Activation | None = None
+    shared: SharedExpert | None = None
+    post_norm: Norm | None = None
+
+
+Block: TypeAlias = Attention | FeedForward | MixtureOfExperts
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """Llama and what shares its shape: Llama 2 and 3, Mistral, SmolLM, TinyLlama, Yi, and the ReLU models made of
 them.
 
-GGUF files call all of them ``llama`` and have the rows of q and k permuted for interleaved rotation.
-Attention and feed-forward biases are used where the file has them. ``hidden_act`` selects the ReLU kinds
-(``decoder.py``).
+GGUF files call all of them ``llama``, and so they call Mixtral (``mixtral.py``); they have the rows of q and k
+permuted for interleaved rotation. Attention and feed-forward biases are used where the file has them. ``hidden_act``
+selects the ReLU kinds (``decoder.py``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pi2rt.formats.model_file import ModelFile
 from pi2rt.models import decoder
 from pi2rt.models.checkpoint import Checkpoint
 from pi2rt.models.description import Layer, ModelDescription
+from pi2rt.models.mixtral import mixtral_model
 from pi2rt.models.rope import read_rope
 
 _LLAMA = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
@@ -26,6 +27,8 @@ _MISTRAL = {
 def describe_llama(file: ModelFile, context: int | None) -> ModelDescription:
     """Touvron et al., 2023."""
     c = Checkpoint(file, defaults=_LLAMA, context=context)
+    if c.optional_number("expert_count", None) is not None:
+        return mixtral_model(c)
     return _describe(c, decoder.activation_name(c))
 
 

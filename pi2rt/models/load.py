@@ -12,8 +12,11 @@ from pi2rt.models.checkpoint import layer_prefix
 from pi2rt.models.description import ModelDescription
 from pi2rt.models.gemma3 import describe_gemma3
 from pi2rt.models.llama import describe_bamboo, describe_llama, describe_mistral
+from pi2rt.models.mixtral import describe_mixtral
 from pi2rt.models.qwen2 import describe_qwen2
+from pi2rt.models.qwen2_moe import describe_qwen2_moe
 from pi2rt.models.qwen3 import describe_qwen3
+from pi2rt.models.qwen3_moe import describe_qwen3_moe
 from pi2rt.models.tensors import iterate_tensors
 
 Describe: TypeAlias = Callable[[ModelFile, int | None], ModelDescription]
@@ -23,8 +26,13 @@ ARCHITECTURES: Mapping[str, Describe] = MappingProxyType(
         "llama": describe_llama,
         "mistral": describe_mistral,
         "bamboo": describe_bamboo,
+        "mixtral": describe_mixtral,
         "qwen2": describe_qwen2,
         "qwen3": describe_qwen3,
+        "qwen2moe": describe_qwen2_moe,
+        "qwen2_moe": describe_qwen2_moe,
+        "qwen3moe": describe_qwen3_moe,
+        "qwen3_moe": describe_qwen3_moe,
         "gemma3": describe_gemma3,
         "gemma3_text": describe_gemma3,
     }

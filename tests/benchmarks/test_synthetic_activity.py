@@ -12,6 +12,8 @@ from synthetic_model import STAY, TOPICS, SyntheticModel
 from synthetic_shape import FeedForwardActivation, Shape
 from synthetic_tensors import topic_of
 
+from pi2rt._errors import UnsupportedModelError
+
 SHAPE = Shape(512, 1792, 4, 8, 2, 4096, "drelu")
 
 
@@ -30,6 +32,12 @@ def test_the_promised_statistics(kind: FeedForwardActivation) -> None:
         assert 0.19 < layer.new < 0.28
     assert found.stay is not None
     assert found.stay > 0.9
+
+
+def test_experts_are_not_measured() -> None:
+    model = SyntheticModel("mixture", replace(SHAPE, layers=1, experts=2, experts_used=1))
+    with pytest.raises(UnsupportedModelError, match="activity is measured of plain feed-forward blocks only"):
+        activity(model, wandering_text(SHAPE.vocab, 8))
 
 
 @pytest.mark.parametrize("share", [0.03, 0.25])

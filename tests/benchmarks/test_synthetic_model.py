@@ -16,7 +16,7 @@ from synthetic_noise import Noise
 from synthetic_shape import Shape
 
 from pi2rt.formats.quants import dequantize
-from pi2rt.models import FeedForward, describe
+from pi2rt.models import FeedForward, MixtureOfExperts, describe
 from pi2rt.runtime.step import Floats
 
 DENSE = Shape(128, 192, 2, 4, 2, 512, "drelu")
@@ -137,8 +137,11 @@ def test_metadata_says_what_it_is() -> None:
         block = layer.blocks[1]
         assert isinstance(block, FeedForward)
         assert (block.activation, block.up_activation) == ("relu", "relu")
-    experts = MODELS["experts"].metadata
-    assert (experts["llama.expert_count"], experts["llama.expert_used_count"]) == (4, 2)
+    for layer in describe(MODELS["experts"]).layers:
+        mixture = layer.blocks[1]
+        assert isinstance(mixture, MixtureOfExperts)
+        assert (mixture.n_experts, mixture.n_used) == (4, 2)
+        assert (mixture.activation, mixture.up_activation) == ("relu", "relu")
     assert MODELS["experts"].tensors["blk.0.ffn_down_exps.weight"].shape == (4, 128, 192)
     assert "llama.hidden_activation" not in MODELS["silu"].metadata
 

@@ -32,6 +32,14 @@ def test_the_need_of_a_tiny_model(tmp_path: Path) -> None:
     assert need(path, kv_type="q8").page == found.page * 34 // 64
 
 
+def test_experts_count_as_weights_and_one_of_them_as_activations(tmp_path: Path) -> None:
+    model = TinyModel("qwen2_moe", experts=8, experts_used=3)
+    found = need(write_gguf(tmp_path / "tiny.gguf", model))
+    assert found.weights == 4 * sum(values.size for values in model.weights().values())
+    activations = 4 * 512 * (4 * model.dim + 2 * model.shared_hidden + 2 * model.dim + 2 * (8 + 3))
+    assert found.activations == activations + 4 * 2 * 8 * VOCAB_SIZE
+
+
 def test_pages_as_many_as_fit() -> None:
     small = MemoryNeed(weights=100 * MIB, page=MIB, activations=20 * MIB)
     assert small.pages(available=10_000 * MIB, needed=64, wanted=512) == 512

@@ -67,7 +67,7 @@ def test_tied_heads_name_the_embedding_once(tmp_path: Path) -> None:
 
 
 def test_iterate_tensors_names_every_tensor_of_the_file(tmp_path: Path) -> None:
-    for family in ("llama", "qwen2", "qwen3", "gemma3_text"):
+    for family in ("llama", "qwen2", "qwen3", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe"):
         path = write_gguf(
             tmp_path / f"{family}.gguf", TinyModel(family, config={"attention_bias": family == "llama"})
         )

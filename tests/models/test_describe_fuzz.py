@@ -58,7 +58,16 @@ _GGUF_VALUES = st.one_of(
 )
 
 
-@pytest.fixture(scope="module", params=["llama-longrope-long", "qwen2-window", "gemma3-rope-parameters"])
+_DIRECTORIES = [
+    "llama-longrope-long",
+    "qwen2-window",
+    "gemma3-rope-parameters",
+    "mixtral",
+    "qwen2-moe-plain-layers",
+]
+
+
+@pytest.fixture(scope="module", params=_DIRECTORIES)
 def directory(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ModelFile]:
@@ -67,7 +76,7 @@ def directory(
         yield file
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
+@pytest.fixture(scope="module", params=["llama", "gemma3_text", "mixtral", "qwen2_moe"])
 def gguf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelFile]:
     path: Path = tmp_path_factory.mktemp("fuzz") / "model.gguf"
     with open_model_file(write_gguf(path, TinyModel(request.param))) as file:
@@ -102,6 +111,7 @@ def test_config_json(directory: ModelFile, data: st.DataObject) -> None:
         "layer_types",
         "text_config",
         "hidden_act_param",
+        "num_local_experts",
     ]
     keys = [key for key in keys if key != "model_type"]
     _describe(directory, data.draw(st.dictionaries(st.sampled_from(keys), _VALUES, min_size=1, max_size=3)))
@@ -120,5 +130,6 @@ def test_gguf_metadata(gguf: ModelFile, data: st.DataObject) -> None:
     ]
     keys += [f"{prefix}rope.dimension_count", f"{prefix}attention.sliding_window_pattern"]
     keys += [f"{prefix}hidden_activation", f"{prefix}vocab_size", "general.name"]
+    keys += [f"{prefix}expert_{key}" for key in ("count", "gating_func", "weights_norm", "weights_scale")]
     changes = st.dictionaries(st.sampled_from(keys), _GGUF_VALUES, min_size=1, max_size=4)
     _describe(gguf, data.draw(changes))

@@ -46,6 +46,11 @@ async def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> No
         TinyModel("qwen2", seed=7),
         TinyModel("qwen3", seed=8, head_dim=32),
         TinyModel("gemma3_text", seed=9, layers=7),
+        TinyModel("mixtral", seed=12),
+        TinyModel("qwen2_moe", seed=13, experts=5, experts_used=3),
+        TinyModel("qwen2_moe", seed=14, config={"norm_topk_prob": True}),
+        TinyModel("qwen3_moe", seed=15, head_dim=32),
+        TinyModel("qwen3_moe", seed=16, config={"norm_topk_prob": False}),
     ],
     ids=lambda model: f"{model.family}-{model.seed}",
 )

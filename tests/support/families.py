@@ -112,6 +112,20 @@ FAMILIES: Mapping[str, Family] = {
             },
         )
     ),
+    "mixtral": Family(TinyModel("mixtral", seed=160)),
+    "mixtral-one-of-three": Family(TinyModel("mixtral", seed=161, experts=3, experts_used=1)),
+    "mixtral-window": Family(TinyModel("mixtral", seed=162, config={"sliding_window": 8})),
+    "mixtral-relu": Family(TinyModel("mixtral", seed=163, config={"hidden_act": "relu"})),
+    "qwen2-moe": Family(TinyModel("qwen2_moe", seed=170, experts=6, experts_used=3)),
+    "qwen2-moe-normalized": Family(TinyModel("qwen2_moe", seed=171, config={"norm_topk_prob": True})),
+    "qwen2-moe-plain-layers": Family(
+        TinyModel("qwen2_moe", seed=172, layers=4, config={"mlp_only_layers": [3], "decoder_sparse_step": 2})
+    ),
+    "qwen3-moe": Family(TinyModel("qwen3_moe", seed=180, head_dim=32, experts=8, experts_used=4)),
+    "qwen3-moe-not-normalized": Family(TinyModel("qwen3_moe", seed=181, config={"norm_topk_prob": False})),
+    "qwen3-moe-biases": Family(
+        TinyModel("qwen3_moe", seed=182, config={"attention_bias": True, "mlp_only_layers": [0]})
+    ),
     "gemma3": Family(TinyModel("gemma3_text", seed=150, layers=7)),
     "gemma3-linear-softcap": Family(
         TinyModel(
@@ -139,3 +153,6 @@ FAMILIES: Mapping[str, Family] = {
         )
     ),
 }
+
+WITHOUT_EXPERTS = tuple(name for name, family in FAMILIES.items() if not family.model.has_experts)
+"""Those that every executor runs."""

@@ -39,13 +39,25 @@ _CONFIG_CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+_GGUF_ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
 }
 
 
 @dataclass(frozen=True)
 class TinyModel:
     """One model. ``family``: a model_type of Hugging Face. ``config``: what differs from a plain config.json
-    of that family. ``gated``: whether the feed-forward block has a gate (Transformers' always has)."""
+    of that family. ``gated``: whether the feed-forward block has a gate (Transformers' always has). ``experts``,
+    ``experts_used``, ``expert_hidden`` and ``shared_hidden``: of the families that have mixtures of experts; experts of
+    Mixtral have ``hidden`` neurons."""
 
     family: str = "llama"
     seed: int = 0
@@ -57,6 +69,10 @@ class TinyModel:
     head_dim: int = 16
     context: int = 256
     gated: bool = True
+    experts: int = 4
+    experts_used: int = 2
+    expert_hidden: int = 32
+    shared_hidden: int = 64
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def huggingface_config(self) -> dict[str, Any]:
@@ -84,7 +100,27 @@ class TinyModel:
             config |= {"hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 0}
         else:
             config["hidden_act"] = "silu"
+        if self.has_experts:
+            config["num_experts_per_tok"] = self.experts_used
+            config["num_local_experts" if self.family == "mixtral" else "num_experts"] = self.experts
+        if self.family in ("qwen2_moe", "qwen3_moe"):
+            config["moe_intermediate_size"] = self.expert_hidden
+            config["norm_topk_prob"] = self.family == "qwen3_moe"
+        if self.family == "qwen2_moe":
+            config["shared_expert_intermediate_size"] = self.shared_hidden
         return config | dict(self.config)
+
+    @property
+    def has_experts(self) -> bool:
+        return self.family in ("mixtral", "qwen2_moe", "qwen3_moe")
+
+    def is_mixed(self, layer: int) -> bool:
+        """Whether the layer has experts."""
+        config = self.huggingface_config()
+        plain = layer in config.get("mlp_only_layers", []) or (layer + 1) % config.get(
+            "decoder_sparse_step", 1
+        )
+        return self.has_experts and not plain
 
     def weights(self) -> dict[str, Floats]:
         """By the names of a Hugging Face checkpoint; the same for the same seed, on every machine."""
@@ -103,9 +139,25 @@ class TinyModel:
             around = 0.0 if gemma else 1.0
             weights[f"{name}.weight"] = (around + 0.2 * random.standard_normal(size)).astype(np.float32)
 
+        def mixture(at: str) -> None:
+            mixtral = self.family == "mixtral"
+            block = f"{at}.block_sparse_moe" if mixtral else f"{at}.mlp"
+            gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+            hidden = self.hidden if mixtral else self.expert_hidden
+            matrix(f"{block}.gate", self.experts, self.dim)
+            for expert in range(self.experts):
+                matrix(f"{block}.experts.{expert}.{gate}", hidden, self.dim)
+                matrix(f"{block}.experts.{expert}.{up}", hidden, self.dim)
+                matrix(f"{block}.experts.{expert}.{down}", self.dim, hidden)
+            if self.family == "qwen2_moe":
+                matrix(f"{block}.shared_expert_gate", 1, self.dim)
+                matrix(f"{block}.shared_expert.gate_proj", self.shared_hidden, self.dim)
+                matrix(f"{block}.shared_expert.up_proj", self.shared_hidden, self.dim)
+                matrix(f"{block}.shared_expert.down_proj", self.dim, self.shared_hidden)
+
         matrix("model.embed_tokens", VOCAB_SIZE, self.dim)
         attention_bias = bool(config.get("attention_bias"))
-        qkv_bias = attention_bias or self.family == "qwen2"
+        qkv_bias = attention_bias or self.family in ("qwen2", "qwen2_moe")
         mlp_bias = bool(config.get("mlp_bias"))
         for i in range(self.layers):
             at = f"model.layers.{i}"
@@ -114,13 +166,16 @@ class TinyModel:
             matrix(f"{at}.self_attn.k_proj", self.kv_heads * self.head_dim, self.dim, qkv_bias)
             matrix(f"{at}.self_attn.v_proj", self.kv_heads * self.head_dim, self.dim, qkv_bias)
             matrix(f"{at}.self_attn.o_proj", self.dim, self.heads * self.head_dim, attention_bias)
-            if self.family in ("qwen3", "gemma3_text"):
+            if self.family in ("qwen3", "qwen3_moe", "gemma3_text"):
                 norm(f"{at}.self_attn.q_norm", self.head_dim)
                 norm(f"{at}.self_attn.k_norm", self.head_dim)
             norm(f"{at}.post_attention_layernorm", self.dim)
             if gemma:
                 norm(f"{at}.pre_feedforward_layernorm", self.dim)
                 norm(f"{at}.post_feedforward_layernorm", self.dim)
+            if self.is_mixed(i):
+                mixture(at)
+                continue
             if self.gated:
                 matrix(f"{at}.mlp.gate_proj", self.hidden, self.dim, mlp_bias)
             matrix(f"{at}.mlp.up_proj", self.hidden, self.dim, mlp_bias)
@@ -191,6 +246,7 @@ def write_gguf(
     types: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
     extra: Mapping[str, Floats] | None = None,
+    stacked: bool = True,
 ) -> Path:
     """Writes the model as llama.cpp's converter would.
 
@@ -201,10 +257,11 @@ def write_gguf(
         types: other types for the roles (``{"token_embd": "Q8_0"}``) or tensors (``{"blk.0.attn_q": "Q4_K"}``) named
             here, each of which must be there.
         metadata: more keys, or other values; None leaves a key out.
-        extra: more float32 tensors, by their GGUF names.
+        extra: more float32 tensors, by their GGUF names, or these instead of the model's.
+        stacked: whether the matrices of all experts are one tensor, which they were not in the first files.
     """
     config = model.huggingface_config()
-    architecture = {"gemma3_text": "gemma3", "mistral": "llama"}.get(model.family, model.family)
+    architecture = _GGUF_ARCHITECTURES.get(model.family, model.family)
     keys: dict[str, Any] = {
         "general.name": f"tiny {model.family}",
         f"{architecture}.block_count": model.layers,
@@ -231,6 +288,17 @@ def write_gguf(
     if architecture == "gemma3":
         keys[f"{architecture}.rope.freq_base_swa"] = float(config["rope_local_base_freq"])
         keys[f"{architecture}.attention.scale"] = config["query_pre_attn_scalar"] ** -0.5
+    if model.has_experts:
+        keys[f"{architecture}.expert_count"] = model.experts
+        keys[f"{architecture}.expert_used_count"] = model.experts_used
+    if architecture in ("qwen2moe", "qwen3moe"):
+        keys[f"{architecture}.expert_feed_forward_length"] = model.expert_hidden
+        if config["norm_topk_prob"] != (
+            architecture == "qwen3moe"
+        ):  # not what these files mean without saying
+            keys[f"{architecture}.expert_weights_norm"] = config["norm_topk_prob"]
+    if architecture == "qwen2moe":
+        keys[f"{architecture}.expert_shared_feed_forward_length"] = model.shared_hidden
     if config.get("hidden_act", "silu") != "silu":
         keys[f"{architecture}.hidden_activation"] = config["hidden_act"]
     keys |= dict(metadata or {})
@@ -239,16 +307,16 @@ def write_gguf(
     for key, value in keys.items():
         _add_key(writer, key, value)
     unused = dict(types or {})
-    for name, values in {**_gguf_weights(model, architecture), **(extra or {})}.items():
+    for name, values in {**_gguf_weights(model, architecture, stacked), **(extra or {})}.items():
         stem = name.removesuffix(".weight")
-        key = stem if types and stem in types else name.split(".")[-2]
-        kind = (types or {}).get(key, weight_type) if values.ndim == 2 else "F32"
+        key = stem if types and stem in types else name.split(".")[2 if name.startswith("blk.") else -2]
+        matrix = values.ndim > 1 and not key.startswith("ffn_gate_inp")
+        kind = (types or {}).get(key, weight_type) if matrix else "F32"
         unused.pop(key, None)
         if kind == "F32":
             writer.add_tensor(name, values)
         else:
-            raw = quantize(kind, values).reshape(len(values), -1)
-            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+            writer.add_tensor(name, quantize(kind, values), raw_dtype=gguf.GGMLQuantizationType[kind])
     if unused:
         raise ValueError(f"no tensors {', '.join(unused)}")
     writer.write_header_to_file()
@@ -273,7 +341,7 @@ def _add_key(writer: gguf.GGUFWriter, key: str, value: object) -> None:
         raise TypeError(f"{key}: {value!r}")
 
 
-def _gguf_weights(model: TinyModel, architecture: str) -> dict[str, Floats]:
+def _gguf_weights(model: TinyModel, architecture: str, stacked: bool) -> dict[str, Floats]:
     names = {
         "model.embed_tokens": "token_embd",
         "model.norm": "output_norm",
@@ -289,7 +357,16 @@ def _gguf_weights(model: TinyModel, architecture: str) -> dict[str, Floats]:
         "mlp.gate_proj": "ffn_gate",
         "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
+        "block_sparse_moe.gate": "ffn_gate_inp",
+        "mlp.gate": "ffn_gate_inp",
+        "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+        "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_expert.up_proj": "ffn_up_shexp",
+        "mlp.shared_expert.down_proj": "ffn_down_shexp",
     }
+    of_experts = {"w1": "ffn_gate", "w3": "ffn_up", "w2": "ffn_down"}
+    of_experts |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+    stacks: dict[str, list[Floats]] = {}
     if architecture == "gemma3":
         names["post_attention_layernorm"] = "post_attention_norm"
         names["pre_feedforward_layernorm"] = "ffn_norm"
@@ -302,13 +379,22 @@ def _gguf_weights(model: TinyModel, architecture: str) -> dict[str, Floats]:
         if stem.startswith("model.layers."):
             _, _, number, stem = stem.split(".", 3)
             layer = f"blk.{number}."
+        if ".experts." in stem:
+            _, expert, matrix = stem.rsplit(".", 2)
+            if stacked:
+                stacks.setdefault(f"{layer}{of_experts[matrix]}_exps.{kind}", []).append(values)
+            else:
+                out[f"{layer}{of_experts[matrix]}.{expert}.{kind}"] = values
+            continue
         role = names[stem]
+        if role == "ffn_gate_inp_shexp":
+            values = values[0]
         if architecture == "llama" and role in heads:
             values = interleave(values, heads[role])
         if architecture == "gemma3" and role.endswith("norm"):
             values = values + np.float32(1)
         out[f"{layer}{role}.{kind}"] = values
-    return out
+    return out | {name: np.stack(values) for name, values in stacks.items()}
 
 
 def interleave(values: Floats, heads: int) -> Floats:
