@@ -243,7 +243,7 @@ static int finish(pi2_neuron_cache *c, pi2_read *r) {
       s->pending[j] = NULL;
     }
   }
-  if (r->error) atomic_store(&c->error, r->error == PI2_EOF ? EIO : r->error);
+  if (r->error) atomic_store(&c->error, r->error);
   return tell;
 }
 static void *reader_main(void *argument) {

@@ -75,7 +75,7 @@ typedef struct pi2_neuron_cache {
   /* shared */
   _Alignas(64) _Atomic uint32_t event; /* futex: something arrived, failed, or was computed */
   _Atomic int sleepers;
-  _Atomic int error;       /* errno of a read that failed in this run */
+  _Atomic int error;       /* errno, or PI2_EOF, of a read that failed in this run */
   _Alignas(64) _Atomic uint32_t work; /* futex: the reader has something to do */
   _Atomic int reader;      /* what it waits for: nothing, work, or a read (then in_flight may rise) */
   _Atomic int in_flight;
@@ -95,7 +95,7 @@ int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots);
 void pi2_neuron_cache_destroy(pi2_neuron_cache *c);
 
 /* Reads pages [first, first + count) of a region in order into slots that were never used, while there are any, and waits for
- * them: before any run. 0 or an errno. */
+ * them: before any run. 0, an errno or PI2_EOF. */
 int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_t count);
 
 /* A step begins; a block begins to ask. */

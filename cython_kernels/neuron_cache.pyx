@@ -107,7 +107,8 @@ cdef class NeuronCache:
         with nogil:
             error = pi2_neuron_cache_fill(self.cache, region, first, count)
         if error:
-            raise OSError(error, os.strerror(error), os.fspath(self.path))
+            message = "the file ends too early" if error < 0 else os.strerror(error)
+            raise OSError(abs(error), f"reading neurons: {message}", os.fspath(self.path))
 
     def resize(self, int slots):
         """Other than so many slots, also while programs run. Blocks until nothing uses the memory of slots that go."""

@@ -553,7 +553,8 @@ cdef class Program:
         kernel_ns = <int64_t>(busy * ns_per_tick / self.p.threads)
         if r.error:
             message = "the file ends too early" if r.error < 0 else os.strerror(r.error)
-            raise OSError(abs(r.error), f"reading weights: {message}", *([] if self.stream is None else [self.stream.path]))
+            reader = self.stream if self.neurons is None else self.neurons
+            raise OSError(abs(r.error), f"reading weights: {message}", *([] if reader is None else [reader.path]))
         if r.stopped:
             return StepResult(step.id, stopped=True, started_ns=r.begin_ns, finished_ns=r.end_ns, kernel_ns=kernel_ns), None
         sampled, scores, logits = [], [], []

@@ -14,7 +14,7 @@ from collections import deque
 import numpy as np
 import trio
 
-from pi2rt._errors import BusyError, ClosedError, RequestError
+from pi2rt._errors import BusyError, ClosedError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type, refuse_unknown_blocks
@@ -62,6 +62,12 @@ class CpuExecutor:
     ) -> None:
         """Loads the weights with as many threads as will compute; ``progress`` counts bytes of the file."""
         refuse_unknown_blocks(file, model)
+        if options.exact_floats and file.bundles:
+            raise UnsupportedModelError(
+                file.path,
+                "bundles",
+                "are not read as exact floats; convert the model with --no-bundles for that",
+            )
         cores = options.cores or tuple(sorted(os.sched_getaffinity(0)))
         self._threads = [(options.actor, core) for core in cores]
         self._threads += [(actor, core) for actor, group in options.assistants for core in group]
@@ -116,6 +122,7 @@ class CpuExecutor:
             trio.from_thread.run_sync(progress, done, total)
 
         await trio.to_thread.run_sync(neurons.load, report)
+        progress(total, total)  # each block's share of the cache is rounded down
 
     def submit(self, step: Step) -> None:
         if self._program is None or self._options is None:

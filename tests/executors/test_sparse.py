@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from pi2rt._errors import UnsupportedModelError
 from pi2rt.cython_kernels import native
 from pi2rt.cython_kernels.program import CLUSTER
 from pi2rt.executors.cpu import CpuExecutor
-from pi2rt.formats import open_model_file
+from pi2rt.formats import ModelFile, open_model_file
+from pi2rt.models import ModelDescription, describe
 from pi2rt.planner.convert import convert
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
+from tests.executors.conformance import ExecutorConformance
 from tests.support.running import NOTHING, all_logits, opened, page_table
 from tests.support.tiny_models import TinyModel, write_gguf
 
@@ -74,9 +79,11 @@ async def test_sparse_blocks_are_the_dense_ones_bit_for_bit(
         assert executor.statistics().details["neuron_misses"] == 0
 
 
-@pytest.mark.parametrize("pipeline", ["cluster", "matrix", "none"])
-@pytest.mark.parametrize("io", ["auto", "preadv"])
-@pytest.mark.parametrize("cores", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("pipeline", "io", "cores"),
+    [("cluster", "auto", 1), ("cluster", "auto", 2), ("cluster", "preadv", 3), ("matrix", "auto", 2),
+     ("matrix", "preadv", 1), ("none", "auto", 2)],
+)  # fmt: skip
 async def test_what_the_cache_holds_changes_no_bit(
     packs: tuple[Path, Path], pipeline: str, io: str, cores: int
 ) -> None:
@@ -93,3 +100,61 @@ async def test_what_the_cache_holds_changes_no_bit(
             details = executor.statistics().details
         assert details["neuron_misses"] > 0
         assert details["flash_bytes"] > 0
+
+
+async def test_a_file_that_shrinks_fails_the_step_and_not_the_process(
+    packs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "m.pi2"
+    shutil.copy(packs[0], path)
+    size, cluster, _ = cache_sizes(path)
+    async with opened(CpuExecutor(), path, exact_floats=False, neuron_bytes=cluster * size) as executor:
+        expected = await all_logits(executor, TOKENS)
+        with open_model_file(path) as file:
+            last = max(each.offset for each in file.bundles.values())
+        os.truncate(path, last)
+        for _ in range(3):
+            with pytest.raises(OSError, match="reading weights: the file ends too early"):
+                await all_logits(executor, TOKENS)
+        whole = packs[0].read_bytes()
+        path.write_bytes(whole)  # the same file again
+        np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
+
+
+async def test_a_stopped_step_leaves_nothing_behind(packs: tuple[Path, Path]) -> None:
+    size, cluster, _ = cache_sizes(packs[0])
+    given = {"exact_floats": False, "neuron_bytes": cluster * size}
+    async with opened(CpuExecutor(), packs[0], **given) as executor:
+        expected = await all_logits(executor, TOKENS)
+        for number in range(40):
+            bind = (Bind(1, Sampling(), NOTHING),)
+            executor.submit(Step(1000 + number, (Slice(1, 0, page_table(1), TOKENS, sample=True),), bind))
+            executor.stop(1000 + number)
+            await executor.wait()
+            if number % 5 == 0:
+                np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
+
+
+async def test_exact_floats_are_refused(packs: tuple[Path, Path]) -> None:
+    with pytest.raises(UnsupportedModelError, match="--no-bundles"):
+        async with opened(CpuExecutor(), packs[0]):
+            pass
+
+
+class TestSparseCpu(ExecutorConformance):
+    """With the smallest cache there can be."""
+
+    @pytest.fixture(autouse=True)
+    def _model(self, packs: tuple[Path, Path]) -> None:
+        self.path = packs[0]
+        size, cluster, _ = cache_sizes(self.path)
+        self.options = ExecutorOptions(
+            slots=4, pages=16, context=256, max_tokens=192, neuron_bytes=cluster * size
+        )
+
+    def make_executor(self) -> Executor:
+        return CpuExecutor()
+
+    def open_model(self) -> tuple[ModelFile, ModelDescription]:
+        file = open_model_file(self.path)
+        return file, describe(file)
