@@ -189,3 +189,24 @@ void pi2_unbundle_down(int type, const uint8_t *from, const uint8_t *scales, int
     }
   }
 }
+
+/* Activations in the order of neuron_rows: x[chunk of 16 blocks][16 pairs][16 blocks][2 columns]. */
+void pi2_arrange(const pi2_q8 *x, int wide, int64_t k, int16_t *to, float *d, float *s) {
+  const int64_t blocks = k / PI2_BLOCK, padded = pi2_align(blocks, 16);
+  for (int64_t b = 0; b < blocks; b++) {
+    int16_t *o = to + b / 16 * 512 + b % 16 * 2;
+    if (wide) { /* stored 0 2 1 3 */
+      const int16_t *q = (const int16_t *)x->q + b * PI2_BLOCK;
+      for (int g = 0; g < 8; g++, o += 64) o[0] = q[4 * g], o[1] = q[4 * g + 2], o[32] = q[4 * g + 1], o[33] = q[4 * g + 3];
+    } else {
+      const int8_t *q = x->q + b * PI2_BLOCK;
+      for (int v = 0; v < 16; v++, o += 32) o[0] = q[2 * v], o[1] = q[2 * v + 1];
+    }
+  }
+  for (int64_t b = blocks; b < padded; b++)
+    for (int v = 0; v < 16; v++) memset(to + b / 16 * 512 + v * 32 + b % 16 * 2, 0, 4);
+  memcpy(d, x->d, (size_t)blocks * 4);
+  memcpy(s, x->s, (size_t)blocks * 4);
+  memset(d + blocks, 0, (size_t)(padded - blocks) * 4);
+  memset(s + blocks, 0, (size_t)(padded - blocks) * 4);
+}

@@ -49,6 +49,7 @@ cdef extern from "kernels.h" nogil:
         double (*logsumexp)(const float *, int64_t) noexcept nogil
         void (*softcap)(float *, float, int64_t) noexcept nogil
         uint64_t (*read)(const uint8_t *, int64_t) noexcept nogil
+    void pi2_arrange(const pi2_q8 *, int, int64_t, int16_t *, float *, float *)
     const pi2_kernels *const *pi2_variants()
     int pi2_variant_runs(const pi2_kernels *)
     int64_t pi2_row_bytes(int, int64_t)

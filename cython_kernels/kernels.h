@@ -87,6 +87,10 @@ typedef void (*pi2_neuron_rows)(const uint8_t *const *rows, const uint8_t *const
 typedef void (*pi2_neuron_columns)(const uint8_t *const *columns, const int16_t *q, int m, const uint8_t *scales,
                                    int64_t plane, float d, float s, int64_t rows, float *out);
 
+/* One row of activations for pi2_neuron_rows: x[chunk of 16 blocks][16 pairs][16 blocks][2 columns], and its scales, all
+ * padded with zeros to whole chunks (bundles.c). */
+void pi2_arrange(const pi2_q8 *x, int wide, int64_t k, int16_t *to, float *d, float *s);
+
 typedef struct {
   const char *name;
   int lanes; /* of the widest register, in floats; for reports */

@@ -68,6 +68,28 @@ class Kernels:
     def quantize(
         self, x: Floats, *, wide: bool = False
     ) -> tuple[Any, Floats, Floats, npt.NDArray[np.int16]]: ...
+    def neuron_rows(
+        self,
+        type_name: str,
+        pages: Bytes,
+        scales: Bytes,
+        layout: BundleLayout,
+        neurons: Sequence[int],
+        x: Floats,
+        *,
+        wide: bool = False,
+    ) -> Floats: ...
+    def neuron_columns(
+        self,
+        type_name: str,
+        pages: Bytes,
+        scales: Bytes,
+        layout: BundleLayout,
+        h: Floats,
+        rows: int,
+        *,
+        wide: bool = False,
+    ) -> Floats: ...
     def gemm(
         self,
         type_name: str,

@@ -408,6 +408,63 @@ cdef class Kernels:
                 gemm(<const uint8_t *>address + b * size, k, &q8, <int>n, &o[0, b * 16], blocks * 16)
         return out[:, :rows]
 
+    def neuron_rows(self, type_name, pages, scales, layout, neurons, const float[::1] x, *, bint wide=False):
+        """Products of up rows in bundles (``bundle_up``), those of ``neurons`` (numbers), with x (k,): float32 (n,)."""
+        cdef int type_id = TYPE_IDS[type_name]
+        cdef int64_t k = x.shape[0], stride = pi2_up_scales(type_id, k), at, i, n = len(neurons)
+        cdef const uint8_t[::1] page = pages, scale = scales
+        cdef const uint8_t *rows[16]
+        cdef const uint8_t *numbers[16]
+        cdef pi2_q8 q8
+        cdef Memory arranged = Memory(2 * (k + 512) + 8 * (k // 32 + 16) + 256)
+        cdef int16_t *order = <int16_t *>arranged.address
+        cdef float *d = <float *>(arranged.address + (k + 511) // 512 * 1024)
+        cdef float *s = d + (k // 32 + 15) // 16 * 16
+        q, scale_d, scale_s, sums = self.quantize(x, wide=wide)
+        cdef int8_t[::1] qv = q.view(np.int8)
+        cdef float[::1] dv = scale_d, sv = scale_s
+        out = np.empty(n, np.float32)
+        cdef float[::1] o = out
+        if not n or not k:
+            return np.zeros(n, np.float32)
+        if wide:  # quantize gives the plain order
+            stored = np.ascontiguousarray(q.reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(-1))
+            qv = stored.view(np.int8)
+        q8.q, q8.d, q8.s, q8.ldq, q8.ldb = &qv[0], &dv[0], &sv[0], k, k // 32
+        pi2_arrange(&q8, wide, k, order, d, s)
+        per_page, page_bytes, neuron_bytes, _ = layout
+        for at in range(0, n, 16):
+            for i in range(min(16, n - at)):
+                number = neurons[at + i]
+                rows[i] = &page[number // per_page * page_bytes + number % per_page * neuron_bytes]
+                numbers[i] = &scale[number * stride]
+            self.k.neuron_rows[type_id](rows, numbers, <int>min(16, n - at), k, order, d, s, &o[at])
+        arranged.close()
+        return out
+
+    def neuron_columns(self, type_name, pages, scales, layout, const float[::1] h, int64_t rows, *, bint wide=False):
+        """Product of the down columns of one group of 32 neurons in bundles (``bundle_down``) with their values h (32,):
+        float32 (rows,). Neurons whose value becomes 0 are left out."""
+        cdef int type_id = TYPE_IDS[type_name]
+        cdef int64_t padded = (rows + 127) // 128 * 128
+        cdef const uint8_t[::1] page = pages, scale = scales
+        cdef const uint8_t *columns[32]
+        cdef int16_t values[32]
+        cdef int m = 0
+        q, d, s, _ = self.quantize(h, wide=wide)
+        out = np.zeros(padded, np.float32)
+        cdef float[::1] o = out
+        per_page, page_bytes, neuron_bytes, up_bytes = layout
+        for i in range(32):
+            if q[i]:
+                columns[m] = &page[i // per_page * page_bytes + i % per_page * neuron_bytes + up_bytes]
+                values[m] = q[i]
+                m += 1
+        if m:
+            self.k.neuron_columns[type_id](columns, values, m, &scale[0], pi2_down_scales(type_id, rows) // 2, d[0], s[0],
+                                           padded, &o[0])
+        return out[:rows]
+
     def rmsnorm(self, const float[::1] x, const float[::1] w, float offset, float eps):
         if x.shape[0] != w.shape[0]:
             raise ValueError("x and w differ in length")

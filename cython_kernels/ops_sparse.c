@@ -20,26 +20,6 @@ typedef struct {
   int index, arranged; /* arranged: row whose activations are in the scratch */
 } block;
 
-/* Activations in the order of neuron_rows: x[chunk of 16 blocks][16 pairs][16 blocks][2 columns]. */
-static void arrange(const pi2_q8 *x, int wide, int64_t k, int16_t *to, float *d, float *s) {
-  const int64_t blocks = k / PI2_BLOCK, padded = pi2_align(blocks, 16);
-  for (int64_t b = 0; b < blocks; b++) {
-    int16_t *o = to + b / 16 * 512 + b % 16 * 2;
-    if (wide) { /* stored 0 2 1 3 */
-      const int16_t *q = (const int16_t *)x->q + b * PI2_BLOCK;
-      for (int g = 0; g < 8; g++, o += 64) o[0] = q[4 * g], o[1] = q[4 * g + 2], o[32] = q[4 * g + 1], o[33] = q[4 * g + 3];
-    } else {
-      const int8_t *q = x->q + b * PI2_BLOCK;
-      for (int v = 0; v < 16; v++, o += 32) o[0] = q[2 * v], o[1] = q[2 * v + 1];
-    }
-  }
-  for (int64_t b = blocks; b < padded; b++)
-    for (int v = 0; v < 16; v++) memset(to + b / 16 * 512 + v * 32 + b % 16 * 2, 0, 4);
-  memcpy(d, x->d, (size_t)blocks * 4);
-  memcpy(s, x->s, (size_t)blocks * 4);
-  memset(d + blocks, 0, (size_t)(padded - blocks) * 4);
-  memset(s + blocks, 0, (size_t)(padded - blocks) * 4);
-}
 static int64_t cluster_end(const block *k, int c) {
   const int64_t end = (int64_t)(c + 1) * PI2_CLUSTER;
   return end < k->b->neurons ? end : k->b->neurons;
@@ -188,7 +168,7 @@ static void compute_up(block *k, int c) {
     if (!n) continue;
     if (b->up_type >= 0 && k->arranged != row) {
       const pi2_q8 x = pi2_q8_row(&k->in->q8, row);
-      arrange(&x, p->wide, k->op->matrix[0].k, scratch->arranged, scratch->arranged_d, scratch->arranged_s);
+      pi2_arrange(&x, p->wide, k->op->matrix[0].k, scratch->arranged, scratch->arranged_d, scratch->arranged_s);
       k->arranged = row;
     }
     for (int at = 0; b->up_type >= 0 && at < n; at += 16) {

@@ -40,7 +40,7 @@ build() {
   for job in "${jobs[@]}"; do wait "$job" || status=1; done
   # shellcheck disable=SC2086
   [ $status = 0 ] && $with "${common[@]}" $flags -I"$work/$name" "$here/runner.c" "$source/dispatch.c" \
-    "$source/repack.c" "$work/$name"/*.o -lm -o "$work/$name/runner"
+    "$source/repack.c" "$source/bundles.c" "$work/$name"/*.o -lm -o "$work/$name/runner"
 }
 
 native() {

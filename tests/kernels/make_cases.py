@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pi2rt.cython_kernels import native
+from pi2rt.formats import neuron_bundles
 from tests.kernels.weights import FLOAT_TYPES, QUANT_TYPES, TYPE_NAMES, random_rows
 
 (
@@ -35,7 +36,9 @@ from tests.kernels.weights import FLOAT_TYPES, QUANT_TYPES, TYPE_NAMES, random_r
     READ,
     REPACK,
     UNPACK,
-) = range(14)
+    NEURON_ROWS,
+    NEURON_COLUMNS,
+) = range(16)
 ACTIVATIONS = tuple(native.ACTIVATIONS)
 LENGTHS = (1, 2, 7, 15, 16, 17, 31, 32, 33, 64, 100, 4095, 4097)
 
@@ -243,9 +246,35 @@ def memory_cases(rng: np.random.Generator) -> Iterator[Case]:
             memory.close()
 
 
+def neuron_cases(rng: np.random.Generator) -> Iterator[Case]:
+    """Expected is what the row blocks' kernel makes of the whole matrix: single neurons have the same bits."""
+    shapes = ((32, 1), (96, 3), (512, 16), (544, 5), (1024, 9), (1600, 16))
+    for name in neuron_bundles.TYPES:
+        for quants in (None, 0, 0x7F, 0x80, 0xFF):
+            for wide, (k, m) in itertools.product((0, 1), shapes):
+                raw, x = random_rows(rng, name, m, k, quants=quants), normal(rng, 1, k, scale=3.0)
+                p = (native.TYPE_IDS[name], m, k, wide)
+                yield Case(NEURON_ROWS, [raw, x], [dense(name, raw, x, bool(wide))[0]], p)
+            for wide, rows in itertools.product((0, 1), (1, 64, 100, 128, 300)):
+                raw, h = random_rows(rng, name, rows, 32, quants=quants), normal(rng, 1, 32)
+                h[0, rng.random(32) < rng.random()] = 0
+                p = (native.TYPE_IDS[name], rows, wide)
+                yield Case(NEURON_COLUMNS, [raw, h], [dense(name, raw, h, bool(wide))[0]], p)
+
+
+def dense(type_name: str, raw: Array, x: npt.NDArray[np.float32], wide: bool) -> npt.NDArray[np.float32]:
+    rows, k = len(raw), x.shape[1]
+    memory = native.Memory(native.matrix_bytes(type_name, rows, k))
+    if native.repack(type_name, raw.reshape(-1), rows, k, memory.address) is not None:
+        raise ValueError("weights of a case must be finite")
+    out = SCALAR.gemm(type_name, memory.address, rows, k, x, wide=wide)
+    memory.close()
+    return out
+
+
 def main(path: Path) -> None:
     rng = np.random.default_rng(20240229)
     with path.open("wb") as file:
-        for cases in (quantize_cases, gemm_cases, vector_cases, attention_cases, memory_cases):
+        for cases in (quantize_cases, gemm_cases, vector_cases, attention_cases, memory_cases, neuron_cases):
             for case in cases(rng):
                 file.write(case.to_bytes())

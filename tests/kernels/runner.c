@@ -12,13 +12,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bundles.h"
 #include "kernels.h"
 
 enum { /* the same in make_cases.py */
   QUANTIZE, GEMM, RMSNORM, ADD, ACTIVATE, ROPE, ATTENTION, SCALE, ARGMAX, LOGSUMEXP, SOFTCAP, READ, REPACK, UNPACK,
-       KERNELS };
+  NEURON_ROWS, NEURON_COLUMNS, KERNELS };
 static const char *const names[KERNELS] = {"quantize", "gemm", "rmsnorm", "add", "activate", "rope", "attention",
-                                           "scale", "argmax", "logsumexp", "softcap", "read", "repack", "unpack"};
+                                           "scale", "argmax", "logsumexp", "softcap", "read", "repack", "unpack", "neuron rows", "neuron columns"};
 enum { BYTES, FLOATS, DOUBLES };
 
 typedef struct {
@@ -148,6 +149,61 @@ static void run_attention(const pi2_kernels *kernels, test *t) {
   free(memory);
 }
 
+/* One row of activations as integers. */
+static pi2_q8 quantized(const pi2_kernels *kernels, const float *x, int64_t k, int wide) {
+  pi2_q8 q = {.q = allocate((uint64_t)(k << wide)), .d = allocate((uint64_t)k / 8), .s = allocate((uint64_t)k / 8),
+              .h = allocate((uint64_t)k / 8), .ldq = k << wide, .ldb = k / 32};
+  (wide ? kernels->quantize16 : kernels->quantize8)(x, k, q.q, q.d, q.s, q.h);
+  return q;
+}
+static void free_quantized(pi2_q8 *q) { free(q->q), free(q->d), free(q->s), free(q->h); }
+
+/* p: type, rows, k, int16 activations. in: rows as in a file, x (k). out: (rows) */
+static void run_neuron_rows(const pi2_kernels *kernels, test *t) {
+  const int type = (int)t->p[0], m = (int)t->p[1], wide = (int)t->p[3];
+  const int64_t k = t->p[2], bytes = pi2_up_quants(type, k), stride = pi2_up_scales(type, k), padded = (k + 511) / 512 * 512;
+  const pi2_bundle_layout layout = {m, m * bytes, bytes, bytes};
+  uint8_t *quants = allocate((uint64_t)(m * bytes)), *scales = allocate((uint64_t)(m * stride));
+  memset(quants, 0, (size_t)(m * bytes));
+  pi2_bundle_up(type, t->in[0].data, m, k, &layout, quants, scales);
+  pi2_q8 q = quantized(kernels, floats(t, 1), k, wide);
+  int16_t *x = allocate((uint64_t)padded * 2);
+  float *d = allocate((uint64_t)padded / 8), *s = allocate((uint64_t)padded / 8);
+  pi2_arrange(&q, wide, k, x, d, s);
+  const uint8_t *rows[16], *numbers[16];
+  for (int i = 0; i < m; i++) rows[i] = quants + i * bytes, numbers[i] = scales + i * stride;
+  kernels->neuron_rows[type](rows, numbers, m, k, x, d, s, out_floats(t, 0));
+  free_quantized(&q);
+  free(quants), free(scales), free(x), free(d), free(s);
+}
+
+/* p: type, rows, int16 activations. in: rows of 32 columns as in a file, their values (32). out: (rows) */
+static void run_neuron_columns(const pi2_kernels *kernels, test *t) {
+  static const uint8_t stored[4] = {0, 2, 1, 3};
+  const int type = (int)t->p[0], wide = (int)t->p[2];
+  const int64_t rows = t->p[1], bytes = pi2_down_quants(type, rows), padded = (rows + 127) / 128 * 128;
+  const int64_t room = bytes * (type == PI2_Q8_0 ? 1 : 2) < padded ? bytes + 64 : bytes; /* whole 128 rows are read */
+  const pi2_bundle_layout layout = {32, 32 * room, room, 0};
+  uint8_t *quants = allocate((uint64_t)(32 * room)), *scales = allocate((uint64_t)pi2_down_scales(type, rows));
+  memset(quants, 0, (size_t)(32 * room));
+  pi2_bundle_down(type, t->in[0].data, rows, 32, 0, 32, &layout, quants, scales);
+  pi2_q8 q = quantized(kernels, floats(t, 1), 32, wide);
+  float *out = allocate((uint64_t)padded * 4);
+  memset(out, 0, (size_t)padded * 4);
+  const uint8_t *columns[32];
+  int16_t values[32];
+  int m = 0;
+  for (int j = 0; j < 32; j++) {
+    values[m] = wide ? ((const int16_t *)q.q)[(j & ~3) + stored[j & 3]] : q.q[j];
+    if (values[m]) columns[m++] = quants + j * room;
+  }
+  if (m)
+    kernels->neuron_columns[type](columns, values, m, scales, pi2_down_scales(type, rows) / 2, q.d[0], q.s[0], padded, out);
+  memcpy(out_floats(t, 0), out, (size_t)rows * 4);
+  free_quantized(&q);
+  free(quants), free(scales), free(out);
+}
+
 static void run(const pi2_kernels *kernels, test *t) {
   const int64_t *p = t->p;
   switch (t->kernel) {
@@ -205,6 +261,12 @@ static void run(const pi2_kernels *kernels, test *t) {
       memcpy(t->out[1].data, &bad, sizeof bad);
       break;
     }
+    case NEURON_ROWS:
+      run_neuron_rows(kernels, t);
+      break;
+    case NEURON_COLUMNS:
+      run_neuron_columns(kernels, t);
+      break;
     case UNPACK: /* p: type, rows, k. in: row blocks */
       for (int64_t i = 0; i < p[1]; i++)
         pi2_unpack_row((int)p[0], t->in[0].data, p[2], i, out_floats(t, 0) + i * p[2]);
