@@ -312,7 +312,8 @@ pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *re
   if (!c) return NULL;
   memset(c, 0, sizeof *c);
   c->flash = flash, c->regions = regions, c->n_regions = n_regions, c->n_pages = n_pages;
-  c->slot_bytes = slot_bytes, c->memory = memory, c->n_slots = n_slots, c->capacity = capacity, c->depth = depth;
+  c->slot_bytes = slot_bytes, c->memory = memory, c->capacity = capacity, c->depth = depth;
+  atomic_init(&c->n_slots, n_slots);
   c->slot_of = malloc((size_t)n_pages * sizeof *c->slot_of);
   c->slots = calloc((size_t)capacity, sizeof *c->slots);
   c->use = calloc((size_t)n_pages, sizeof *c->use);

@@ -54,7 +54,8 @@ typedef struct pi2_neuron_cache {
   int n_regions, depth;
   int64_t slot_bytes;
   uint8_t *memory;
-  int32_t n_slots, n_pages, capacity; /* capacity: slots there can be */
+  _Atomic int32_t n_slots;    /* written under the mutex, as `used` */
+  int32_t n_pages, capacity;  /* capacity: slots there can be */
   pthread_t thread;
   /* under the mutex */
   pthread_mutex_t mutex;
@@ -63,7 +64,8 @@ typedef struct pi2_neuron_cache {
   pi2_use *use;             /* (n_pages) */
   uint32_t step;
   float fade[PI2_FADE_STEPS];
-  int32_t used, hand, unpinned; /* slots ever used; unpinned: of the present ones */
+  _Atomic int32_t used;         /* slots ever used */
+  int32_t hand, unpinned;       /* unpinned: of the present ones */
   int32_t *queue;               /* (capacity) ring of slots to be filled */
   uint64_t queue_head, queue_tail;
   uint32_t asked;           /* times that a block began to ask */

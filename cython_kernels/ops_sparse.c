@@ -258,6 +258,7 @@ static int64_t range_start(const pi2_sparse *s, int range) { return s->stride / 
 /* Takes a range of the stream's rows as far as clusters are computed. Returns whether there was any. */
 static int advance_range(block *k) {
   pi2_sparse *s = k->s;
+  if (atomic_load(&s->arrived) < k->p->threads) return 0;
   for (int i = 0; i < s->n_ranges; i++) {
     const int range = (i + k->w->index * s->n_ranges / k->p->threads) % s->n_ranges;
     int next = atomic_load(&s->range[range].next);
@@ -311,6 +312,7 @@ static int take_cluster(block *k) {
 void pi2_sparse_reset(pi2_sparse *s) {
   for (int c = 0; c < s->n_clusters; c++) atomic_store(&s->clusters[c].stage, PI2_IDLE);
   for (int i = 0; i < PI2_RANGES; i++) atomic_store(&s->range[i].next, 0), atomic_store(&s->range[i].busy, 0);
+  atomic_store(&s->arrived, 0);
   atomic_store(&s->asking, 0);
   atomic_store(&s->next_asked, 0);
   atomic_store(&s->gated, 0);
@@ -330,6 +332,7 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   pi2_input ahead;
   const int looks_ahead = prepare_ahead(&k, &ahead);
   if (w->index == 0) pi2_neuron_cache_block(k.cache);
+  if (atomic_fetch_add(&s->arrived, 1) + 1 == p->threads) pi2_neuron_cache_signal(k.cache);
   _Atomic uint32_t *ranges_done = &r->cursors[4 * index + 2];
   while (atomic_load(ranges_done) < (uint32_t)s->n_ranges) {
     if (atomic_load_explicit(&r->stop, memory_order_relaxed)) return 0; /* the closing barrier tells everybody */

@@ -47,6 +47,7 @@ typedef struct {
   const uint8_t **places; /* (hidden) of neurons that fire, once they are there */
   float *sums;            /* (max_rows, stride): of down */
   int64_t stride;         /* dim, in whole lines of 128 rows */
+  _Atomic int32_t arrived; /* threads that have read the stream: before all have, nobody writes to it */
   _Atomic int32_t asking; /* a thread is */
   _Atomic int32_t next_asked; /* clusters below it have been asked for, completely */
   _Atomic int32_t gated, computed; /* clusters */

@@ -1,6 +1,7 @@
 /* The data plane under the sanitizers: a gang of three threads runs a small program of random weights, with steps
  * posted ahead and steps stopped at any moment, and gives the bits that one thread alone gives. Then again with every
- * matrix of every layer streamed from a file through the smallest ring.
+ * matrix of every layer streamed from a file through the smallest ring; and, with ReLU, with the neurons of feed-forward
+ * blocks read from a file when they fire, through the smallest cache and changing ones.
  *
  *   stress STEPS
  *
@@ -13,9 +14,10 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "bundles.h"
 #include "program.h"
 
-enum { DIM = 64, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 16, HIDDEN = 96, VOCAB = 203, LAYERS = 2, SLOTS = 3, MAX_ROWS = 48,
+enum { DIM = 64, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 16, HIDDEN = 96, RELU_HIDDEN = 544 /* two clusters, a page in both */, VOCAB = 203, LAYERS = 2, SLOTS = 3, MAX_ROWS = 48,
        CONTEXT = 640, PAGES = CONTEXT / PI2_PAGE };
 
 static uint64_t state = 1;
@@ -52,33 +54,39 @@ static void random_row(int type, int64_t k, uint8_t *row) {
     if (type == PI2_Q4_1) row[i + 3] = 0xa0;
   }
 }
-static pi2_matrix random_matrix(int type, int64_t rows, int64_t k) {
+/* keep: where the rows as a file has them go, or NULL */
+static pi2_matrix random_matrix(int type, int64_t rows, int64_t k, uint8_t **keep) {
   uint8_t *file = allocate(rows * pi2_row_bytes(type, k));
   for (int64_t i = 0; i < rows; i++) random_row(type, k, file + i * pi2_row_bytes(type, k));
   uint8_t *blocks = allocate((rows + 15) / 16 * pi2_row_block_bytes(type, k));
   if (pi2_repack(type, file, rows, k, blocks)) die("weights are not finite");
-  free(file);
+  if (keep) *keep = file;
+  else free(file);
   return (pi2_matrix){.type = type, .rows = rows, .k = k, .data = blocks};
 }
 
 typedef struct {
   pi2_matrix embedding, q[LAYERS], k[LAYERS], v[LAYERS], out[LAYERS], up[LAYERS], gate[LAYERS], down[LAYERS], head;
+  uint8_t *up_file[LAYERS], *down_file[LAYERS]; /* with relu */
   float norm[DIM];
   int64_t half, page_bytes;
+  int relu;
 } model;
 
-static model random_model(void) {
+static model random_model(int relu) {
   static const int types[LAYERS][7] = {{PI2_Q4_0, PI2_F16, PI2_Q8_0, PI2_Q4_1, PI2_Q5_0, PI2_Q4_1, PI2_Q8_0},
                                        {PI2_F32, PI2_Q4_0, PI2_Q4_1, PI2_F16, PI2_Q8_0, PI2_Q5_0, PI2_F16}};
-  model m = {.embedding = random_matrix(PI2_Q8_0, VOCAB, DIM), .head = random_matrix(PI2_Q4_1, VOCAB, DIM)};
+  const int hidden = relu ? RELU_HIDDEN : HIDDEN;
+  model m = {.embedding = random_matrix(PI2_Q8_0, VOCAB, DIM, NULL), .head = random_matrix(PI2_Q4_1, VOCAB, DIM, NULL),
+             .relu = relu};
   for (int i = 0; i < LAYERS; i++) {
-    m.q[i] = random_matrix(types[i][0], HEADS * HEAD_DIM, DIM);
-    m.k[i] = random_matrix(types[i][1], KV_HEADS * HEAD_DIM, DIM);
-    m.v[i] = random_matrix(types[i][2], KV_HEADS * HEAD_DIM, DIM);
-    m.out[i] = random_matrix(types[i][3], DIM, HEADS * HEAD_DIM);
-    m.up[i] = random_matrix(types[i][4], HIDDEN, DIM);
-    m.gate[i] = random_matrix(types[i][5], HIDDEN, DIM);
-    m.down[i] = random_matrix(types[i][6], DIM, HIDDEN);
+    m.q[i] = random_matrix(types[i][0], HEADS * HEAD_DIM, DIM, NULL);
+    m.k[i] = random_matrix(types[i][1], KV_HEADS * HEAD_DIM, DIM, NULL);
+    m.v[i] = random_matrix(types[i][2], KV_HEADS * HEAD_DIM, DIM, NULL);
+    m.out[i] = random_matrix(types[i][3], DIM, HEADS * HEAD_DIM, NULL);
+    m.up[i] = random_matrix(relu ? PI2_Q4_0 : types[i][4], hidden, DIM, relu ? &m.up_file[i] : NULL);
+    m.gate[i] = random_matrix(types[i][5], hidden, DIM, NULL);
+    m.down[i] = random_matrix(relu ? PI2_Q4_0 : types[i][6], DIM, hidden, relu ? &m.down_file[i] : NULL);
   }
   for (int i = 0; i < DIM; i++) m.norm[i] = 1 + small();
   m.half = PI2_PAGE * HEAD_DIM * 2;
@@ -91,6 +99,7 @@ static void free_model(model *m) {
   for (int i = 0; i < LAYERS; i++) {
     const pi2_matrix all[] = {m->q[i], m->k[i], m->v[i], m->out[i], m->up[i], m->gate[i], m->down[i]};
     for (int j = 0; j < 7; j++) free((void *)all[j].data);
+    free(m->up_file[i]), free(m->down_file[i]);
   }
 }
 
@@ -118,12 +127,14 @@ static void build(pi2_program *p, const model *m, pi2_gang *gang, uint8_t *cache
     p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR, .layer = i, .source = PI2_FROM_ATTENTION, .sink = PI2_ADD_TO_X,
                                   .n_matrices = 1, .matrix = {m->out[i]}, .q8_in = out_q8, .rope = -1};
     p->ops[p->n_ops++] = (pi2_op){.kind = PI2_FFN, .layer = i, .norm = norm, .source = PI2_FROM_X, .n_matrices = 2,
-                                  .matrix = {m->up[i], m->gate[i]}, .activation = PI2_SILU, .q8_out = down_q8,
+                                  .matrix = {m->up[i], m->gate[i]}, .activation = m->relu ? PI2_RELU : PI2_SILU, .q8_out = down_q8,
                                   .rope = -1};
     p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR, .layer = i, .source = PI2_FROM_HIDDEN, .sink = PI2_ADD_TO_X,
                                   .n_matrices = 1, .matrix = {m->down[i]}, .q8_in = down_q8, .rope = -1};
   }
   p->ops[p->n_ops++] = (pi2_op){.kind = PI2_HEAD, .norm = norm, .n_matrices = 1, .matrix = {m->head}, .rope = -1};
+}
+static void prepare(pi2_program *p) {
   if (pi2_program_prepare(p)) die("out of memory");
   for (int i = 0; i < SLOTS; i++) {
     p->slots[i] = (pi2_slot){.temperature = i ? 0.9f : 0, .top_p = i == 2 ? 0.9f : 1, .repetition = i ? 1.1f : 1,
@@ -275,8 +286,68 @@ static pi2_stream *stream_all(pi2_program *p, stored *f) {
   return s;
 }
 
+/* The neurons of all blocks in a file, and a cache of them. */
+typedef struct {
+  char path[32];
+  pi2_region region[LAYERS];
+  pi2_bundles bundles[LAYERS];
+  uint8_t *up_scales[LAYERS], *down_scales[LAYERS], *memory;
+  int least, pages;
+} neurons;
+
+static void sparse_all(pi2_program *p, const model *m, neurons *f) {
+  const int64_t up = pi2_up_quants(PI2_Q4_0, DIM), bytes = up + pi2_down_quants(PI2_Q4_0, DIM);
+  const pi2_bundle_layout layout = {PI2_SECTOR / bytes, PI2_SECTOR, bytes, up};
+  const int pages = (int)((RELU_HIDDEN + layout.neurons_per_page - 1) / layout.neurons_per_page);
+  *f = (neurons){.path = "stress.XXXXXX", .pages = LAYERS * pages, .least = (int)(PI2_CLUSTER / layout.neurons_per_page + 2)};
+  const int fd = mkstemp(f->path);
+  if (fd < 0) die("no file");
+  for (int i = 0; i < LAYERS; i++) {
+    uint8_t *all = calloc((size_t)pages, PI2_SECTOR);
+    f->up_scales[i] = allocate(RELU_HIDDEN * pi2_up_scales(PI2_Q4_0, DIM));
+    f->down_scales[i] = allocate(RELU_HIDDEN / 32 * pi2_down_scales(PI2_Q4_0, DIM));
+    if (pi2_bundle_up(PI2_Q4_0, m->up_file[i], RELU_HIDDEN, DIM, &layout, all, f->up_scales[i]) ||
+        pi2_bundle_down(PI2_Q4_0, m->down_file[i], DIM, RELU_HIDDEN, 0, RELU_HIDDEN, &layout, all, f->down_scales[i]))
+      die("weights are not finite");
+    f->region[i] = (pi2_region){(int64_t)i * pages * PI2_SECTOR, PI2_SECTOR, i * pages, pages};
+    if (pwrite(fd, all, (size_t)pages * PI2_SECTOR, f->region[i].offset) != pages * PI2_SECTOR) die("cannot write");
+    free(all);
+    f->bundles[i] = (pi2_bundles){
+        .region = i, .up_type = PI2_Q4_0, .down_type = PI2_Q4_0, .neurons = RELU_HIDDEN, .per_page = layout.neurons_per_page,
+        .neuron_bytes = bytes, .up_bytes = up, .up_scales = f->up_scales[i], .down_scales = f->down_scales[i],
+        .up_stride = pi2_up_scales(PI2_Q4_0, DIM), .down_stride = pi2_down_scales(PI2_Q4_0, DIM)};
+  }
+  if (fsync(fd) || close(fd)) die("cannot write");
+  int n = 0;
+  for (int i = 0; i < p->n_ops; i++) { /* up and gate, and down behind them, become one */
+    pi2_op op = p->ops[i];
+    if (op.kind == PI2_FFN) {
+      op = (pi2_op){.kind = PI2_SPARSE, .layer = op.layer, .norm = op.norm, .source = PI2_FROM_X, .sink = PI2_ADD_TO_X,
+                    .n_matrices = 1, .matrix = {op.matrix[1]}, .activation = PI2_RELU, .rope = -1,
+                    .bundles = &f->bundles[op.layer]};
+      i++;
+    }
+    p->ops[n++] = op;
+  }
+  p->n_ops = n;
+  if (posix_memalign((void **)&f->memory, PI2_SECTOR, (size_t)f->pages * PI2_SECTOR)) die("out of memory");
+  int error = 0;
+  pi2_flash *flash = pi2_flash_open(f->path, PI2_IO_AUTO, 8, &error);
+  if (!flash) die("no flash");
+  p->neurons = pi2_neuron_cache_create(flash, f->region, LAYERS, f->pages, PI2_SECTOR, f->memory, f->least, f->pages, 8,
+                                       &error);
+  if (!p->neurons) die("no cache");
+  p->pipeline = PI2_PIPELINE_CLUSTER;
+}
+static void free_neurons(neurons *f) {
+  unlink(f->path);
+  for (int i = 0; i < LAYERS; i++) free(f->up_scales[i]), free(f->down_scales[i]);
+  free(f->memory);
+}
+
+enum { RESIDENT, STREAMED, SPARSE };
 /* Plays the script; `wild`: as many steps ahead as there may be, with trials between. Returns the trials stopped. */
-static int play(const model *m, int threads, const step *script, int steps, result *results, int wild, int streamed) {
+static int play(const model *m, int threads, const step *script, int steps, result *results, int wild, int way) {
   static const int cores[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
   uint8_t *cache = allocate(m->page_bytes * PAGES * SLOTS);
   memset(cache, 0, (size_t)(m->page_bytes * PAGES * SLOTS));
@@ -285,7 +356,10 @@ static int play(const model *m, int threads, const step *script, int steps, resu
   pi2_program p;
   build(&p, m, gang, cache);
   stored file = {.n = 0};
-  if (streamed) p.stream = stream_all(&p, &file);
+  neurons sparse;
+  if (way == STREAMED) p.stream = stream_all(&p, &file);
+  if (way == SPARSE) sparse_all(&p, m, &sparse);
+  prepare(&p);
   flight f = {.n = 0};
   for (int i = 0; i < steps; i++) {
     if (wild && below(2)) {
@@ -296,11 +370,17 @@ static int play(const model *m, int threads, const step *script, int steps, resu
       }
     }
     while (f.n && below(4) == 0) land(gang, &f);
+    if (way == SPARSE && below(3) == 0) /* what cannot go yet goes later */
+      pi2_neuron_cache_resize(p.neurons, sparse.least + below(sparse.pages - sparse.least));
     fly(&p, &f, &script[i], &results[i]);
   }
   while (f.n) land(gang, &f);
   pi2_gang_destroy(gang);
-  if (streamed) {
+  if (way == SPARSE) {
+    pi2_neuron_cache_destroy(p.neurons);
+    free_neurons(&sparse);
+  }
+  if (way == STREAMED) {
     pi2_stream_destroy(p.stream);
     unlink(file.path);
     free(file.ring);
@@ -347,24 +427,26 @@ int main(int argc, char **argv) {
   const int steps = argc > 1 ? atoi(argv[1]) : 0;
   if (steps < 1 || steps > 100000) die("usage: stress STEPS");
   alarm(600); /* a deadlock must not hang whoever runs this */
-  model m = random_model();
+  model models[] = {random_model(0), random_model(1)};
   step *script = allocate(steps * (int64_t)sizeof *script);
   int at[SLOTS] = {0, 500, 30}; /* as if the zeros of the cache had been stored: soon beyond one split */
   for (int i = 0; i < steps; i++) script[i] = next_step(at);
   result *alone = calloc((size_t)steps, sizeof *alone), *together = calloc((size_t)steps, sizeof *together);
-  play(&m, 1, script, steps, alone, 0, 0);
+  static const char *const names[] = {"", ", streamed,", ", sparse,"};
   int stopped = 0, bad = 0;
-  for (int streamed = 0; streamed < 2; streamed++) {
-    stopped += play(&m, 3, script, steps, together, 1, streamed);
+  for (int way = RESIDENT; way <= SPARSE; way++) {
+    const model *m = &models[way == SPARSE];
+    if (way != STREAMED) play(m, 1, script, steps, alone, 0, RESIDENT);
+    stopped += play(m, 3, script, steps, together, 1, way);
     for (int i = 0; i < steps; i++)
       if (!same(&script[i], &alone[i], &together[i]) && bad++ < 5)
-        printf("step %d%s differs from that of one thread\n", i, streamed ? ", streamed," : "");
+        printf("step %d%s differs from that of one thread\n", i, names[way]);
   }
   end_gangs(200);
   printf("%d steps, %d differ; %d trials stopped; 200 gangs ended\n", steps, bad, stopped);
   free(alone);
   free(together);
   free(script);
-  free_model(&m);
+  free_model(&models[0]), free_model(&models[1]);
   return bad != 0;
 }
