@@ -87,6 +87,11 @@ class Engine:
         pi2rt."""
         try:
             await self._loop()
+        except ClosedError:
+            # Both tasks are cancelled together; where the actor's runs first, it is closed before this one learns of
+            # the cancellation, which is then what ended it.
+            await trio.lowlevel.checkpoint()
+            raise
         finally:
             self.close()  # whatever ended it, nobody waits for ever
 

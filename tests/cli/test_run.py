@@ -133,7 +133,7 @@ def test_a_signal_stops_at_once(model: str, environment: dict[str, str], number:
     process.send_signal(number)
     rest, errors = process.communicate(timeout=60)
     assert time.monotonic() - sent < 10  # 50,000 tokens take minutes
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + number, errors
     assert (first + rest).endswith(b"\n")  # the shell's prompt begins a line
     assert errors == b""
 
