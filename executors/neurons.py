@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from pi2rt._errors import UnsupportedModelError
 from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.neuron_cache import Counters, NeuronCache
 from pi2rt.executors.weights import Weights
@@ -34,6 +35,14 @@ class Neurons:
 
     def __init__(self, file: ModelFile, model: ModelDescription, nbytes: int, io: str) -> None:
         blocks = [block for layer in model.layers for block in layer.blocks if isinstance(block, FeedForward)]
+        for block in blocks:
+            bundles = file.bundles.get(block.down.weight)
+            if bundles is not None and (bundles.up is None) != (block.gate is None):
+                raise UnsupportedModelError(
+                    file.path,
+                    f"bundles {bundles.name}",
+                    "do not go with the block; convert the model again",
+                )
         self._bundles = [
             file.bundles[block.down.weight] for block in blocks if block.down.weight in file.bundles
         ]

@@ -238,6 +238,13 @@ async def open_runtime(
     trace = None if chosen.trace is None else Trace()
     with await trio.to_thread.run_sync(open_model_file, path) as file:
         description, info = await trio.to_thread.run_sync(_describe, file, chosen.context)
+        if (chosen.cache is not None or chosen.pipeline != "cluster") and not (
+            file.bundles and chosen.memory
+        ):
+            raise RequestError(
+                "cache and pipeline are for neurons that are read when they fire: that takes a memory budget, and a "
+                "pack with neuron bundles"
+            )
         executor_options = _executor_options(file, description, chosen, info.context, placement, trace)
 
         beside = chosen.memory_bytes - (executor_options.neuron_bytes or all_neurons(file))

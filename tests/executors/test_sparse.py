@@ -17,6 +17,7 @@ from pi2rt.executors.cpu import CpuExecutor
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription, describe
 from pi2rt.planner.convert import convert
+from pi2rt.planner.streaming import least_ring, matrices_in_order
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from tests.executors.conformance import ExecutorConformance
@@ -100,6 +101,26 @@ async def test_what_the_cache_holds_changes_no_bit(
             details = executor.statistics().details
         assert details["neuron_misses"] > 0
         assert details["flash_bytes"] > 0
+
+
+async def test_gates_and_attention_may_be_streamed_beside(packs: tuple[Path, Path]) -> None:
+    size, cluster, _ = cache_sizes(packs[0])
+    async with opened(CpuExecutor(), packs[0], exact_floats=False) as executor:
+        expected = await all_logits(executor, TOKENS)
+    with open_model_file(packs[0]) as file:
+        model = describe(file)
+        names = [name for name, _ in matrices_in_order(model) if file.tensors[name].layout == "blocks16"]
+        ring = least_ring(file, names, model)
+    given = {
+        "exact_floats": False,
+        "neuron_bytes": cluster * size,
+        "streamed": tuple(names),
+        "ring_bytes": ring,
+    }
+    async with opened(CpuExecutor(), packs[0], **given) as executor:
+        for _ in range(2):
+            np.testing.assert_array_equal(await one_by_one(executor, TOKENS), expected)
+            np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
 
 
 async def test_a_file_that_shrinks_fails_the_step_and_not_the_process(

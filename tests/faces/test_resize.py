@@ -80,3 +80,16 @@ async def test_too_little_is_refused_and_changes_nothing(pack: Path) -> None:
     async with pi2rt.open_runtime(pack, context=256) as runtime:
         with pytest.raises(RequestError, match="takes a memory budget, and a pack with neuron bundles"):
             await runtime.resize("1G")
+
+
+@pytest.mark.parametrize(
+    "option", [{"cache": "off"}, {"pipeline": "none"}, {"cache": "8M", "pipeline": "matrix"}]
+)
+async def test_options_that_would_do_nothing_are_refused(
+    pack: Path, tmp_path: Path, option: dict[str, str]
+) -> None:
+    with pytest.raises(RequestError, match="takes a memory budget, and a pack with neuron bundles"):
+        async with pi2rt.open_runtime(pack, context=256, **option):  # type: ignore[arg-type]
+            pass
+    async with pi2rt.open_runtime(pack, context=256, memory=LARGE, **option) as runtime:  # type: ignore[arg-type]
+        assert (await runtime.generate("Once", max_tokens=3, ignore_eos=True)).tokens
