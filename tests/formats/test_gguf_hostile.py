@@ -497,13 +497,13 @@ def test_fuzz(scratch: Path, mutations: list[tuple[str, int, int]]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))  # in parts, since faulthandler takes two minutes for a hang
 @given(mutations=MUTATIONS)
-@settings(max_examples=3_000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1_000, deadline=None, suppress_health_check=list(HealthCheck))
 def test_fuzz_for_minutes(scratch: Path, part: int, mutations: list[tuple[str, int, int]]) -> None:
     check_fuzzed(scratch, mutate(mutations))
 
 
 @pytest.mark.slow
 @given(st.binary(max_size=400))
-@settings(max_examples=3_000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1_000, deadline=None, suppress_health_check=list(HealthCheck))
 def test_fuzz_of_anything_behind_the_magic(scratch: Path, data: bytes) -> None:
     check_fuzzed(scratch, b"GGUF" + u32(3) + data)

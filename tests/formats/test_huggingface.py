@@ -490,6 +490,6 @@ def test_fuzz(scratch: Any, change: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))  # in parts, since faulthandler takes two minutes for a hang
 @given(change=changes())
-@settings(max_examples=3_000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1_000, deadline=None, suppress_health_check=list(HealthCheck))
 def test_fuzz_for_minutes(scratch: Any, part: int, change: Any) -> None:
     check_fuzzed(scratch, change)

@@ -121,14 +121,14 @@ def test_tokens(source: str) -> None:
 
 @pytest.mark.slow
 @given(TEMPLATES)
-@settings(deadline=None, max_examples=2000, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=800, suppress_health_check=list(HealthCheck))
 def test_programs_for_longer(source: str) -> None:
     check(source)
 
 
 @pytest.mark.slow
 @given(st.one_of(TOKENS, st.text()))
-@settings(deadline=None, max_examples=5000, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=2000, suppress_health_check=list(HealthCheck))
 def test_tokens_for_longer(source: str) -> None:
     check(source)
 
@@ -142,7 +142,7 @@ def test_tokens_for_longer(source: str) -> None:
     ),
     st.data(),
 )
-@settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 def test_mixtures_of_hostile_templates(sources: list[str], data: st.DataObject) -> None:
     """Halves of known attacks, stuck together."""
     source = "".join(part[: data.draw(st.integers(0, min(len(part), 400)))] for part in sources)
