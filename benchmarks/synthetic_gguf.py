@@ -8,15 +8,15 @@ from typing import Any
 
 import gguf
 import numpy as np
+from synthetic_model import SyntheticModel
 
-from pi2rt.formats.model_file import ModelFile
 from pi2rt.formats.regular_file import drop_cache
 
 _PIECE_BYTES = 18 << 18  # whole blocks
 _FLUSH_BYTES = 256 << 20  # written between two flushes; what the page cache holds of the file at most
 
 
-def write_gguf(model: ModelFile, path: Path) -> None:
+def write_gguf(model: SyntheticModel, path: Path) -> None:
     """Writes ``model``, whose metadata has the keys and types of a GGUF file, to ``path``; under that name the file
     appears whole or not at all."""
     part = path.with_name(f".{path.name}.part")
@@ -25,7 +25,7 @@ def write_gguf(model: ModelFile, path: Path) -> None:
         for key, value in model.metadata.items():
             if key != "general.architecture":
                 _add_key(writer, key, value)
-        for info in model.tensors.values():
+        for info in model.stacked.values():
             # The writer wants the bytes of quantised tensors, and makes the shape of the values of them.
             kind = gguf.GGMLQuantizationType[info.type]
             raw = info.type not in ("F32", "F16")
@@ -41,7 +41,7 @@ def write_gguf(model: ModelFile, path: Path) -> None:
         (file,) = writer.fout
         buffer = bytearray(_PIECE_BYTES)
         flushed = 0
-        for info in model.tensors.values():
+        for info in model.stacked.values():
             writer.write_padding(file, file.tell())
             for start in range(0, info.nbytes, _PIECE_BYTES):
                 with memoryview(buffer)[: info.nbytes - start] as view:

@@ -25,6 +25,7 @@ dReLU block whose gates fire, half have an up projection that is cut off to zero
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from synthetic_tensors import (
 
 from pi2rt.formats.model_file import ModelFile, TensorInfo
 from pi2rt.formats.quants import TYPES
+from pi2rt.formats.stacked_experts import split_experts
 
 TOPICS = 64
 STAY = 0.97
@@ -95,7 +97,10 @@ class SyntheticModel(ModelFile):
             self._bias = biases(firing_probabilities(shape.hidden, activity))
         self._hidden_energy = hidden_energy(shape.activation, self._bias)
         self._tensors = self._make_tensors()
-        self.tensors: Mapping[str, TensorInfo] = self._place(self._tensors)
+        self.stacked: Mapping[str, TensorInfo] = self._place(self._tensors)  # as GGUF files have them
+        self.tensors: Mapping[str, TensorInfo] = split_experts(self.stacked)
+        self._at = {info.offset: info for info in self.stacked.values()}
+        self._offsets = sorted(self._at)
 
     def read_into(self, tensor: TensorInfo, start: int, buffer: memoryview) -> None:
         if start < 0 or start + buffer.nbytes > tensor.nbytes:
@@ -104,7 +109,10 @@ class SyntheticModel(ModelFile):
                 f"({tensor.nbytes} bytes)"
             )
         if buffer.nbytes:
-            self._tensors[tensor.name].fill(start, np.frombuffer(buffer, np.uint8))
+            whole = self._at[self._offsets[bisect_right(self._offsets, tensor.offset) - 1]]
+            self._tensors[whole.name].fill(
+                tensor.offset - whole.offset + start, np.frombuffer(buffer, np.uint8)
+            )
 
     def close(self) -> None:
         """Nothing is open."""

@@ -202,15 +202,19 @@ static void start(pi2_neuron_cache *c) {
   pi2_fetch *f = c->spare[--c->n_spare];
   const int32_t first = c->slots[c->queue[c->queue_head % (uint64_t)c->capacity]].page; /* COMING: nobody changes it */
   const pi2_region *g = &c->regions[region_of(c, first)];
+  pi2_read *r = &f->read;
+  r->bytes = 0;
   for (f->count = 0; c->queue_head != c->queue_tail && f->count < PI2_MERGED; c->queue_head++, f->count++) {
     const int32_t slot = c->queue[c->queue_head % (uint64_t)c->capacity];
-    if (c->slots[slot].page != first + f->count || first + f->count >= g->first + g->pages) break;
+    const int32_t page = first + f->count, end = g->first + g->pages;
+    if (c->slots[slot].page != page || page >= end) break;
+    const int64_t bytes = page + 1 < end ? g->page_bytes : g->last_bytes;
+    if (f->count && r->bytes + bytes > PI2_MERGED_BYTES) break;
     f->slot[f->count] = slot;
-    f->part[f->count] = (struct iovec){c->memory + slot * c->slot_bytes, (size_t)g->page_bytes};
+    f->part[f->count] = (struct iovec){c->memory + slot * c->slot_bytes, (size_t)bytes};
+    r->bytes += bytes;
   }
-  pi2_read *r = &f->read;
   r->offset = g->offset + (first - g->first) * g->page_bytes;
-  r->bytes = f->count * g->page_bytes;
   r->to = f->part[0].iov_base;
   r->parts = f->count > 1 ? f->part : NULL;
   r->n_parts = f->count;
@@ -225,7 +229,7 @@ static void start(pi2_neuron_cache *c) {
 /* Returns whether somebody has to be told. Under the mutex. */
 static int finish(pi2_neuron_cache *c, pi2_read *r) {
   pi2_fetch *f = r->user;
-  int tell = r->error != 0;
+  int tell = 0, failed = 0; /* failed: somebody waits for what could not be read */
   c->spare[c->n_spare++] = f;
   atomic_fetch_sub(&c->in_flight, 1);
   atomic_fetch_add_explicit(&c->bytes, r->got, memory_order_relaxed);
@@ -238,13 +242,14 @@ static int finish(pi2_neuron_cache *c, pi2_read *r) {
     }
     s->state = r->error ? ABSENT : PRESENT;
     if (!s->pins) unpin(c, s);
+    failed |= r->error && s->pending[0];
     for (int j = 0; j < 2; j++) {
       if (s->pending[j] && !r->error && atomic_fetch_sub(s->pending[j], 1) == 1) tell = 1;
       s->pending[j] = NULL;
     }
   }
-  if (r->error) atomic_store(&c->error, r->error);
-  return tell;
+  if (failed) atomic_store(&c->error, r->error);
+  return tell || failed;
 }
 static void *reader_main(void *argument) {
   pi2_neuron_cache *c = argument;

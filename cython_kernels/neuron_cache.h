@@ -21,10 +21,11 @@
 #define PI2_FADE_STEPS 256 /* and nothing after so many */
 #define PI2_SAMPLE 8     /* slots of which one is given up */
 #define PI2_MERGED 64    /* pages in one read, at most */
+#define PI2_MERGED_BYTES (1 << 20) /* of several pages in one read, at most */
 
-typedef struct { /* pages of one feed-forward block */
+typedef struct { /* pages of one feed-forward block, or of one matrix */
   int64_t offset;       /* in the file */
-  int64_t page_bytes;
+  int64_t page_bytes, last_bytes; /* last: of the last page */
   int32_t first, pages; /* their numbers among all */
 } pi2_region;
 

@@ -17,7 +17,7 @@ cdef extern from "flash.h" nogil:
 
 cdef extern from "neuron_cache.h" nogil:
     ctypedef struct pi2_region:
-        int64_t offset, page_bytes
+        int64_t offset, page_bytes, last_bytes
         int32_t first, pages
     ctypedef struct pi2_neuron_cache:
         int32_t used, n_slots, n_pages, capacity
@@ -54,7 +54,7 @@ class Counters:
 
 
 cdef class NeuronCache:
-    """Holds pages of ``regions``, (offset in the file, bytes of a page, number of pages) for each feed-forward block, in
+    """Holds pages of ``regions``, (offset in the file, bytes of a page, bytes of all) for each feed-forward block, in
     ``slots`` slots of ``slot_bytes`` at ``memory`` (aligned to PAGE, outlives the cache, has room for a slot for each page,
     of which those that are not used need not be there).
 
@@ -76,13 +76,16 @@ cdef class NeuronCache:
         self.path, self.n_regions = path if name is None else name, <int>len(regions)
         if memory % PAGE or slot_bytes % PAGE or slots < 1 or not regions or not 1 <= depth <= PI2_FLASH_MOST:
             raise InternalError(f"{slots} slots of {slot_bytes} bytes, {len(regions)} regions, {depth} reads at once")
-        if any(offset % PAGE or size % PAGE or not 0 < size <= slot_bytes or pages < 1 for offset, size, pages in regions):
+        if any(offset % PAGE or size % PAGE or not 0 < size <= slot_bytes or total < 1 or total % PAGE
+               for offset, size, total in regions):
             raise InternalError(f"regions of neurons {regions} are whole pages of at most {slot_bytes} bytes")
         self.regions = <pi2_region *>malloc(self.n_regions * sizeof(pi2_region))
         if self.regions == NULL:
             raise MemoryError("neuron cache")
-        for i, (offset, size, pages) in enumerate(regions):
+        for i, (offset, size, total) in enumerate(regions):
+            pages = -(-total // size)
             self.regions[i].offset, self.regions[i].page_bytes = offset, size
+            self.regions[i].last_bytes = total - (pages - 1) * size
             self.regions[i].first, self.regions[i].pages = first, pages
             first += pages
         flash = pi2_flash_open(os.fsencode(path), IO[io], depth, &error)

@@ -56,21 +56,21 @@ static int64_t row_blocks(const pi2_matrix *m) { return (m->rows + PI2_ROWS - 1)
 /* Part of an operation: row blocks [first, last), and rows [row, row + rows) of the step. */
 typedef struct { int64_t first, last; int row, rows; } part;
 
-/* The next part of `blocks` row blocks. Few rows: parts along the weights, ever smaller. Many rows: tiles of
+/* The next part of `blocks` row blocks, times `rows` rows. Few rows: parts along the weights, ever smaller. Many rows: tiles of
  * PI2_TILE_BLOCKS row blocks and a pass of rows, in an order that keeps the weights of a tile in the cache. */
-static int take_part(pi2_run *r, int index, int64_t blocks, int64_t k, int step, part *out) {
+static int take_part(pi2_run *r, int index, int rows, int64_t blocks, int64_t k, int step, part *out) {
   const pi2_program *p = r->program;
-  if (r->n_rows < PI2_PANEL_ROWS) {
+  if (rows < PI2_PANEL_ROWS) {
     out->row = 0;
-    out->rows = r->n_rows;
+    out->rows = rows;
     return pi2_take_guided(r, index, 1, blocks, step, p->threads, &out->first, &out->last);
   }
-  const int pass = pi2_pass_rows(k), passes = (r->n_rows + pass - 1) / pass;
+  const int pass = pi2_pass_rows(k), passes = (rows + pass - 1) / pass;
   const int64_t unit = pi2_take(r, index, 1);
   out->first = unit / passes * PI2_TILE_BLOCKS;
   out->last = out->first + PI2_TILE_BLOCKS < blocks ? out->first + PI2_TILE_BLOCKS : blocks;
   out->row = (int)(unit % passes) * pass;
-  out->rows = r->n_rows - out->row < pass ? r->n_rows - out->row : pass;
+  out->rows = rows - out->row < pass ? rows - out->row : pass;
   return out->first < blocks;
 }
 
@@ -79,25 +79,24 @@ static void linear_tile(pi2_run *r, const pi2_op *op, const pi2_matrix *m, int64
                         int row, int rows, const pi2_input *in, float *tile) {
   const pi2_program *p = r->program;
   const int64_t begin = first * PI2_ROWS, end = last * PI2_ROWS < m->rows ? last * PI2_ROWS : m->rows, width = end - begin;
-  float *out = op->sink == PI2_TO_Y ? p->y : p->x;
-  const int64_t ldo = op->sink == PI2_TO_Y ? p->y_columns : p->dim, ld = PI2_TILE_BLOCKS * PI2_ROWS;
+  const int64_t ld = PI2_TILE_BLOCKS * PI2_ROWS;
   pi2_multiply(p, m, first, (int)(last - first), in, row, rows, tile, ld);
   for (int c = 0; c < rows; c++) {
-    float *t = tile + c * ld, *o = out + (row + c) * ldo + column + begin;
-    if (m->bias) p->kernels->add(m->bias + begin, t, width);
-    if (op->sink == PI2_ADD_TO_X) p->kernels->add(t, o, width);
-    else memcpy(o, t, (size_t)width * sizeof *o);
+    if (m->bias) p->kernels->add(m->bias + begin, tile + c * ld, width);
+    pi2_put(r, op, row + c, column + begin, tile + c * ld, width);
   }
 }
 
 int pi2_op_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
   int stopped = 0;
-  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, NULL, r->n_rows, needs_q8(op), &stopped);
+  const int rows = pi2_rows(r, op);
+  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, op->source == PI2_FROM_X ? pi2_row_of(r, op) : NULL, rows,
+                             needs_q8(op), &stopped);
   if (stopped) return stopped;
   int64_t blocks = 0;
   for (int i = 0; i < op->n_matrices; i++) blocks += row_blocks(&op->matrix[i]);
-  for (part u; take_part(r, index, blocks, op->matrix[0].k, 1, &u);) {
+  for (part u; take_part(r, index, rows, blocks, op->matrix[0].k, 1, &u);) {
     int64_t start = 0, column = 0; /* of the matrix: its first global block, its first output */
     for (int i = 0; i < op->n_matrices; i++) {
       const pi2_matrix *m = &op->matrix[i];
@@ -142,10 +141,11 @@ static void ffn_tile(pi2_run *r, const pi2_op *op, int64_t first, int64_t last, 
 int pi2_op_ffn(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
   int stopped = 0;
-  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, NULL, r->n_rows, needs_q8(op), &stopped);
+  const int rows = pi2_rows(r, op);
+  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, pi2_row_of(r, op), rows, needs_q8(op), &stopped);
   if (stopped) return stopped;
   const int64_t blocks = row_blocks(&op->matrix[0]);
-  for (part u; take_part(r, index, blocks, op->matrix[0].k, 2, &u);)
+  for (part u; take_part(r, index, rows, blocks, op->matrix[0].k, 2, &u);)
     for (int64_t b = u.first; b < u.last; b += PI2_TILE_BLOCKS)
       ffn_tile(r, op, b, b + PI2_TILE_BLOCKS < u.last ? b + PI2_TILE_BLOCKS : u.last, u.row, u.rows, &in,
                p->scratch[w->index].tile);

@@ -17,7 +17,7 @@ typedef struct {
   pi2_neuron_cache *cache;
   pi2_worker *w;
   const pi2_input *in;
-  int index, arranged; /* arranged: row whose activations are in the scratch */
+  int index, rows, n_clusters, arranged; /* arranged: row whose activations are in the scratch */
 } block;
 
 static int64_t cluster_end(const block *k, int c) {
@@ -36,8 +36,8 @@ static void gate_cluster(block *k, int c) {
   const int pass = pi2_pass_rows(m->k), alone = k->b->up_type < 0;
   float *tile = p->scratch[k->w->index].tile;
   uint8_t wanted[PI2_CLUSTER] = {0};
-  for (int row = 0; row < k->r->n_rows; row += pass) {
-    const int rows = k->r->n_rows - row < pass ? k->r->n_rows - row : pass;
+  for (int row = 0; row < k->rows; row += pass) {
+    const int rows = k->rows - row < pass ? k->rows - row : pass;
     for (int i = 0; i < rows; i++) k->s->n_active[(row + i) * k->s->n_clusters + c] = 0;
     for (int64_t at = first; at < end; at += ld) {
       const int64_t width = end - at < ld ? end - at : ld, blocks = (width + PI2_ROWS - 1) / PI2_ROWS;
@@ -77,10 +77,10 @@ static int prepare_ahead(const block *k, pi2_input *in) {
   const pi2_program *p = k->p;
   const pi2_op *next = &p->ops[k->op->next_sparse];
   pi2_scratch *scratch = &p->scratch[k->w->index];
-  if (!k->op->next_sparse || p->pipeline != PI2_PIPELINE_CLUSTER || k->r->n_rows > PI2_REPLICATED) return 0;
+  if (!k->op->next_sparse || p->pipeline != PI2_PIPELINE_CLUSTER || k->rows > PI2_REPLICATED) return 0;
   if (!next->matrix[0].data || !next->norm.weight || pi2_is_float(next->matrix[0].type)) return 0;
   if (k->cache->used < k->cache->n_slots || k->cache->n_slots == k->cache->n_pages) return 0; /* all there is room for */
-  for (int row = 0; row < k->r->n_rows; row++) {
+  for (int row = 0; row < k->rows; row++) {
     const pi2_q8 q8 = pi2_q8_row(&scratch->ahead, row);
     float *floats = scratch->ahead_floats + row * p->dim;
     p->kernels->rmsnorm(p->x + row * p->dim, next->norm.weight, next->norm.offset, next->norm.eps, floats, p->dim);
@@ -99,10 +99,10 @@ static void foresee_cluster(const block *k, int c, const pi2_input *in) {
   int n = 0;
   for (int64_t at = first; at < end; at += ld) {
     const int64_t width = end - at < ld ? end - at : ld;
-    pi2_multiply(p, m, at / PI2_ROWS, (int)((width + PI2_ROWS - 1) / PI2_ROWS), in, 0, k->r->n_rows, tile, ld);
+    pi2_multiply(p, m, at / PI2_ROWS, (int)((width + PI2_ROWS - 1) / PI2_ROWS), in, 0, k->rows, tile, ld);
     for (int64_t j = 0; j < width; j++) {
       int fires = 0;
-      for (int row = 0; row < k->r->n_rows; row++) fires |= tile[row * ld + j] + (m->bias ? m->bias[at + j] : 0) > 0;
+      for (int row = 0; row < k->rows; row++) fires |= tile[row * ld + j] + (m->bias ? m->bias[at + j] : 0) > 0;
       const int32_t page = (int32_t)((at + j) / next->bundles->per_page);
       if (fires && (!n || pages[n - 1] != page)) pages[n++] = page;
     }
@@ -114,11 +114,11 @@ static void foresee_cluster(const block *k, int c, const pi2_input *in) {
  * whether anything changed. */
 static int ask(block *k) {
   pi2_sparse *s = k->s;
-  if (k->p->pipeline != PI2_PIPELINE_CLUSTER && atomic_load(&s->gated) < s->n_clusters) return 0;
+  if (k->p->pipeline != PI2_PIPELINE_CLUSTER && atomic_load(&s->gated) < k->n_clusters) return 0;
   const int at = atomic_load(&s->next_asked);
-  if (at == s->n_clusters || atomic_load(&s->clusters[at].stage) != PI2_GATED || atomic_exchange(&s->asking, 1)) return 0;
+  if (at == k->n_clusters || atomic_load(&s->clusters[at].stage) != PI2_GATED || atomic_exchange(&s->asking, 1)) return 0;
   int changed = 0;
-  for (int c; (c = atomic_load(&s->next_asked)) < s->n_clusters;) {
+  for (int c; (c = atomic_load(&s->next_asked)) < k->n_clusters;) {
     pi2_cluster *cluster = &s->clusters[c];
     if (atomic_load(&cluster->stage) != PI2_GATED) break;
     const int got = pi2_neuron_cache_ask(k->cache, k->b->region, cluster->pages + cluster->asked,
@@ -161,7 +161,7 @@ static void compute_up(block *k, int c) {
   const uint8_t *const *places = k->s->places + first;
   pi2_scratch *scratch = &p->scratch[k->w->index];
   find_neurons(k, &k->s->clusters[c], first, first + width);
-  for (int row = 0; row < k->r->n_rows; row++) {
+  for (int row = 0; row < k->rows; row++) {
     const int n = n_active(k, row, c);
     const uint16_t *list = active(k, row, c);
     float *h = p->hidden_floats + row * p->hidden + first;
@@ -229,7 +229,7 @@ static void add_down(const block *k, int c, int64_t from, int64_t to) {
   const pi2_program *p = k->p;
   const pi2_bundles *b = k->b;
   const int64_t lines = (to - from) / (b->down_type == PI2_Q8_0 ? 64 : 128);
-  for (int row = 0; row < k->r->n_rows; row++) {
+  for (int row = 0; row < k->rows; row++) {
     const pi2_q8 x = pi2_q8_at(p, &p->q8_hidden, row, (int64_t)c * PI2_CLUSTER);
     columns both[2];
     int at = 0, now = 0;
@@ -246,11 +246,10 @@ static void add_down(const block *k, int c, int64_t from, int64_t to) {
 static void close_range(const block *k, int64_t from, int64_t to) {
   const pi2_program *p = k->p;
   const int64_t width = (to < p->dim ? to : p->dim) - from;
-  for (int row = 0; row < k->r->n_rows; row++) {
+  for (int row = 0; row < k->rows; row++) {
     float *t = k->s->sums + row * k->s->stride + from;
     if (k->b->down_bias) p->kernels->add(k->b->down_bias + from, t, width);
-    if (k->op->sink == PI2_ADD_TO_X) p->kernels->add(t, p->x + row * p->dim + from, width);
-    else memcpy(p->y + row * p->y_columns + from, t, (size_t)width * sizeof *t);
+    pi2_put(k->r, k->op, row, from, t, width);
   }
 }
 static int64_t range_start(const pi2_sparse *s, int range) { return s->stride / 128 * range / s->n_ranges * 128; }
@@ -262,20 +261,20 @@ static int advance_range(block *k) {
   for (int i = 0; i < s->n_ranges; i++) {
     const int range = (i + k->w->index * s->n_ranges / k->p->threads) % s->n_ranges;
     int next = atomic_load(&s->range[range].next);
-    if (next == s->n_clusters || atomic_load(&s->clusters[next].stage) != PI2_COMPUTED) continue;
+    if (next == k->n_clusters || atomic_load(&s->clusters[next].stage) != PI2_COMPUTED) continue;
     if (atomic_exchange(&s->range[range].busy, 1)) continue;
     const int64_t from = range_start(s, range), to = range_start(s, range + 1);
     next = atomic_load(&s->range[range].next);
     if (next == 0)
-      for (int row = 0; row < k->r->n_rows; row++) memset(s->sums + row * s->stride + from, 0, (size_t)(to - from) * 4);
+      for (int row = 0; row < k->rows; row++) memset(s->sums + row * s->stride + from, 0, (size_t)(to - from) * 4);
     int changed = 0;
-    for (; next < s->n_clusters && atomic_load(&s->clusters[next].stage) == PI2_COMPUTED; next++, changed = 1) {
+    for (; next < k->n_clusters && atomic_load(&s->clusters[next].stage) == PI2_COMPUTED; next++, changed = 1) {
       add_down(k, next, from, to);
       pi2_cluster *cluster = &s->clusters[next];
       if (atomic_fetch_sub(&cluster->ranges_left, 1) == 1)
         pi2_neuron_cache_release(k->cache, k->b->region, cluster->pages, cluster->n_pages);
     }
-    if (changed && next == s->n_clusters) {
+    if (changed && next == k->n_clusters) {
       close_range(k, from, to);
       atomic_fetch_add(&k->r->cursors[4 * k->index + 2], 1); /* ranges that are finished */
     }
@@ -291,7 +290,7 @@ static int take_cluster(block *k) {
   pi2_sparse *s = k->s;
   const int asked = atomic_load(&s->next_asked);
   if (k->p->pipeline == PI2_PIPELINE_NONE && !atomic_load(&s->crowded)) {
-    if (asked < s->n_clusters) return 0;
+    if (asked < k->n_clusters) return 0;
     for (int c = 0; c < asked; c++)
       if (atomic_load(&s->clusters[c].pending)) return 0;
   }
@@ -324,12 +323,13 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
   pi2_scratch *scratch = &p->scratch[w->index];
   int stopped = 0;
-  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, NULL, r->n_rows, 1, &stopped);
+  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, pi2_row_of(r, op), pi2_rows(r, op), 1, &stopped);
   if (stopped) return stopped;
   block k = {.r = r, .p = p, .op = op, .b = op->bundles, .s = p->sparse, .cache = p->neurons, .w = w, .in = &in,
-             .index = index, .arranged = -1};
+             .index = index, .rows = pi2_rows(r, op), .arranged = -1,
+             .n_clusters = (int)((op->bundles->neurons + PI2_CLUSTER - 1) / PI2_CLUSTER)};
   pi2_sparse *s = p->sparse;
-  pi2_input ahead;
+  pi2_input ahead = {0};
   const int looks_ahead = prepare_ahead(&k, &ahead);
   if (w->index == 0) pi2_neuron_cache_block(k.cache);
   if (atomic_fetch_add(&s->arrived, 1) + 1 == p->threads) pi2_neuron_cache_signal(k.cache);
@@ -344,18 +344,18 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
       return 0;
     }
     ask(&k);
-    const uint32_t c = atomic_load(&r->cursors[4 * index + 1]) < (uint32_t)s->n_clusters ? pi2_take(r, index, 1) : UINT32_MAX;
-    if (c < (uint32_t)s->n_clusters) { /* first of all: what it needs can be on its way while the rest is computed */
+    const uint32_t c = atomic_load(&r->cursors[4 * index + 1]) < (uint32_t)k.n_clusters ? pi2_take(r, index, 1) : UINT32_MAX;
+    if (c < (uint32_t)k.n_clusters) { /* first of all: what it needs can be on its way while the rest is computed */
       gate_cluster(&k, (int)c);
       continue;
     }
     if (take_cluster(&k)) continue;
-    if (p->pipeline == PI2_PIPELINE_CLUSTER || atomic_load(&s->computed) == s->n_clusters || atomic_load(&s->crowded))
+    if (p->pipeline == PI2_PIPELINE_CLUSTER || atomic_load(&s->computed) == k.n_clusters || atomic_load(&s->crowded))
       if (advance_range(&k)) continue;
     if (ask(&k)) continue;
-    if (looks_ahead && atomic_load(&k.cache->in_flight) && atomic_load(&s->next_asked) == s->n_clusters) {
+    if (looks_ahead && atomic_load(&k.cache->in_flight) && atomic_load(&s->next_asked) == k.n_clusters) {
       const uint32_t next = pi2_take(r, index, 3);
-      if (next < (uint32_t)s->n_clusters) {
+      if (next < (uint32_t)k.n_clusters) {
         foresee_cluster(&k, (int)next, &ahead);
         continue;
       }

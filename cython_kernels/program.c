@@ -49,7 +49,7 @@ static void free_run(pi2_run *r) {
   free(r->op_begin); free(r->op_end); free(r->units);
 }
 
-/* Buffers of sparse blocks. All of them have as many neurons. */
+/* Buffers of sparse blocks, for the one with the most neurons. */
 static int prepare_sparse(pi2_program *p) {
   pi2_sparse *s = p->sparse = aligned_alloc(64, (sizeof *s + 63) / 64 * 64);
   if (!s) return 0;
@@ -81,11 +81,41 @@ static int prepare_sparse(pi2_program *p) {
   return 1;
 }
 
+static int prepare_routing(pi2_program *p, int64_t experts, int64_t used) {
+  pi2_routing *g = &p->routing;
+  g->n_experts = (int)experts;
+  g->count = allocate(p, experts, sizeof *g->count);
+  g->row = allocate(p, experts * p->max_rows, sizeof *g->row);
+  g->weight = allocate(p, experts * p->max_rows, sizeof *g->weight);
+  g->chosen = allocate(p, p->max_rows * used, sizeof *g->chosen);
+  g->share = allocate(p, p->max_rows * used, sizeof *g->share);
+  return g->count && g->row && g->weight && g->chosen && g->share;
+}
+/* Where the pages of an operation's matrices lie, while it runs. */
+static int prepare_pages(pi2_program *p) {
+  if (!p->clusters) return 1;
+  for (int i = 0; i < p->clusters->n_regions; i++)
+    p->max_pages = p->clusters->regions[i].pages > p->max_pages ? p->clusters->regions[i].pages : p->max_pages;
+  p->page_table = allocate(p, PI2_MATRICES * p->max_pages, sizeof *p->page_table);
+  p->page_numbers = allocate(p, p->max_pages, sizeof *p->page_numbers);
+  if (!p->page_table || !p->page_numbers) return 0;
+  for (int64_t i = 0; i < p->max_pages; i++) p->page_numbers[i] = (int32_t)i;
+  for (int i = 0; i < p->n_ops; i++)
+    for (int j = 0; j < p->ops[i].n_matrices; j++) p->ops[i].matrix[j].page = p->page_table + j * p->max_pages;
+  return 1;
+}
+
 int pi2_program_prepare(pi2_program *p) {
   const int64_t rows = p->max_rows;
+  int64_t experts = 0, used = 0;
   int ok = 1;
   for (int i = 0; i < p->n_ops; i++) {
     const pi2_op *op = &p->ops[i];
+    if (op->sink == PI2_MIX_INTO_Y) p->y_columns = p->dim > p->y_columns ? p->dim : p->y_columns;
+    if (op->kind == PI2_ROUTE) {
+      experts = op->n_experts + op->shared > experts ? op->n_experts + op->shared : experts;
+      used = op->n_used + op->shared > used ? op->n_used + op->shared : used;
+    }
     for (int j = 0; j < op->n_matrices; j++) p->max_k = op->matrix[j].k > p->max_k ? op->matrix[j].k : p->max_k;
     if (op->kind == PI2_LINEAR) {
       int64_t columns = 0;
@@ -109,6 +139,8 @@ int pi2_program_prepare(pi2_program *p) {
     p->ropes[i].sine = allocate(p, rows * p->ropes[i].half, 4);
     ok &= p->ropes[i].cosine && p->ropes[i].sine;
   }
+  if (experts) ok &= prepare_routing(p, experts, used);
+  ok &= prepare_pages(p);
   p->partial_splits = (p->context + PI2_SPLIT - 1) / PI2_SPLIT;
   p->x = allocate(p, rows * p->dim, 4);
   p->y = allocate(p, rows * p->y_columns, 4);
@@ -176,6 +208,8 @@ void pi2_program_free(pi2_program *p) {
   free_q8(&p->q8_attention);
   free_q8(&p->q8_hidden);
   free(p->x); free(p->y); free(p->attention); free(p->hidden_floats); free(p->prepared); free(p->logits);
+  free(p->routing.count); free(p->routing.row); free(p->routing.weight); free(p->routing.chosen); free(p->routing.share);
+  free((void *)p->page_table); free(p->page_numbers);
   free(p->partial); free(p->slots); free(p->scratch); free(p->ops); free(p->ropes);
 }
 
@@ -288,12 +322,12 @@ static void op_embed(pi2_run *r, int index, pi2_worker *w) {
   }
 }
 
-/* x += norm(y): the second norm of a block that has one */
-static void op_add_norm(pi2_run *r, const pi2_op *op, int index) {
+/* x += y, through the second norm of a block that has one */
+static void op_add(pi2_run *r, const pi2_op *op, int index) {
   const pi2_program *p = r->program;
   for (uint32_t row; (row = pi2_take(r, index, 0)) < (uint32_t)r->n_rows;) {
     float *y = p->y + row * p->y_columns;
-    p->kernels->rmsnorm(y, op->norm.weight, op->norm.offset, op->norm.eps, y, p->dim);
+    if (op->norm.weight) p->kernels->rmsnorm(y, op->norm.weight, op->norm.offset, op->norm.eps, y, p->dim);
     p->kernels->add(y, p->x + row * p->dim, p->dim);
   }
 }
@@ -318,6 +352,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
   if (w->index == 0) { /* before the others can be at work: kernel time never exceeds the run's */
     if (p->stream) r->base = pi2_stream_begin(p->stream);
     if (p->neurons) pi2_neuron_cache_step(p->neurons);
+    if (p->clusters) pi2_neuron_cache_step(p->clusters);
     r->begin_ns = pi2_now_ns();
     r->begin_ticks = pi2_ticks();
   }
@@ -327,6 +362,10 @@ int pi2_run_job(void *context, pi2_worker *w) {
   for (int i = 0; i < p->n_ops && !stopped; i++) {
     const pi2_op *op = &p->ops[i];
     pi2_op streamed;
+    if (op->expert >= 0 && !p->routing.count[op->expert]) { /* nobody chose it */
+      if (r->trace) r->op_begin[w->index * p->n_ops + i] = r->op_end[w->index * p->n_ops + i] = pi2_ticks();
+      continue;
+    }
     if (op->streamed) {
       streamed = *op;
       op = &streamed;
@@ -336,6 +375,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
         break;
       }
     }
+    if (op->paged && (stopped = pi2_pages_get(r, op, w))) break;
     const uint64_t begin = pi2_ticks();
     p->scratch[w->index].waited = 0;
     switch (op->kind) {
@@ -343,7 +383,8 @@ int pi2_run_job(void *context, pi2_worker *w) {
       case PI2_LINEAR: stopped = pi2_op_linear(r, op, i, w); break;
       case PI2_ATTENTION: stopped = pi2_op_attention(r, op, i, w); break;
       case PI2_FFN: stopped = pi2_op_ffn(r, op, i, w); break;
-      case PI2_ADD_NORM: op_add_norm(r, op, i); break;
+      case PI2_ADD: op_add(r, op, i); break;
+      case PI2_ROUTE: pi2_op_route(r, op, i, w, &stopped); break;
       case PI2_HEAD: stopped = pi2_op_head(r, op, i, w); break;
       case PI2_SPARSE: stopped = pi2_op_sparse(r, op, i, w); break;
     }
@@ -355,11 +396,14 @@ int pi2_run_job(void *context, pi2_worker *w) {
     }
     if (!stopped) stopped = pi2_barrier(w);
     if (op->kind == PI2_SPARSE && w->index == 0) pi2_sparse_reset(p->sparse); /* the next one is barriers away */
+    if (op->kind == PI2_SPARSE && op->expert >= 0 && !stopped) stopped = pi2_barrier(w); /* unless it is an expert, too */
+    if (op->paged && w->index == 0 && !stopped) pi2_pages_release(p, op);
     if (op->streamed && w->index == 0 && !stopped) pi2_stream_release(p->stream, r->base + (uint64_t)op->last_unit);
   }
   r->busy[w->index] = busy;
   if (w->index == 0) {
     if (stopped && p->neurons) pi2_sparse_reset(p->sparse), pi2_neuron_cache_abandon(p->neurons);
+    if (stopped && p->clusters) pi2_neuron_cache_abandon(p->clusters);
     r->end_ticks = pi2_ticks();
     r->end_ns = pi2_now_ns();
     r->stopped = stopped;

@@ -7,6 +7,7 @@
 #ifndef PI2_PROGRAM_H
 #define PI2_PROGRAM_H
 #include <stdatomic.h>
+#include <string.h>
 
 #include "gang.h"
 #include "kernels.h"
@@ -20,13 +21,17 @@
 #define PI2_TILE_ROWS 64 /* rows of a GEMM output tile */
 #define PI2_TILE_BLOCKS 4 /* row blocks of one; even: the pairs of ops_linear.c */
 #define PI2_HEAD_ROWS 32 /* rows of logits at once */
+#define PI2_MATRICES 3   /* of one operation */
 
 typedef struct {
   int type;
   int64_t rows, k;
-  const uint8_t *data; /* row blocks; NULL: streamed, and known only while its operation runs */
+  const uint8_t *data; /* row blocks; NULL: streamed or in pages, and known only while its operation runs */
   const float *bias;   /* (rows) or NULL */
   int unit;            /* of the stream, where streamed */
+  int region;          /* of the clusters, where data is NULL and this not -1: the matrix of an expert, in pages */
+  int64_t page_blocks; /* row blocks of a page */
+  const uint8_t **page; /* where each page lies */
 } pi2_matrix;
 
 typedef struct { /* weight NULL: no norm */
@@ -41,17 +46,20 @@ typedef struct {
   float *cosine, *sine; /* (max_rows, half), filled per step */
 } pi2_rope;
 
-enum pi2_op_kind { PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD_NORM, PI2_HEAD, PI2_SPARSE };
+enum pi2_op_kind { PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD, PI2_HEAD, PI2_SPARSE, PI2_ROUTE };
 enum pi2_source { PI2_FROM_X, PI2_FROM_ATTENTION, PI2_FROM_HIDDEN };
-enum pi2_sink { PI2_TO_Y, PI2_ADD_TO_X };
+enum pi2_sink { PI2_TO_Y, PI2_ADD_TO_X, PI2_MIX_INTO_Y }; /* mix: times the expert's weight, added */
 
 typedef struct {
   int kind, layer;
   /* LINEAR: y or x += W [norm](source). FFN: hidden = act(gate) * up. SPARSE: y or x += down(act(gate) * up). HEAD: logits. */
   pi2_norm norm;
   int source, sink, n_matrices;
-  pi2_matrix matrix[3]; /* LINEAR: outputs one after the other. FFN: up, gate. HEAD, SPARSE: one */
+  pi2_matrix matrix[PI2_MATRICES]; /* LINEAR: outputs one after the other. FFN: up, gate. HEAD, SPARSE: one */
   int streamed, last_unit; /* how many of its matrices are, and the last one's unit */
+  int paged;               /* how many of its matrices are */
+  int expert;              /* whose rows it works on; -1: all rows */
+  int n_experts, n_used, normalized, shared; /* ROUTE: from logits in y; a shared one's logit is behind the others */
   int activation, up_activation;
   const pi2_bundles *bundles; /* SPARSE */
   int next_sparse;            /* the operation of the next sparse block, or 0 */
@@ -64,6 +72,15 @@ typedef struct {
   pi2_kv kv; /* base, strides; the page table is the slice's */
   int64_t kv_head_stride;
 } pi2_op;
+
+typedef struct { /* which rows go to which expert; a shared one is the last */
+  int n_experts;
+  int32_t *count;  /* (experts) */
+  int32_t *row;    /* (experts, max_rows), ascending */
+  float *weight;   /* as row */
+  int32_t *chosen; /* (max_rows, used) and their weights, before they are sorted by expert */
+  float *share;
+} pi2_routing;
 
 typedef struct { /* one slice of a step */
   int32_t slot, start, count, row; /* row: of its first token */
@@ -123,6 +140,11 @@ typedef struct pi2_program {
   pi2_stream *stream; /* or NULL: all weights are in memory */
   pi2_neuron_cache *neurons; /* of SPARSE operations, or NULL */
   pi2_sparse *sparse;
+  pi2_neuron_cache *clusters; /* of experts' matrices that are in pages, or NULL */
+  const uint8_t **page_table; /* (PI2_MATRICES, max_pages) of the running operation */
+  int32_t *page_numbers;      /* (max_pages) 0, 1, ... */
+  int64_t max_pages;
+  pi2_routing routing;
   int pipeline;
   int wide; /* activations are int16, else int8 */
   int64_t dim, vocab, max_rows, max_slots, context, max_k, hidden, y_columns, attention_columns;
@@ -162,7 +184,34 @@ int pi2_op_linear(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 int pi2_op_ffn(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 int pi2_op_attention(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 int pi2_op_sparse(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
+void pi2_op_route(pi2_run *run, const pi2_op *op, int index, pi2_worker *w, int *stopped);
 int pi2_op_head(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
+
+/* ops_experts.c: pages of experts' matrices. Each is called on every thread. pi2_pages_get waits until those of an operation
+ * are there; nonzero if the run was stopped. pi2_pages_release follows its closing barrier. */
+int pi2_pages_get(pi2_run *run, const pi2_op *op, pi2_worker *w);
+void pi2_pages_release(const pi2_program *p, const pi2_op *op);
+
+/* Rows that an operation works on: of the step, or only those of its expert, which they are then. */
+static inline int pi2_rows(const pi2_run *run, const pi2_op *op) {
+  return op->expert < 0 ? run->n_rows : run->program->routing.count[op->expert];
+}
+static inline const int32_t *pi2_row_of(const pi2_run *run, const pi2_op *op) {
+  return op->expert < 0 ? NULL : run->program->routing.row + op->expert * run->program->max_rows;
+}
+/* A row's output, `width` values from column `column` on, in the place that the operation has for it. Overwrites t. */
+static inline void pi2_put(const pi2_run *run, const pi2_op *op, int row, int64_t column, float *t, int64_t width) {
+  const pi2_program *p = run->program;
+  if (op->sink == PI2_MIX_INTO_Y) {
+    const int64_t at = op->expert * p->max_rows + row;
+    p->kernels->scale(t, p->routing.weight[at], t, width);
+    p->kernels->add(t, p->y + p->routing.row[at] * p->y_columns + column, width);
+  } else if (op->sink == PI2_ADD_TO_X) {
+    p->kernels->add(t, p->x + row * p->dim + column, width);
+  } else {
+    memcpy(p->y + row * p->y_columns + column, t, (size_t)width * sizeof *t);
+  }
+}
 
 /* Inputs of a matrix product, as its type wants them. */
 typedef struct {
@@ -214,12 +263,13 @@ static inline pi2_q8 pi2_q8_at(const pi2_program *p, const pi2_q8 *x, int64_t ro
   r.h += column / 16;
   return r;
 }
-/* Row blocks [block, block + count) of m times `n` rows from row `row` on: tile[c*ld + 16*i + r] for block + i. */
-static inline void pi2_multiply(const pi2_program *p, const pi2_matrix *m, int64_t block, int count, const pi2_input *in,
+/* Row blocks [block, block + count) of m times `n` rows from row `row` on: tile[c*ld + 16*i + r] for block + i. They lie
+ * side by side. */
+static inline void pi2_multiply_contiguous(const pi2_program *p, const pi2_matrix *m, int64_t block, int count, const pi2_input *in,
                                 int64_t row, int n, float *tile, int64_t ld) {
   const pi2_kernels *k = p->kernels;
   const int64_t size = pi2_row_block_bytes(m->type, m->k);
-  const uint8_t *w = m->data + block * size;
+  const uint8_t *w = m->data ? m->data + block * size : m->page[block / m->page_blocks] + block % m->page_blocks * size;
   const pi2_q8 x = pi2_q8_row(&in->q8, row);
   int i = 0;
   if (pi2_is_float(m->type)) {
@@ -231,6 +281,15 @@ static inline void pi2_multiply(const pi2_program *p, const pi2_matrix *m, int64
     for (; i + k->panel <= count; i += k->panel)
       (p->wide ? k->panel16 : k->panel8)[m->type](w + i * size, size, m->k, &x, n, tile + 16 * i, ld);
   for (; i < count; i++) (p->wide ? k->gemm16 : k->gemm8)[m->type](w + i * size, m->k, &x, n, tile + 16 * i, ld);
+}
+/* As pi2_multiply_contiguous; the blocks may lie in several pages. */
+static inline void pi2_multiply(const pi2_program *p, const pi2_matrix *m, int64_t block, int count, const pi2_input *in,
+                                int64_t row, int n, float *tile, int64_t ld) {
+  for (int i = 0, part; i < count; i += part) {
+    const int64_t left = m->data ? count : m->page_blocks - (block + i) % m->page_blocks;
+    part = left < count - i ? (int)left : count - i;
+    pi2_multiply_contiguous(p, m, block + i, part, in, row, n, tile + PI2_ROWS * i, ld);
+  }
 }
 /* Rows per pass, so that their activations stay in the second-level cache while the unit's row blocks pass by. */
 static inline int pi2_pass_rows(int64_t k) {

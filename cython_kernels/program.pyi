@@ -25,7 +25,16 @@ class Gang:
 
 class Matrix:
     def __init__(
-        self, type_id: int, rows: int, k: int, address: int, bias: Floats | None = None, *, unit: int = -1
+        self,
+        type_id: int,
+        rows: int,
+        k: int,
+        address: int,
+        bias: Floats | None = None,
+        *,
+        unit: int = -1,
+        region: int = -1,
+        page_blocks: int = 0,
     ) -> None: ...
 
 class Bundles:
@@ -66,6 +75,7 @@ class Program:
         logit_softcap: float = 0,
         stream: Stream | None = None,
         neurons: NeuronCache | None = None,
+        clusters: NeuronCache | None = None,
         pipeline: str = "cluster",
     ) -> None: ...
     def rope(self, frequencies: npt.NDArray[np.float64], interleaved: bool, magnitude: float) -> int: ...
@@ -79,6 +89,7 @@ class Program:
         matrices: Sequence[Matrix],
         *,
         q8_in: bool = False,
+        expert: int = -1,
     ) -> None: ...
     def ffn(
         self,
@@ -90,6 +101,7 @@ class Program:
         up_activation: int,
         *,
         q8_out: bool,
+        expert: int = -1,
     ) -> None: ...
     def sparse_ffn(
         self,
@@ -100,7 +112,10 @@ class Program:
         bundles: Bundles,
         activation: int,
         up_activation: int,
+        *,
+        expert: int = -1,
     ) -> None: ...
+    def route(self, layer: int, *, n_experts: int, n_used: int, normalized: bool, shared: bool) -> None: ...
     def attention(
         self,
         layer: int,
@@ -121,7 +136,7 @@ class Program:
         kv_type: int,
         q8_out: bool,
     ) -> None: ...
-    def add_norm(self, layer: int, norm: Norm | None) -> None: ...
+    def add(self, layer: int, norm: Norm | None) -> None: ...
     def head(self, norm: Norm | None, matrix: Matrix) -> None: ...
     def prepare(self) -> None: ...
     def bind(self, bind: Bind) -> None: ...

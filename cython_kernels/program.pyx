@@ -60,14 +60,15 @@ cdef extern from "sparse.h" nogil:
         const float *down_bias
 
 cdef extern from "program.h" nogil:
-    enum: PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD_NORM, PI2_HEAD, PI2_SPARSE
+    enum: PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD, PI2_HEAD, PI2_SPARSE, PI2_ROUTE
     enum: PI2_QUEUE
     ctypedef struct pi2_matrix:
         int type
         int64_t rows, k
         const uint8_t *data
         const float *bias
-        int unit
+        int unit, region
+        int64_t page_blocks
     ctypedef struct pi2_norm:
         const float *weight
         float offset, eps
@@ -80,7 +81,7 @@ cdef extern from "program.h" nogil:
         pi2_norm norm
         int source, sink, n_matrices
         pi2_matrix matrix[3]
-        int streamed, last_unit
+        int streamed, last_unit, paged, expert, n_experts, n_used, normalized, shared
         int activation, up_activation, q8_in, q8_out
         const pi2_bundles *bundles
         int n_heads, n_kv_heads, head_dim, window
@@ -117,6 +118,7 @@ cdef extern from "program.h" nogil:
         pi2_gang *gang
         pi2_stream *stream
         pi2_neuron_cache *neurons
+        pi2_neuron_cache *clusters
         int pipeline
         int64_t dim, vocab, max_rows, max_slots, context
         int wide, threads, n_ropes, n_ops
@@ -135,7 +137,7 @@ cdef extern from "program.h" nogil:
 
 MOST_IN_FLIGHT = PI2_QUEUE
 SOURCES = {"x": 0, "attention": 1, "hidden": 2}
-SINKS = {"y": 0, "x": 1}
+SINKS = {"y": 0, "x": 1, "mix": 2}
 CLUSTER = PI2_CLUSTER  # neurons that are asked for together
 PIPELINES = {"none": PI2_PIPELINE_NONE, "matrix": PI2_PIPELINE_MATRIX, "cluster": PI2_PIPELINE_CLUSTER}
 
@@ -181,16 +183,17 @@ cdef class Gang:
 
 cdef class Matrix:
     """Row blocks of a weight matrix: ``address`` stays valid as long as the program lives; 0: it is unit ``unit`` of the
-    program's stream."""
+    program's stream, or region ``region`` of its clusters, in pages of ``page_blocks`` row blocks."""
 
     cdef pi2_matrix m
     cdef object bias
 
-    def __init__(self, int type_id, int64_t rows, int64_t k, uintptr_t address, bias=None, *, int unit=-1):
+    def __init__(self, int type_id, int64_t rows, int64_t k, uintptr_t address, bias=None, *, int unit=-1, int region=-1,
+                 int64_t page_blocks=0):
         cdef const float[::1] b
-        if address == 0 and unit < 0:
-            raise InternalError("a matrix is in memory or a unit of a stream")
-        self.m.unit = unit
+        if address == 0 and unit < 0 and (region < 0 or page_blocks < 1):
+            raise InternalError("a matrix is in memory, a unit of a stream or a region of the clusters")
+        self.m.unit, self.m.region, self.m.page_blocks = unit, region, page_blocks
         self.m.type, self.m.rows, self.m.k, self.m.data = type_id, rows, k, <const uint8_t *>address
         self.m.bias = NULL
         self.bias = bias
@@ -232,18 +235,22 @@ cdef class Bundles:
 
 
 cdef class Program:
-    """A model's operations. Build in order with ``embed``, ``linear``, ``attention``, ``ffn``, ``add_norm``, ``head``,
+    """A model's operations. Build in order with ``embed``, ``linear``, ``attention``, ``ffn``, ``add``, ``route``, ``head``,
     then ``prepare``; then ``post`` steps and ``result`` them in order.
 
     ``wide``: activations are int16, else int8. ``stream``: a ``stream.Stream``, which outlives the gang; its units are
     matrices of the operations, in their order. ``neurons``: a ``neuron_cache.NeuronCache``, which does so too; ``pipeline``:
-    a key of PIPELINES, how far reading its neurons overlaps with computing (sparse.h).
+    a key of PIPELINES, how far reading its neurons overlaps with computing (sparse.h). ``clusters``: another one, whose
+    regions are experts' matrices that are not in memory.
+
+    ``expert`` of an operation: it works on the rows that chose this one, as the last ``route`` before says; -1: all rows.
+    Its sink "mix" adds the results times the expert's weight to y, whence ``add`` takes them.
     Norms are ``(weight float32 (n,), offset, eps)`` or None. Everything passed in must stay alive and unmoved.
     """
 
     cdef pi2_program p
     cdef Gang gang
-    cdef object stream, neurons
+    cdef object stream, neurons, clusters
     cdef int next_unit
     cdef list keep, waiting
     cdef int capacity, capacity_ropes
@@ -254,9 +261,9 @@ cdef class Program:
 
     def __init__(self, Gang gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
                  int64_t context, int64_t pages, bint wide=True, float embedding_scale=1, float logit_softcap=0,
-                 stream=None, neurons=None, pipeline="cluster"):
+                 stream=None, neurons=None, clusters=None, pipeline="cluster"):
         self.gang, self.pages, self.stream = gang, pages, stream
-        self.neurons = neurons
+        self.neurons, self.clusters = neurons, clusters
         self.keep = []
         self.waiting = []
         self.busy_ns = [0] * gang.gang.n
@@ -268,10 +275,12 @@ cdef class Program:
             p.stream = <pi2_stream *><uintptr_t>stream.address
         if neurons is not None:
             p.neurons = <pi2_neuron_cache *><uintptr_t>neurons.address
+        if clusters is not None:
+            p.clusters = <pi2_neuron_cache *><uintptr_t>clusters.address
         p.pipeline = PIPELINES[pipeline]
         p.embedding_scale, p.logit_softcap = embedding_scale, logit_softcap
 
-    cdef pi2_op *add(self, int kind, int layer) except NULL:
+    cdef pi2_op *operation(self, int kind, int layer) except NULL:
         cdef pi2_op *ops
         if self.p.n_ops == self.capacity:
             self.capacity = max(64, 2 * self.capacity)
@@ -281,7 +290,7 @@ cdef class Program:
             self.p.ops = ops
         ops = &self.p.ops[self.p.n_ops]
         memset(ops, 0, sizeof(pi2_op))
-        ops.kind, ops.layer, ops.rope = kind, layer, -1
+        ops.kind, ops.layer, ops.rope, ops.expert = kind, layer, -1, -1
         self.p.n_ops += 1
         return ops
 
@@ -300,7 +309,11 @@ cdef class Program:
         for i, matrix in enumerate(matrices):
             m = matrix
             op.matrix[i] = m.m
-            if m.m.data == NULL:
+            if m.m.data == NULL and m.m.region >= 0:
+                if self.clusters is None or m.m.region >= self.clusters.n_regions:
+                    raise InternalError(f"a matrix of region {m.m.region} is in no cache")
+                op.paged += 1
+            elif m.m.data == NULL:
                 if self.stream is None or not self.next_unit <= m.m.unit < self.stream.n:
                     raise InternalError(f"unit {m.m.unit} is not the stream's, or out of order")
                 self.next_unit = m.m.unit + 1
@@ -336,27 +349,31 @@ cdef class Program:
         """``fd``, ``offset``: where the row blocks of a matrix lie that is not in memory; its rows are read one by one."""
         if matrix.m.data == NULL and fd < 0:
             raise InternalError("an embedding is in memory or in a file")
-        self.add(PI2_EMBED, -1)
+        self.operation(PI2_EMBED, -1)
         self.p.embedding, self.p.embedding_fd, self.p.embedding_offset = matrix.m, fd, offset
         self.keep.append(matrix)
 
-    def linear(self, int layer, norm, source, sink, matrices, *, bint q8_in=False):
-        op = self.add(PI2_LINEAR, layer)
+    def linear(self, int layer, norm, source, sink, matrices, *, bint q8_in=False, int expert=-1):
+        op = self.operation(PI2_LINEAR, layer)
+        op.expert = expert
         op.norm = self.norm_of(norm)
         op.source, op.sink, op.q8_in = SOURCES[source], SINKS[sink], q8_in
         self.set_matrices(op, matrices)
 
-    def ffn(self, int layer, norm, Matrix up, gate, int activation, int up_activation, *, bint q8_out):
-        op = self.add(PI2_FFN, layer)
+    def ffn(self, int layer, norm, Matrix up, gate, int activation, int up_activation, *, bint q8_out, int expert=-1):
+        op = self.operation(PI2_FFN, layer)
+        op.expert = expert
         op.norm = self.norm_of(norm)
         op.activation, op.up_activation, op.q8_out = activation, up_activation, q8_out
         self.set_matrices(op, [up] if gate is None else [up, gate])
 
-    def sparse_ffn(self, int layer, norm, sink, Matrix decides, Bundles bundles, int activation, int up_activation):
+    def sparse_ffn(self, int layer, norm, sink, Matrix decides, Bundles bundles, int activation, int up_activation, *,
+                   int expert=-1):
         """A whole feed-forward block whose neurons are read when they fire. ``decides``: gate, or up where there is none."""
         if self.neurons is None or not 0 <= bundles.b.region < self.neurons.n_regions:
             raise InternalError(f"neurons of region {bundles.b.region} are in no cache")
-        op = self.add(PI2_SPARSE, layer)
+        op = self.operation(PI2_SPARSE, layer)
+        op.expert = expert
         op.norm = self.norm_of(norm)
         op.sink, op.bundles = SINKS[sink], &bundles.b
         op.activation, op.up_activation = activation, up_activation
@@ -368,7 +385,7 @@ cdef class Program:
                   int kv_type, bint q8_out):
         if n_heads % n_kv_heads or n_heads // n_kv_heads > 128:
             raise ValueError(f"{n_heads} heads over {n_kv_heads} KV heads")
-        op = self.add(PI2_ATTENTION, layer)
+        op = self.operation(PI2_ATTENTION, layer)
         op.n_heads, op.n_kv_heads, op.head_dim, op.window = n_heads, n_kv_heads, head_dim, window
         op.scale, op.softcap, op.rope, op.q8_out = scale, softcap, rope, q8_out
         op.q_norm, op.k_norm = self.norm_of(q_norm), self.norm_of(k_norm)
@@ -376,11 +393,17 @@ cdef class Program:
         op.kv.head_dim, op.kv.type = (head_dim + 15) // 16 * 16, kv_type
         op.kv_head_stride = head_stride
 
-    def add_norm(self, int layer, norm):
-        self.add(PI2_ADD_NORM, layer).norm = self.norm_of(norm)
+    def route(self, int layer, *, int n_experts, int n_used, bint normalized, bint shared):
+        """Chooses each row's experts by the logits in y; ``shared``: behind them is that of one more, which all rows use."""
+        op = self.operation(PI2_ROUTE, layer)
+        op.n_experts, op.n_used, op.normalized, op.shared = n_experts, n_used, normalized, shared
+
+    def add(self, int layer, norm):
+        """x += [norm](y)"""
+        self.operation(PI2_ADD, layer).norm = self.norm_of(norm)
 
     def head(self, norm, Matrix matrix):
-        op = self.add(PI2_HEAD, -1)
+        op = self.operation(PI2_HEAD, -1)
         op.norm = self.norm_of(norm)
         self.set_matrices(op, [matrix])
 
@@ -402,13 +425,15 @@ cdef class Program:
     def operations(self):
         """Names of the operations, for traces: ``"layer 3 attention"``."""
         names = {PI2_EMBED: "embed", PI2_LINEAR: "linear", PI2_ATTENTION: "attention", PI2_FFN: "ffn",
-                 PI2_ADD_NORM: "norm", PI2_HEAD: "head", PI2_SPARSE: "ffn"}
+                 PI2_ADD: "add", PI2_HEAD: "head", PI2_SPARSE: "ffn", PI2_ROUTE: "route"}
         out = []
         for i in range(self.p.n_ops):
             op = &self.p.ops[i]
             name = names[op.kind]
             if op.kind == PI2_LINEAR:
-                name = "qkv" if op.n_matrices == 3 else "down" if op.source == 2 else "out"
+                name = "qkv" if op.n_matrices == 3 else ("router", "out", "down")[op.source]
+            if op.expert >= 0:
+                name = f"expert {op.expert} {name}"
             out.append(name if op.layer < 0 else f"layer {op.layer} {name}")
         return tuple(out)
 

@@ -17,7 +17,8 @@ import trio
 from pi2rt._errors import BusyError, ClosedError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.stream import Stream
-from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type, refuse_unknown_blocks
+from pi2rt.executors.clusters import Clusters
+from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
 from pi2rt.executors.neurons import Neurons
 from pi2rt.executors.weights import Weights
 from pi2rt.formats import ModelFile
@@ -46,6 +47,7 @@ class CpuExecutor:
         self._ring: native.Memory | None = None
         self._stream: Stream | None = None
         self._neurons: Neurons | None = None
+        self._clusters: Clusters | None = None
         self._rows_fd = -1  # of the file, where rows of the embedding are read one by one
         self._gang: program.Gang | None = None
         self._program: program.Program | None = None
@@ -61,7 +63,6 @@ class CpuExecutor:
         self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
     ) -> None:
         """Loads the weights with as many threads as will compute; ``progress`` counts bytes of the file."""
-        refuse_unknown_blocks(file, model)
         if options.exact_floats and file.bundles:
             raise UnsupportedModelError(
                 file.path,
@@ -77,6 +78,7 @@ class CpuExecutor:
             model,
             exact_floats=options.exact_floats,
             streamed=options.streamed,
+            paged=options.paged,
             read_by_row=options.read_by_row,
         )
         await self._load(file, model, options, progress)
@@ -98,20 +100,34 @@ class CpuExecutor:
         spin = SPIN_NS if len(set(pinned)) == len(pinned) else 0  # two on one core would spin for each other
         self._gang = program.Gang(pinned, spin_ns=spin)
         builder = ProgramBuilder(
-            file, model, self._weights, options, self._gang, self._stream, self._rows_fd, self._neurons
+            file,
+            model,
+            self._weights,
+            options,
+            self._gang,
+            self._stream,
+            self._rows_fd,
+            self._neurons,
+            self._clusters,
         )
         self._program = builder.build(self._cache, layouts, page_bytes)
 
     async def _load(
         self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
     ) -> None:
-        """Weights, and of packs with bundles as many neurons as there is room for."""
+        """Weights, and as many neurons and clusters of experts as there is room for."""
         assert self._weights is not None
-        if not self._weights.scales:
+        caches: list[Neurons | Clusters] = []
+        if options.paged:
+            self._clusters = Clusters(file, options.paged, options.cluster_bytes, options.io)
+            caches.append(self._clusters)
+        if self._weights.scales:
+            self._neurons = Neurons(file, model, options.neuron_bytes, options.io)
+            caches.append(self._neurons)
+        if not caches:
             await self._weights.load(progress, len(self._threads))
             return
-        self._neurons = neurons = Neurons(file, model, options.neuron_bytes, options.io)
-        total, done = self._weights.file_bytes + neurons.nbytes, 0
+        total, done = self._weights.file_bytes + sum(each.nbytes for each in caches), 0
         await self._weights.load(lambda read, _: progress(read, total), len(self._threads))
         done = self._weights.file_bytes
 
@@ -119,10 +135,11 @@ class CpuExecutor:
             nonlocal done
             done += count
             trio.from_thread.check_cancelled()
-            trio.from_thread.run_sync(progress, done, total)
+            trio.from_thread.run_sync(progress, min(done, total), total)
 
-        await trio.to_thread.run_sync(neurons.load, report)
-        progress(total, total)  # each block's share of the cache is rounded down
+        for each in caches:
+            await trio.to_thread.run_sync(each.load, report)
+        progress(total, total)  # each block's share of a cache is rounded down
 
     def submit(self, step: Step) -> None:
         if self._program is None or self._options is None:
@@ -213,10 +230,12 @@ class CpuExecutor:
         if self._ring is not None:
             self._ring.close()
             self._ring = None
-        neurons, self._neurons = self._neurons, None
-        if neurons is not None:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(neurons.close)
+        caches = (self._neurons, self._clusters)
+        self._neurons = self._clusters = None
+        for cache in caches:
+            if cache is not None:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(cache.close)
         if self._rows_fd >= 0:
             os.close(self._rows_fd)
             self._rows_fd = -1
@@ -255,6 +274,19 @@ class CpuExecutor:
                 "flash_stall_ns": counters.stall_ns // len(self._threads),
             }
             flash = (ThreadStatistics(FLASH, -1, counters.busy_ns),)
+        if self._clusters is not None:
+            held["clusters"] = self._clusters.nbytes
+            counters = self._clusters.counters
+            details |= {
+                "cluster_hits": counters.hits,
+                "cluster_early": counters.early,
+                "cluster_misses": counters.misses,
+                "cluster_evictions": counters.evictions,
+                "flash_reads": counters.reads + int(str(details.get("flash_reads", 0))),
+                "flash_bytes": counters.bytes + int(str(details.get("flash_bytes", 0))),
+                "flash_stall_ns": counters.stall_ns + int(str(details.get("flash_stall_ns", 0))),
+            }
+            flash = (ThreadStatistics(FLASH, -1, counters.busy_ns + sum(each.kernel_ns for each in flash)),)
         if self._stream is not None and self._ring is not None:
             held["ring"] = self._ring.nbytes
             read, reading_ns, stall_ns = self._stream.counters

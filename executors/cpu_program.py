@@ -9,10 +9,11 @@ import numpy as np
 from pi2rt._errors import UnsupportedModelError
 from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.stream import Stream
+from pi2rt.executors.clusters import Clusters
 from pi2rt.executors.neurons import Neurons
 from pi2rt.executors.weights import PackedMatrix, Weights
 from pi2rt.formats import ModelFile
-from pi2rt.models import Attention, FeedForward, Linear, ModelDescription, Norm, Rope
+from pi2rt.models import Attention, FeedForward, Linear, MixtureOfExperts, ModelDescription, Norm, Rope
 from pi2rt.runtime.executor import ExecutorOptions
 from pi2rt.runtime.step import Floats
 
@@ -50,18 +51,6 @@ def cache_layouts(model: ModelDescription, kv_type: str) -> tuple[list[CacheLayo
     return layouts, offset
 
 
-def refuse_unknown_blocks(file: ModelFile, model: ModelDescription) -> None:
-    """Raises UnsupportedModelError where a layer has a block that no program can compute."""
-    for layer in model.layers:
-        for block in layer.blocks:
-            if not isinstance(block, (Attention, FeedForward)):
-                raise UnsupportedModelError(
-                    file.path,
-                    type(block).__name__,
-                    "the cpu executor does not run this block yet; take executor='reference', which is slow",
-                )
-
-
 class ProgramBuilder:
     """Builds the program of a model for one gang of threads."""
 
@@ -75,6 +64,7 @@ class ProgramBuilder:
         stream: Stream | None,
         rows_fd: int,
         neurons: Neurons | None,
+        clusters: Clusters | None,
     ) -> None:
         self._file, self._model, self._weights, self._options = file, model, weights, options
         self._program = program.Program(
@@ -91,9 +81,11 @@ class ProgramBuilder:
             logit_softcap=model.logit_softcap or 0.0,
             stream=stream,
             neurons=None if neurons is None else neurons.cache,
+            clusters=None if clusters is None else clusters.cache,
             pipeline=options.pipeline,
         )
         self._neurons = neurons
+        self._clusters = clusters
         self._rows_fd = rows_fd
         self._ropes: dict[Rope, int] = {}
 
@@ -109,6 +101,9 @@ class ProgramBuilder:
                     self._attention(index, block, cache.address, next(attention), page_bytes)
                 elif isinstance(block, FeedForward):
                     self._feed_forward(index, block)
+                    self._close(index, block.post_norm)
+                else:
+                    self._mixture(index, block)
         p.head(self._norm(model.final_norm), self._matrix(model.head))
         p.prepare()
         return p
@@ -147,11 +142,24 @@ class ProgramBuilder:
             kv_type=native.KV_TYPES[kv_type(self._options)],
             q8_out=q8,
         )
-        self._output(index, block.out, block.post_norm, "attention", q8)
+        sink = "x" if block.post_norm is None else "y"
+        p.linear(index, None, "attention", sink, [self._matrix(block.out)], q8_in=q8)
+        self._close(index, block.post_norm)
 
-    def _feed_forward(self, index: int, block: FeedForward) -> None:
+    def _feed_forward(self, index: int, block: FeedForward, expert: int = -1) -> None:
+        """``expert``: the number of one of a mixture's; -1: the block stands by itself."""
+        sink = "mix" if expert >= 0 else "x" if block.post_norm is None else "y"
         if self._neurons is not None and block.down.weight in self._weights.scales:
-            self._sparse(index, block, self._neurons)
+            self._program.sparse_ffn(
+                index,
+                self._norm(block.norm),
+                sink,
+                self._matrix(block.up if block.gate is None else block.gate),
+                self._neurons.block(block, self._weights),
+                native.ACTIVATIONS[block.activation],
+                native.ACTIVATIONS[block.up_activation],
+                expert=expert,
+            )
             return
         q8 = not self._is_float(block.down)  # then hidden is a multiple of 32
         self._program.ffn(
@@ -162,29 +170,33 @@ class ProgramBuilder:
             native.ACTIVATIONS[block.activation],
             native.ACTIVATIONS[block.up_activation],
             q8_out=q8,
+            expert=expert,
         )
-        self._output(index, block.down, block.post_norm, "hidden", q8)
+        self._program.linear(index, None, "hidden", sink, [self._matrix(block.down)], q8_in=q8, expert=expert)
 
-    def _sparse(self, index: int, block: FeedForward, neurons: Neurons) -> None:
-        self._program.sparse_ffn(
+    def _mixture(self, index: int, block: MixtureOfExperts) -> None:
+        p, shared = self._program, block.shared_expert()
+        routers = [self._matrix(block.router)]
+        if block.shared is not None:
+            routers.append(self._matrix(Linear(block.shared.router)))
+        p.linear(index, self._norm(block.norm), "x", "y", routers)
+        p.route(
             index,
-            self._norm(block.norm),
-            "x" if block.post_norm is None else "y",
-            self._matrix(block.up if block.gate is None else block.gate),
-            neurons.block(block, self._weights),
-            native.ACTIVATIONS[block.activation],
-            native.ACTIVATIONS[block.up_activation],
+            n_experts=block.n_experts,
+            n_used=block.n_used,
+            normalized=block.normalized,
+            shared=shared is not None,
         )
-        if block.post_norm is not None:
-            self._program.add_norm(index, self._norm(block.post_norm))
+        for expert in range(block.n_experts):
+            self._feed_forward(index, block.expert(expert), expert)
+        if shared is not None:
+            self._feed_forward(index, shared, block.n_experts)
+        p.add(index, self._norm(block.post_norm))
 
-    def _output(self, index: int, out: Linear, post_norm: Norm | None, source: str, q8: bool) -> None:
-        """The block's last product, added to the residual stream, through its second norm where it has one."""
-        if post_norm is None:
-            self._program.linear(index, None, source, "x", [self._matrix(out)], q8_in=q8)
-        else:
-            self._program.linear(index, None, source, "y", [self._matrix(out)], q8_in=q8)
-            self._program.add_norm(index, self._norm(post_norm))
+    def _close(self, index: int, post_norm: Norm | None) -> None:
+        """The block's output is added to the residual stream through its second norm, where it has one."""
+        if post_norm is not None:
+            self._program.add(index, self._norm(post_norm))
 
     def _is_float(self, linear: Linear) -> bool:
         return self._weights.matrices[linear.weight].type in FLOATS
@@ -192,14 +204,18 @@ class ProgramBuilder:
     def _matrix(self, linear: Linear) -> program.Matrix:
         packed: PackedMatrix = self._weights.matrices[linear.weight]
         bias = None if linear.bias is None else self._weights.vectors[linear.bias]
-        type_id = native.TYPE_IDS[packed.type]
+        paged = None if self._clusters is None else self._clusters.matrices.get(linear.weight)
+        region, page_blocks = (-1, 0) if paged is None else paged
+        absent = packed.address == 0 and paged is None
         return program.Matrix(
-            type_id,
+            native.TYPE_IDS[packed.type],
             packed.rows,
             packed.columns,
             packed.address,
             bias,
-            unit=self._weights.units.get(linear.weight, 0 if packed.address == 0 else -1),
+            unit=self._weights.units.get(linear.weight, 0) if absent else -1,
+            region=region,
+            page_blocks=page_blocks,
         )
 
     def _norm(self, norm: Norm | None) -> tuple[Floats, float, float] | None:

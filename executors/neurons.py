@@ -34,7 +34,7 @@ class Neurons:
     """
 
     def __init__(self, file: ModelFile, model: ModelDescription, nbytes: int, io: str) -> None:
-        blocks = [block for layer in model.layers for block in layer.blocks if isinstance(block, FeedForward)]
+        blocks = tuple(model.feed_forwards())
         for block in blocks:
             bundles = file.bundles.get(block.down.weight)
             if bundles is not None and (bundles.up is None) != (block.gate is None):
@@ -51,7 +51,7 @@ class Neurons:
         self.pages = sum(each.pages for each in self._bundles)
         self.slots = min(self.pages, nbytes // self.slot_bytes) if nbytes else self.pages
         self._memory = native.Memory(self.pages * self.slot_bytes)  # resident where it is used
-        regions = [(each.offset, each.page_bytes, each.pages) for each in self._bundles]
+        regions = [(each.offset, each.page_bytes, each.nbytes) for each in self._bundles]
         try:
             self.cache = NeuronCache(
                 file.held_path,

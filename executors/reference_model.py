@@ -16,14 +16,12 @@ import numpy.typing as npt
 from pi2rt.models import (
     Activation,
     Attention,
-    ExpertLinear,
     FeedForward,
     Linear,
     MixtureOfExperts,
     ModelDescription,
     Norm,
     Rope,
-    SharedExpert,
 )
 from pi2rt.runtime.step import PAGE_TOKENS, Floats, Int32s
 
@@ -161,41 +159,13 @@ class ReferenceModel:
         out = np.zeros_like(x)
         for expert in np.unique(chosen):
             tokens, places = np.nonzero(chosen == expert)
-            y = self._expert(block, int(expert), x[tokens])
+            y = self._feed_forward(block.expert(int(expert)), x[tokens])
             out[tokens] += weights[tokens, places, None] * y
-        if block.shared is not None:
-            out += self._shared(block, block.shared, x)
+        shared = block.shared_expert()
+        if block.shared is not None and shared is not None:
+            weight = _sigmoid(x @ self.weights[block.shared.router].reshape(-1, 1))  # (t, 1)
+            out += weight * self._feed_forward(shared, x)
         return out
-
-    def _expert(self, block: MixtureOfExperts, expert: int, x: Floats) -> Floats:
-        """The output of one expert for the tokens that chose it, before its weight."""
-        y: Floats = x @ self._matrix_of(block.up, expert).T  # (t, hidden)
-        if block.up_activation is not None:
-            y = activate(block.up_activation, y)
-        if block.gate is None:
-            y = activate(block.activation, y)
-        else:
-            y = activate(block.activation, x @ self._matrix_of(block.gate, expert).T) * y
-        out: Floats = y @ self._matrix_of(block.down, expert).T
-        return out
-
-    def _shared(self, block: MixtureOfExperts, shared: SharedExpert, x: Floats) -> Floats:
-        plain = FeedForward(
-            block.norm,
-            shared.up,
-            shared.down,
-            shared.hidden,
-            block.activation,
-            shared.gate,
-            block.up_activation,
-        )
-        weight = _sigmoid(x @ self.weights[shared.router].reshape(-1, 1))  # (t, 1)
-        return weight * self._feed_forward(plain, x)
-
-    def _matrix_of(self, linear: ExpertLinear, expert: int) -> Floats:
-        name, index = linear.of(expert)
-        matrix = self.weights[name]
-        return matrix if index is None else matrix[index]
 
     def _linear(self, linear: Linear, x: Floats) -> Floats:
         y: Floats = x @ self.weights[linear.weight].T

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from pi2rt.cython_kernels import native
 from pi2rt.cython_kernels.stream import SECTOR
 from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.quants import dequantize
-from pi2rt.models import ModelDescription, iterate_tensors
+from pi2rt.models import MixtureOfExperts, ModelDescription, iterate_tensors
 from pi2rt.runtime.executor import Progress
 from pi2rt.runtime.step import Floats
 
@@ -40,9 +40,9 @@ class PackedMatrix:
 class Weights:
     """Every tensor a description names: matrices as row blocks, vectors as float32.
 
-    ``exact_floats``: matrices become float32, dequantised as the format says. ``streamed``: names of matrices that
-    are not loaded, because they are read in every step: units of a stream, in this order.
-    ``read_by_row``: one more that is not loaded. They have address 0.
+    ``exact_floats``: matrices become float32, dequantised as the format says. Not loaded, with address 0, are
+    ``streamed``: matrices that are read in every step, units of a stream, in this order; ``paged``: those that are read
+    when an expert is chosen; ``read_by_row``: one more.
 
     ``scales``: of matrices whose neurons a pack stores one by one, type and address; ``dim``: of the model.
     """
@@ -54,13 +54,18 @@ class Weights:
         *,
         exact_floats: bool,
         streamed: Sequence[str] = (),
+        paged: Sequence[str] = (),
         read_by_row: str | None = None,
     ) -> None:
         self._file = file
         self._exact_floats = exact_floats
-        infos = [file.tensors[name] for name, _ in iterate_tensors(model)]
+        routers = _shared_routers(model)
+        infos = [
+            replace(info, shape=(1, model.dim)) if info.name in routers else info
+            for info in (file.tensors[name] for name, _ in iterate_tensors(model))
+        ]
         self.units = {name: unit for unit, name in enumerate(streamed)}
-        absent = {*streamed, read_by_row}
+        absent = {*streamed, *paged, read_by_row}
         matrices = [info for info in infos if len(info.shape) == 2 and info.name not in absent]
         self._matrix_infos = [info for info in matrices if info.layout != "neurons"]
         self._scale_infos = [info for info in matrices if info.layout == "neurons"]
@@ -92,10 +97,12 @@ class Weights:
             rows, columns = info.shape
             self.matrices[read_by_row] = PackedMatrix(info.type, rows, columns, 0)
             self.row_offset = info.offset
-        for name in streamed:
+        for name in (*streamed, *paged):
             info = file.tensors[name]
             rows, columns = info.shape
             self.matrices[name] = PackedMatrix(info.type, rows, columns, 0)
+        for name in streamed:
+            info = file.tensors[name]
             self.extents.append((info.offset, -(-info.nbytes // SECTOR) * SECTOR))
 
     def _type(self, info: TensorInfo) -> str:
@@ -206,6 +213,12 @@ def to_floats(info: TensorInfo, raw: npt.NDArray[np.uint8], rows: int) -> Floats
     if info.layout == "rows":
         return dequantize(info.type, raw, shape)
     return native.unpack(info.type, raw.ctypes.data, *shape)
+
+
+def _shared_routers(model: ModelDescription) -> set[str]:
+    """Names of the vectors that are multiplied by, as matrices of one row."""
+    mixtures = (b for layer in model.layers for b in layer.blocks if isinstance(b, MixtureOfExperts))
+    return {each.shared.router for each in mixtures if each.shared is not None}
 
 
 def _bytes_in_file(info: TensorInfo, first: int, last: int) -> int:

@@ -372,6 +372,8 @@ def _executor_options(
         read_by_row=streaming.read_by_row,
         ring_bytes=streaming.ring_bytes,
         io=chosen.io,
+        paged=streaming.paged,
+        cluster_bytes=streaming.cluster_bytes,
         neuron_bytes=streaming.neuron_bytes,
         pipeline=chosen.pipeline,
         trace=trace,
@@ -385,7 +387,8 @@ def _check_budget(limit: int, own: int, need: MemoryNeed, streaming: StreamingPl
         return
     parts = {
         "interpreter, libraries and tokenizer": own,
-        "weights that stay": need.weights - streaming.ring_bytes - streaming.neuron_bytes,
+        "weights that stay": streaming.resident_bytes or need.weights,
+        "matrices of an expert that are used together": streaming.cluster_bytes,
         "neurons that are computed together": streaming.neuron_bytes,
         "a ring for those that are read in every step": streaming.ring_bytes,
         "KV cache of one context": kv,
@@ -393,7 +396,7 @@ def _check_budget(limit: int, own: int, need: MemoryNeed, streaming: StreamingPl
     }
     made_of = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items() if size)
     advice = "a smaller context or kv_type='q8' needs less"
-    if not streaming.streamed:
+    if not streaming.streamed and not streaming.paged:
         advice = "a pack (pi2rt convert) may be larger than memory; " + advice
     raise MemoryBudgetError(
         f"a memory of {_mib(limit)} is too small; the least is {_mib(least)}: {made_of}; {advice}"

@@ -23,7 +23,7 @@ from pi2rt.formats.neuron_bundles import (
     up_scales_bytes,
 )
 from pi2rt.formats.pack_writer import PackWriter, Planned
-from pi2rt.models import Block, FeedForward, ModelDescription
+from pi2rt.models import FeedForward, ModelDescription, feed_forwards
 from pi2rt.models.tensors import block_tensors
 
 PIECE_BYTES = 4 << 20
@@ -51,8 +51,8 @@ def bundled_blocks(file: ModelFile, model: ModelDescription) -> Iterator[Bundled
     for layer in model.layers:
         tensors = [each for block in layer.blocks for each in block_tensors(block, model.dim)]
         last = [name for name, shape in tensors if len(shape) == 2][-1:]
-        for block in layer.blocks:
-            matrices = _skippable(file, block)
+        for each in (each for block in layer.blocks for each in feed_forwards(block)):
+            matrices = _skippable(file, each)
             if matrices is not None:
                 up, down = matrices
                 matrix = None if up is None else _matrix(up)
@@ -60,8 +60,8 @@ def bundled_blocks(file: ModelFile, model: ModelDescription) -> Iterator[Bundled
                 yield Bundled(up, down, bundles, last[0])
 
 
-def _skippable(file: ModelFile, block: Block) -> tuple[TensorInfo | None, TensorInfo] | None:
-    if not isinstance(block, FeedForward) or block.activation not in ("relu", "relu2"):
+def _skippable(file: ModelFile, block: FeedForward) -> tuple[TensorInfo | None, TensorInfo] | None:
+    if block.activation not in ("relu", "relu2"):
         return None
     up = file.tensors[block.up.weight] if block.gate is not None else None
     down = file.tensors[block.down.weight]

@@ -16,7 +16,7 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
-from pi2rt._errors import ConversionError, ModelFormatError, RequestError, UnsupportedModelError
+from pi2rt._errors import ConversionError, ModelFormatError, RequestError
 from pi2rt.cython_kernels import native
 from pi2rt.formats import ModelFile, TensorInfo, open_model_file
 from pi2rt.formats.gguf import GgufFile
@@ -34,7 +34,7 @@ from pi2rt.formats.pack_writer import PackWriter, Planned
 from pi2rt.formats.quants import TYPES, check_scales
 from pi2rt.formats.regular_file import RegularFile
 from pi2rt.formats.row_blocks import ROWS
-from pi2rt.models import MixtureOfExperts, ModelDescription, describe
+from pi2rt.models import ModelDescription, describe
 from pi2rt.models.tensors import block_tensors, iterate_tensors
 from pi2rt.planner.bundling import Bundled, BundleWriter, bundled_blocks, planned_pages, planned_scales
 
@@ -119,12 +119,6 @@ class _Conversion:
             progress,
         )
         model = describe(file)
-        if any(isinstance(block, MixtureOfExperts) for layer in model.layers for block in layer.blocks):
-            raise UnsupportedModelError(
-                file.path,
-                "experts",
-                "packs do not hold a mixture of experts yet; run the model from this file",
-            )
         self._named = {name for name, _ in iterate_tensors(model)}
         # Vectors that the description does not name may be part of how it is made (factors of the rotation).
         rest = [

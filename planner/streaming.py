@@ -9,6 +9,10 @@ not the output head as well goes before all: of it, a step reads one row for eac
 A block whose neurons a pack stores one by one (``formats/neuron_bundles.py``) needs few of them for a token: what its
 gate lets through. Gates and scales stay, and the room that is left is a cache of neurons. Only where that leaves less
 than the neurons of ``LEAST_CLUSTERS`` clusters are matrices streamed as well.
+
+Of a mixture's experts a step needs those that a router chose, so their matrices are not streamed but kept in pages of a
+cache. Where experts have neurons of their own beside them (their gates are those matrices then), neurons get the first
+``FIRST_NEURONS`` of themselves: those that fire most, of which each byte saves more reading than one of a gate does.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from dataclasses import dataclass, replace
 
 from pi2rt.cython_kernels.program import CLUSTER
 from pi2rt.formats import ModelFile, TensorInfo
-from pi2rt.models import Attention, FeedForward, ModelDescription, iterate_tensors
+from pi2rt.formats.row_blocks import ROWS, page_blocks, page_bytes
+from pi2rt.models import Attention, FeedForward, MixtureOfExperts, ModelDescription, iterate_tensors
 
 SECTOR = 4096
 """Reads and the places in the ring are whole sectors."""
@@ -28,6 +33,9 @@ LEAST_CLUSTERS = 2
 
 SLOT_RECORDS = 64
 """Bytes that the neuron cache keeps of each slot and page, at most (``cython_kernels/neuron_cache.h``)."""
+
+FIRST_NEURONS = 1 / 8
+"""Of the synthetic ReLU models as much of the neurons is two thirds of what fires; the next eighth is another tenth."""
 
 AHEAD_UNITS = 1
 """Matrices of the largest size for which the ring has room beside those of one operation and a gap at its end: what
@@ -39,6 +47,7 @@ class StreamingPlan:
     """``streamed``: names of the matrices that are read in every step, () where all weights stay;
     ``read_by_row``: the embedding, where its rows are read one by one; ``ring_bytes``: memory that the streamed
     pass through; ``neuron_bytes``: memory for neurons that are read when they fire, 0 where all stay;
+    ``paged``: experts' matrices that are read when they are chosen, into memory of ``cluster_bytes``;
     ``resident_bytes``: weights that stay."""
 
     streamed: tuple[str, ...] = ()
@@ -46,10 +55,12 @@ class StreamingPlan:
     ring_bytes: int = 0
     resident_bytes: int = 0
     neuron_bytes: int = 0
+    paged: tuple[str, ...] = ()
+    cluster_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
-        return self.resident_bytes + self.ring_bytes + self.neuron_bytes
+        return self.resident_bytes + self.ring_bytes + self.neuron_bytes + self.cluster_bytes
 
 
 def operations_in_order(model: ModelDescription) -> Iterator[tuple[tuple[str, ...], bool]]:
@@ -92,6 +103,24 @@ def all_neurons(file: ModelFile) -> int:
     return pages * (max((each.page_bytes for each in file.bundles.values()), default=0) + SLOT_RECORDS)
 
 
+def expert_operations(file: ModelFile, model: ModelDescription) -> Iterator[tuple[TensorInfo, ...]]:
+    """The matrices that one operation of an expert uses together, of those that lie in row blocks. None of shared
+    experts, which every token uses."""
+    for layer in model.layers:
+        for block in layer.blocks:
+            if isinstance(block, MixtureOfExperts):
+                for each in map(block.expert, range(block.n_experts)):
+                    for linears in ((each.up, each.gate), (each.down,)):
+                        infos = (file.tensors[linear.weight] for linear in linears if linear is not None)
+                        yield tuple(info for info in infos if info.layout == "blocks16")
+
+
+def _pages(info: TensorInfo) -> int:
+    rows, columns = info.shape
+    blocks = -(-rows // ROWS)
+    return -(-blocks // page_blocks(info.type, rows, columns))
+
+
 def plan_streaming(
     file: ModelFile, model: ModelDescription, room: int, cache: int | None = None
 ) -> StreamingPlan:
@@ -102,26 +131,59 @@ def plan_streaming(
     Args:
         cache: bytes for neurons at most; None: all that is left.
     """
+    experts = [infos for infos in expert_operations(file, model) if infos]
     if not file.bundles:
-        return _plan_matrices(file, model, room)
+        plan = _plan_matrices(file, model, room)
+        return _plan_experts(file, model, room, cache, experts) if experts and plan.nbytes > room else plan
     total, neurons = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model)), all_neurons(file)
     if total + neurons <= room and (cache is None or cache >= neurons):
         return StreamingPlan(resident_bytes=total + neurons)
     least = least_neurons(file)
     records = SLOT_RECORDS * sum(each.pages for each in file.bundles.values())
     plan = _plan_matrices(file, model, room - least - records, spare=True)
-    left = max(least, room - records - plan.nbytes)
+    left = room - records - plan.nbytes
+    few = left < min(neurons * FIRST_NEURONS, neurons if cache is None else cache)
+    if experts and (plan.streamed or few):
+        return _plan_experts(file, model, room, cache, experts)
+    left = max(least, left)
     if cache is not None:
         left = max(least, min(left, cache))
     return replace(plan, resident_bytes=plan.resident_bytes + records, neuron_bytes=left // SECTOR * SECTOR)
 
 
+def _plan_experts(
+    file: ModelFile,
+    model: ModelDescription,
+    room: int,
+    cache: int | None,
+    operations: list[tuple[TensorInfo, ...]],
+) -> StreamingPlan:
+    """With experts in pages, and neurons where the file has them."""
+    infos = [info for operation in operations for info in operation]
+    slot = max(page_bytes(info.type, *info.shape) for info in infos)
+    least = max(sum(map(_pages, operation)) for operation in operations) * slot
+    records = SLOT_RECORDS * (sum(map(_pages, infos)) + sum(each.pages for each in file.bundles.values()))
+    least_of_neurons = least_neurons(file) if file.bundles else 0
+    absent = sum(info.nbytes for info in infos)
+    plan = _plan_matrices(file, model, room - least - least_of_neurons - records, spare=True, absent=absent)
+    left = room - records - plan.nbytes
+    neurons = int(min(all_neurons(file) * FIRST_NEURONS, left / 2))
+    neurons = max(least_of_neurons, min(neurons, left if cache is None else cache)) // SECTOR * SECTOR
+    return replace(
+        plan,
+        resident_bytes=plan.resident_bytes + records,
+        neuron_bytes=neurons,
+        paged=tuple(info.name for info in infos),
+        cluster_bytes=max(least, left - neurons) // slot * slot,
+    )
+
+
 def _plan_matrices(
-    file: ModelFile, model: ModelDescription, room: int, *, spare: bool = False
+    file: ModelFile, model: ModelDescription, room: int, *, spare: bool = False, absent: int = 0
 ) -> StreamingPlan:
     """Without neurons. ``spare``: memory is short even where these matrices fit, so rows of the embedding are read one
-    by one."""
-    total = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model))
+    by one. ``absent``: bytes of matrices that have a place elsewhere."""
+    total = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model)) - absent
     order = [(file.tensors[name], feed_forward) for name, feed_forward in matrices_in_order(model)]
     order = [each for each in order if each[0].layout != "neurons"]
     if (total <= room and not spare) or any(info.layout != "blocks16" for info, _ in order):

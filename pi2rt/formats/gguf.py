@@ -16,6 +16,7 @@ from pi2rt.formats.gguf_header import MAX_KEY_BYTES, GgufHeader
 from pi2rt.formats.model_file import ModelFile, TensorInfo, printable, refuse_overlap
 from pi2rt.formats.quants import BY_GGML_ID, GGML_NAMES, TYPES
 from pi2rt.formats.regular_file import RegularFile
+from pi2rt.formats.stacked_experts import split_experts
 
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 17
@@ -31,7 +32,7 @@ class GgufFile(ModelFile):
     """An open GGUF file.
 
     ``metadata`` values are int, float, bool, str, list[str], or read-only one-dimensional numpy arrays
-    (arrays of numbers). ``tensors`` are in the order of the file.
+    (arrays of numbers). ``tensors`` are in the order of the file, each expert's matrix by itself (``stacked_experts``).
 
     Args:
         path: the file.
@@ -51,7 +52,7 @@ class GgufFile(ModelFile):
             tensor_count, key_count = self._preamble(header)
             self.metadata: dict[str, Any] = self._read_metadata(header, key_count)
             self.architecture: str = self._required_string("general.architecture")
-            self.tensors: dict[str, TensorInfo] = self._read_tensors(header, tensor_count)
+            self.tensors: dict[str, TensorInfo] = split_experts(self._read_tensors(header, tensor_count))
         except BaseException:
             self._file.close()
             raise

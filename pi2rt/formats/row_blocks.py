@@ -4,11 +4,18 @@ check a file without the native module. ``cython_kernels/kernels.h`` and ``docs/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
 ROWS = 16
 """Rows in a block; a matrix is padded to whole blocks with rows of zeros."""
+
+SECTOR = 4096
+"""Reads begin and end at multiples of it."""
+
+PAGE_BYTES = 1 << 20
+"""Of a page of a matrix, about: large enough for a device's full bandwidth, small enough for many of them."""
 
 # Bytes of 16 rows: of scales and of quants, each per this many columns. Both parts are padded to 64 bytes.
 _PARTS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
@@ -43,6 +50,20 @@ def row_block_bytes(type_name: str, columns: int) -> int:
 def matrix_bytes(type_name: str, rows: int, columns: int) -> int:
     """Bytes of a (rows, columns) matrix as row blocks."""
     return -(-rows // ROWS) * row_block_bytes(type_name, columns)
+
+
+def page_blocks(type_name: str, rows: int, columns: int) -> int:
+    """Row blocks of a page: a part of the matrix that can be read by itself. About ``PAGE_BYTES``, in whole sectors, or
+    all of it."""
+    block, blocks = row_block_bytes(type_name, columns), -(-rows // ROWS)
+    step = SECTOR // math.gcd(block, SECTOR)
+    return min(blocks, max(step, PAGE_BYTES // block // step * step))
+
+
+def page_bytes(type_name: str, rows: int, columns: int) -> int:
+    """Bytes of such a page, in whole sectors."""
+    size = page_blocks(type_name, rows, columns) * row_block_bytes(type_name, columns)
+    return -(-size // SECTOR) * SECTOR
 
 
 def _to_64(size: int) -> int:

@@ -4,7 +4,6 @@ from pi2rt.models.description import (
     Activation,
     Attention,
     Block,
-    ExpertLinear,
     FeedForward,
     Layer,
     Linear,
@@ -13,6 +12,7 @@ from pi2rt.models.description import (
     Norm,
     Rope,
     SharedExpert,
+    feed_forwards,
 )
 from pi2rt.models.load import ARCHITECTURES, describe
 from pi2rt.models.tensors import block_tensors, iterate_tensors
@@ -22,7 +22,6 @@ __all__ = [
     "Activation",
     "Attention",
     "Block",
-    "ExpertLinear",
     "FeedForward",
     "Layer",
     "Linear",
@@ -33,5 +32,6 @@ __all__ = [
     "SharedExpert",
     "block_tensors",
     "describe",
+    "feed_forwards",
     "iterate_tensors",
 ]

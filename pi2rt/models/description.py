@@ -8,6 +8,7 @@ Tensors are named as the model file names them; shapes are numpy's (rows, column
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -90,18 +91,6 @@ class FeedForward:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertLinear:
-    """One linear map of every expert, ``y = W[expert] @ x``. ``weight``: one tensor of shape (experts, outputs,
-    inputs), or one of shape (outputs, inputs) for each expert, in their order."""
-
-    weight: str | tuple[str, ...]
-
-    def of(self, expert: int) -> tuple[str, int | None]:
-        """The tensor that has this expert's matrix, and its index in there: None where it is all of it."""
-        return (self.weight, expert) if isinstance(self.weight, str) else (self.weight[expert], None)
-
-
-@dataclass(frozen=True, slots=True)
 class SharedExpert:
     """An expert that every token uses, its output times ``sigmoid(router . x)``; activations as its mixture has them.
 
@@ -129,17 +118,37 @@ class MixtureOfExperts:
 
     norm: Norm
     router: Linear  # of shape (n_experts, dim)
-    up: ExpertLinear
-    down: ExpertLinear
+    up: tuple[Linear, ...]  # of each expert
+    down: tuple[Linear, ...]
     hidden: int
     n_experts: int
     n_used: int
     normalized: bool
     activation: Activation
-    gate: ExpertLinear | None = None
+    gate: tuple[Linear, ...] | None = None
     up_activation: Activation | None = None
     shared: SharedExpert | None = None
     post_norm: Norm | None = None
+
+    def expert(self, number: int) -> FeedForward:
+        """One of them by itself: what it does to the block's normalised input."""
+        gate = None if self.gate is None else self.gate[number]
+        up, down = self.up[number], self.down[number]
+        return FeedForward(self.norm, up, down, self.hidden, self.activation, gate, self.up_activation)
+
+    def shared_expert(self) -> FeedForward | None:
+        """The shared one, before its weight."""
+        if self.shared is None:
+            return None
+        up, down, hidden, gate = self.shared.up, self.shared.down, self.shared.hidden, self.shared.gate
+        return FeedForward(self.norm, up, down, hidden, self.activation, gate, self.up_activation)
+
+    def experts(self) -> Iterator[FeedForward]:
+        """All of them in the order in which their outputs are added: the shared one last."""
+        yield from map(self.expert, range(self.n_experts))
+        shared = self.shared_expert()
+        if shared is not None:
+            yield shared
 
 
 Block: TypeAlias = Attention | FeedForward | MixtureOfExperts
@@ -167,3 +176,17 @@ class ModelDescription:
     head: Linear
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
+
+    def feed_forwards(self) -> Iterator[FeedForward]:
+        """Every feed-forward block in order, the experts of mixtures among them."""
+        for layer in self.layers:
+            for block in layer.blocks:
+                yield from feed_forwards(block)
+
+
+def feed_forwards(block: Block) -> Iterator[FeedForward]:
+    """The block, if it is one; a mixture's experts."""
+    if isinstance(block, FeedForward):
+        yield block
+    elif isinstance(block, MixtureOfExperts):
+        yield from block.experts()

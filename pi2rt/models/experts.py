@@ -1,7 +1,7 @@
 """Mixtures of experts put together from a file's tensors.
 
-GGUF files stack the matrices of all experts in one tensor (``ffn_gate_exps``); the oldest ones, and Hugging Face
-checkpoints, have a tensor for each expert.
+Every expert has matrices of its own: Hugging Face checkpoints name them so, and of GGUF files, which stack them, the
+reader takes the stacks apart (``pi2rt.formats.stacked_experts``).
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import numpy as np
 
 from pi2rt._errors import ModelFormatError
 from pi2rt.formats.model_file import printable
+from pi2rt.formats.stacked_experts import MAX_EXPERTS
 from pi2rt.models.checkpoint import Checkpoint
 from pi2rt.models.decoder import ACTIVATIONS
-from pi2rt.models.description import ExpertLinear, MixtureOfExperts, SharedExpert
-
-MAX_EXPERTS = 4096
+from pi2rt.models.description import Linear, MixtureOfExperts, SharedExpert
 
 
 def mixture(
@@ -99,17 +98,12 @@ def normalizes(c: Checkpoint, huggingface: str, default: bool) -> bool:
     return bool(value)
 
 
-def _linear(c: Checkpoint, role: str, layer: int, experts: int) -> ExpertLinear:
-    stacked = c.tensor(f"{role}_exps", layer)
-    if c.gguf:
-        first = c.tensor(f"{role}.0", layer)
-        if stacked in c.file.tensors or first not in c.file.tensors:
-            return ExpertLinear(stacked)
-        stacked = c.tensor(f"{role}.{{}}", layer)
-    last = stacked.replace("{}", str(experts - 1))
+def _linear(c: Checkpoint, role: str, layer: int, experts: int) -> tuple[Linear, ...]:
+    each = c.tensor(f"{role}.{{}}" if c.gguf else f"{role}_exps", layer)
+    last = each.replace("{}", str(experts - 1))
     if last not in c.file.tensors:  # before as many names are made as a file may say there are
         raise ModelFormatError(c.file.path, f"tensor {last}", f"missing; {experts} experts expected")
-    return ExpertLinear(tuple(stacked.replace("{}", str(expert)) for expert in range(experts)))
+    return tuple(Linear(each.replace("{}", str(expert))) for expert in range(experts))
 
 
 def _check_router(c: Checkpoint) -> None:

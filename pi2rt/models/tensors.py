@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pi2rt.models.description import (
     Attention,
     Block,
-    ExpertLinear,
     FeedForward,
     Linear,
     MixtureOfExperts,
@@ -52,23 +51,16 @@ def block_tensors(block: Block, dim: int) -> Iterator[tuple[str, Shape]]:
 
 def _mixture(block: MixtureOfExperts, dim: int) -> Iterator[tuple[str, Shape]]:
     yield from _linear(block.router, block.n_experts, dim)
-    yield from _experts(block.gate, block.n_experts, block.hidden, dim)
-    yield from _experts(block.up, block.n_experts, block.hidden, dim)
-    yield from _experts(block.down, block.n_experts, dim, block.hidden)
+    for expert in range(block.n_experts):
+        gate = None if block.gate is None else block.gate[expert]
+        yield from _linear(gate, block.hidden, dim)
+        yield from _linear(block.up[expert], block.hidden, dim)
+        yield from _linear(block.down[expert], dim, block.hidden)
     if block.shared is not None:
         yield block.shared.router, block.shared.router_shape
         yield from _linear(block.shared.gate, block.shared.hidden, dim)
         yield from _linear(block.shared.up, block.shared.hidden, dim)
         yield from _linear(block.shared.down, dim, block.shared.hidden)
-
-
-def _experts(
-    linear: ExpertLinear | None, experts: int, outputs: int, inputs: int
-) -> Iterator[tuple[str, Shape]]:
-    if linear is not None and isinstance(linear.weight, str):
-        yield linear.weight, (experts, outputs, inputs)
-    elif linear is not None:
-        yield from ((name, (outputs, inputs)) for name in linear.weight)
 
 
 def _linear(linear: Linear | None, outputs: int, inputs: int) -> Iterator[tuple[str, Shape]]:

@@ -35,8 +35,10 @@ class ExecutorOptions:
     ``streamed``: names of the matrices that are not kept but read from the file in every step, through a ring of
     ``ring_bytes``; ``read_by_row``: name of the embedding, where of it too only the rows are read that a step
     needs; ``io``: how, "auto", "uring" or "preadv". An executor that cannot do that refuses with RequestError.
-    Of packs with neuron bundles, ``neuron_bytes``: memory for neurons, the others being read when they fire; 0: all of
-    them stay. ``pipeline``: how far that reading overlaps with computing: "cluster", "matrix" or "none".
+    ``paged``: names of experts' matrices that are read when a router has chosen them, into a cache of
+    ``cluster_bytes``. Of packs with neuron bundles, ``neuron_bytes``: memory for neurons, the others being read when
+    they fire; 0: all of them stay. ``pipeline``: how far that reading overlaps with computing: "cluster", "matrix" or
+    "none".
     """
 
     slots: int
@@ -54,6 +56,8 @@ class ExecutorOptions:
     read_by_row: str | None = None
     ring_bytes: int = 0
     io: str = "auto"
+    paged: tuple[str, ...] = ()
+    cluster_bytes: int = 0
     neuron_bytes: int = 0
     pipeline: str = "cluster"
     trace: Trace | None = None

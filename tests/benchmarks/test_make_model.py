@@ -140,10 +140,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix:
         (["tinyllama-1.1b", "model.gguf", "--dim", "64"], "tinyllama-1.1b is Q4_K_M"),
         (["custom", "model.gguf", "--dim", "65"], "dim 65"),
         (["custom", "model.gguf", "--activity", "0"], "an activity of 0"),
-        (
-            ["custom", "model.pi2", *OPTIONS, "--experts", "2", "--experts-used", "1"],
-            "packs do not hold a mixture",
-        ),
     ],
 )
 def test_the_command_refuses(

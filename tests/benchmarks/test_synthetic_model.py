@@ -29,8 +29,10 @@ MODELS = {
 
 
 def values(model: SyntheticModel, name: str) -> Floats:
-    info = model.tensors[name]
-    return dequantize(info.type, model.read(name), info.shape)
+    info = model.stacked[name]
+    raw = np.empty(info.nbytes, np.uint8)
+    model.read_into(info, 0, raw.data)
+    return dequantize(info.type, raw, info.shape)
 
 
 @pytest.mark.parametrize("kind", ["dense", "experts"])
@@ -142,7 +144,7 @@ def test_metadata_says_what_it_is() -> None:
         assert isinstance(mixture, MixtureOfExperts)
         assert (mixture.n_experts, mixture.n_used) == (4, 2)
         assert (mixture.activation, mixture.up_activation) == ("relu", "relu")
-    assert MODELS["experts"].tensors["blk.0.ffn_down_exps.weight"].shape == (4, 128, 192)
+    assert MODELS["experts"].stacked["blk.0.ffn_down_exps.weight"].shape == (4, 128, 192)
     assert "llama.hidden_activation" not in MODELS["silu"].metadata
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pi2rt._errors import ModelFormatError, UnsupportedModelError
+from pi2rt._errors import ModelFormatError
 from pi2rt.cython_kernels import native
 from pi2rt.executors.cpu import CpuExecutor
 from pi2rt.executors.reference import ReferenceExecutor
@@ -25,7 +25,7 @@ from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from pi2rt.runtime.trace import Trace
 from tests.executors.conformance import ExecutorConformance
 from tests.golden.compare import compare_logits, load_greedy, load_logits
-from tests.support.families import FAMILIES, WITHOUT_EXPERTS
+from tests.support.families import FAMILIES
 from tests.support.real_model import smollm2
 from tests.support.running import NOTHING, all_logits, greedy, opened, page_table
 from tests.support.stories260k import BOS, GOLDEN_TEXT, write_stories260k
@@ -70,18 +70,7 @@ class TestCpuWithAssistant(TestCpu):
     )  # fmt: skip
 
 
-async def test_experts_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "model.gguf", TinyModel("mixtral"))
-    executor = CpuExecutor()
-    with pytest.raises(
-        UnsupportedModelError, match=r"MixtureOfExperts: the cpu executor does not run this block"
-    ):
-        async with opened(executor, path):
-            pass
-    assert executor.statistics().bytes == {}
-
-
-@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
+@pytest.mark.parametrize("name", FAMILIES)
 async def test_families_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     write_huggingface(tmp_path, family.model)

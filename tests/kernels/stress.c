@@ -309,7 +309,7 @@ static void sparse_all(pi2_program *p, const model *m, neurons *f) {
     if (pi2_bundle_up(PI2_Q4_0, m->up_file[i], RELU_HIDDEN, DIM, &layout, all, f->up_scales[i]) ||
         pi2_bundle_down(PI2_Q4_0, m->down_file[i], DIM, RELU_HIDDEN, 0, RELU_HIDDEN, &layout, all, f->down_scales[i]))
       die("weights are not finite");
-    f->region[i] = (pi2_region){(int64_t)i * pages * PI2_SECTOR, PI2_SECTOR, i * pages, pages};
+    f->region[i] = (pi2_region){(int64_t)i * pages * PI2_SECTOR, PI2_SECTOR, PI2_SECTOR, i * pages, pages};
     if (pwrite(fd, all, (size_t)pages * PI2_SECTOR, f->region[i].offset) != pages * PI2_SECTOR) die("cannot write");
     free(all);
     f->bundles[i] = (pi2_bundles){

@@ -62,17 +62,17 @@ def test_mixtral_from_gguf(tmp_path: Path) -> None:
     assert (block.activation, block.up_activation, block.shared) == ("silu", None, None)
     assert block.router.weight == "blk.2.ffn_gate_inp.weight"
     assert block.gate is not None
-    assert block.gate.of(3) == ("blk.2.ffn_gate_exps.weight", 3)
-    assert block.down.of(0) == ("blk.2.ffn_down_exps.weight", 0)
+    assert block.gate[3].weight == "blk.2.ffn_gate.3.weight"
+    assert block.down[0].weight == "blk.2.ffn_down.0.weight"
 
 
 def test_mixtral_from_hugging_face(tmp_path: Path) -> None:
     block = _mixture(_described(write_huggingface(tmp_path, TinyModel("mixtral"))))
     assert block.router.weight == "model.layers.0.block_sparse_moe.gate.weight"
     assert block.gate is not None
-    assert block.gate.of(1) == ("model.layers.0.block_sparse_moe.experts.1.w1.weight", None)
-    assert block.up.of(1) == ("model.layers.0.block_sparse_moe.experts.1.w3.weight", None)
-    assert block.down.of(1) == ("model.layers.0.block_sparse_moe.experts.1.w2.weight", None)
+    assert block.gate[1].weight == "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    assert block.up[1].weight == "model.layers.0.block_sparse_moe.experts.1.w3.weight"
+    assert block.down[1].weight == "model.layers.0.block_sparse_moe.experts.1.w2.weight"
 
 
 def test_dense_llama_files_that_count_no_experts(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ async def test_the_first_mixtral_files_had_a_tensor_for_each_expert(tmp_path: Pa
     model = TinyModel("mixtral", seed=20)
     old = write_gguf(tmp_path / "old.gguf", model, stacked=False)
     block = _mixture(_described(old), 1)
-    assert block.up.of(2) == ("blk.1.ffn_up.2.weight", None)
+    assert block.up[2].weight == "blk.1.ffn_up.2.weight"
     np.testing.assert_array_equal(await _logits(old), await _logits(write_gguf(tmp_path / "new.gguf", model)))
 
 
@@ -259,7 +259,7 @@ async def test_token_by_token_is_as_all_at_once(family: str, tmp_path: Path) -> 
         ("expert_used_count", 1 << 31, "llama.expert_used_count: 2147483648 is not an integer between 1 and 4"),
         ("expert_used_count", None, "llama.expert_used_count: missing"),
         ("expert_used_count", [2, 2, 1], "expert_used_count: a different value for each layer is not supported"),
-        ("feed_forward_length", 64, r"ffn_gate_exps.weight: shape \(4, 96, 64\), \(4, 64, 64\) expected"),
+        ("feed_forward_length", 64, r"ffn_gate.0.weight: shape \(96, 64\), \(64, 64\) expected"),
         ("expert_gating_func", 2, "gating function 2 .anything but softmax, which is 1. is not supported"),
         ("expert_weights_scale", 2.5, "scaling the experts' weights by 2.5 is not supported"),
     ],
@@ -280,7 +280,7 @@ def test_gguf_hyperparameters_that_make_no_sense(
         ("qwen2moe", "expert_used_count", 400, "expert_used_count: 400 is not an integer between 1 and 4"),
         ("qwen2moe", "expert_shared_feed_forward_length", 1 << 31, "2147483648 is not an integer between"),
         ("qwen2moe", "expert_shared_feed_forward_length", 32, r"ffn_gate_shexp.weight: shape \(64, 64\), \(32, 64\)"),
-        ("qwen3moe", "expert_feed_forward_length", 1, r"ffn_gate_exps.weight: shape \(4, 32, 64\), \(4, 1, 64\)"),
+        ("qwen3moe", "expert_feed_forward_length", 1, r"ffn_gate.0.weight: shape \(32, 64\), \(1, 64\)"),
         ("qwen3moe", "expert_weights_norm", 1, "qwen3moe.expert_weights_norm: 1 is neither true nor false"),
     ],
 )  # fmt: skip

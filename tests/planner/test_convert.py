@@ -29,7 +29,7 @@ from pi2rt.models import describe
 from pi2rt.planner import convert as module
 from pi2rt.planner.convert import Broken, convert, verify
 from pi2rt.tokenizer import load_tokenizer
-from tests.support.families import FAMILIES, WITHOUT_EXPERTS
+from tests.support.families import FAMILIES
 from tests.support.running import all_logits, opened
 from tests.support.sparse_model import poke, sparse_model
 from tests.support.tiny_models import VOCAB_SIZE, TinyModel, write_gguf, write_huggingface
@@ -102,16 +102,7 @@ async def test_the_same_bytes_of_a_directory(tmp_path: Path, pack: Path, dtype: 
     assert await in_memory(pack) == await in_memory(source)
 
 
-def test_experts_are_refused(tmp_path: Path, pack: Path) -> None:
-    source = write_gguf(tmp_path / "model.gguf", TinyModel("mixtral"))
-    with pytest.raises(
-        UnsupportedModelError, match="packs do not hold a mixture of experts yet; run the model"
-    ):
-        convert(source, pack)
-    assert not pack.exists()
-
-
-@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_pack_describes_the_same_model(name: str, tmp_path: Path, pack: Path) -> None:
     family = FAMILIES[name]
     source = write_huggingface(tmp_path / "model", family.model)

@@ -153,6 +153,3 @@ FAMILIES: Mapping[str, Family] = {
         )
     ),
 }
-
-WITHOUT_EXPERTS = tuple(name for name, family in FAMILIES.items() if not family.model.has_experts)
-"""Those that every executor runs."""

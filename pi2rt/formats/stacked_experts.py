@@ -1,0 +1,46 @@
+"""The matrices of a mixture's experts, which GGUF files stack in one tensor of three dimensions, as one matrix each.
+
+They get the names that the oldest files gave them, which had no stacks: of 8 experts, ``blk.0.ffn_up_exps.weight``
+becomes ``blk.0.ffn_up.0.weight`` to ``blk.0.ffn_up.7.weight``. So whatever is done to a matrix (loaded, streamed,
+stored by neuron) is done to one expert's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pi2rt._errors import ModelFormatError
+from pi2rt.formats.model_file import TensorInfo
+
+MAX_EXPERTS = 4096
+
+_STACK = re.compile(r"(.+\.ffn_(?:gate|up|down))_exps\.weight")
+
+
+def split_experts(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Replaces every stack by its matrices, in their order.
+
+    Raises:
+        ModelFormatError: a stack has too many, or one of them is there by itself as well.
+    """
+    split: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        stack = _STACK.fullmatch(name) if len(info.shape) == 3 else None
+        if stack is None:
+            split[name] = info
+            continue
+        experts, each = info.shape[0], info.nbytes // info.shape[0]
+        if experts > MAX_EXPERTS:
+            raise ModelFormatError(
+                info.path, f"tensor {name}", f"has {experts} experts; at most {MAX_EXPERTS} are allowed"
+            )
+        for expert in range(experts):
+            part = f"{stack[1]}.{expert}.weight"
+            if part in tensors:
+                raise ModelFormatError(info.path, f"tensor {part}", f"is there twice: {name} has it, too")
+            split[part] = replace(
+                info, name=part, shape=info.shape[1:], offset=info.offset + expert * each, nbytes=each
+            )
+    return split
