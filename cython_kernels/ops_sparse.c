@@ -43,7 +43,7 @@ static void gate_cluster(block *k, int c) {
       const int64_t width = end - at < ld ? end - at : ld, blocks = (width + PI2_ROWS - 1) / PI2_ROWS;
       pi2_multiply(p, m, at / PI2_ROWS, (int)blocks, k->in, row, rows, tile, ld);
       for (int i = 0; i < rows; i++) {
-        float *g = tile + i * ld, *h = p->hidden_floats + (row + i) * p->hidden + at;
+        float *g = tile + i * ld, *h = k->s->values + (row + i) * p->hidden + at;
         uint16_t *list = active(k, row + i, c), *n = &k->s->n_active[(row + i) * k->s->n_clusters + c];
         if (m->bias) p->kernels->add(m->bias + at, g, width);
         if (alone) p->kernels->activate(op->activation, PI2_NONE, NULL, g, g, width);
@@ -72,26 +72,28 @@ static void gate_cluster(block *k, int c) {
  * next block will fire. Threads that would only wait for flash compute its gates on it, and their neurons are read while
  * this block ends and attention runs. The true gates decide; what was foreseen in vain cost a read. */
 
-/* The next block's input, as far as it is known. False where it cannot be foreseen. */
-static int prepare_ahead(const block *k, pi2_input *in) {
+/* The next block's input, as far as it is known: whole, where it is an expert of the same mixture. False where it cannot be
+ * foreseen. */
+static int prepare_ahead(const block *k, const pi2_op *next, pi2_input *in) {
   const pi2_program *p = k->p;
-  const pi2_op *next = &p->ops[k->op->next_sparse];
   pi2_scratch *scratch = &p->scratch[k->w->index];
-  if (!k->op->next_sparse || p->pipeline != PI2_PIPELINE_CLUSTER || k->rows > PI2_REPLICATED) return 0;
+  const int rows = pi2_rows(k->r, next);
+  const int32_t *row_of = pi2_row_of(k->r, next);
+  if (p->pipeline != PI2_PIPELINE_CLUSTER || k->r->n_rows > PI2_REPLICATED) return 0;
   if (!next->matrix[0].data || !next->norm.weight || pi2_is_float(next->matrix[0].type)) return 0;
-  if (k->cache->used < k->cache->n_slots || k->cache->n_slots == k->cache->n_pages) return 0; /* all there is room for */
-  for (int row = 0; row < k->rows; row++) {
+  const int whole = k->cache->used < k->cache->n_slots || k->cache->n_slots == k->cache->n_pages;
+  if (next->expert < 0 && whole) return 0; /* all is there, or has room */
+  for (int row = 0; row < rows; row++) {
     const pi2_q8 q8 = pi2_q8_row(&scratch->ahead, row);
     float *floats = scratch->ahead_floats + row * p->dim;
-    p->kernels->rmsnorm(p->x + row * p->dim, next->norm.weight, next->norm.offset, next->norm.eps, floats, p->dim);
+    p->kernels->rmsnorm(p->x + (row_of ? row_of[row] : row) * p->dim, next->norm.weight, next->norm.offset, next->norm.eps, floats, p->dim);
     pi2_quantize(p, floats, p->dim, &q8);
   }
   *in = (pi2_input){.q8 = scratch->ahead, .floats = scratch->ahead_floats, .ld = p->dim};
   return 1;
 }
-static void foresee_cluster(const block *k, int c, const pi2_input *in) {
+static void foresee_cluster(const block *k, const pi2_op *next, int c, const pi2_input *in) {
   const pi2_program *p = k->p;
-  const pi2_op *next = &p->ops[k->op->next_sparse];
   const pi2_matrix *m = &next->matrix[0];
   const int64_t first = (int64_t)c * PI2_CLUSTER, end = cluster_end(k, c), ld = PI2_TILE_BLOCKS * PI2_ROWS;
   float *tile = p->scratch[k->w->index].tile;
@@ -164,7 +166,7 @@ static void compute_up(block *k, int c) {
   for (int row = 0; row < k->rows; row++) {
     const int n = n_active(k, row, c);
     const uint16_t *list = active(k, row, c);
-    float *h = p->hidden_floats + row * p->hidden + first;
+    float *h = k->s->values + row * p->hidden + first;
     if (!n) continue;
     if (b->up_type >= 0 && k->arranged != row) {
       const pi2_q8 x = pi2_q8_row(&k->in->q8, row);
@@ -319,18 +321,39 @@ void pi2_sparse_reset(pi2_sparse *s) {
   atomic_store(&s->crowded, 0);
 }
 
+static block block_of(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, int turn, const pi2_input *in) {
+  const pi2_program *p = r->program;
+  return (block){.r = r, .p = p, .op = op, .b = op->bundles, .s = pi2_sparse_of(r, turn), .cache = p->neurons, .w = w, .in = in,
+                 .index = index, .rows = pi2_rows(r, op), .arranged = -1,
+                 .n_clusters = (int)((op->bundles->neurons + PI2_CLUSTER - 1) / PI2_CLUSTER)};
+}
+/* The sparse block whose gates can be computed, or guessed, while this one waits. NULL: there is none. */
+static const pi2_op *next_block(const pi2_run *r, const pi2_op *op) {
+  const pi2_program *p = r->program;
+  int next = op->next_sparse;
+  while (next && op->expert >= 0 && !pi2_rows(r, &p->ops[next])) next = p->ops[next].next_sparse;
+  return next ? &p->ops[next] : NULL;
+}
+/* The next gates of a block, if any are left. */
+static int take_gates(block *k) {
+  if (atomic_load(&k->r->cursors[4 * k->index + 1]) >= (uint32_t)k->n_clusters) return 0;
+  const uint32_t c = pi2_take(k->r, k->index, 1);
+  if (c >= (uint32_t)k->n_clusters) return 0;
+  gate_cluster(k, (int)c);
+  return 1;
+}
+
 int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
   pi2_scratch *scratch = &p->scratch[w->index];
   int stopped = 0;
-  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, pi2_row_of(r, op), pi2_rows(r, op), 1, &stopped);
+  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, pi2_row_of(r, op), pi2_rows(r, op), 1, &stopped), ahead = {0};
   if (stopped) return stopped;
-  block k = {.r = r, .p = p, .op = op, .b = op->bundles, .s = p->sparse, .cache = p->neurons, .w = w, .in = &in,
-             .index = index, .rows = pi2_rows(r, op), .arranged = -1,
-             .n_clusters = (int)((op->bundles->neurons + PI2_CLUSTER - 1) / PI2_CLUSTER)};
-  pi2_sparse *s = p->sparse;
-  pi2_input ahead = {0};
-  const int looks_ahead = prepare_ahead(&k, &ahead);
+  block k = block_of(r, op, index, w, scratch->turn, &in), next = {0};
+  pi2_sparse *s = k.s;
+  const pi2_op *after = next_block(r, op);
+  const int looks_ahead = after && prepare_ahead(&k, after, &ahead), sure = looks_ahead && op->expert >= 0;
+  if (sure) next = block_of(r, after, (int)(after - p->ops), w, !scratch->turn, &ahead);
   if (w->index == 0) pi2_neuron_cache_block(k.cache);
   if (atomic_fetch_add(&s->arrived, 1) + 1 == p->threads) pi2_neuron_cache_signal(k.cache);
   _Atomic uint32_t *ranges_done = &r->cursors[4 * index + 2];
@@ -344,20 +367,20 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
       return 0;
     }
     ask(&k);
-    const uint32_t c = atomic_load(&r->cursors[4 * index + 1]) < (uint32_t)k.n_clusters ? pi2_take(r, index, 1) : UINT32_MAX;
-    if (c < (uint32_t)k.n_clusters) { /* first of all: what it needs can be on its way while the rest is computed */
-      gate_cluster(&k, (int)c);
-      continue;
-    }
+    if (take_gates(&k)) continue; /* first of all: what it needs can be on its way while the rest is computed */
     if (take_cluster(&k)) continue;
     if (p->pipeline == PI2_PIPELINE_CLUSTER || atomic_load(&s->computed) == k.n_clusters || atomic_load(&s->crowded))
       if (advance_range(&k)) continue;
     if (ask(&k)) continue;
-    if (looks_ahead && atomic_load(&k.cache->in_flight) && atomic_load(&s->next_asked) == k.n_clusters) {
-      const uint32_t next = pi2_take(r, index, 3);
-      if (next < (uint32_t)k.n_clusters) {
-        foresee_cluster(&k, (int)next, &ahead);
-        continue;
+    if (looks_ahead && atomic_load(&s->next_asked) == k.n_clusters) { /* it can end, whatever the next one pins */
+      if (sure) {
+        if (ask(&next) || take_gates(&next)) continue;
+      } else if (atomic_load(&k.cache->in_flight)) {
+        const uint32_t c = pi2_take(r, index, 3);
+        if (c < (uint32_t)k.n_clusters) {
+          foresee_cluster(&k, after, (int)c, &ahead);
+          continue;
+        }
       }
     }
     const uint64_t begin = pi2_ticks();

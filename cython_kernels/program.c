@@ -49,26 +49,43 @@ static void free_run(pi2_run *r) {
   free(r->op_begin); free(r->op_end); free(r->units);
 }
 
-/* Buffers of sparse blocks, for the one with the most neurons. */
-static int prepare_sparse(pi2_program *p) {
-  pi2_sparse *s = p->sparse = aligned_alloc(64, (sizeof *s + 63) / 64 * 64);
-  if (!s) return 0;
+/* Buffers of one sparse block, for the largest there is. */
+static pi2_sparse *new_sparse(pi2_program *p, int64_t rows, float *values) {
+  pi2_sparse *s = aligned_alloc(64, (sizeof *s + 63) / 64 * 64);
+  if (!s) return NULL;
   memset(s, 0, sizeof *s);
   s->n_clusters = (int32_t)((p->hidden + PI2_CLUSTER - 1) / PI2_CLUSTER);
   s->stride = pi2_align(p->dim, 128);
   s->n_ranges = (int32_t)(s->stride / 128 < 2 * p->threads ? s->stride / 128 : 2 * p->threads);
   if (s->n_ranges > PI2_RANGES) s->n_ranges = PI2_RANGES;
   s->clusters = allocate(p, s->n_clusters, sizeof *s->clusters);
-  s->active = allocate(p, p->max_rows * p->hidden, sizeof *s->active);
-  s->n_active = allocate(p, p->max_rows * s->n_clusters, sizeof *s->n_active);
+  s->active = allocate(p, rows * p->hidden, sizeof *s->active);
+  s->n_active = allocate(p, rows * s->n_clusters, sizeof *s->n_active);
   s->pages = allocate(p, p->hidden, sizeof *s->pages);
   s->places = allocate(p, p->hidden, sizeof *s->places);
-  s->sums = allocate(p, p->max_rows * s->stride, sizeof *s->sums);
-  if (!s->clusters || !s->active || !s->n_active || !s->pages || !s->places || !s->sums) return 0;
-  for (int c = 0; c < s->n_clusters; c++) s->clusters[c] = (pi2_cluster){.pages = s->pages + c * PI2_CLUSTER};
-  pi2_sparse_reset(s);
-  for (int i = p->n_ops - 1, next = 0; i > 0; i--)
+  s->values = values ? values : allocate(p, rows * p->hidden, sizeof *s->values);
+  s->sums = allocate(p, rows * s->stride, sizeof *s->sums);
+  if (s->clusters && s->active && s->n_active && s->pages && s->places && s->values && s->sums) {
+    for (int c = 0; c < s->n_clusters; c++) s->clusters[c] = (pi2_cluster){.pages = s->pages + c * PI2_CLUSTER};
+    pi2_sparse_reset(s);
+  }
+  return s;
+}
+static void free_sparse(const pi2_program *p, pi2_sparse *s) {
+  if (!s) return;
+  if (s->values != p->hidden_floats) free(s->values);
+  free(s->clusters); free(s->active); free(s->n_active); free(s->pages); free((void *)s->places);
+  free(s->sums); free(s);
+}
+static int prepare_sparse(pi2_program *p) {
+  for (int i = 0; i < 2; i++) {
+    const pi2_sparse *s = p->sparse[i] = i ? new_sparse(p, PI2_REPLICATED, NULL) : new_sparse(p, p->max_rows, p->hidden_floats);
+    if (!s || !s->clusters || !s->active || !s->n_active || !s->pages || !s->places || !s->values || !s->sums) return 0;
+  }
+  for (int i = p->n_ops - 1, next = 0; i > 0; i--) {
+    if (p->ops[i].kind == PI2_ROUTE) next = 0;
     if (p->ops[i].kind == PI2_SPARSE) p->ops[i].next_sparse = next, next = i;
+  }
   for (int t = 0; t < p->threads; t++) {
     pi2_scratch *scratch = &p->scratch[t];
     scratch->ahead_floats = allocate(p, PI2_REPLICATED * p->dim, sizeof *scratch->ahead_floats);
@@ -199,10 +216,7 @@ void pi2_program_free(pi2_program *p) {
     free(s->sectors); free(s->arranged); free(s->arranged_d); free(s->arranged_s);
     free(s->ahead_floats); free_q8(&s->ahead);
   }
-  if (p->sparse) {
-    free(p->sparse->clusters); free(p->sparse->active); free(p->sparse->n_active); free(p->sparse->pages);
-    free((void *)p->sparse->places); free(p->sparse->sums); free(p->sparse);
-  }
+  free_sparse(p, p->sparse[0]); free_sparse(p, p->sparse[1]);
   for (int i = 0; i < PI2_QUEUE; i++) free_run(&p->runs[i]);
   free_q8(&p->q8_prepared);
   free_q8(&p->q8_attention);
@@ -357,6 +371,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
     r->begin_ticks = pi2_ticks();
   }
   pi2_job_begin(w, &r->stop);
+  p->scratch[w->index].turn = 0;
   int stopped = 0;
   uint64_t busy = 0;
   for (int i = 0; i < p->n_ops && !stopped; i++) {
@@ -395,14 +410,21 @@ int pi2_run_job(void *context, pi2_worker *w) {
       r->op_end[w->index * p->n_ops + i] = end;
     }
     if (!stopped) stopped = pi2_barrier(w);
-    if (op->kind == PI2_SPARSE && w->index == 0) pi2_sparse_reset(p->sparse); /* the next one is barriers away */
-    if (op->kind == PI2_SPARSE && op->expert >= 0 && !stopped) stopped = pi2_barrier(w); /* unless it is an expert, too */
+    if (op->kind == PI2_SPARSE) {
+      int *turn = &p->scratch[w->index].turn;
+      if (w->index == 0) pi2_sparse_reset(pi2_sparse_of(r, *turn)); /* barriers away from its next use, */
+      *turn = !*turn;
+      if (op->expert >= 0 && r->n_rows > PI2_REPLICATED && !stopped) stopped = pi2_barrier(w); /* but for this case */
+    }
     if (op->paged && w->index == 0 && !stopped) pi2_pages_release(p, op);
     if (op->streamed && w->index == 0 && !stopped) pi2_stream_release(p->stream, r->base + (uint64_t)op->last_unit);
   }
   r->busy[w->index] = busy;
   if (w->index == 0) {
-    if (stopped && p->neurons) pi2_sparse_reset(p->sparse), pi2_neuron_cache_abandon(p->neurons);
+    if (stopped && p->neurons) {
+      for (int i = 0; i < 2; i++) pi2_sparse_reset(p->sparse[i]);
+      pi2_neuron_cache_abandon(p->neurons);
+    }
     if (stopped && p->clusters) pi2_neuron_cache_abandon(p->clusters);
     r->end_ticks = pi2_ticks();
     r->end_ns = pi2_now_ns();

@@ -62,7 +62,7 @@ typedef struct {
   int n_experts, n_used, normalized, shared; /* ROUTE: from logits in y; a shared one's logit is behind the others */
   int activation, up_activation;
   const pi2_bundles *bundles; /* SPARSE */
-  int next_sparse;            /* the operation of the next sparse block, or 0 */
+  int next_sparse; /* the operation of the next sparse block, or 0; of an expert's, that of its mixture's next expert */
   int q8_in, q8_out; /* the source is integers already; the next operation wants them: quantise while in cache */
   /* ATTENTION */
   int n_heads, n_kv_heads, head_dim, window; /* window 0: all. kv.head_dim: padded to a multiple of 16 */
@@ -132,6 +132,7 @@ typedef struct { /* one thread's own */
   pi2_q8 ahead;     /* (PI2_REPLICATED, dim) what the next sparse block may be computed on */
   float *ahead_floats;
   uint64_t waited;  /* ticks in the running operation */
+  int turn;         /* which of the two sparse blocks' places is next */
 } pi2_scratch;
 
 typedef struct pi2_program {
@@ -139,7 +140,7 @@ typedef struct pi2_program {
   pi2_gang *gang;
   pi2_stream *stream; /* or NULL: all weights are in memory */
   pi2_neuron_cache *neurons; /* of SPARSE operations, or NULL */
-  pi2_sparse *sparse;
+  pi2_sparse *sparse[2]; /* the second for steps of few rows */
   pi2_neuron_cache *clusters; /* of experts' matrices that are in pages, or NULL */
   const uint8_t **page_table; /* (PI2_MATRICES, max_pages) of the running operation */
   int32_t *page_numbers;      /* (max_pages) 0, 1, ... */
@@ -192,6 +193,11 @@ int pi2_op_head(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 int pi2_pages_get(pi2_run *run, const pi2_op *op, pi2_worker *w);
 void pi2_pages_release(const pi2_program *p, const pi2_op *op);
 
+/* What the sparse block that runs next works on: one that follows another begins while the places of that one are put in
+ * order, so they take turns where there are two. */
+static inline pi2_sparse *pi2_sparse_of(const pi2_run *run, int turn) {
+  return run->program->sparse[run->n_rows <= PI2_REPLICATED ? turn : 0];
+}
 /* Rows that an operation works on: of the step, or only those of its expert, which they are then. */
 static inline int pi2_rows(const pi2_run *run, const pi2_op *op) {
   return op->expert < 0 ? run->n_rows : run->program->routing.count[op->expert];

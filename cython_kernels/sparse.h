@@ -6,7 +6,10 @@
  * same time, and a thread takes whatever can be done next: no barrier between the matrices, order only within a cluster.
  *
  * The columns are added by ranges of the stream's rows, each range cluster after cluster: the sums have one order, whatever
- * arrives first and whoever computes it. So a result does not depend on what the cache held, and is the dense one. */
+ * arrives first and whoever computes it. So a result does not depend on what the cache held, and is the dense one.
+ *
+ * There are two of what a block works on. Experts of a mixture have the same input: while one waits for flash, the gates of
+ * the next one are computed already, and its neurons asked for. */
 #ifndef PI2_SPARSE_H
 #define PI2_SPARSE_H
 #include <stdatomic.h>
@@ -45,6 +48,7 @@ typedef struct {
   uint16_t *n_active;     /* (max_rows, clusters) */
   int32_t *pages;         /* (hidden) */
   const uint8_t **places; /* (hidden) of neurons that fire, once they are there */
+  float *values;          /* (max_rows, hidden) of gates; then of the neurons */
   float *sums;            /* (max_rows, stride): of down */
   int64_t stride;         /* dim, in whole lines of 128 rows */
   _Atomic int32_t arrived; /* threads that have read the stream: before all have, nobody writes to it */
