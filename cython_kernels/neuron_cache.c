@@ -202,10 +202,13 @@ static void start(pi2_neuron_cache *c) {
   pi2_fetch *f = c->spare[--c->n_spare];
   const int32_t first = c->slots[c->queue[c->queue_head % (uint64_t)c->capacity]].page; /* COMING: nobody changes it */
   const pi2_region *g = &c->regions[region_of(c, first)];
+  f->foreseen = 0;
+  f->begin_ns = c->records ? pi2_now_ns() : 0;
   for (f->count = 0; c->queue_head != c->queue_tail && f->count < PI2_MERGED; c->queue_head++, f->count++) {
     const int32_t slot = c->queue[c->queue_head % (uint64_t)c->capacity];
     if (c->slots[slot].page != first + f->count || first + f->count >= g->first + g->pages) break;
     f->slot[f->count] = slot;
+    f->foreseen += c->slots[slot].wanted != 0;
     f->part[f->count] = (struct iovec){c->memory + slot * c->slot_bytes, (size_t)g->page_bytes};
   }
   pi2_read *r = &f->read;
@@ -219,13 +222,40 @@ static void start(pi2_neuron_cache *c) {
   if (pi2_flash_submit(c->flash, r)) { /* cannot be: there are as many reads as it takes */
     atomic_fetch_sub(&c->in_flight, 1);
     atomic_store(&c->error, EIO);
+    f->begin_ns = 0;
     c->spare[c->n_spare++] = f;
   }
+}
+static void record(pi2_neuron_cache *c, pi2_fetch *f) {
+  c->records[c->recorded++ % c->n_records] = (pi2_read_record){
+      f->begin_ns, pi2_now_ns(), region_of(c, c->slots[f->slot[0]].page), (uint16_t)f->count, (uint16_t)f->foreseen};
+  f->begin_ns = 0;
+}
+int pi2_neuron_cache_trace(pi2_neuron_cache *c, int64_t n) {
+  pi2_read_record *records = calloc((size_t)n, sizeof *records);
+  if (!records) return -1;
+  pthread_mutex_lock(&c->mutex);
+  free(c->records);
+  c->records = records, c->n_records = n, c->recorded = c->taken = 0;
+  pthread_mutex_unlock(&c->mutex);
+  return 0;
+}
+int64_t pi2_neuron_cache_take_records(pi2_neuron_cache *c, pi2_read_record *to, int64_t *horizon) {
+  int64_t n = 0;
+  pthread_mutex_lock(&c->mutex);
+  if (c->recorded - c->taken > c->n_records) c->taken = c->recorded - c->n_records; /* the oldest are lost */
+  for (; c->taken < c->recorded; c->taken++) to[n++] = c->records[c->taken % c->n_records];
+  *horizon = pi2_now_ns();
+  for (int i = 0; i < c->depth; i++)
+    if (c->fetches[i].begin_ns && c->fetches[i].begin_ns < *horizon) *horizon = c->fetches[i].begin_ns;
+  pthread_mutex_unlock(&c->mutex);
+  return n;
 }
 /* Returns whether somebody has to be told. Under the mutex. */
 static int finish(pi2_neuron_cache *c, pi2_read *r) {
   pi2_fetch *f = r->user;
   int tell = r->error != 0;
+  if (f->begin_ns) record(c, f);
   c->spare[c->n_spare++] = f;
   atomic_fetch_sub(&c->in_flight, 1);
   atomic_fetch_add_explicit(&c->bytes, r->got, memory_order_relaxed);
@@ -340,5 +370,5 @@ void pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
   pthread_join(c->thread, NULL);
   pi2_flash_close(c->flash); /* waits for the reads in flight: slots and memory may go then */
   pthread_mutex_destroy(&c->mutex);
-  free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare), free(c);
+  free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare), free(c->records), free(c);
 }

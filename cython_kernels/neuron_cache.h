@@ -41,9 +41,16 @@ typedef struct { /* how much a page was used, as of a step */
   uint32_t step;
 } pi2_use;
 
+typedef struct { /* a read that has ended, for traces */
+  int64_t begin_ns, end_ns;
+  int32_t region;
+  uint16_t pages, foreseen; /* foreseen: of the pages */
+} pi2_read_record;
+
 typedef struct { /* pages in a row, into any slots: one read */
   pi2_read read;
-  int count;
+  int64_t begin_ns; /* where reads are recorded; 0: not in flight */
+  int count, foreseen;
   int32_t slot[PI2_MERGED];
   struct iovec part[PI2_MERGED];
 } pi2_fetch;
@@ -70,6 +77,8 @@ typedef struct pi2_neuron_cache {
   uint64_t queue_head, queue_tail;
   uint32_t asked;           /* times that a block began to ask */
   int64_t hits, early, misses, evictions;
+  pi2_read_record *records; /* (n_records) ring of reads that have ended, or NULL */
+  int64_t n_records, recorded, taken;
   /* the reader's own */
   pi2_fetch *fetches;
   pi2_fetch **spare;
@@ -95,6 +104,12 @@ pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *re
 int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots);
 /* Joins the reader and closes the flash; afterwards nobody writes to the memory. */
 void pi2_neuron_cache_destroy(pi2_neuron_cache *c);
+
+/* From now on the last n reads are recorded. Before any run; returns 0 or -1 (out of memory). */
+int pi2_neuron_cache_trace(pi2_neuron_cache *c, int64_t n);
+/* Copies the records of reads that have ended since the last call, at most n_records, and returns how many. Every read that began
+ * before *horizon is among those that were taken, or was lost because too many ended. */
+int64_t pi2_neuron_cache_take_records(pi2_neuron_cache *c, pi2_read_record *to, int64_t *horizon);
 
 /* Reads pages [first, first + count) of a region in order into slots that were never used, while there are any, and waits for
  * them: before any run. 0, an errno or PI2_EOF. */

@@ -322,7 +322,6 @@ void pi2_sparse_reset(pi2_sparse *s) {
 
 int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
-  pi2_scratch *scratch = &p->scratch[w->index];
   int stopped = 0;
   pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, NULL, r->n_rows, 1, &stopped);
   if (stopped) return stopped;
@@ -366,7 +365,7 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     pi2_neuron_cache_wait(k.cache, seen, WAIT_NS);
     if (reading)
       atomic_fetch_add_explicit(&k.cache->stall_ns, pi2_now_ns() - begin_ns, memory_order_relaxed);
-    scratch->waited += pi2_ticks() - begin;
+    pi2_note_wait(r, w, begin, pi2_ticks());
   }
   if (s->n_ranges > 1) pi2_neuron_cache_signal(k.cache); /* whoever waits leaves, too */
   return 0;

@@ -20,6 +20,7 @@
 #define PI2_TILE_ROWS 64 /* rows of a GEMM output tile */
 #define PI2_TILE_BLOCKS 4 /* row blocks of one; even: the pairs of ops_linear.c */
 #define PI2_HEAD_ROWS 32 /* rows of logits at once */
+#define PI2_WAITS 4096 /* of a thread in a run that are recorded, at most */
 
 typedef struct {
   int type;
@@ -78,6 +79,8 @@ typedef struct { /* one slice of a step */
 
 typedef struct { int32_t slice, row, rows, kv_head, split, splits; } pi2_unit;
 
+typedef struct { uint64_t begin, end; } pi2_wait; /* ticks */
+
 typedef struct pi2_run {
   struct pi2_program *program;
   int n_rows, n_slices, n_units, n_prefill, n_head, trace;
@@ -101,6 +104,8 @@ typedef struct pi2_run {
   uint64_t begin_ticks, end_ticks;
   uint64_t *busy;                       /* (threads) ticks in kernels */
   uint64_t *op_begin, *op_end;          /* (threads, ops) ticks, where trace is on */
+  pi2_wait *waits;                      /* (threads, PI2_WAITS) within operations, where trace is on; or NULL */
+  uint32_t *n_waits;                    /* (threads) */
 } pi2_run;
 
 typedef struct { /* one thread's own */
@@ -125,6 +130,7 @@ typedef struct pi2_program {
   pi2_sparse *sparse;
   int pipeline;
   int wide; /* activations are int16, else int8 */
+  int traced; /* runs may be: there is room for what they record of waiting */
   int64_t dim, vocab, max_rows, max_slots, context, max_k, hidden, y_columns, attention_columns;
   int threads, max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
   pi2_op *ops;
@@ -180,6 +186,12 @@ static inline pi2_q8 pi2_q8_row(const pi2_q8 *x, int64_t row) {
   r.s += row * r.ldb;
   r.h += 2 * row * r.ldb;
   return r;
+}
+/* A thread has waited within an operation. */
+static inline void pi2_note_wait(pi2_run *run, const pi2_worker *w, uint64_t begin, uint64_t end) {
+  run->program->scratch[w->index].waited += end - begin;
+  if (!run->trace || !run->waits || run->n_waits[w->index] == PI2_WAITS) return;
+  run->waits[w->index * PI2_WAITS + run->n_waits[w->index]++] = (pi2_wait){begin, end};
 }
 /* Next unit of cursor c (0..3) of operation `index`. */
 static inline uint32_t pi2_take(pi2_run *run, int index, int c) {

@@ -98,6 +98,9 @@ cdef extern from "program.h" nogil:
         float *logits
         pi2_pick pick
         pi2_pick *top
+    enum: PI2_WAITS
+    ctypedef struct pi2_wait:
+        uint64_t begin, end
     ctypedef struct pi2_run:
         int n_rows, n_slices, trace, urgent
         int32_t *token
@@ -112,6 +115,8 @@ cdef extern from "program.h" nogil:
         uint64_t *busy
         uint64_t *op_begin
         uint64_t *op_end
+        pi2_wait *waits
+        uint32_t *n_waits
     ctypedef struct pi2_program:
         const pi2_kernels *kernels
         pi2_gang *gang
@@ -119,7 +124,7 @@ cdef extern from "program.h" nogil:
         pi2_neuron_cache *neurons
         int pipeline
         int64_t dim, vocab, max_rows, max_slots, context
-        int wide, threads, n_ropes, n_ops
+        int wide, traced, threads, n_ropes, n_ops
         pi2_op *ops
         pi2_rope *ropes
         pi2_matrix embedding
@@ -237,7 +242,8 @@ cdef class Program:
 
     ``wide``: activations are int16, else int8. ``stream``: a ``stream.Stream``, which outlives the gang; its units are
     matrices of the operations, in their order. ``neurons``: a ``neuron_cache.NeuronCache``, which does so too; ``pipeline``:
-    a key of PIPELINES, how far reading its neurons overlaps with computing (sparse.h).
+    a key of PIPELINES, how far reading its neurons overlaps with computing (sparse.h). ``traced``: steps may be posted with
+    ``trace``.
     Norms are ``(weight float32 (n,), offset, eps)`` or None. Everything passed in must stay alive and unmoved.
     """
 
@@ -254,7 +260,7 @@ cdef class Program:
 
     def __init__(self, Gang gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
                  int64_t context, int64_t pages, bint wide=True, float embedding_scale=1, float logit_softcap=0,
-                 stream=None, neurons=None, pipeline="cluster"):
+                 stream=None, neurons=None, pipeline="cluster", bint traced=False):
         self.gang, self.pages, self.stream = gang, pages, stream
         self.neurons = neurons
         self.keep = []
@@ -263,7 +269,7 @@ cdef class Program:
         p = &self.p
         p.gang, p.threads, p.kernels = gang.gang, gang.gang.n, <const pi2_kernels *>kernels
         p.dim, p.vocab, p.max_rows, p.max_slots, p.context = dim, vocab, max_rows, max_slots, context
-        p.wide = wide
+        p.wide, p.traced = wide, traced
         if stream is not None:
             p.stream = <pi2_stream *><uintptr_t>stream.address
         if neurons is not None:
@@ -535,7 +541,8 @@ cdef class Program:
 
     def result(self):
         """StepResult of the oldest step, which has finished; and, where it was traced, (begin, end) nanoseconds of
-        every operation on every thread, int64 (threads, operations)."""
+        every operation on every thread, int64 (threads, operations), and for each thread (begin, end) of its waits within
+        operations, int64 (waits, 2)."""
         cdef pi2_run *r
         cdef pi2_slice *s
         cdef int i, t, n = self.p.n_ops
@@ -584,7 +591,10 @@ cdef class Program:
             memcpy(<void *><uintptr_t>begin.ctypes.data, r.op_begin, self.p.threads * n * 8)
             memcpy(<void *><uintptr_t>end.ctypes.data, r.op_end, self.p.threads * n * 8)
             to_ns = lambda x: r.begin_ns + ((x - r.begin_ticks).astype(np.int64) * ns_per_tick).astype(np.int64)
-            times = to_ns(begin), to_ns(end)
+            waits = [np.empty((0 if r.n_waits == NULL else r.n_waits[t], 2), np.uint64) for t in range(self.p.threads)]
+            for t in range(self.p.threads):
+                memcpy(<void *><uintptr_t>waits[t].ctypes.data, r.waits + t * PI2_WAITS if r.waits != NULL else NULL, waits[t].nbytes)
+            times = to_ns(begin), to_ns(end), [to_ns(each) for each in waits]
         return StepResult(step.id, tuple(sampled), tuple(scores), tuple(logits), False, r.begin_ns, r.end_ns, kernel_ns,
                           self.weight_bytes), times
 

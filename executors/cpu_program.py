@@ -92,6 +92,7 @@ class ProgramBuilder:
             stream=stream,
             neurons=None if neurons is None else neurons.cache,
             pipeline=options.pipeline,
+            traced=options.trace is not None,
         )
         self._neurons = neurons
         self._rows_fd = rows_fd
