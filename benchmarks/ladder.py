@@ -10,8 +10,9 @@ neurons. Needs root. Prints a Markdown table.
 
 Rungs: no cache (neurons are read for each token, gates known, reading and computing in turn), with the cache, with
 reading overlapped matrix by matrix, and cluster by cluster with a look ahead (docs/design.md). ``bound``: the law of
-docs/design.md, bytes computed on over memory bandwidth or reads over the reads per second that flash gives at that size
-and depth, whichever is longer; flash is measured before and after each run, for it is shared with others.
+docs/design.md (``planner/decode_law.py``), bytes computed with over memory bandwidth or needed reads over the reads per
+second that flash gives at that size and depth, whichever is longer; flash is measured before and after each run, for it
+is shared with others. Misses and reads are pages of neurons for each token; what was read in vain is no miss.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pi2rt.cython_kernels.flash import measure as measure_flash
 from pi2rt.executors.neurons import DEPTH
 from pi2rt.formats import open_model_file
 from pi2rt.models import FeedForward, describe, iterate_tensors
+from pi2rt.planner.decode_law import DecodeUse, Rates, bound_s
 from pi2rt.planner.device_profile import measure_device
 from pi2rt.planner.placement import default_placement
 from pi2rt.runtime.topology import read_topology
@@ -58,31 +60,25 @@ def feed_forward_bytes(path: str) -> tuple[int, int]:
         return total, sum(file.tensors[name].nbytes for name in names)
 
 
-def resident_bytes(path: str) -> int:
-    """Bytes that every token reads from memory whatever fires: all of a pack but embedding, scales and neurons."""
-    with open_model_file(path) as file:
-        model = describe(file)
-        infos = [file.tensors[name] for name, _ in iterate_tensors(model)]
-        dense = sum(info.nbytes for info in infos if info.layout != "neurons")
-        return dense - (file.tensors[model.embedding].nbytes if model.head.weight != model.embedding else 0)
-
-
-def row(name: str, runs: list[dict[str, Any]], theirs: float, limit: int, memory_s: float) -> str:
+def row(name: str, runs: list[dict[str, Any]], theirs: float, limit: int, bandwidth: float) -> str:
     def middle(key: str) -> float:
         return median(run.get(key, 0.0) for run in runs)
 
+    def used(key: str) -> float:
+        return median(run["use"][key] for run in runs)
+
     token_s = middle("mean_ms") / 1e3
-    flash_s = median(run["flash_reads"] / run["flash_iops"] for run in runs)
+    bound = median(bound_s(DecodeUse(**run["use"]), Rates(bandwidth, *run["flash"])) for run in runs)
     latency = " / ".join(f"{middle(key):.0f}" for key in ("mean_ms", "p50_ms", "p90_ms", "p99_ms"))
     cells = (
         name,
         f"{1 / token_s:.2f}",
-        f"{1 / token_s / theirs:.1f}",
+        f"{1 / token_s / theirs:.1f}" if theirs else "-",
         latency,
-        f"{middle('missing'):.1%}",
-        f"{middle('reads_mean'):.0f} / {middle('reads_p99'):.0f}",
+        f"{used('misses_mean'):.0f} / {used('misses_p99'):.0f} ({used('miss_share'):.1%})",
+        f"{used('reads_mean'):.0f} / {used('reads_p99'):.0f}",
         f"{middle('flash_wait'):.0%}",
-        f"{max(flash_s, memory_s) / token_s:.2f}",
+        f"{bound / token_s:.2f}",
         f"{max(run['peak'] for run in runs) / limit:.3f}",
     )
     return f"| {' | '.join(cells)} |"
@@ -132,21 +128,20 @@ def main() -> None:
             got = measure([*command, json.dumps({"memory": limit} | more)], limit, [options.pack], work, 1)
             if "failed" in got:
                 raise SystemExit(f"{name}: {got['failed']}")
-            runs[name].append(got | {"flash_iops": (before + iops()) / 2})
+            runs[name].append(got | {"flash": (0.0, (before + iops()) / 2)})
     other = median(theirs)
-    memory_s = resident_bytes(options.pack) / bandwidth
-    flash = median(run["flash_iops"] for each in runs.values() for run in each)
+    flash = median(run["flash"][1] for each in runs.values() for run in each)
     print(
         f"{Path(options.gguf).name} (synthetic), half of its {feed_forward / 1e9:.2f} GB of feed-forward weights on "
         f"flash: a memory of {limit / 1e6:.0f} MB for {total / 1e6:.0f} MB; {options.threads} threads, "
         f"{options.tokens} tokens, medians of {options.repeat}, alternating; memory {bandwidth / 1e9:.1f} GB/s, "
         f"flash {flash / 1e3:.0f},000 reads/s of 4 KiB at depth {DEPTH}\n\n"
         f"llama.cpp, mapped: {other:.3f} tokens/s\n\n"
-        "| | tokens/s | over llama.cpp | ms per token: mean / P50 / P90 / P99 | neurons missing | reads: mean / P99 "
+        "| | tokens/s | over llama.cpp | ms per token: mean / P50 / P90 / P99 | misses: mean / P99 | reads: mean / P99 "
         "| waiting for flash | efficiency | peak |\n|---|---|---|---|---|---|---|---|---|"
     )
     for name, each in runs.items():
-        print(row(name, each, other, limit, memory_s))
+        print(row(name, each, other, limit, bandwidth))
 
 
 if __name__ == "__main__":

@@ -118,6 +118,13 @@ void pi2_neuron_cache_block(pi2_neuron_cache *c) {
   c->asked++;
   pthread_mutex_unlock(&c->mutex);
 }
+pi2_neuron_counts pi2_neuron_cache_counts(pi2_neuron_cache *c) {
+  pthread_mutex_lock(&c->mutex);
+  const pi2_neuron_counts n = {c->hits + c->misses, c->misses + c->early, c->early, c->missed_bytes,
+                               atomic_load(&c->reads_done), atomic_load(&c->bytes)};
+  pthread_mutex_unlock(&c->mutex);
+  return n;
+}
 static void enqueue(pi2_neuron_cache *c, int32_t slot) { c->queue[c->queue_tail++ % (uint64_t)c->capacity] = slot; }
 
 int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending) {
@@ -136,15 +143,20 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
       enqueue(c, slot);
       reads++;
       c->misses++;
+      c->missed_bytes += c->regions[region].page_bytes;
       continue;
     }
     pi2_page_slot *s = &c->slots[slot];
     if (s->state == COMING) { /* foreseen, or left over from a run that was stopped */
       s->pending[s->pending[0] != NULL] = pending;
       atomic_fetch_add(pending, 1);
-      c->early++;
     } else if (!s->pins) {
       c->unpinned--;
+    }
+    if (s->fresh) {
+      s->fresh = 0;
+      c->early++;
+      c->missed_bytes += c->regions[region].page_bytes;
     }
     s->pins++;
     use(c, page);
@@ -163,7 +175,7 @@ void pi2_neuron_cache_foresee(pi2_neuron_cache *c, int region, const int32_t *pa
     int32_t slot = atomic_load_explicit(&c->slot_of[page], memory_order_relaxed);
     if (slot < 0) {
       if ((slot = take_slot(c)) < 0) break;
-      c->slots[slot] = (pi2_page_slot){.page = page, .state = COMING};
+      c->slots[slot] = (pi2_page_slot){.page = page, .state = COMING, .fresh = 1};
       atomic_store_explicit(&c->slot_of[page], slot, memory_order_relaxed);
       enqueue(c, slot);
       reads++;

@@ -31,7 +31,7 @@ typedef struct { /* pages of one feed-forward block */
 typedef struct {
   int32_t page; /* or -1 */
   int32_t pins;
-  uint8_t state;
+  uint8_t state, fresh;     /* fresh: foreseen, and nobody has asked for it yet */
   uint32_t wanted;          /* nobody takes it before `asked` has come to this */
   _Atomic int32_t *pending[2]; /* of whom it is read for: a page may end one cluster and begin the next */
 } pi2_page_slot;
@@ -76,7 +76,8 @@ typedef struct pi2_neuron_cache {
   int32_t *queue;               /* (capacity) ring of slots to be filled */
   uint64_t queue_head, queue_tail;
   uint32_t asked;           /* times that a block began to ask */
-  int64_t hits, early, misses, evictions;
+  int64_t hits, early, misses, evictions; /* early: of the hits, read because foreseen and asked for the first time */
+  int64_t missed_bytes;     /* of misses and early ones */
   pi2_read_record *records; /* (n_records) ring of reads that have ended, or NULL */
   int64_t n_records, recorded, taken;
   /* the reader's own */
@@ -118,6 +119,9 @@ int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_
 /* A step begins; a block begins to ask. */
 void pi2_neuron_cache_step(pi2_neuron_cache *c);
 void pi2_neuron_cache_block(pi2_neuron_cache *c);
+/* Of pages: asked for; missed, and of these foreseen; their bytes. Reads that have ended, and their bytes. */
+typedef struct { int64_t asked, missed, foreseen, missed_bytes, reads, read_bytes; } pi2_neuron_counts;
+pi2_neuron_counts pi2_neuron_cache_counts(pi2_neuron_cache *c);
 /* Pins pages[0..n) (numbers within the region; no page is asked for by more than two before it is there) until there is no
  * room left; returns how many. Adds one to *pending for each
  * that is not there yet, which falls again when it arrives; whoever sees it fall to 0 is told by `event`. */

@@ -52,8 +52,8 @@ assert RECORD.itemsize == sizeof(pi2_read_record)
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Of pages: asked for while they were there (hits; early: of these, on their way because they were foreseen) or not
-    (misses), and given up for others. Of reading: reads, bytes, nanoseconds with a read in flight, and nanoseconds in which
+    """Of pages: asked for while they were there (hits; early: of these, read because they were foreseen, and asked for the
+    first time) or not (misses), and given up for others. Of reading: reads, bytes, nanoseconds with a read in flight, and nanoseconds in which
     compute threads (all of them, added up) waited."""
 
     hits: int = 0

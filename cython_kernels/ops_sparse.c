@@ -59,9 +59,14 @@ static void gate_cluster(block *k, int c) {
   }
   pi2_cluster *cluster = &k->s->clusters[c];
   cluster->n_pages = cluster->asked = 0;
-  for (int64_t i = first, last = -1; i < end; i++)
-    if (wanted[i - first] && i / k->b->per_page != last)
-      cluster->pages[cluster->n_pages++] = (int32_t)(last = i / k->b->per_page);
+  int64_t bytes = 0;
+  for (int64_t i = first, last = -1, group = -1; i < end; i++) {
+    if (!wanted[i - first]) continue;
+    if (i / k->b->per_page != last) cluster->pages[cluster->n_pages++] = (int32_t)(last = i / k->b->per_page);
+    bytes += k->b->neuron_bytes + k->b->up_stride;
+    if (i / PI2_BLOCK != group) bytes += k->b->down_stride, group = i / PI2_BLOCK;
+  }
+  atomic_fetch_add_explicit(&k->r->neuron_bytes, bytes, memory_order_relaxed);
   atomic_store(&cluster->pending, 1); /* until all are asked for */
   atomic_store(&cluster->ranges_left, k->s->n_ranges);
   atomic_store(&cluster->stage, PI2_GATED);

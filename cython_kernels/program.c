@@ -246,6 +246,7 @@ int pi2_run_post(pi2_run *r) {
   if (r->n_waits) memset(r->n_waits, 0, (size_t)p->threads * sizeof *r->n_waits);
   atomic_store(&r->stop, 0);
   r->stopped = r->done = r->error = 0;
+  atomic_store(&r->neuron_bytes, 0);
   if (pi2_gang_post(p->gang, pi2_run_job, r)) return -1;
   p->next_run++;
   return 0;
@@ -324,7 +325,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
   pi2_program *p = r->program;
   if (w->index == 0) { /* before the others can be at work: kernel time never exceeds the run's */
     if (p->stream) r->base = pi2_stream_begin(p->stream);
-    if (p->neurons) pi2_neuron_cache_step(p->neurons);
+    if (p->neurons) pi2_neuron_cache_step(p->neurons), r->before = pi2_neuron_cache_counts(p->neurons);
     r->begin_ns = pi2_now_ns();
     r->begin_ticks = pi2_ticks();
   }
@@ -367,6 +368,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
   r->busy[w->index] = busy;
   if (w->index == 0) {
     if (stopped && p->neurons) pi2_sparse_reset(p->sparse), pi2_neuron_cache_abandon(p->neurons);
+    if (p->neurons) r->used = pi2_neuron_cache_counts(p->neurons);
     r->end_ticks = pi2_ticks();
     r->end_ns = pi2_now_ns();
     r->stopped = stopped;

@@ -97,6 +97,8 @@ typedef struct pi2_run {
   _Atomic uint32_t *cursors;
   _Atomic uint32_t *splits_left;        /* (max_slots, max KV heads): splits done in this layer */
   int stopped;
+  _Atomic int64_t neuron_bytes;         /* of neurons that fired, with their scales */
+  pi2_neuron_counts before, used;       /* before: when it began */
   uint64_t base;                        /* position of the first streamed unit */
   _Atomic int error;                    /* errno of a read that failed: the run was stopped by it */
   _Atomic int done;                     /* last to be set: whoever sees it sees the results */

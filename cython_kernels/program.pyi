@@ -46,6 +46,7 @@ class Bundles:
 
 class Program:
     weight_bytes: int
+    streamed_bytes: int
     activation_bytes: int
     thread_ns: tuple[int, ...]
     operations: tuple[str, ...]

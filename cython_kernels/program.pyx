@@ -11,7 +11,7 @@ import os
 import numpy as np
 
 from pi2rt._errors import BusyError, InternalError, RequestError
-from pi2rt.runtime.step import Sampled, StepResult
+from pi2rt.runtime.step import NeuronUse, Sampled, StepResult
 
 cdef extern from "gang.h" nogil:
     ctypedef struct pi2_gang:
@@ -46,6 +46,8 @@ cdef extern from "stream.h" nogil:
 cdef extern from "neuron_cache.h" nogil:
     ctypedef struct pi2_neuron_cache:
         pass
+    ctypedef struct pi2_neuron_counts:
+        int64_t asked, missed, foreseen, missed_bytes, reads, read_bytes
 
 cdef extern from "sparse.h" nogil:
     enum: PI2_CLUSTER
@@ -110,6 +112,8 @@ cdef extern from "program.h" nogil:
         float *scores
         int stop
         int stopped, done, error
+        int64_t neuron_bytes
+        pi2_neuron_counts before, used
         int64_t begin_ns, end_ns
         uint64_t begin_ticks, end_ticks
         uint64_t *busy
@@ -255,7 +259,7 @@ cdef class Program:
     cdef int capacity, capacity_ropes
     cdef bint prepared
     cdef int64_t pages
-    cdef readonly int64_t weight_bytes
+    cdef readonly int64_t weight_bytes, streamed_bytes
     cdef list busy_ns
 
     def __init__(self, Gang gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
@@ -313,7 +317,9 @@ cdef class Program:
                 op.streamed += 1
                 op.last_unit = m.m.unit
             self.keep.append(m)
-            self.weight_bytes += (m.m.rows + PI2_ROWS - 1) // PI2_ROWS * pi2_row_block_bytes(m.m.type, m.m.k)
+            nbytes = (m.m.rows + PI2_ROWS - 1) // PI2_ROWS * pi2_row_block_bytes(m.m.type, m.m.k)
+            self.weight_bytes += nbytes
+            self.streamed_bytes += nbytes if m.m.data == NULL else 0
         op.n_matrices = <int>len(matrices)
         if op.streamed:
             self.stream.check(range(op.last_unit + 1 - op.streamed, op.last_unit + 1))
@@ -595,8 +601,13 @@ cdef class Program:
             for t in range(self.p.threads):
                 memcpy(<void *><uintptr_t>waits[t].ctypes.data, r.waits + t * PI2_WAITS if r.waits != NULL else NULL, waits[t].nbytes)
             times = to_ns(begin), to_ns(end), [to_ns(each) for each in waits]
+        neurons = None
+        if self.neurons is not None:
+            neurons = NeuronUse(r.neuron_bytes, r.used.asked - r.before.asked, r.used.missed - r.before.missed,
+                                r.used.foreseen - r.before.foreseen, r.used.missed_bytes - r.before.missed_bytes,
+                                r.used.reads - r.before.reads, r.used.read_bytes - r.before.read_bytes)
         return StepResult(step.id, tuple(sampled), tuple(scores), tuple(logits), False, r.begin_ns, r.end_ns, kernel_ns,
-                          self.weight_bytes), times
+                          self.weight_bytes + r.neuron_bytes, self.streamed_bytes, neurons), times
 
     def __dealloc__(self):
         # the gang was closed before (it joins its threads after finishing what was posted)

@@ -18,12 +18,19 @@ from pi2rt._errors import BusyError, ClosedError, RequestError, UnsupportedModel
 from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type, refuse_unknown_blocks
-from pi2rt.executors.neurons import Neurons
+from pi2rt.executors.neurons import DEPTH, Neurons
 from pi2rt.executors.read_trace import ReadTrace
 from pi2rt.executors.weights import Weights
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
-from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress, ThreadStatistics
+from pi2rt.runtime.executor import (
+    RECENT_STEPS,
+    ExecutorOptions,
+    ExecutorStatistics,
+    Progress,
+    StepUse,
+    ThreadStatistics,
+)
 from pi2rt.runtime.step import Step, StepResult
 from pi2rt.runtime.trace import Nanoseconds
 
@@ -61,6 +68,7 @@ class CpuExecutor:
         self._in_a_row = 0  # results taken without letting other tasks run
         self._steps = self._tokens = self._busy_ns = self._kernel_ns = self._finished_ns = 0
         self._tokens_of: deque[int] = deque()
+        self._recent: deque[StepUse] = deque(maxlen=RECENT_STEPS)
 
     async def open(
         self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
@@ -165,11 +173,15 @@ class CpuExecutor:
         self._in_flight.popleft()
         tokens = self._tokens_of.popleft()
         result, times = self._program.result()
+        busy_ns = result.finished_ns - result.started_ns
         self._steps += 1
         self._tokens += tokens
-        self._busy_ns += result.finished_ns - result.started_ns
+        self._busy_ns += busy_ns
         self._kernel_ns += result.kernel_ns
         self._finished_ns = result.finished_ns
+        self._recent.append(
+            StepUse(tokens, busy_ns, result.weight_bytes, result.streamed_bytes, result.neurons)
+        )
         if times is not None and not result.stopped:
             self._record(*times)
         return result
@@ -248,7 +260,8 @@ class CpuExecutor:
 
     def statistics(self) -> ExecutorStatistics:
         """``details``: "kernels", the variant that runs; where weights are streamed also "flash_bytes" read, and
-        "flash_stall_ns", for which steps have waited for them."""
+        "flash_stall_ns", for which steps have waited for them; where neurons are read, the counters of
+        ``neuron_cache.Counters``, "neuron_page_bytes", what one read takes at least, and "neuron_reads_at_once"."""
         held: dict[str, int] = {}
         if self._weights is not None and self._cache is not None and self._program is not None:
             held = {
@@ -271,6 +284,8 @@ class CpuExecutor:
                 "flash_reads": counters.reads,
                 "flash_bytes": counters.bytes,
                 "flash_stall_ns": counters.stall_ns // len(self._threads),
+                "neuron_page_bytes": self._neurons.slot_bytes,
+                "neuron_reads_at_once": DEPTH,
             }
             flash = (ThreadStatistics(FLASH, -1, counters.busy_ns),)
         if self._stream is not None and self._ring is not None:
@@ -291,6 +306,7 @@ class CpuExecutor:
             bytes=held,
             threads=(*(ThreadStatistics(actor, core, ns) for (actor, core), ns in threads), *flash),
             details=details,
+            recent=tuple(self._recent),
         )
 
 
