@@ -93,7 +93,7 @@ def all_neurons(file: ModelFile) -> int:
 
 
 def plan_streaming(
-    file: ModelFile, model: ModelDescription, room: int, cache: int | None = None
+    file: ModelFile, model: ModelDescription, room: int, cache: int | None = None, *, as_pack: bool = False
 ) -> StreamingPlan:
     """Divides the weights so that those in memory and the ring take ``room`` bytes at most; or as few as can be,
     with every layer streamed, where not even that is enough. Where the file's matrices do not lie as they are used,
@@ -101,9 +101,10 @@ def plan_streaming(
 
     Args:
         cache: bytes for neurons at most; None: all that is left.
+        as_pack: what could be done if the file were a pack without bundles.
     """
     if not file.bundles:
-        return _plan_matrices(file, model, room)
+        return _plan_matrices(file, model, room, as_pack=as_pack)
     total, neurons = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model)), all_neurons(file)
     if total + neurons <= room and (cache is None or cache >= neurons):
         return StreamingPlan(resident_bytes=total + neurons)
@@ -117,14 +118,15 @@ def plan_streaming(
 
 
 def _plan_matrices(
-    file: ModelFile, model: ModelDescription, room: int, *, spare: bool = False
+    file: ModelFile, model: ModelDescription, room: int, *, spare: bool = False, as_pack: bool = False
 ) -> StreamingPlan:
     """Without neurons. ``spare``: memory is short even where these matrices fit, so rows of the embedding are read one
     by one."""
     total = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model))
     order = [(file.tensors[name], feed_forward) for name, feed_forward in matrices_in_order(model)]
     order = [each for each in order if each[0].layout != "neurons"]
-    if (total <= room and not spare) or any(info.layout != "blocks16" for info, _ in order):
+    streamable = as_pack or all(info.layout == "blocks16" for info, _ in order)
+    if (total <= room and not spare) or not streamable:
         return StreamingPlan(resident_bytes=total)
     embedding = None
     if model.embedding != model.head.weight:  # a step needs one row of it for each token
