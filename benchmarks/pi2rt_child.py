@@ -30,10 +30,12 @@ class Model:
 
     async def run(self, command: dict[str, Any]) -> dict[str, Any]:
         if command["what"] == "prefill":
+            earlier = self.runtime.statistics().actors[0].executor
             timing = (
                 await self.runtime.generate(self.prompt(command["tokens"]), max_tokens=1, ignore_eos=True)
             ).timing
-            return {"tokens_per_s": timing.prefill_tokens_per_s}
+            later = self.runtime.statistics().actors[0].executor
+            return {"tokens_per_s": timing.prefill_tokens_per_s, **self.reads(earlier, later)}
         sequences = command.get("sequences", 1)
         before = ExecutorStatistics()
         tokens: list[float] = []  # of one sequence: when each came
@@ -76,14 +78,12 @@ class Model:
         }
 
     def reads(self, before: ExecutorStatistics, after: ExecutorStatistics) -> dict[str, Any]:
-        """Of weights that do not fit: what steps used (``DecodeUse``, and how neurons are read), bytes read for
-        each, and the share of time that they have waited for them."""
-        if "flash_bytes" not in after.details:
-            return {}
+        """What steps used (``DecodeUse``, and how neurons are read); of weights that do not fit, bytes read for each
+        step and in all, and the share of time that steps have waited for them."""
         steps = after.steps - before.steps
 
         def spent(name: str) -> int:
-            return int(str(after.details[name])) - int(str(before.details[name]))
+            return int(str(after.details.get(name, 0))) - int(str(before.details.get(name, 0)))
 
         recent = after.recent[-min(steps, len(after.recent)) :]
         return {
@@ -91,6 +91,7 @@ class Model:
             "page_bytes": after.details.get("neuron_page_bytes", 0),
             "depth": after.details.get("neuron_reads_at_once", 0),
             "flash_bytes": spent("flash_bytes") / steps,
+            "flash_bytes_all": spent("flash_bytes"),
             "flash_wait": spent("flash_stall_ns") / (after.finished_ns - before.finished_ns),
         }
 
