@@ -7,9 +7,8 @@ Each engine runs alone in a group of that share of the GGUF's size, page cache i
 uncached; they take turns. Needs root. llama.cpp keeps its weights in the mapped file, for the copies it would make
 of them do not fit. Prints a Markdown table. ``efficiency`` is the bound over what a token took; the bound is the law
 of docs/design.md: bytes in memory over memory bandwidth, or bytes read over flash bandwidth, whichever is longer,
-both measured before. Above 1: what is read again and again comes faster than the whole file did, from caches
-below this machine.
-"""
+both measured before (``planner/decode_law.py``). Above 1: what is read again and again comes faster than the
+whole file did, from caches below this machine."""
 
 from __future__ import annotations
 
@@ -18,14 +17,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from memory_group import forget, memory_group
 
-from pi2rt.cli.bench import bytes_per_token
 from pi2rt.cython_kernels.flash import measure as measure_flash
+from pi2rt.planner.decode_law import STREAM_DEPTH, STREAM_READ_BYTES, DecodeUse, Rates, bound_s
 from pi2rt.planner.device_profile import measure_device
 from pi2rt.planner.placement import default_placement
 from pi2rt.runtime.topology import read_topology
@@ -63,6 +63,11 @@ def measure(
     return {**last, "tokens_per_s": median(a["tokens_per_s"] for a in answers[1:]), "peak": peak}
 
 
+def neuron_reads_per_s(pack: str, run: dict[str, Any]) -> float:
+    """That flash gives, as a run of pi2rt read neurons."""
+    return measure_flash(pack, run["page_bytes"], run["depth"], 1.0) / run["page_bytes"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -83,8 +88,9 @@ def main() -> None:
     size = os.path.getsize(options.gguf)
     work = {"what": "decode", "context": 16, "tokens": options.tokens}
     memory_bandwidth = measure_device(default_placement(read_topology())).read_bandwidth
-    flash_bandwidth = measure_flash(options.pack, 1 << 20, 8, 3.0, options.io, "sequential")
-    memory_s = bytes_per_token(options.pack) / memory_bandwidth
+    flash_bandwidth = measure_flash(
+        options.pack, STREAM_READ_BYTES, STREAM_DEPTH, 3.0, options.io, "sequential"
+    )
     print(
         f"{Path(options.gguf).name}, {size / 1e6:.0f} MB, {options.threads} threads, "
         f"decode of {options.tokens} tokens, medians of {options.repeat} runs, alternating, cold page cache; "
@@ -123,7 +129,11 @@ def main() -> None:
             else "llama.cpp failed"
         )
         token_s = 1 / median(mine)
-        bound = max(last["flash_bytes"] / flash_bandwidth, memory_s)
+        use = DecodeUse(**last["use"])
+        rates = Rates(memory_bandwidth, flash_bandwidth)
+        if use.reads_mean:
+            rates = replace(rates, flash_reads=neuron_reads_per_s(options.pack, last))
+        bound = bound_s(use, rates)
         print(
             f"| {share:.0%} = {limit / 1e6:.0f} MB | {median(mine):.2f} | {median(theirs):.2f} | {ratio} | "
             f"{last['flash_bytes'] / 1e6:.0f} MB | {last['flash_wait']:.0%} | {bound / token_s:.2f} | "

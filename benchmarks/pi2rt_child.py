@@ -7,12 +7,14 @@ import json
 import random
 import sys
 import time
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
 import trio
 
 import pi2rt
+from pi2rt.planner.decode_law import DecodeUse, percentile
 from pi2rt.runtime.executor import ExecutorStatistics
 from pi2rt.runtime.host_memory import peak_rss_bytes
 
@@ -26,17 +28,17 @@ class Model:
     def prompt(self, count: int) -> list[int]:
         return [self.random.randrange(300, self.runtime.tokenizer.vocab_size - 300) for _ in range(count)]
 
-    async def run(self, command: dict[str, Any]) -> dict[str, float]:
+    async def run(self, command: dict[str, Any]) -> dict[str, Any]:
         if command["what"] == "prefill":
+            earlier = self.runtime.statistics().actors[0].executor
             timing = (
                 await self.runtime.generate(self.prompt(command["tokens"]), max_tokens=1, ignore_eos=True)
             ).timing
-            return {"tokens_per_s": timing.prefill_tokens_per_s}
+            later = self.runtime.statistics().actors[0].executor
+            return {"tokens_per_s": timing.prefill_tokens_per_s, **self.reads(earlier, later)}
         sequences = command.get("sequences", 1)
         before = ExecutorStatistics()
-        tokens: list[
-            tuple[float, float]
-        ] = []  # of one sequence: when each came, and reads of neurons until then
+        tokens: list[float] = []  # of one sequence: when each came
         ends: list[tuple[float, float]] = []  # of each sequence: its first token and its last, on one clock
         waiting = sequences
         if self.kept[0] != (command["context"], sequences):
@@ -55,7 +57,7 @@ class Model:
                 if not waiting:
                     before = self.runtime.statistics().actors[0].executor
                 first = time.perf_counter()
-                tokens.extend([(time.perf_counter(), self.neuron_reads()) async for _ in chunks])
+                tokens.extend([time.perf_counter() async for _ in chunks])
                 ends.append((first, time.perf_counter()))
 
         async with trio.open_nursery() as nursery:
@@ -75,50 +77,33 @@ class Model:
             - (after.kernel_ns - before.kernel_ns) / (after.finished_ns - before.finished_ns),
         }
 
-    def neuron_reads(self) -> float:
-        """Of neurons, since the start."""
-        details = self.runtime.statistics().actors[0].executor.details
-        return float(str(details.get("flash_reads", 0)))
-
-    def reads(self, before: ExecutorStatistics, after: ExecutorStatistics) -> dict[str, float]:
-        """Of weights that do not fit: bytes read per step, and the share of time that steps have waited for them."""
-        if "flash_bytes" not in after.details:
-            return {}
+    def reads(self, before: ExecutorStatistics, after: ExecutorStatistics) -> dict[str, Any]:
+        """What steps used (``DecodeUse``, and how neurons are read); of weights that do not fit, bytes read for each
+        step and in all, and the share of time that steps have waited for them."""
         steps = after.steps - before.steps
 
         def spent(name: str) -> int:
-            return int(str(after.details[name])) - int(str(before.details[name]))
+            return int(str(after.details.get(name, 0))) - int(str(before.details.get(name, 0)))
 
-        more = {}
-        if "neuron_misses" in after.details:
-            asked = spent("neuron_misses") + spent("neuron_hits")
-            # what was foreseen was not there either: it was read for this step
-            not_there = spent("neuron_misses") + spent("neuron_early")
-            more = {"flash_reads": spent("flash_reads") / steps, "missing": not_there / asked}
+        recent = after.recent[-min(steps, len(after.recent)) :]
         return {
-            **more,
+            "use": asdict(DecodeUse.of([step for step in recent if step.weight_bytes])),
+            "page_bytes": after.details.get("neuron_page_bytes", 0),
+            "depth": after.details.get("neuron_reads_at_once", 0),
             "flash_bytes": spent("flash_bytes") / steps,
+            "flash_bytes_all": spent("flash_bytes"),
             "flash_wait": spent("flash_stall_ns") / (after.finished_ns - before.finished_ns),
         }
 
 
-def each_token(tokens: list[tuple[float, float]]) -> dict[str, float]:
-    """Milliseconds from token to token, and reads of neurons for each: means and percentiles."""
-    if len(tokens) < 3:
+def each_token(tokens: list[float]) -> dict[str, float]:
+    """Milliseconds from token to token: mean and percentiles."""
+    gaps = [1e3 * (b - a) for a, b in pairwise(tokens)]
+    if not gaps:
         return {}
-    gaps = sorted(1e3 * (b[0] - a[0]) for a, b in pairwise(tokens))
-    reads = sorted(b[1] - a[1] for a, b in pairwise(tokens))
-
-    def at(values: list[float], share: float) -> float:
-        return values[min(len(values) - 1, int(share * len(values)))]
-
-    return {
-        "mean_ms": sum(gaps) / len(gaps),
-        "p50_ms": at(gaps, 0.5),
-        "p90_ms": at(gaps, 0.9),
-        "p99_ms": at(gaps, 0.99),
-        "reads_mean": sum(reads) / len(reads),
-        "reads_p99": at(reads, 0.99),
+    shares = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99}
+    return {"mean_ms": sum(gaps) / len(gaps)} | {
+        name: percentile(gaps, share) for name, share in shares.items()
     }
 
 

@@ -118,6 +118,13 @@ void pi2_neuron_cache_block(pi2_neuron_cache *c) {
   c->asked++;
   pthread_mutex_unlock(&c->mutex);
 }
+pi2_neuron_counts pi2_neuron_cache_counts(pi2_neuron_cache *c) {
+  pthread_mutex_lock(&c->mutex);
+  const pi2_neuron_counts n = {c->hits + c->misses, c->misses + c->early, c->early, c->missed_bytes,
+                               atomic_load(&c->reads_done), atomic_load(&c->bytes)};
+  pthread_mutex_unlock(&c->mutex);
+  return n;
+}
 static void enqueue(pi2_neuron_cache *c, int32_t slot) { c->queue[c->queue_tail++ % (uint64_t)c->capacity] = slot; }
 
 int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending) {
@@ -136,15 +143,20 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
       enqueue(c, slot);
       reads++;
       c->misses++;
+      c->missed_bytes += c->regions[region].page_bytes;
       continue;
     }
     pi2_page_slot *s = &c->slots[slot];
     if (s->state == COMING) { /* foreseen, or left over from a run that was stopped */
       s->pending[s->pending[0] != NULL] = pending;
       atomic_fetch_add(pending, 1);
-      c->early++;
     } else if (!s->pins) {
       c->unpinned--;
+    }
+    if (s->fresh) {
+      s->fresh = 0;
+      c->early++;
+      c->missed_bytes += c->regions[region].page_bytes;
     }
     s->pins++;
     use(c, page);
@@ -163,7 +175,7 @@ void pi2_neuron_cache_foresee(pi2_neuron_cache *c, int region, const int32_t *pa
     int32_t slot = atomic_load_explicit(&c->slot_of[page], memory_order_relaxed);
     if (slot < 0) {
       if ((slot = take_slot(c)) < 0) break;
-      c->slots[slot] = (pi2_page_slot){.page = page, .state = COMING};
+      c->slots[slot] = (pi2_page_slot){.page = page, .state = COMING, .fresh = 1};
       atomic_store_explicit(&c->slot_of[page], slot, memory_order_relaxed);
       enqueue(c, slot);
       reads++;
@@ -204,6 +216,8 @@ static void start(pi2_neuron_cache *c) {
   const pi2_region *g = &c->regions[region_of(c, first)];
   pi2_read *r = &f->read;
   r->bytes = 0;
+  f->foreseen = 0;
+  f->begin_ns = c->records ? pi2_now_ns() : 0;
   for (f->count = 0; c->queue_head != c->queue_tail && f->count < PI2_MERGED; c->queue_head++, f->count++) {
     const int32_t slot = c->queue[c->queue_head % (uint64_t)c->capacity];
     const int32_t page = first + f->count, end = g->first + g->pages;
@@ -211,6 +225,7 @@ static void start(pi2_neuron_cache *c) {
     const int64_t bytes = page + 1 < end ? g->page_bytes : g->last_bytes;
     if (f->count && r->bytes + bytes > PI2_MERGED_BYTES) break;
     f->slot[f->count] = slot;
+    f->foreseen += c->slots[slot].wanted != 0;
     f->part[f->count] = (struct iovec){c->memory + slot * c->slot_bytes, (size_t)bytes};
     r->bytes += bytes;
   }
@@ -223,13 +238,40 @@ static void start(pi2_neuron_cache *c) {
   if (pi2_flash_submit(c->flash, r)) { /* cannot be: there are as many reads as it takes */
     atomic_fetch_sub(&c->in_flight, 1);
     atomic_store(&c->error, EIO);
+    f->begin_ns = 0;
     c->spare[c->n_spare++] = f;
   }
+}
+static void record(pi2_neuron_cache *c, pi2_fetch *f) {
+  c->records[c->recorded++ % c->n_records] = (pi2_read_record){
+      f->begin_ns, pi2_now_ns(), region_of(c, c->slots[f->slot[0]].page), (uint16_t)f->count, (uint16_t)f->foreseen};
+  f->begin_ns = 0;
+}
+int pi2_neuron_cache_trace(pi2_neuron_cache *c, int64_t n) {
+  pi2_read_record *records = calloc((size_t)n, sizeof *records);
+  if (!records) return -1;
+  pthread_mutex_lock(&c->mutex);
+  free(c->records);
+  c->records = records, c->n_records = n, c->recorded = c->taken = 0;
+  pthread_mutex_unlock(&c->mutex);
+  return 0;
+}
+int64_t pi2_neuron_cache_take_records(pi2_neuron_cache *c, pi2_read_record *to, int64_t *horizon) {
+  int64_t n = 0;
+  pthread_mutex_lock(&c->mutex);
+  if (c->recorded - c->taken > c->n_records) c->taken = c->recorded - c->n_records; /* the oldest are lost */
+  for (; c->taken < c->recorded; c->taken++) to[n++] = c->records[c->taken % c->n_records];
+  *horizon = pi2_now_ns();
+  for (int i = 0; i < c->depth; i++)
+    if (c->fetches[i].begin_ns && c->fetches[i].begin_ns < *horizon) *horizon = c->fetches[i].begin_ns;
+  pthread_mutex_unlock(&c->mutex);
+  return n;
 }
 /* Returns whether somebody has to be told. Under the mutex. */
 static int finish(pi2_neuron_cache *c, pi2_read *r) {
   pi2_fetch *f = r->user;
   int tell = 0, failed = 0; /* failed: somebody waits for what could not be read */
+  if (f->begin_ns) record(c, f);
   c->spare[c->n_spare++] = f;
   atomic_fetch_sub(&c->in_flight, 1);
   atomic_fetch_add_explicit(&c->bytes, r->got, memory_order_relaxed);
@@ -345,5 +387,5 @@ void pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
   pthread_join(c->thread, NULL);
   pi2_flash_close(c->flash); /* waits for the reads in flight: slots and memory may go then */
   pthread_mutex_destroy(&c->mutex);
-  free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare), free(c);
+  free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare), free(c->records), free(c);
 }

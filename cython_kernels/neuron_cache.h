@@ -32,7 +32,7 @@ typedef struct { /* pages of one feed-forward block, or of one matrix */
 typedef struct {
   int32_t page; /* or -1 */
   int32_t pins;
-  uint8_t state;
+  uint8_t state, fresh;     /* fresh: foreseen, and nobody has asked for it yet */
   uint32_t wanted;          /* nobody takes it before `asked` has come to this */
   _Atomic int32_t *pending[2]; /* of whom it is read for: a page may end one cluster and begin the next */
 } pi2_page_slot;
@@ -42,9 +42,16 @@ typedef struct { /* how much a page was used, as of a step */
   uint32_t step;
 } pi2_use;
 
+typedef struct { /* a read that has ended, for traces */
+  int64_t begin_ns, end_ns;
+  int32_t region;
+  uint16_t pages, foreseen; /* foreseen: of the pages */
+} pi2_read_record;
+
 typedef struct { /* pages in a row, into any slots: one read */
   pi2_read read;
-  int count;
+  int64_t begin_ns; /* where reads are recorded; 0: not in flight */
+  int count, foreseen;
   int32_t slot[PI2_MERGED];
   struct iovec part[PI2_MERGED];
 } pi2_fetch;
@@ -70,7 +77,10 @@ typedef struct pi2_neuron_cache {
   int32_t *queue;               /* (capacity) ring of slots to be filled */
   uint64_t queue_head, queue_tail;
   uint32_t asked;           /* times that a block began to ask */
-  int64_t hits, early, misses, evictions;
+  int64_t hits, early, misses, evictions; /* early: of the hits, read because foreseen and asked for the first time */
+  int64_t missed_bytes;     /* of misses and early ones */
+  pi2_read_record *records; /* (n_records) ring of reads that have ended, or NULL */
+  int64_t n_records, recorded, taken;
   /* the reader's own */
   pi2_fetch *fetches;
   pi2_fetch **spare;
@@ -97,6 +107,12 @@ int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots);
 /* Joins the reader and closes the flash; afterwards nobody writes to the memory. */
 void pi2_neuron_cache_destroy(pi2_neuron_cache *c);
 
+/* From now on the last n reads are recorded. Before any run; returns 0 or -1 (out of memory). */
+int pi2_neuron_cache_trace(pi2_neuron_cache *c, int64_t n);
+/* Copies the records of reads that have ended since the last call, at most n_records, and returns how many. Every read that began
+ * before *horizon is among those that were taken, or was lost because too many ended. */
+int64_t pi2_neuron_cache_take_records(pi2_neuron_cache *c, pi2_read_record *to, int64_t *horizon);
+
 /* Reads pages [first, first + count) of a region in order into slots that were never used, while there are any, and waits for
  * them: before any run. 0, an errno or PI2_EOF. */
 int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_t count);
@@ -104,6 +120,9 @@ int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_
 /* A step begins; a block begins to ask. */
 void pi2_neuron_cache_step(pi2_neuron_cache *c);
 void pi2_neuron_cache_block(pi2_neuron_cache *c);
+/* Of pages: asked for; missed, and of these foreseen; their bytes. Reads that have ended, and their bytes. */
+typedef struct { int64_t asked, missed, foreseen, missed_bytes, reads, read_bytes; } pi2_neuron_counts;
+pi2_neuron_counts pi2_neuron_cache_counts(pi2_neuron_cache *c);
 /* Pins pages[0..n) (numbers within the region; no page is asked for by more than two before it is there) until there is no
  * room left; returns how many. Adds one to *pending for each
  * that is not there yet, which falls again when it arrives; whoever sees it fall to 0 is told by `event`. */

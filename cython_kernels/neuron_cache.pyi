@@ -1,9 +1,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 IO: Mapping[str, int]
 MOST_DEPTH: int
 PAGE: int
+RECORD: np.dtype[np.void]
 
 @dataclass(frozen=True, slots=True)
 class Counters:
@@ -34,6 +38,8 @@ class NeuronCache:
         io: str = "auto",
         depth: int = 64,
     ) -> None: ...
+    def trace(self, reads: int) -> None: ...
+    def take_reads(self) -> tuple[npt.NDArray[np.void], int]: ...
     def resize(self, slots: int) -> None: ...
     def fill(self, region: int, first: int, count: int) -> None: ...
     def close(self) -> None: ...

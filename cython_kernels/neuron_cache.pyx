@@ -1,10 +1,13 @@
 """Memory for neurons that are read from flash when they fire (neuron_cache.h)."""
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 
 import os
 from dataclasses import dataclass
+
+import numpy as np
 
 from pi2rt._errors import InternalError
 
@@ -26,6 +29,12 @@ cdef extern from "neuron_cache.h" nogil:
         int64_t bytes, reads_done, busy_ns, stall_ns
     pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *, const pi2_region *, int, int32_t, int64_t, uint8_t *, int32_t,
                                               int32_t, int, int *)
+    ctypedef struct pi2_read_record:
+        int64_t begin_ns, end_ns
+        int32_t region
+        uint16_t pages, foreseen
+    int pi2_neuron_cache_trace(pi2_neuron_cache *, int64_t)
+    int64_t pi2_neuron_cache_take_records(pi2_neuron_cache *, pi2_read_record *, int64_t *)
     int32_t pi2_neuron_cache_resize(pi2_neuron_cache *, int32_t)
     void pi2_neuron_cache_wait(pi2_neuron_cache *, uint32_t, int64_t)
     void pi2_neuron_cache_destroy(pi2_neuron_cache *)
@@ -35,12 +44,16 @@ IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
 MOST_DEPTH = PI2_FLASH_MOST
 PAGE = 4096
 """Pages and slots are multiples of it."""
+RECORD = np.dtype([("begin", np.int64), ("end", np.int64), ("region", np.int32), ("pages", np.uint16),
+                   ("foreseen", np.uint16)])
+"""A read that has ended: nanoseconds, the block whose neurons it read, how many pages, and of these the foreseen ones."""
+assert RECORD.itemsize == sizeof(pi2_read_record)
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Of pages: asked for while they were there (hits; early: of these, on their way because they were foreseen) or not
-    (misses), and given up for others. Of reading: reads, bytes, nanoseconds with a read in flight, and nanoseconds in which
+    """Of pages: asked for while they were there (hits; early: of these, read because they were foreseen, and asked for the
+    first time) or not (misses), and given up for others. Of reading: reads, bytes, nanoseconds with a read in flight, and nanoseconds in which
     compute threads (all of them, added up) waited."""
 
     hits: int = 0
@@ -67,6 +80,8 @@ cdef class NeuronCache:
     cdef readonly int n_regions
     cdef readonly object path
     cdef object last
+    cdef pi2_read_record *records
+    cdef int64_t n_records
 
     def __cinit__(self, path, regions, uintptr_t memory, int slots, int64_t slot_bytes, *, name=None, io="auto",
                   int depth=64):
@@ -113,6 +128,27 @@ cdef class NeuronCache:
             message = "the file ends too early" if error < 0 else os.strerror(error)
             raise OSError(abs(error), f"reading neurons: {message}", os.fspath(self.path))
 
+    def trace(self, int64_t reads):
+        """From now on reads are recorded, the last ``reads`` of those that were not taken. Before any program runs."""
+        if self.cache == NULL or reads < 1 or self.records != NULL:
+            raise InternalError(f"a trace of {reads} reads")
+        self.records = <pi2_read_record *>malloc(reads * sizeof(pi2_read_record))
+        if self.records == NULL or pi2_neuron_cache_trace(self.cache, reads):
+            raise MemoryError("trace of neuron reads")
+        self.n_records = reads
+
+    def take_reads(self):
+        """(reads that have ended since, of RECORD, in the order of their ends; nanoseconds before which no read began that
+        is still to come)"""
+        cdef int64_t n, horizon = 0
+        if self.cache == NULL or self.records == NULL:
+            raise InternalError("reads are not recorded")
+        with nogil:
+            n = pi2_neuron_cache_take_records(self.cache, self.records, &horizon)
+        out = np.empty(n, RECORD)
+        memcpy(<void *><uintptr_t>out.ctypes.data, self.records, n * sizeof(pi2_read_record))
+        return out, horizon
+
     def resize(self, int slots):
         """Other than so many slots, also while programs run. Blocks until nothing uses the memory of slots that go."""
         cdef int32_t left = 1
@@ -152,4 +188,5 @@ cdef class NeuronCache:
     def __dealloc__(self):
         if self.cache != NULL:
             pi2_neuron_cache_destroy(self.cache)
+        free(self.records)
         free(self.regions)

@@ -59,9 +59,14 @@ static void gate_cluster(block *k, int c) {
   }
   pi2_cluster *cluster = &k->s->clusters[c];
   cluster->n_pages = cluster->asked = 0;
-  for (int64_t i = first, last = -1; i < end; i++)
-    if (wanted[i - first] && i / k->b->per_page != last)
-      cluster->pages[cluster->n_pages++] = (int32_t)(last = i / k->b->per_page);
+  int64_t bytes = 0;
+  for (int64_t i = first, last = -1, group = -1; i < end; i++) {
+    if (!wanted[i - first]) continue;
+    if (i / k->b->per_page != last) cluster->pages[cluster->n_pages++] = (int32_t)(last = i / k->b->per_page);
+    bytes += k->b->neuron_bytes + k->b->up_stride;
+    if (i / PI2_BLOCK != group) bytes += k->b->down_stride, group = i / PI2_BLOCK;
+  }
+  atomic_fetch_add_explicit(&k->r->neuron_bytes, bytes, memory_order_relaxed);
   atomic_store(&cluster->pending, 1); /* until all are asked for */
   atomic_store(&cluster->ranges_left, k->s->n_ranges);
   atomic_store(&cluster->stage, PI2_GATED);
@@ -345,15 +350,15 @@ static int take_gates(block *k) {
 
 int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
-  pi2_scratch *scratch = &p->scratch[w->index];
+  const int turn = p->scratch[w->index].turn;
   int stopped = 0;
   pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, pi2_row_of(r, op), pi2_rows(r, op), 1, &stopped), ahead = {0};
   if (stopped) return stopped;
-  block k = block_of(r, op, index, w, scratch->turn, &in), next = {0};
+  block k = block_of(r, op, index, w, turn, &in), next = {0};
   pi2_sparse *s = k.s;
   const pi2_op *after = next_block(r, op);
   const int looks_ahead = after && prepare_ahead(&k, after, &ahead), sure = looks_ahead && op->expert >= 0;
-  if (sure) next = block_of(r, after, (int)(after - p->ops), w, !scratch->turn, &ahead);
+  if (sure) next = block_of(r, after, (int)(after - p->ops), w, !turn, &ahead);
   if (w->index == 0) pi2_neuron_cache_block(k.cache);
   if (atomic_fetch_add(&s->arrived, 1) + 1 == p->threads) pi2_neuron_cache_signal(k.cache);
   _Atomic uint32_t *ranges_done = &r->cursors[4 * index + 2];
@@ -389,7 +394,7 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     pi2_neuron_cache_wait(k.cache, seen, WAIT_NS);
     if (reading)
       atomic_fetch_add_explicit(&k.cache->stall_ns, pi2_now_ns() - begin_ns, memory_order_relaxed);
-    scratch->waited += pi2_ticks() - begin;
+    pi2_note_wait(r, w, begin, pi2_ticks());
   }
   if (s->n_ranges > 1) pi2_neuron_cache_signal(k.cache); /* whoever waits leaves, too */
   return 0;

@@ -40,6 +40,11 @@ static int prepare_run(pi2_program *p, pi2_run *r) {
   r->busy = allocate(p, p->threads, 8);
   r->op_begin = allocate(p, (int64_t)p->threads * p->n_ops, 8);
   r->op_end = allocate(p, (int64_t)p->threads * p->n_ops, 8);
+  if (p->traced && p->neurons) {
+    r->waits = allocate(p, (int64_t)p->threads * PI2_WAITS, sizeof *r->waits);
+    r->n_waits = allocate(p, p->threads, sizeof *r->n_waits);
+    if (!r->waits || !r->n_waits) return 0;
+  }
   return r->token && r->position && r->slice_of && r->head_row && r->prefill_row && r->slices && r->pages &&
          r->targets && r->scores && r->cursors && r->splits_left && r->busy && r->op_begin && r->op_end;
 }
@@ -47,6 +52,7 @@ static void free_run(pi2_run *r) {
   free(r->token); free(r->position); free(r->slice_of); free(r->head_row); free(r->prefill_row); free(r->slices);
   free(r->pages); free(r->targets); free(r->scores); free(r->cursors); free(r->splits_left); free(r->busy);
   free(r->op_begin); free(r->op_end); free(r->units);
+  free(r->waits); free(r->n_waits);
 }
 
 /* Buffers of one sparse block, for the largest there is. */
@@ -285,8 +291,10 @@ int pi2_run_post(pi2_run *r) {
   memset((void *)r->cursors, 0, (size_t)(4 * (p->n_ops + p->max_rows / PI2_HEAD_ROWS + 1)) * 4);
   memset((void *)r->splits_left, 0, (size_t)(p->max_slots * p->max_kv_heads) * 4);
   memset(r->busy, 0, (size_t)p->threads * 8);
+  if (r->n_waits) memset(r->n_waits, 0, (size_t)p->threads * sizeof *r->n_waits);
   atomic_store(&r->stop, 0);
   r->stopped = r->done = r->error = 0;
+  atomic_store(&r->neuron_bytes, 0);
   if (pi2_gang_post(p->gang, pi2_run_job, r)) return -1;
   p->next_run++;
   return 0;
@@ -365,7 +373,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
   pi2_program *p = r->program;
   if (w->index == 0) { /* before the others can be at work: kernel time never exceeds the run's */
     if (p->stream) r->base = pi2_stream_begin(p->stream);
-    if (p->neurons) pi2_neuron_cache_step(p->neurons);
+    if (p->neurons) pi2_neuron_cache_step(p->neurons), r->before = pi2_neuron_cache_counts(p->neurons);
     if (p->clusters) pi2_neuron_cache_step(p->clusters);
     r->begin_ns = pi2_now_ns();
     r->begin_ticks = pi2_ticks();
@@ -426,6 +434,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
       pi2_neuron_cache_abandon(p->neurons);
     }
     if (stopped && p->clusters) pi2_neuron_cache_abandon(p->clusters);
+    if (p->neurons) r->used = pi2_neuron_cache_counts(p->neurons);
     r->end_ticks = pi2_ticks();
     r->end_ns = pi2_now_ns();
     r->stopped = stopped;

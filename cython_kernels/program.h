@@ -22,6 +22,7 @@
 #define PI2_TILE_BLOCKS 4 /* row blocks of one; even: the pairs of ops_linear.c */
 #define PI2_HEAD_ROWS 32 /* rows of logits at once */
 #define PI2_MATRICES 3   /* of one operation */
+#define PI2_WAITS 4096 /* of a thread in a run that are recorded, at most */
 
 typedef struct {
   int type;
@@ -95,6 +96,8 @@ typedef struct { /* one slice of a step */
 
 typedef struct { int32_t slice, row, rows, kv_head, split, splits; } pi2_unit;
 
+typedef struct { uint64_t begin, end; } pi2_wait; /* ticks */
+
 typedef struct pi2_run {
   struct pi2_program *program;
   int n_rows, n_slices, n_units, n_prefill, n_head, trace;
@@ -111,6 +114,8 @@ typedef struct pi2_run {
   _Atomic uint32_t *cursors;
   _Atomic uint32_t *splits_left;        /* (max_slots, max KV heads): splits done in this layer */
   int stopped;
+  _Atomic int64_t neuron_bytes;         /* of neurons that fired, with their scales */
+  pi2_neuron_counts before, used;       /* before: when it began */
   uint64_t base;                        /* position of the first streamed unit */
   _Atomic int error;                    /* errno of a read that failed: the run was stopped by it */
   _Atomic int done;                     /* last to be set: whoever sees it sees the results */
@@ -118,6 +123,8 @@ typedef struct pi2_run {
   uint64_t begin_ticks, end_ticks;
   uint64_t *busy;                       /* (threads) ticks in kernels */
   uint64_t *op_begin, *op_end;          /* (threads, ops) ticks, where trace is on */
+  pi2_wait *waits;                      /* (threads, PI2_WAITS) within operations, where trace is on; or NULL */
+  uint32_t *n_waits;                    /* (threads) */
 } pi2_run;
 
 typedef struct { /* one thread's own */
@@ -148,6 +155,7 @@ typedef struct pi2_program {
   pi2_routing routing;
   int pipeline;
   int wide; /* activations are int16, else int8 */
+  int traced; /* runs may be: there is room for what they record of waiting */
   int64_t dim, vocab, max_rows, max_slots, context, max_k, hidden, y_columns, attention_columns;
   int threads, max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
   pi2_op *ops;
@@ -235,6 +243,12 @@ static inline pi2_q8 pi2_q8_row(const pi2_q8 *x, int64_t row) {
   r.s += row * r.ldb;
   r.h += 2 * row * r.ldb;
   return r;
+}
+/* A thread has waited within an operation. */
+static inline void pi2_note_wait(pi2_run *run, const pi2_worker *w, uint64_t begin, uint64_t end) {
+  run->program->scratch[w->index].waited += end - begin;
+  if (!run->trace || !run->waits || run->n_waits[w->index] == PI2_WAITS) return;
+  run->waits[w->index * PI2_WAITS + run->n_waits[w->index]++] = (pi2_wait){begin, end};
 }
 /* Next unit of cursor c (0..3) of operation `index`. */
 static inline uint32_t pi2_take(pi2_run *run, int index, int c) {

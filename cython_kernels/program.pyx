@@ -11,7 +11,7 @@ import os
 import numpy as np
 
 from pi2rt._errors import BusyError, InternalError, RequestError
-from pi2rt.runtime.step import Sampled, StepResult
+from pi2rt.runtime.step import NeuronUse, Sampled, StepResult
 
 cdef extern from "gang.h" nogil:
     ctypedef struct pi2_gang:
@@ -46,6 +46,8 @@ cdef extern from "stream.h" nogil:
 cdef extern from "neuron_cache.h" nogil:
     ctypedef struct pi2_neuron_cache:
         pass
+    ctypedef struct pi2_neuron_counts:
+        int64_t asked, missed, foreseen, missed_bytes, reads, read_bytes
 
 cdef extern from "sparse.h" nogil:
     enum: PI2_CLUSTER
@@ -99,6 +101,9 @@ cdef extern from "program.h" nogil:
         float *logits
         pi2_pick pick
         pi2_pick *top
+    enum: PI2_WAITS
+    ctypedef struct pi2_wait:
+        uint64_t begin, end
     ctypedef struct pi2_run:
         int n_rows, n_slices, trace, urgent
         int32_t *token
@@ -108,11 +113,15 @@ cdef extern from "program.h" nogil:
         float *scores
         int stop
         int stopped, done, error
+        int64_t neuron_bytes
+        pi2_neuron_counts before, used
         int64_t begin_ns, end_ns
         uint64_t begin_ticks, end_ticks
         uint64_t *busy
         uint64_t *op_begin
         uint64_t *op_end
+        pi2_wait *waits
+        uint32_t *n_waits
     ctypedef struct pi2_program:
         const pi2_kernels *kernels
         pi2_gang *gang
@@ -121,7 +130,7 @@ cdef extern from "program.h" nogil:
         pi2_neuron_cache *clusters
         int pipeline
         int64_t dim, vocab, max_rows, max_slots, context
-        int wide, threads, n_ropes, n_ops
+        int wide, traced, threads, n_ropes, n_ops
         pi2_op *ops
         pi2_rope *ropes
         pi2_matrix embedding
@@ -241,7 +250,7 @@ cdef class Program:
     ``wide``: activations are int16, else int8. ``stream``: a ``stream.Stream``, which outlives the gang; its units are
     matrices of the operations, in their order. ``neurons``: a ``neuron_cache.NeuronCache``, which does so too; ``pipeline``:
     a key of PIPELINES, how far reading its neurons overlaps with computing (sparse.h). ``clusters``: another one, whose
-    regions are experts' matrices that are not in memory.
+    regions are experts' matrices that are not in memory. ``traced``: steps may be posted with ``trace``.
 
     ``expert`` of an operation: it works on the rows that chose this one, as the last ``route`` before says; -1: all rows.
     Its sink "mix" adds the results times the expert's weight to y, whence ``add`` takes them.
@@ -256,12 +265,12 @@ cdef class Program:
     cdef int capacity, capacity_ropes
     cdef bint prepared
     cdef int64_t pages
-    cdef readonly int64_t weight_bytes
+    cdef readonly int64_t weight_bytes, streamed_bytes
     cdef list busy_ns
 
     def __init__(self, Gang gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
                  int64_t context, int64_t pages, bint wide=True, float embedding_scale=1, float logit_softcap=0,
-                 stream=None, neurons=None, clusters=None, pipeline="cluster"):
+                 stream=None, neurons=None, clusters=None, pipeline="cluster", bint traced=False):
         self.gang, self.pages, self.stream = gang, pages, stream
         self.neurons, self.clusters = neurons, clusters
         self.keep = []
@@ -270,7 +279,7 @@ cdef class Program:
         p = &self.p
         p.gang, p.threads, p.kernels = gang.gang, gang.gang.n, <const pi2_kernels *>kernels
         p.dim, p.vocab, p.max_rows, p.max_slots, p.context = dim, vocab, max_rows, max_slots, context
-        p.wide = wide
+        p.wide, p.traced = wide, traced
         if stream is not None:
             p.stream = <pi2_stream *><uintptr_t>stream.address
         if neurons is not None:
@@ -320,7 +329,9 @@ cdef class Program:
                 op.streamed += 1
                 op.last_unit = m.m.unit
             self.keep.append(m)
-            self.weight_bytes += (m.m.rows + PI2_ROWS - 1) // PI2_ROWS * pi2_row_block_bytes(m.m.type, m.m.k)
+            nbytes = (m.m.rows + PI2_ROWS - 1) // PI2_ROWS * pi2_row_block_bytes(m.m.type, m.m.k)
+            self.weight_bytes += nbytes
+            self.streamed_bytes += nbytes if m.m.data == NULL else 0
         op.n_matrices = <int>len(matrices)
         if op.streamed:
             self.stream.check(range(op.last_unit + 1 - op.streamed, op.last_unit + 1))
@@ -560,7 +571,8 @@ cdef class Program:
 
     def result(self):
         """StepResult of the oldest step, which has finished; and, where it was traced, (begin, end) nanoseconds of
-        every operation on every thread, int64 (threads, operations)."""
+        every operation on every thread, int64 (threads, operations), and for each thread (begin, end) of its waits within
+        operations, int64 (waits, 2)."""
         cdef pi2_run *r
         cdef pi2_slice *s
         cdef int i, t, n = self.p.n_ops
@@ -609,9 +621,17 @@ cdef class Program:
             memcpy(<void *><uintptr_t>begin.ctypes.data, r.op_begin, self.p.threads * n * 8)
             memcpy(<void *><uintptr_t>end.ctypes.data, r.op_end, self.p.threads * n * 8)
             to_ns = lambda x: r.begin_ns + ((x - r.begin_ticks).astype(np.int64) * ns_per_tick).astype(np.int64)
-            times = to_ns(begin), to_ns(end)
+            waits = [np.empty((0 if r.n_waits == NULL else r.n_waits[t], 2), np.uint64) for t in range(self.p.threads)]
+            for t in range(self.p.threads):
+                memcpy(<void *><uintptr_t>waits[t].ctypes.data, r.waits + t * PI2_WAITS if r.waits != NULL else NULL, waits[t].nbytes)
+            times = to_ns(begin), to_ns(end), [to_ns(each) for each in waits]
+        neurons = None
+        if self.neurons is not None:
+            neurons = NeuronUse(r.neuron_bytes, r.used.asked - r.before.asked, r.used.missed - r.before.missed,
+                                r.used.foreseen - r.before.foreseen, r.used.missed_bytes - r.before.missed_bytes,
+                                r.used.reads - r.before.reads, r.used.read_bytes - r.before.read_bytes)
         return StepResult(step.id, tuple(sampled), tuple(scores), tuple(logits), False, r.begin_ns, r.end_ns, kernel_ns,
-                          self.weight_bytes), times
+                          self.weight_bytes + r.neuron_bytes, self.streamed_bytes, neurons), times
 
     def __dealloc__(self):
         # the gang was closed before (it joins its threads after finishing what was posted)

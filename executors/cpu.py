@@ -19,16 +19,27 @@ from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.clusters import Clusters
 from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
-from pi2rt.executors.neurons import Neurons
+from pi2rt.executors.neurons import DEPTH, Neurons
+from pi2rt.executors.read_trace import ReadTrace
 from pi2rt.executors.weights import Weights
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
-from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress, ThreadStatistics
+from pi2rt.runtime.executor import (
+    RECENT_STEPS,
+    ExecutorOptions,
+    ExecutorStatistics,
+    Progress,
+    StepUse,
+    ThreadStatistics,
+)
 from pi2rt.runtime.step import Step, StepResult
 from pi2rt.runtime.trace import Nanoseconds
 
 FLASH = "flash"
-"""Name of the actor that reads streamed weights."""
+"""Name of the actor that reads streamed weights and neurons."""
+
+TRACED_READS = 1 << 16
+"""Reads of neurons between two steps whose times are kept for a trace."""
 
 SPIN_NS = 50_000
 """How long a thread spins at a barrier before it sleeps. A wake-up costs 50 to 100 us."""
@@ -55,9 +66,11 @@ class CpuExecutor:
         self._in_flight: deque[int] = deque()
         self._threads: list[tuple[str, int]] = []  # (actor, core) of each thread
         self._traced_reads = 0
+        self._read_trace: ReadTrace | None = None
         self._in_a_row = 0  # results taken without letting other tasks run
         self._steps = self._tokens = self._busy_ns = self._kernel_ns = self._finished_ns = 0
         self._tokens_of: deque[int] = deque()
+        self._recent: deque[StepUse] = deque(maxlen=RECENT_STEPS)
 
     async def open(
         self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
@@ -111,6 +124,9 @@ class CpuExecutor:
             self._clusters,
         )
         self._program = builder.build(self._cache, layouts, page_bytes)
+        if options.trace is not None and self._neurons is not None:
+            self._neurons.cache.trace(TRACED_READS)
+            self._read_trace = ReadTrace(options.trace, FLASH, self._neurons.layers)
 
     async def _load(
         self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
@@ -174,16 +190,20 @@ class CpuExecutor:
         self._in_flight.popleft()
         tokens = self._tokens_of.popleft()
         result, times = self._program.result()
+        busy_ns = result.finished_ns - result.started_ns
         self._steps += 1
         self._tokens += tokens
-        self._busy_ns += result.finished_ns - result.started_ns
+        self._busy_ns += busy_ns
         self._kernel_ns += result.kernel_ns
         self._finished_ns = result.finished_ns
+        self._recent.append(
+            StepUse(tokens, busy_ns, result.weight_bytes, result.streamed_bytes, result.neurons)
+        )
         if times is not None and not result.stopped:
-            self._record(times[0], times[1])
+            self._record(*times)
         return result
 
-    def _record(self, starts: Nanoseconds, ends: Nanoseconds) -> None:
+    def _record(self, starts: Nanoseconds, ends: Nanoseconds, waits: list[Nanoseconds]) -> None:
         assert self._options is not None
         assert self._options.trace is not None
         assert self._program is not None
@@ -191,6 +211,10 @@ class CpuExecutor:
         for thread, (actor, core) in enumerate(self._threads):
             track = self._options.trace.track(actor, f"core {core}")
             self._options.trace.extend_native(track, names, starts[thread], ends[thread])
+            waited = waits[thread]
+            index = np.zeros(len(waited), np.intp)
+            self._options.trace.extend_native(track, ("wait",), waited[:, 0], waited[:, 1], index)
+        self._draw_reads()
         if self._stream is not None:
             begin, end = self._stream.times()
             read = end > np.maximum(begin, self._traced_reads)
@@ -199,6 +223,10 @@ class CpuExecutor:
                 reads = tuple(name for name, new in zip(self._options.streamed, read, strict=True) if new)
                 self._options.trace.extend_native(track, reads, begin[read], end[read])
                 self._traced_reads = int(end[read].max())
+
+    def _draw_reads(self) -> None:
+        if self._read_trace is not None and self._neurons is not None:
+            self._read_trace.draw(*self._neurons.cache.take_reads())
 
     def stop(self, step_id: int) -> None:
         if self._program is not None:
@@ -230,6 +258,8 @@ class CpuExecutor:
         if self._ring is not None:
             self._ring.close()
             self._ring = None
+        self._draw_reads()  # that ended since the last step
+        self._read_trace = None
         caches = (self._neurons, self._clusters)
         self._neurons = self._clusters = None
         for cache in caches:
@@ -249,7 +279,8 @@ class CpuExecutor:
 
     def statistics(self) -> ExecutorStatistics:
         """``details``: "kernels", the variant that runs; where weights are streamed also "flash_bytes" read, and
-        "flash_stall_ns", for which steps have waited for them."""
+        "flash_stall_ns", for which steps have waited for them; where neurons are read, the counters of
+        ``neuron_cache.Counters``, "neuron_page_bytes", what one read takes at least, and "neuron_reads_at_once"."""
         held: dict[str, int] = {}
         if self._weights is not None and self._cache is not None and self._program is not None:
             held = {
@@ -272,6 +303,8 @@ class CpuExecutor:
                 "flash_reads": counters.reads,
                 "flash_bytes": counters.bytes,
                 "flash_stall_ns": counters.stall_ns // len(self._threads),
+                "neuron_page_bytes": self._neurons.slot_bytes,
+                "neuron_reads_at_once": DEPTH,
             }
             flash = (ThreadStatistics(FLASH, -1, counters.busy_ns),)
         if self._clusters is not None:
@@ -305,6 +338,7 @@ class CpuExecutor:
             bytes=held,
             threads=(*(ThreadStatistics(actor, core, ns) for (actor, core), ns in threads), *flash),
             details=details,
+            recent=tuple(self._recent),
         )
 
 

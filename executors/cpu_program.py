@@ -83,6 +83,7 @@ class ProgramBuilder:
             neurons=None if neurons is None else neurons.cache,
             clusters=None if clusters is None else clusters.cache,
             pipeline=options.pipeline,
+            traced=options.trace is not None,
         )
         self._neurons = neurons
         self._clusters = clusters

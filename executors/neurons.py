@@ -13,7 +13,7 @@ from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.neuron_cache import Counters, NeuronCache
 from pi2rt.executors.weights import Weights
 from pi2rt.formats import ModelFile, neuron_bundles
-from pi2rt.models import FeedForward, ModelDescription
+from pi2rt.models import FeedForward, ModelDescription, feed_forwards
 
 DEPTH = 128
 """Reads of neurons in flight. They are small, and the thread that reaps them shares its core with one that computes: on
@@ -34,7 +34,13 @@ class Neurons:
     """
 
     def __init__(self, file: ModelFile, model: ModelDescription, nbytes: int, io: str) -> None:
-        blocks = tuple(model.feed_forwards())
+        numbered = [
+            (number, each)
+            for number, layer in enumerate(model.layers)
+            for block in layer.blocks
+            for each in feed_forwards(block)
+        ]
+        blocks = [block for _, block in numbered]
         for block in blocks:
             bundles = file.bundles.get(block.down.weight)
             if bundles is not None and (bundles.up is None) != (block.gate is None):
@@ -46,6 +52,9 @@ class Neurons:
         self._bundles = [
             file.bundles[block.down.weight] for block in blocks if block.down.weight in file.bundles
         ]
+        self.layers = tuple(
+            f"layer {number}" for number, block in numbered if block.down.weight in file.bundles
+        )
         self._numbers = {each.down: number for number, each in enumerate(self._bundles)}
         self.slot_bytes = max(each.page_bytes for each in self._bundles)
         self.pages = sum(each.pages for each in self._bundles)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pi2rt.async_engine import AsyncEngine
     from pi2rt.engine import Chunk, Completion, SamplingParams, Timing
     from pi2rt.model_info import ModelInfo
+    from pi2rt.pack_cache import ensure_pack
     from pi2rt.sync_engine import Engine
     from pi2rt.trio_runtime import Runtime, RuntimeStatistics, open_runtime
 
@@ -70,6 +71,7 @@ __all__ = [
     "Timing",
     "UnsupportedModelError",
     "__version__",
+    "ensure_pack",
     "open_runtime",
 ]
 
@@ -84,6 +86,7 @@ _MODULES = {
     "RuntimeStatistics": "pi2rt.trio_runtime",
     "SamplingParams": "pi2rt.engine",
     "Timing": "pi2rt.engine",
+    "ensure_pack": "pi2rt.pack_cache",
     "open_runtime": "pi2rt.trio_runtime",
 }
 

@@ -72,9 +72,17 @@ class ContextOverflowError(RequestError):
 
 
 class MemoryBudgetError(Pi2rtError):
-    """The model does not fit into the memory there is; the message says by how much and what it is made of."""
+    """The model does not fit into the memory there is; the message says by how much and what it is made of.
+
+    Args:
+        pack_fits: whether a pack of the model, which it is not, would fit.
+    """
 
     exit_status = 2
+
+    def __init__(self, message: str, *, pack_fits: bool = False) -> None:
+        super().__init__(message)
+        self.pack_fits = pack_fits
 
 
 class KernelUnavailableError(Pi2rtError):

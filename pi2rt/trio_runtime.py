@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from pi2rt.engine import (
 )
 from pi2rt.engine.sampling_params import SamplingKeywords
 from pi2rt.formats import ModelFile, open_model_file
+from pi2rt.formats.pack import PackFile
 from pi2rt.memory import MemoryNeed, estimate_need
 from pi2rt.model_info import ModelInfo, model_info
 from pi2rt.models import ModelDescription, describe
@@ -238,6 +240,7 @@ async def open_runtime(
     trace = None if chosen.trace is None else Trace()
     with await trio.to_thread.run_sync(open_model_file, path) as file:
         description, info = await trio.to_thread.run_sync(_describe, file, chosen.context)
+        executor_options = _executor_options(file, description, chosen, info.context, placement, trace)
         if (chosen.cache is not None or chosen.pipeline != "cluster") and not (
             file.bundles and chosen.memory
         ):
@@ -245,7 +248,6 @@ async def open_runtime(
                 "cache and pipeline are for neurons that are read when they fire: that takes a memory budget, and a "
                 "pack with neuron bundles"
             )
-        executor_options = _executor_options(file, description, chosen, info.context, placement, trace)
 
         beside = chosen.memory_bytes - (executor_options.neuron_bytes or all_neurons(file))
 
@@ -355,7 +357,11 @@ def _executor_options(
             room = available - need.activations - each * need.page
             streaming = plan_streaming(file, description, room, chosen.cache_bytes)
             need = replace(need, weights=streaming.nbytes)
-        _check_budget(limit, own, need, streaming, each * need.page)
+        if own + need.weights + need.activations + each * need.page > limit:
+            packed = (
+                None if isinstance(file, PackFile) else plan_streaming(file, description, 0, as_pack=True)
+            )
+            raise _too_small(file, limit, own, need, streaming, each * need.page, packed)
     return ExecutorOptions(
         slots=chosen.max_sequences,
         pages=need.pages(available, each, each * chosen.max_sequences),
@@ -380,11 +386,17 @@ def _executor_options(
     )
 
 
-def _check_budget(limit: int, own: int, need: MemoryNeed, streaming: StreamingPlan, kv: int) -> None:
-    """Raises MemoryBudgetError, with the least that would do, where a memory budget is too small."""
-    least = own + need.weights + need.activations + kv
-    if least <= limit:
-        return
+def _too_small(
+    file: ModelFile,
+    limit: int,
+    own: int,
+    need: MemoryNeed,
+    streaming: StreamingPlan,
+    kv: int,
+    packed: StreamingPlan | None,
+) -> MemoryBudgetError:
+    """Of a memory budget: the least that would do, and what it is made of. ``packed``: of a file that is no pack,
+    what would be the least of one."""
     parts = {
         "interpreter, libraries and tokenizer": own,
         "weights that stay": streaming.resident_bytes or need.weights,
@@ -395,11 +407,19 @@ def _check_budget(limit: int, own: int, need: MemoryNeed, streaming: StreamingPl
         "activations": need.activations,
     }
     made_of = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items() if size)
-    advice = "a smaller context or kv_type='q8' needs less"
-    if not streaming.streamed and not streaming.paged:
-        advice = "a pack (pi2rt convert) may be larger than memory; " + advice
-    raise MemoryBudgetError(
-        f"a memory of {_mib(limit)} is too small; the least is {_mib(least)}: {made_of}; {advice}"
+    advice, pack_fits = "", False
+    if packed is not None:
+        least = own + packed.nbytes + need.activations + kv
+        pack_fits = least <= limit
+        advice = f"as a pack the model would need {_mib(least)}; "
+        if pack_fits:
+            source = shlex.quote(os.fspath(file.path))
+            pack = shlex.quote(f"{file.path.resolve().name.removesuffix('.gguf')}.pi2")
+            advice += f"'pi2rt convert {source} {pack}' writes one, --convert makes and keeps one by itself; "
+    return MemoryBudgetError(
+        f"a memory of {_mib(limit)} is too small; the least is {_mib(own + need.weights + need.activations + kv)}: "
+        f"{made_of}; {advice}a smaller context or kv_type='q8' needs less",
+        pack_fits=pack_fits,
     )
 
 

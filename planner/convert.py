@@ -94,6 +94,11 @@ def convert_file(
     _Conversion(file, destination, overwrite, bundles, progress or _ignore).run()
 
 
+def source_stamps(file: ModelFile) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """(name, size and identity) of each file that a model is read from: others once one was replaced or written to."""
+    return tuple((os.fspath(path), _stamp(path)) for path in _source_paths(file))
+
+
 def reading_order(model: ModelDescription) -> Iterator[str]:
     """Names of a model's tensors as a pack has them: embedding, final norm and head, then layer by layer its vectors
     and its matrices in the order of their use, so that the matrices of a layer lie in one piece."""

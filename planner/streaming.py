@@ -103,7 +103,9 @@ def all_neurons(file: ModelFile) -> int:
     return pages * (max((each.page_bytes for each in file.bundles.values()), default=0) + SLOT_RECORDS)
 
 
-def expert_operations(file: ModelFile, model: ModelDescription) -> Iterator[tuple[TensorInfo, ...]]:
+def expert_operations(
+    file: ModelFile, model: ModelDescription, *, as_pack: bool = False
+) -> Iterator[tuple[TensorInfo, ...]]:
     """The matrices that one operation of an expert uses together, of those that lie in row blocks. None of shared
     experts, which every token uses."""
     for layer in model.layers:
@@ -112,7 +114,7 @@ def expert_operations(file: ModelFile, model: ModelDescription) -> Iterator[tupl
                 for each in map(block.expert, range(block.n_experts)):
                     for linears in ((each.up, each.gate), (each.down,)):
                         infos = (file.tensors[linear.weight] for linear in linears if linear is not None)
-                        yield tuple(info for info in infos if info.layout == "blocks16")
+                        yield tuple(info for info in infos if as_pack or info.layout == "blocks16")
 
 
 def _pages(info: TensorInfo) -> int:
@@ -122,7 +124,7 @@ def _pages(info: TensorInfo) -> int:
 
 
 def plan_streaming(
-    file: ModelFile, model: ModelDescription, room: int, cache: int | None = None
+    file: ModelFile, model: ModelDescription, room: int, cache: int | None = None, *, as_pack: bool = False
 ) -> StreamingPlan:
     """Divides the weights so that those in memory and the ring take ``room`` bytes at most; or as few as can be,
     with every layer streamed, where not even that is enough. Where the file's matrices do not lie as they are used,
@@ -130,11 +132,14 @@ def plan_streaming(
 
     Args:
         cache: bytes for neurons at most; None: all that is left.
+        as_pack: what could be done if the file were a pack without bundles.
     """
-    experts = [infos for infos in expert_operations(file, model) if infos]
+    experts = [infos for infos in expert_operations(file, model, as_pack=as_pack) if infos]
     if not file.bundles:
-        plan = _plan_matrices(file, model, room)
-        return _plan_experts(file, model, room, cache, experts) if experts and plan.nbytes > room else plan
+        plan = _plan_matrices(file, model, room, as_pack=as_pack)
+        if experts and plan.nbytes > room:
+            return _plan_experts(file, model, room, cache, experts, as_pack=as_pack)
+        return plan
     total, neurons = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model)), all_neurons(file)
     if total + neurons <= room and (cache is None or cache >= neurons):
         return StreamingPlan(resident_bytes=total + neurons)
@@ -157,6 +162,8 @@ def _plan_experts(
     room: int,
     cache: int | None,
     operations: list[tuple[TensorInfo, ...]],
+    *,
+    as_pack: bool = False,
 ) -> StreamingPlan:
     """With experts in pages, and neurons where the file has them."""
     infos = [info for operation in operations for info in operation]
@@ -165,7 +172,8 @@ def _plan_experts(
     records = SLOT_RECORDS * (sum(map(_pages, infos)) + sum(each.pages for each in file.bundles.values()))
     least_of_neurons = least_neurons(file) if file.bundles else 0
     absent = sum(info.nbytes for info in infos)
-    plan = _plan_matrices(file, model, room - least - least_of_neurons - records, spare=True, absent=absent)
+    room_of_rest = room - least - least_of_neurons - records
+    plan = _plan_matrices(file, model, room_of_rest, spare=True, as_pack=as_pack, absent=absent)
     left = room - records - plan.nbytes
     neurons = int(min(all_neurons(file) * FIRST_NEURONS, left / 2))
     neurons = max(least_of_neurons, min(neurons, left if cache is None else cache)) // SECTOR * SECTOR
@@ -179,14 +187,21 @@ def _plan_experts(
 
 
 def _plan_matrices(
-    file: ModelFile, model: ModelDescription, room: int, *, spare: bool = False, absent: int = 0
+    file: ModelFile,
+    model: ModelDescription,
+    room: int,
+    *,
+    spare: bool = False,
+    as_pack: bool = False,
+    absent: int = 0,
 ) -> StreamingPlan:
     """Without neurons. ``spare``: memory is short even where these matrices fit, so rows of the embedding are read one
     by one. ``absent``: bytes of matrices that have a place elsewhere."""
     total = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model)) - absent
     order = [(file.tensors[name], feed_forward) for name, feed_forward in matrices_in_order(model)]
     order = [each for each in order if each[0].layout != "neurons"]
-    if (total <= room and not spare) or any(info.layout != "blocks16" for info, _ in order):
+    streamable = as_pack or all(info.layout == "blocks16" for info, _ in order)
+    if (total <= room and not spare) or not streamable:
         return StreamingPlan(resident_bytes=total)
     embedding = None
     if model.embedding != model.head.weight:  # a step needs one row of it for each token

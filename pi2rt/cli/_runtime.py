@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,11 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         help="what the process may take, such as 600M; a pack (see 'pi2rt convert') may be larger",
     )
     group.add_argument(
+        "--convert",
+        action="store_true",
+        help="where the model does not fit into --memory, make its pack, keep it in the cache directory, and run that",
+    )
+    group.add_argument(
         "--io",
         choices=("auto", "uring", "preadv"),
         default="auto",
@@ -85,35 +91,77 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
 async def opened(
     options: argparse.Namespace, *, context: int, max_sequences: int, **more: Any
 ) -> AsyncIterator[Opened]:
-    """Fetches the model if it has to, and opens it; ``more`` goes to ``pi2rt.open_runtime``."""
-    from pi2rt import open_runtime  # imported before the clock starts
+    """Fetches the model if it has to, converts it if that is asked for and it does not fit, and opens it;
+    ``more`` goes to ``pi2rt.open_runtime``."""
+    from pi2rt import MemoryBudgetError, RequestError, open_runtime  # imported before the clock starts
     from pi2rt.cli._console import Bar
     from pi2rt.runtime.topology import parse_core_classes
 
+    if options.convert and options.memory is None:
+        raise RequestError(
+            "--convert is for a model that does not fit into --memory SIZE; say how much that is"
+        )
     path = await fetch(options.model)
     classes = parse_core_classes(options.cores) if options.cores else ()
-    with Bar("loading") as bar:
-        start = time.perf_counter()
-        async with open_runtime(
-            path,
-            context=context,
-            max_sequences=max_sequences,
-            executor=options.executor,
-            threads=options.threads,
-            cores={each.name: each.cores for each in classes} or None,
-            kv_type=options.kv,
-            activations=options.activations,
-            kernels=options.kernels,
-            memory=options.memory,
-            io=options.io,
-            cache=options.cache,
-            pipeline=options.pipeline,
-            on_load=bar.update,
-            **more,
-        ) as runtime:
-            load_s = time.perf_counter() - start
-            bar.close()
-            yield Opened(runtime, path, load_s)
+
+    async with AsyncExitStack() as stack:
+
+        async def load() -> Opened:
+            with Bar("loading") as bar:
+                start = time.perf_counter()
+                runtime = await stack.enter_async_context(
+                    open_runtime(
+                        path,
+                        context=context,
+                        max_sequences=max_sequences,
+                        executor=options.executor,
+                        threads=options.threads,
+                        cores={each.name: each.cores for each in classes} or None,
+                        kv_type=options.kv,
+                        activations=options.activations,
+                        kernels=options.kernels,
+                        memory=options.memory,
+                        io=options.io,
+                        cache=options.cache,
+                        pipeline=options.pipeline,
+                        on_load=bar.update,
+                        **more,
+                    )
+                )
+                return Opened(runtime, path, time.perf_counter() - start)
+
+        try:
+            opened = await load()
+        except MemoryBudgetError as error:
+            if not (options.convert and error.pack_fits):
+                raise
+            path = await converted(path)
+            opened = await load()
+        yield opened
+
+
+async def converted(path: str) -> str:
+    """The pack of a model in the cache directory, made with a progress bar if it is not there; says where it is."""
+    from pi2rt.cli._console import Bar, size
+    from pi2rt.pack_cache import ensure_pack, packs_directory
+
+    said: set[str] = set()
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in said:
+            said.add(stage)
+            what = "converting" if stage == "converting" else "waiting for another process that converts"
+            note(f"{path} does not fit into the memory; {what} it to a pack in {packs_directory()}")
+        bar.stage(stage, done, total)
+
+    with Bar("to a pack") as bar:
+        pack = await ensure_pack(path, report)
+    note(f"running the pack {pack} ({size(pack.stat().st_size)})")
+    return str(pack)
+
+
+def note(text: str) -> None:
+    print(f"pi2rt: {text}", file=sys.stderr)
 
 
 def positive(text: str) -> int:

@@ -5,8 +5,9 @@ a short prompt and ``--decode`` tokens generated after the first. Prompts are ra
 time, so that the prefix cache has none of them; the model's own end of text is ignored. Reported are medians
 over the repeats. The memory bandwidth is measured after them, with the same cores.
 
-The bound of decode: each token reads the weights once, so it takes at least bytes_per_token / bandwidth;
-``efficiency`` is that time over the one measured.
+The bound of decode: each token computes with the weights once, so it takes at least bytes_per_token / bandwidth; of a
+model larger than its memory also as long as flash takes for what was missing, at the rate measured afterwards
+(``planner/decode_law.py``). ``efficiency`` is that time over the one measured.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import argparse
 import json
 import random
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
@@ -24,14 +26,21 @@ from pi2rt.cli import _runtime
 
 if TYPE_CHECKING:
     from pi2rt import Runtime
+    from pi2rt.planner.decode_law import DecodeUse, Rates
+    from pi2rt.runtime.executor import StepUse
 
 _SHORT_PROMPT = 16
+
+FLASH_SECONDS = 1.0
+"""For which flash is measured, where it was used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """Units are in the names; the fractions are of 1. ``decode_spread``: (largest - smallest) / median of the
-    decode speed over the repeats, to see how quiet the machine was."""
+    decode speed over the repeats, to see how quiet the machine was. ``bytes_per_token``: weights computed with,
+    of neurons those that fired; of these ``streamed_bytes_per_token`` in matrices that are read for each token,
+    and misses: pages of neurons that the cache did not have. Rates of flash are 0 where nothing is read."""
 
     model: str
     executor: str
@@ -45,7 +54,17 @@ class Result:
     decode_spread: float
     ttft_ms: float
     bytes_per_token: int
+    streamed_bytes_per_token: int
+    misses_per_token_mean: float
+    misses_per_token_p99: float
+    missed_bytes_per_token_mean: float
+    missed_bytes_per_token_p99: float
+    neuron_reads_per_token: float
+    needed_reads_per_token: float
     memory_bandwidth_bytes_per_s: float
+    flash_bandwidth_bytes_per_s: float
+    flash_reads_per_s: float
+    bound_ms_per_token: float
     efficiency: float
     runtime_overhead_fraction: float
     load_s: float
@@ -72,9 +91,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 async def _run(options: argparse.Namespace) -> int:
-    import trio
-
-    from pi2rt.planner.device_profile import measure_device
+    from pi2rt.planner import decode_law
     from pi2rt.runtime.host_memory import peak_rss_bytes
 
     context = max(options.prefill, _SHORT_PROMPT + options.decode) + 1
@@ -85,9 +102,11 @@ async def _run(options: argparse.Namespace) -> int:
             runtime, prompts.next(_SHORT_PROMPT), 4
         )  # first touches of memory are not what is asked
         prefills, ttfts, decodes, overheads = [], [], [], []
+        steps: list[StepUse] = []
         for number in range(options.repeat):
             prefill, ttft = await _prefill(runtime, prompts.next(options.prefill))
-            decode, overhead = await _decode(runtime, prompts.next(_SHORT_PROMPT), options.decode)
+            decode, overhead, used = await _decode(runtime, prompts.next(_SHORT_PROMPT), options.decode)
+            steps += used
             prefills.append(prefill)
             ttfts.append(ttft)
             decodes.append(decode)
@@ -97,32 +116,80 @@ async def _run(options: argparse.Namespace) -> int:
                     f"{number + 1} of {options.repeat}: {prefill:.1f} and {decode:.1f} tokens/s",
                     file=sys.stderr,
                 )
-        peak = peak_rss_bytes()  # before the buffer that the bandwidth is measured with
-        placement = _runtime.placement(options)
-        profile = await trio.to_thread.run_sync(measure_device, placement)
-        size = bytes_per_token(opened.path)
-        decode = median(decodes)
-        result = Result(
-            model=runtime.model.name,
-            executor=options.executor,
-            kernels=_runtime.kernels(options),
-            threads=placement.threads,
-            prefill_tokens=options.prefill,
-            decode_tokens=options.decode,
-            repeats=options.repeat,
-            prefill_tokens_per_s=median(prefills),
-            decode_tokens_per_s=decode,
-            decode_spread=(max(decodes) - min(decodes)) / decode,
-            ttft_ms=median(ttfts) * 1000,
-            bytes_per_token=size,
-            memory_bandwidth_bytes_per_s=profile.read_bandwidth,
-            efficiency=size / profile.read_bandwidth * decode,
-            runtime_overhead_fraction=median(overheads),
-            load_s=opened.load_s,
-            peak_rss_bytes=peak,
-        )
+        peak = peak_rss_bytes()
+        details = runtime.statistics().actors[0].executor.details
+    # Measured when the model is gone, for the buffers of that are not part of its memory budget.
+    use = _use(opened.path, steps)
+    rates = await _measure_rates(options, opened.path, use, details)
+    bound = decode_law.bound_s(use, rates)
+    decode = median(decodes)
+    result = Result(
+        model=runtime.model.name,
+        executor=options.executor,
+        kernels=_runtime.kernels(options),
+        threads=_runtime.placement(options).threads,
+        prefill_tokens=options.prefill,
+        decode_tokens=options.decode,
+        repeats=options.repeat,
+        prefill_tokens_per_s=median(prefills),
+        decode_tokens_per_s=decode,
+        decode_spread=(max(decodes) - min(decodes)) / decode,
+        ttft_ms=median(ttfts) * 1000,
+        bytes_per_token=round(use.weight_bytes),
+        streamed_bytes_per_token=round(use.streamed_bytes),
+        misses_per_token_mean=use.misses_mean,
+        misses_per_token_p99=use.misses_p99,
+        missed_bytes_per_token_mean=use.missed_bytes_mean,
+        missed_bytes_per_token_p99=use.missed_bytes_p99,
+        neuron_reads_per_token=use.reads_mean,
+        needed_reads_per_token=use.needed_reads,
+        memory_bandwidth_bytes_per_s=rates.memory,
+        flash_bandwidth_bytes_per_s=rates.flash,
+        flash_reads_per_s=rates.flash_reads,
+        bound_ms_per_token=bound * 1000,
+        efficiency=bound * decode,
+        runtime_overhead_fraction=median(overheads),
+        load_s=opened.load_s,
+        peak_rss_bytes=peak,
+    )
     print(json.dumps(asdict(result)) if options.json else _describe(result))
     return 0
+
+
+def _use(path: str, steps: Sequence[StepUse]) -> DecodeUse:
+    """What decode took for each token: neurons as the steps counted them, everything else from the file."""
+    from pi2rt.planner.decode_law import DecodeUse
+    from pi2rt.runtime.executor import StepUse
+
+    dense = bytes_per_token(path)
+    counted = [step for step in steps if step.tokens == 1 and step.weight_bytes]
+    neurons = [step.neurons.nbytes if step.neurons else 0 for step in counted]
+    of_file = [
+        replace(step, weight_bytes=dense + nbytes) for step, nbytes in zip(counted, neurons, strict=True)
+    ]
+    return DecodeUse.of(of_file or [StepUse(1, 0, dense, 0, None)])
+
+
+async def _measure_rates(
+    options: argparse.Namespace, path: str, use: DecodeUse, details: Mapping[str, object]
+) -> Rates:
+    import trio
+
+    from pi2rt.planner.decode_law import Rates, measure_flash
+    from pi2rt.planner.device_profile import measure_device
+
+    def measure() -> Rates:
+        flash, reads = measure_flash(
+            path,
+            use,
+            page_bytes=int(str(details.get("neuron_page_bytes", 0))),
+            depth=int(str(details.get("neuron_reads_at_once", 0))),
+            io=options.io,
+            seconds=FLASH_SECONDS,
+        )
+        return Rates(measure_device(_runtime.placement(options)).read_bandwidth, flash, reads)
+
+    return await trio.to_thread.run_sync(measure)
 
 
 async def _prefill(runtime: Runtime, prompt: list[int]) -> tuple[float, float]:
@@ -131,8 +198,8 @@ async def _prefill(runtime: Runtime, prompt: list[int]) -> tuple[float, float]:
     return timing.prefill_tokens_per_s, timing.ttft_s
 
 
-async def _decode(runtime: Runtime, prompt: list[int], tokens: int) -> tuple[float, float]:
-    """Tokens per second after the first, and the share of that time outside of kernels.
+async def _decode(runtime: Runtime, prompt: list[int], tokens: int) -> tuple[float, float, list[StepUse]]:
+    """Tokens per second after the first, the share of that time outside of kernels, and what the steps took.
 
     The engine submits a step before it has the result of the one before, so a snapshot of the executor may be
     a step ahead of the tokens seen. The share is therefore taken between the ends of two steps, as the
@@ -148,7 +215,12 @@ async def _decode(runtime: Runtime, prompt: list[int], tokens: int) -> tuple[flo
     assert timing is not None
     wall_ns = after.finished_ns - before.finished_ns
     kernel_ns = after.kernel_ns - before.kernel_ns
-    return timing.decode_tokens_per_s, 1 - kernel_ns / wall_ns if wall_ns else 0.0
+    steps = (
+        after.recent[-min(len(after.recent), after.steps - before.steps) :]
+        if after.steps > before.steps
+        else ()
+    )
+    return timing.decode_tokens_per_s, 1 - kernel_ns / wall_ns if wall_ns else 0.0, list(steps)
 
 
 class _RandomPrompts:
@@ -189,6 +261,12 @@ def _describe(result: Result) -> str:
     from pi2rt.cli._console import size
 
     bandwidth = f"{result.memory_bandwidth_bytes_per_s / 1e9:.1f} GB/s"
+    flash = ""
+    if result.flash_bandwidth_bytes_per_s:
+        rate = f"{result.flash_bandwidth_bytes_per_s / 1e9:.2f} GB/s"
+        flash += f", {size(result.streamed_bytes_per_token)} of flash at {rate}"
+    if result.flash_reads_per_s:
+        flash += f", {result.needed_reads_per_token:.0f} reads of neurons at {result.flash_reads_per_s:.0f}/s"
     kernels = f", kernels {result.kernels}" if result.kernels else ""
     lines = (
         f"{result.model}: executor {result.executor}{kernels}, {result.threads} threads",
@@ -197,9 +275,21 @@ def _describe(result: Result) -> str:
         f"  first token after {result.ttft_ms:.1f} ms",
         f"  decode of {result.decode_tokens} tokens: {result.decode_tokens_per_s:.1f} tokens/s, "
         f"spread {result.decode_spread:.1%}",
-        f"  efficiency: {result.efficiency:.1%} of what memory allows "
-        f"({size(result.bytes_per_token)} per token at {bandwidth})",
+        *_flash_lines(result),
+        f"  efficiency: {result.efficiency:.1%} of what {'memory and flash allow' if flash else 'memory allows'} "
+        f"({size(result.bytes_per_token)} per token at {bandwidth}{flash})",
         f"  outside kernels: {result.runtime_overhead_fraction:.1%} of a decode step",
         f"load: {result.load_s:.2f} s; peak memory: {size(result.peak_rss_bytes)}",
     )
     return "\n".join(lines)
+
+
+def _flash_lines(result: Result) -> Iterator[str]:
+    from pi2rt.cli._console import size
+
+    if result.flash_reads_per_s:
+        yield (
+            f"  neurons missing per token: mean {result.misses_per_token_mean:.0f} "
+            f"({size(round(result.missed_bytes_per_token_mean))}), P99 {result.misses_per_token_p99:.0f} "
+            f"({size(round(result.missed_bytes_per_token_p99))})"
+        )

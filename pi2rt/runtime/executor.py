@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
-from pi2rt.runtime.step import Step, StepResult
+from pi2rt.runtime.step import NeuronUse, Step, StepResult
 from pi2rt.runtime.trace import Trace
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -63,6 +63,22 @@ class ExecutorOptions:
     trace: Trace | None = None
 
 
+RECENT_STEPS = 1024
+"""Of so many steps ``ExecutorStatistics`` tells what each took."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepUse:
+    """What a step took. ``tokens``: in it; ``busy_ns``: time from its begin to its end; the others as in
+    ``StepResult``."""
+
+    tokens: int
+    busy_ns: int
+    weight_bytes: int
+    streamed_bytes: int
+    neurons: NeuronUse | None
+
+
 @dataclass(frozen=True, slots=True)
 class ThreadStatistics:
     """A native thread. ``actor``: whose unit it is, which is another than the executor's own for the threads
@@ -80,7 +96,7 @@ class ExecutorStatistics:
     ``kernel_ns``: of that, inside kernels; ``finished_ns``: when that step ended, so that between two
     snapshots ``kernel_ns`` over ``finished_ns`` is the share of time spent in kernels; ``bytes``: memory held
     by name (weights, kv, activations); ``threads``: those that compute, () where the executor has none of its
-    own."""
+    own; ``recent``: what each of the last steps took, the oldest first, as far as the executor counts it."""
 
     steps: int = 0
     tokens: int = 0
@@ -91,6 +107,7 @@ class ExecutorStatistics:
     bytes: Mapping[str, int] = field(default_factory=dict)
     threads: tuple[ThreadStatistics, ...] = ()
     details: Mapping[str, object] = field(default_factory=dict)
+    recent: tuple[StepUse, ...] = ()
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ sequences, so that the control plane is crossed once per step and not once per l
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -104,13 +104,30 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
+class NeuronUse:
+    """What a step took of neurons that are read when they fire. ``nbytes``: of those that fired, with their
+    scales. In pages of the pack, each of one neuron or several: ``asked``, those with a neuron that fired;
+    ``missed``, of these, those that the cache did not have and that had to be read, ``missed_bytes``;
+    ``foreseen``, of the missed, those whose read had begun before they were asked for. ``reads``, ``read_bytes``:
+    what flash gave meanwhile, in vain or not; neighbouring pages come in one read."""
+
+    nbytes: int
+    asked: int
+    missed: int
+    foreseen: int
+    missed_bytes: int
+    reads: int
+    read_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What a step gives back. ``sampled``, ``scores``, ``logits`` are aligned with ``Step.slices``.
 
     ``stopped``: the step was cancelled on its way; nothing in it is valid and its sequences' KV entries from
     ``start`` on are undefined. Times are ``time.perf_counter_ns``; ``kernel_ns`` is time inside kernels,
-    averaged over threads.
-    """
+    averaged over threads. ``weight_bytes``: of the weights that the step computed with; ``streamed_bytes``: of
+    these, matrices that are read for each step."""
 
     id: int
     sampled: tuple[Sampled | None, ...] = ()
@@ -120,4 +137,6 @@ class StepResult:
     started_ns: int = 0
     finished_ns: int = 0
     kernel_ns: int = 0
-    weight_bytes: int = field(default=0)  # bytes of weights read, for the bandwidth account
+    weight_bytes: int = 0
+    streamed_bytes: int = 0
+    neurons: NeuronUse | None = None

@@ -27,9 +27,34 @@ def test_bench_json(pi2rt: Run, model: str) -> None:
     assert found["memory_bandwidth_bytes_per_s"] > 1e8
     bound = found["bytes_per_token"] / found["memory_bandwidth_bytes_per_s"]
     assert found["efficiency"] == pytest.approx(bound * found["decode_tokens_per_s"])
+    assert (found["misses_per_token_mean"], found["flash_reads_per_s"]) == (0, 0)
     assert 0 <= found["runtime_overhead_fraction"] < 1
     assert found["load_s"] > 0
     assert found["peak_rss_bytes"] > 10_000_000
+
+
+def test_bench_of_a_model_larger_than_memory(pi2rt: Run, tmp_path: Path) -> None:
+    shape = TinyModel("llama", seed=1, dim=512, hidden=4096, layers=4, heads=8, kv_heads=2, head_dim=64,
+                      config={"hidden_act": "drelu"})  # fmt: skip
+    source = write_gguf(tmp_path / "m.gguf", shape, weight_type="Q4_0")
+    assert pi2rt("convert", str(source), str(tmp_path / "m.pi2")).status == 0
+    memory = ("--memory", "400M", "--cache", "2M")
+    done = pi2rt("bench", str(tmp_path / "m.pi2"), *ARGUMENTS, *memory, "--json")
+    assert (done.status, done.errors) == (0, "")
+    found = json.loads(done.output)
+    assert 0 < found["misses_per_token_mean"] <= found["misses_per_token_p99"]
+    assert found["missed_bytes_per_token_mean"] == pytest.approx(4096 * found["misses_per_token_mean"])
+    assert found["needed_reads_per_token"] <= found["misses_per_token_mean"]
+    assert found["bytes_per_token"] > bytes_per_token(str(tmp_path / "m.pi2"))
+    bound = max(
+        found["bytes_per_token"] / found["memory_bandwidth_bytes_per_s"],
+        found["needed_reads_per_token"] / found["flash_reads_per_s"],
+    )
+    assert found["bound_ms_per_token"] == pytest.approx(1000 * bound, rel=1e-3)
+    assert found["efficiency"] == pytest.approx(bound * found["decode_tokens_per_s"], rel=1e-3)
+    for_people = pi2rt("bench", str(tmp_path / "m.pi2"), *ARGUMENTS, *memory)
+    assert "neurons missing per token: mean " in for_people.output
+    assert "of what memory and flash allow" in for_people.output
 
 
 def test_bench_for_people(pi2rt: Run, model: str) -> None:

@@ -43,7 +43,7 @@ def test_the_same_answer_however_the_prompt_comes(
         assert answer.status == 0
         assert answer.output == answers[0].output
         closing = CLOSING.match(answer.errors)
-        assert closing is not None
+        assert closing is not None, answer.errors
         assert closing.groups() == ("22", "8", " (the limit)")
     assert answers[0].output.endswith("\n")
     assert len(answers[0].output) > 2
@@ -82,7 +82,7 @@ def test_json_lines_have_the_same_text(pi2rt: Run, model: str) -> None:
 def test_system_raw_and_stop_change_what_they_say(pi2rt: Run, model: str) -> None:
     def prompt_tokens(*more: str) -> int:
         closing = CLOSING.match(pi2rt("run", model, "-p", "Hi", "-n", "1", *REFERENCE, *more).errors)
-        assert closing is not None
+        assert closing is not None, answer.errors
         return int(closing[1])
 
     plain = prompt_tokens()

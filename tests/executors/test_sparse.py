@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -179,3 +180,38 @@ class TestSparseCpu(ExecutorConformance):
     def open_model(self) -> tuple[ModelFile, ModelDescription]:
         file = open_model_file(self.path)
         return file, describe(file)
+
+
+async def test_each_step_tells_what_it_took(packs: tuple[Path, Path]) -> None:
+    """What steps say adds up to the counters, and to the neurons that did fire."""
+    size, _, pages = cache_sizes(packs[0])
+    with open_model_file(packs[0]) as file:
+        most = sum(each.pages * each.page_bytes for each in file.bundles.values())
+        scales = sum(info.nbytes for info in file.tensors.values() if info.layout == "neurons")
+    async with opened(CpuExecutor(), packs[0], exact_floats=False) as executor:
+        await one_by_one(executor, TOKENS)
+        (resident,) = {step.neurons.nbytes for step in executor.statistics().recent[-1:] if step.neurons}
+        assert {step.neurons.missed for step in executor.statistics().recent if step.neurons} == {0}
+    async with opened(
+        CpuExecutor(), packs[0], exact_floats=False, neuron_bytes=(pages // 2) * size
+    ) as executor:
+        before = executor.statistics().details
+        await one_by_one(executor, TOKENS)
+        after = executor.statistics()
+        uses = [step.neurons for step in after.recent if step.neurons is not None]
+        assert len(uses) == after.steps == len(TOKENS)
+        assert sum(use.asked for use in uses) == counted(after.details, "neuron_hits", "neuron_misses")
+        assert sum(use.missed for use in uses) == counted(after.details, "neuron_early", "neuron_misses")
+        assert sum(use.foreseen for use in uses) == counted(after.details, "neuron_early")
+        assert 0 < sum(use.missed_bytes for use in uses) <= sum(use.asked for use in uses) * size
+        read = counted(after.details, "flash_reads") - counted(before, "flash_reads")
+        assert 0 < sum(use.reads for use in uses) <= read
+        assert uses[-1].nbytes == resident  # the same neurons fire, wherever they were
+        assert all(0 < use.nbytes < most + scales for use in uses)
+        assert {step.weight_bytes - step.neurons.nbytes for step in after.recent if step.neurons} == {
+            after.recent[0].weight_bytes - uses[0].nbytes
+        }
+
+
+def counted(details: Mapping[str, object], *names: str) -> int:
+    return sum(int(str(details[name])) for name in names)
