@@ -67,6 +67,14 @@ RUNGS = (
 )
 
 
+COLUMNS = (
+    "| tokens/s | over llama.cpp | ms per token: mean / P50 / P90 / P99 | misses: mean / P99 | reads: mean / P99 "
+    "| from flash | waiting for flash | efficiency | peak |",
+    "|---" * 9 + "|",
+)
+"""Of what ``row`` gives behind the name: the heads, and the line below."""
+
+
 def feed_forward_bytes(path: str) -> tuple[int, int]:
     """(bytes of all weights, of those the feed-forward ones), as a GGUF file has them."""
     with open_model_file(path) as file:
@@ -172,8 +180,7 @@ def decode(options: argparse.Namespace) -> None:
         f"{options.tokens} tokens, medians of {options.repeat}, alternating; memory {bandwidth / 1e9:.1f} GB/s, "
         f"flash {stream / 1e9:.2f} GB/s in order, {reads / 1e3:.0f},000 reads/s of neurons at depth {DEPTH}\n\n"
         f"llama.cpp, mapped: {f'{other:.3f} tokens/s' if other else 'did not run'}\n\n"
-        "| | tokens/s | over llama.cpp | ms per token: mean / P50 / P90 / P99 | misses: mean / P99 | reads: mean / P99 "
-        "| from flash | waiting for flash | efficiency | peak |\n|---|---|---|---|---|---|---|---|---|---|"
+        f"| {COLUMNS[0]}\n|---{COLUMNS[1]}"
     )
     for name, each in runs.items():
         print(row(name, each, other, limit, bandwidth))

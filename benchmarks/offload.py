@@ -36,7 +36,8 @@ HERE = Path(__file__).parent
 def measure(
     command: list[str], limit: int, files: list[str], work: dict[str, Any], rounds: int
 ) -> dict[str, Any]:
-    """Runs a child in a group of ``limit`` bytes: first one warming round, then ``rounds``."""
+    """Runs a child in a group of ``limit`` bytes: first one warming round, then ``rounds``; the
+    warming one counts where there are no others."""
     forget(*files)
     with memory_group(limit) as group:
         process = subprocess.Popen(
@@ -60,7 +61,7 @@ def measure(
     if len(answers) <= rounds:
         return {"failed": f"ended with status {status}", "peak": peak}
     last = answers[-1]
-    return {**last, "tokens_per_s": median(a["tokens_per_s"] for a in answers[1:]), "peak": peak}
+    return {**last, "tokens_per_s": median(a["tokens_per_s"] for a in answers[1:] or answers), "peak": peak}
 
 
 def neuron_reads_per_s(pack: str, run: dict[str, Any]) -> float:

@@ -295,6 +295,7 @@ int pi2_run_post(pi2_run *r) {
   atomic_store(&r->stop, 0);
   r->stopped = r->done = r->error = 0;
   atomic_store(&r->neuron_bytes, 0);
+  r->skipped_bytes = r->cluster_bytes = 0;
   if (pi2_gang_post(p->gang, pi2_run_job, r)) return -1;
   p->next_run++;
   return 0;
@@ -374,7 +375,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
   if (w->index == 0) { /* before the others can be at work: kernel time never exceeds the run's */
     if (p->stream) r->base = pi2_stream_begin(p->stream);
     if (p->neurons) pi2_neuron_cache_step(p->neurons), r->before = pi2_neuron_cache_counts(p->neurons);
-    if (p->clusters) pi2_neuron_cache_step(p->clusters);
+    if (p->clusters) pi2_neuron_cache_step(p->clusters), r->cluster_bytes = -atomic_load(&p->clusters->bytes);
     r->begin_ns = pi2_now_ns();
     r->begin_ticks = pi2_ticks();
   }
@@ -386,6 +387,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
     const pi2_op *op = &p->ops[i];
     pi2_op streamed;
     if (op->expert >= 0 && !p->routing.count[op->expert]) { /* nobody chose it */
+      if (w->index == 0) r->skipped_bytes += op->weight_bytes;
       if (r->trace) r->op_begin[w->index * p->n_ops + i] = r->op_end[w->index * p->n_ops + i] = pi2_ticks();
       continue;
     }
@@ -435,6 +437,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
     }
     if (stopped && p->clusters) pi2_neuron_cache_abandon(p->clusters);
     if (p->neurons) r->used = pi2_neuron_cache_counts(p->neurons);
+    if (p->clusters) r->cluster_bytes += atomic_load(&p->clusters->bytes);
     r->end_ticks = pi2_ticks();
     r->end_ns = pi2_now_ns();
     r->stopped = stopped;

@@ -60,6 +60,7 @@ typedef struct {
   int streamed, last_unit; /* how many of its matrices are, and the last one's unit */
   int paged;               /* how many of its matrices are */
   int expert;              /* whose rows it works on; -1: all rows */
+  int64_t weight_bytes;    /* of its matrices */
   int n_experts, n_used, normalized, shared; /* ROUTE: from logits in y; a shared one's logit is behind the others */
   int activation, up_activation;
   const pi2_bundles *bundles; /* SPARSE */
@@ -115,6 +116,7 @@ typedef struct pi2_run {
   _Atomic uint32_t *splits_left;        /* (max_slots, max KV heads): splits done in this layer */
   int stopped;
   _Atomic int64_t neuron_bytes;         /* of neurons that fired, with their scales */
+  int64_t skipped_bytes, cluster_bytes; /* of experts that nobody chose; read of those that are in pages */
   pi2_neuron_counts before, used;       /* before: when it began */
   uint64_t base;                        /* position of the first streamed unit */
   _Atomic int error;                    /* errno of a read that failed: the run was stopped by it */

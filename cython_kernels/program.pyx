@@ -84,6 +84,7 @@ cdef extern from "program.h" nogil:
         int source, sink, n_matrices
         pi2_matrix matrix[3]
         int streamed, last_unit, paged, expert, n_experts, n_used, normalized, shared
+        int64_t weight_bytes
         int activation, up_activation, q8_in, q8_out
         const pi2_bundles *bundles
         int n_heads, n_kv_heads, head_dim, window
@@ -113,7 +114,7 @@ cdef extern from "program.h" nogil:
         float *scores
         int stop
         int stopped, done, error
-        int64_t neuron_bytes
+        int64_t neuron_bytes, skipped_bytes, cluster_bytes
         pi2_neuron_counts before, used
         int64_t begin_ns, end_ns
         uint64_t begin_ticks, end_ticks
@@ -331,7 +332,8 @@ cdef class Program:
             self.keep.append(m)
             nbytes = (m.m.rows + PI2_ROWS - 1) // PI2_ROWS * pi2_row_block_bytes(m.m.type, m.m.k)
             self.weight_bytes += nbytes
-            self.streamed_bytes += nbytes if m.m.data == NULL else 0
+            self.streamed_bytes += nbytes if m.m.data == NULL and m.m.region < 0 else 0
+            op.weight_bytes += nbytes
         op.n_matrices = <int>len(matrices)
         if op.streamed:
             self.stream.check(range(op.last_unit + 1 - op.streamed, op.last_unit + 1))
@@ -631,7 +633,8 @@ cdef class Program:
                                 r.used.foreseen - r.before.foreseen, r.used.missed_bytes - r.before.missed_bytes,
                                 r.used.reads - r.before.reads, r.used.read_bytes - r.before.read_bytes)
         return StepResult(step.id, tuple(sampled), tuple(scores), tuple(logits), False, r.begin_ns, r.end_ns, kernel_ns,
-                          self.weight_bytes + r.neuron_bytes, self.streamed_bytes, neurons), times
+                          self.weight_bytes - r.skipped_bytes + r.neuron_bytes, self.streamed_bytes + r.cluster_bytes,
+                          neurons), times
 
     def __dealloc__(self):
         # the gang was closed before (it joins its threads after finishing what was posted)

@@ -126,8 +126,8 @@ class StepResult:
 
     ``stopped``: the step was cancelled on its way; nothing in it is valid and its sequences' KV entries from
     ``start`` on are undefined. Times are ``time.perf_counter_ns``; ``kernel_ns`` is time inside kernels,
-    averaged over threads. ``weight_bytes``: of the weights that the step computed with; ``streamed_bytes``: of
-    these, matrices that are read for each step."""
+    averaged over threads. ``weight_bytes``: of the weights that the step computed with; ``streamed_bytes``: read
+    of matrices, for this step or ahead for the next."""
 
     id: int
     sampled: tuple[Sampled | None, ...] = ()
