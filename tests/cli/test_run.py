@@ -82,7 +82,7 @@ def test_json_lines_have_the_same_text(pi2rt: Run, model: str) -> None:
 def test_system_raw_and_stop_change_what_they_say(pi2rt: Run, model: str) -> None:
     def prompt_tokens(*more: str) -> int:
         closing = CLOSING.match(pi2rt("run", model, "-p", "Hi", "-n", "1", *REFERENCE, *more).errors)
-        assert closing is not None, answer.errors
+        assert closing is not None
         return int(closing[1])
 
     plain = prompt_tokens()
