@@ -10,6 +10,15 @@
 
 #define WAIT_NS 20000000 /* after which a thread that waits looks whether the run was stopped */
 
+void pi2_largest(const float *value, int n, int wanted, int32_t *chosen) {
+  for (int i = 0; i < n; i++) { /* insertion, for few are wanted */
+    int place = i < wanted ? i : wanted;
+    for (; place > 0 && value[i] > value[chosen[place - 1]]; place--)
+      if (place < wanted) chosen[place] = chosen[place - 1];
+    if (place < wanted) chosen[place] = i;
+  }
+}
+
 /* The experts of one row and their weights: those of the largest logits, of equal ones those of the lower experts, and
  * behind them the shared one. Makes room for their outputs where the logits were. */
 static void choose(const pi2_program *p, const pi2_op *op, int64_t row) {
@@ -17,12 +26,7 @@ static void choose(const pi2_program *p, const pi2_op *op, int64_t row) {
   const int64_t at = row * (op->n_used + op->shared);
   int32_t *chosen = p->routing.chosen + at;
   float *weight = p->routing.share + at, sum = 0;
-  for (int n = 0; n < op->n_experts; n++) { /* insertion, for few are used */
-    int place = n < op->n_used ? n : op->n_used;
-    for (; place > 0 && logit[n] > logit[chosen[place - 1]]; place--)
-      if (place < op->n_used) chosen[place] = chosen[place - 1];
-    if (place < op->n_used) chosen[place] = n;
-  }
+  pi2_largest(logit, op->n_experts, op->n_used, chosen);
   const float largest = logit[chosen[0]];
   if (op->normalized)
     for (int i = 0; i < op->n_used; i++) sum += expf(logit[chosen[i]] - largest);
@@ -91,7 +95,7 @@ static int get_matrix(pi2_run *r, const pi2_matrix *m) {
     if (error || atomic_load(&r->stop)) break;
     asked += pi2_neuron_cache_ask(c, m->region, p->page_numbers + asked, n - asked, &pending);
     if (asked == n && !atomic_load(&pending)) {
-      for (int i = 0; i < n; i++) m->page[i] = pi2_neuron_cache_at(c, m->region, i) ;
+      for (int i = 0; i < n; i++) m->page[i] = pi2_neuron_cache_at(c, m->region, i);
       return 1;
     }
     pi2_neuron_cache_wait(c, seen, WAIT_NS);

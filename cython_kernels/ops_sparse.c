@@ -5,6 +5,7 @@
 #include "program.h"
 
 #define AHEAD 512 /* bytes of what comes next that are prefetched while something else is computed */
+#define PI2_GUESSES 8 /* blocks that are looked ahead for at once */
 #define WAIT_NS 20000000 /* after which a thread that waits looks whether the run was stopped */
 
 /* What the block is computed on, the same for all threads. */
@@ -77,25 +78,62 @@ static void gate_cluster(block *k, int c) {
  * next block will fire. Threads that would only wait for flash compute its gates on it, and their neurons are read while
  * this block ends and attention runs. The true gates decide; what was foreseen in vain cost a read. */
 
-/* The next block's input, as far as it is known: whole, where it is an expert of the same mixture. False where it cannot be
- * foreseen. */
+/* What the next blocks' gates are computed on: x as it is now, normalised. It is their true input where they are experts of the
+ * same mixture. Returns whether there is any. */
 static int prepare_ahead(const block *k, const pi2_op *next, pi2_input *in) {
   const pi2_program *p = k->p;
   pi2_scratch *scratch = &p->scratch[k->w->index];
   const int rows = pi2_rows(k->r, next);
   const int32_t *row_of = pi2_row_of(k->r, next);
-  if (p->pipeline != PI2_PIPELINE_CLUSTER || k->r->n_rows > PI2_REPLICATED) return 0;
   if (!next->matrix[0].data || !next->norm.weight || pi2_is_float(next->matrix[0].type)) return 0;
-  const int whole = k->cache->used < k->cache->n_slots || k->cache->n_slots == k->cache->n_pages;
-  if (next->expert < 0 && whole) return 0; /* all is there, or has room */
   for (int row = 0; row < rows; row++) {
     const pi2_q8 q8 = pi2_q8_row(&scratch->ahead, row);
     float *floats = scratch->ahead_floats + row * p->dim;
-    p->kernels->rmsnorm(p->x + (row_of ? row_of[row] : row) * p->dim, next->norm.weight, next->norm.offset, next->norm.eps, floats, p->dim);
+    p->kernels->rmsnorm(p->x + (row_of ? row_of[row] : row) * p->dim, next->norm.weight, next->norm.offset,
+                        next->norm.eps, floats, p->dim);
     pi2_quantize(p, floats, p->dim, &q8);
   }
   *in = (pi2_input){.q8 = scratch->ahead, .floats = scratch->ahead_floats, .ld = p->dim};
   return 1;
+}
+
+/* Blocks whose gates may be computed in vain. */
+typedef struct {
+  int n;
+  const pi2_op *op[PI2_GUESSES];
+  pi2_input in;
+} guesses;
+
+/* The experts that the next mixture's router would choose now, of a single row. */
+static void guess_experts(const block *k, guesses *g) {
+  const pi2_program *p = k->p;
+  const pi2_op *route = &p->ops[k->op->next_route], *router = route - 1;
+  const int wanted = route->n_used < PI2_GUESSES ? route->n_used : PI2_GUESSES;
+  const int64_t blocks = (route->n_experts + PI2_ROWS - 1) / PI2_ROWS;
+  float *logits = p->scratch[k->w->index].tile;
+  int32_t chosen[PI2_GUESSES];
+  if (route[1].kind != PI2_SPARSE || router->streamed || blocks > PI2_TILE_ROWS || k->r->n_rows > 1) return;
+  pi2_op first = route[1];
+  first.expert = -1; /* nobody has chosen it yet: its input is the row */
+  if (!prepare_ahead(k, &first, &g->in)) return;
+  pi2_multiply(p, &router->matrix[0], 0, (int)blocks, &g->in, 0, 1, logits, blocks * PI2_ROWS);
+  pi2_largest(logits, route->n_experts, wanted, chosen);
+  for (int i = 0; i < wanted; i++) g->op[g->n++] = route + 1 + chosen[i];
+}
+/* What to look ahead for, if reading is worth it. */
+static guesses guess(const block *k) {
+  const pi2_program *p = k->p;
+  const pi2_neuron_cache *c = k->cache;
+  guesses g = {0};
+  if (p->pipeline != PI2_PIPELINE_CLUSTER || k->r->n_rows > PI2_REPLICATED) return g;
+  if (c->used < c->n_slots || c->n_slots == c->n_pages) return g; /* all is there, or has room */
+  if (k->op->expert >= 0) {
+    if (k->op->next_route) guess_experts(k, &g);
+  } else if (k->op->next_sparse) {
+    g.op[0] = &p->ops[k->op->next_sparse];
+    g.n = prepare_ahead(k, g.op[0], &g.in);
+  }
+  return g;
 }
 static void foresee_cluster(const block *k, const pi2_op *next, int c, const pi2_input *in) {
   const pi2_program *p = k->p;
@@ -332,11 +370,11 @@ static block block_of(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, in
                  .index = index, .rows = pi2_rows(r, op), .arranged = -1,
                  .n_clusters = (int)((op->bundles->neurons + PI2_CLUSTER - 1) / PI2_CLUSTER)};
 }
-/* The sparse block whose gates can be computed, or guessed, while this one waits. NULL: there is none. */
-static const pi2_op *next_block(const pi2_run *r, const pi2_op *op) {
+/* The next expert of the same mixture, for a few rows: its gates can be computed while this one waits. NULL: there is none. */
+static const pi2_op *next_expert(const pi2_run *r, const pi2_op *op) {
   const pi2_program *p = r->program;
-  int next = op->next_sparse;
-  while (next && op->expert >= 0 && !pi2_rows(r, &p->ops[next])) next = p->ops[next].next_sparse;
+  int next = op->expert < 0 || p->pipeline != PI2_PIPELINE_CLUSTER || r->n_rows > PI2_REPLICATED ? 0 : op->next_sparse;
+  while (next && !pi2_rows(r, &p->ops[next])) next = p->ops[next].next_sparse;
   return next ? &p->ops[next] : NULL;
 }
 /* The next gates of a block, if any are left. */
@@ -352,13 +390,16 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
   const int turn = p->scratch[w->index].turn;
   int stopped = 0;
-  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, pi2_row_of(r, op), pi2_rows(r, op), 1, &stopped), ahead = {0};
+  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, pi2_row_of(r, op), pi2_rows(r, op), 1, &stopped);
   if (stopped) return stopped;
   block k = block_of(r, op, index, w, turn, &in), next = {0};
   pi2_sparse *s = k.s;
-  const pi2_op *after = next_block(r, op);
-  const int looks_ahead = after && prepare_ahead(&k, after, &ahead), sure = looks_ahead && op->expert >= 0;
-  if (sure) next = block_of(r, after, (int)(after - p->ops), w, !turn, &ahead);
+  const pi2_op *expert = next_expert(r, op);
+  pi2_input its = {0};
+  const int sure = expert && prepare_ahead(&k, expert, &its);
+  guesses ahead = {0};
+  if (sure) next = block_of(r, expert, (int)(expert - p->ops), w, !turn, &its);
+  else ahead = guess(&k);
   if (w->index == 0) pi2_neuron_cache_block(k.cache);
   if (atomic_fetch_add(&s->arrived, 1) + 1 == p->threads) pi2_neuron_cache_signal(k.cache);
   _Atomic uint32_t *ranges_done = &r->cursors[4 * index + 2];
@@ -377,13 +418,12 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     if (p->pipeline == PI2_PIPELINE_CLUSTER || atomic_load(&s->computed) == k.n_clusters || atomic_load(&s->crowded))
       if (advance_range(&k)) continue;
     if (ask(&k)) continue;
-    if (looks_ahead && atomic_load(&s->next_asked) == k.n_clusters) { /* it can end, whatever the next one pins */
-      if (sure) {
-        if (ask(&next) || take_gates(&next)) continue;
-      } else if (atomic_load(&k.cache->in_flight)) {
+    if (atomic_load(&s->next_asked) == k.n_clusters) { /* it can end, whatever the next one pins */
+      if (sure && (ask(&next) || take_gates(&next))) continue;
+      if (ahead.n && atomic_load(&k.cache->in_flight)) {
         const uint32_t c = pi2_take(r, index, 3);
-        if (c < (uint32_t)k.n_clusters) {
-          foresee_cluster(&k, after, (int)c, &ahead);
+        if (c < (uint32_t)(ahead.n * k.n_clusters)) {
+          foresee_cluster(&k, ahead.op[c / k.n_clusters], (int)c % k.n_clusters, &ahead.in);
           continue;
         }
       }

@@ -88,9 +88,9 @@ static int prepare_sparse(pi2_program *p) {
     const pi2_sparse *s = p->sparse[i] = i ? new_sparse(p, PI2_REPLICATED, NULL) : new_sparse(p, p->max_rows, p->hidden_floats);
     if (!s || !s->clusters || !s->active || !s->n_active || !s->pages || !s->places || !s->values || !s->sums) return 0;
   }
-  for (int i = p->n_ops - 1, next = 0; i > 0; i--) {
-    if (p->ops[i].kind == PI2_ROUTE) next = 0;
-    if (p->ops[i].kind == PI2_SPARSE) p->ops[i].next_sparse = next, next = i;
+  for (int i = p->n_ops - 1, next = 0, route = 0; i > 0; i--) {
+    if (p->ops[i].kind == PI2_ROUTE) next = 0, route = i;
+    if (p->ops[i].kind == PI2_SPARSE) p->ops[i].next_sparse = next, p->ops[i].next_route = route, next = i;
   }
   for (int t = 0; t < p->threads; t++) {
     pi2_scratch *scratch = &p->scratch[t];

@@ -65,6 +65,7 @@ typedef struct {
   int activation, up_activation;
   const pi2_bundles *bundles; /* SPARSE */
   int next_sparse; /* the operation of the next sparse block, or 0; of an expert's, that of its mixture's next expert */
+  int next_route;  /* of an expert's: the operation that routes in the next mixture, or 0 */
   int q8_in, q8_out; /* the source is integers already; the next operation wants them: quantise while in cache */
   /* ATTENTION */
   int n_heads, n_kv_heads, head_dim, window; /* window 0: all. kv.head_dim: padded to a multiple of 16 */
@@ -200,6 +201,7 @@ int pi2_op_head(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 
 /* ops_experts.c: pages of experts' matrices. Each is called on every thread. pi2_pages_get waits until those of an operation
  * are there; nonzero if the run was stopped. pi2_pages_release follows its closing barrier. */
+void pi2_largest(const float *value, int n, int wanted, int32_t *chosen); /* of equal ones those that come first */
 int pi2_pages_get(pi2_run *run, const pi2_op *op, pi2_worker *w);
 void pi2_pages_release(const pi2_program *p, const pi2_op *op);
 
