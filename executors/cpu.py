@@ -71,6 +71,7 @@ class CpuExecutor:
         self._steps = self._tokens = self._busy_ns = self._kernel_ns = self._finished_ns = 0
         self._tokens_of: deque[int] = deque()
         self._recent: deque[StepUse] = deque(maxlen=RECENT_STEPS)
+        self._resizing = trio.Lock()
 
     async def open(
         self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
@@ -234,11 +235,14 @@ class CpuExecutor:
 
     async def resize(self, neuron_bytes: int) -> None:
         """See ``pi2rt.runtime.executor.Resizable``."""
-        if self._neurons is None:
+        neurons = self._neurons
+        if neurons is None:
             raise RequestError("there are no neurons in a cache: their memory cannot be resized")
         # Not to be left half done: the thread would go on, and the memory might be freed under it.
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self._neurons.resize, neuron_bytes)
+            async with self._resizing:  # in the order of the calls
+                await trio.to_thread.run_sync(neurons.resize, neuron_bytes)
+        await trio.to_thread.run_sync(neurons.refill, trio.from_thread.check_cancelled)
 
     async def aclose(self) -> None:
         gang, self._gang = self._gang, None
