@@ -362,9 +362,9 @@ def _executor_options(
             streaming = plan_streaming(file, description, room, chosen.cache_bytes)
             need = replace(need, weights=streaming.nbytes)
         if own + need.weights + need.activations + each * need.page > limit:
-            packed = (
-                None if isinstance(file, PackFile) else plan_streaming(file, description, 0, as_pack=True)
-            )
+            packed = None
+            if not chosen.exact_floats and not isinstance(file, PackFile):
+                packed = plan_streaming(file, description, 0, as_pack=True)
             raise _too_small(file, limit, own, need, streaming, each * need.page, packed)
     return ExecutorOptions(
         slots=chosen.max_sequences,
