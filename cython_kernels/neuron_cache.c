@@ -185,6 +185,32 @@ void pi2_neuron_cache_foresee(pi2_neuron_cache *c, int region, const int32_t *pa
   pthread_mutex_unlock(&c->mutex);
   if (reads) wake_reader(c);
 }
+void pi2_neuron_cache_absent(pi2_neuron_cache *c, float *result) {
+  pthread_mutex_lock(&c->mutex);
+  for (int32_t i = 0; i < c->n_pages; i++)
+    result[i] = atomic_load_explicit(&c->slot_of[i], memory_order_relaxed) < 0 ? uses(c, i) : -1.0f;
+  pthread_mutex_unlock(&c->mutex);
+}
+int pi2_neuron_cache_fetch(pi2_neuron_cache *c, const int32_t *pages, int n) {
+  pthread_mutex_lock(&c->mutex);
+  for (int i = 0; i < n && c->used < c->n_slots; i++) {
+    if (atomic_load_explicit(&c->slot_of[pages[i]], memory_order_relaxed) >= 0) continue;
+    const int32_t slot = take_slot(c);
+    c->slots[slot] = (pi2_page_slot){.page = pages[i], .state = COMING};
+    atomic_store_explicit(&c->slot_of[pages[i]], slot, memory_order_relaxed);
+    enqueue(c, slot);
+  }
+  const int room = c->used < c->n_slots;
+  pthread_mutex_unlock(&c->mutex);
+  wake_reader(c);
+  return room;
+}
+int64_t pi2_neuron_cache_waiting(pi2_neuron_cache *c) {
+  pthread_mutex_lock(&c->mutex);
+  const int64_t n = (int64_t)(c->queue_tail - c->queue_head);
+  pthread_mutex_unlock(&c->mutex);
+  return n;
+}
 void pi2_neuron_cache_release(pi2_neuron_cache *c, int region, const int32_t *pages, int n) {
   const int32_t first = c->regions[region].first;
   pthread_mutex_lock(&c->mutex);

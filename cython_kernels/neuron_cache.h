@@ -117,6 +117,15 @@ int64_t pi2_neuron_cache_take_records(pi2_neuron_cache *c, pi2_read_record *to, 
  * them: before any run. 0, an errno or PI2_EOF. */
 int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_t count);
 
+/* More room, while runs go on: what to fill it with. Fills in how much each page (n_pages) is used, -1 where it is present or on
+ * its way. */
+void pi2_neuron_cache_absent(pi2_neuron_cache *c, float *uses);
+/* Starts reading those of pages[0..n) (numbers among all) that are not there into slots that were never used. Returns 0 once
+ * there are none of these. Nobody waits for them; a read that fails leaves its page absent. */
+int pi2_neuron_cache_fetch(pi2_neuron_cache *c, const int32_t *pages, int n);
+/* Pages whose reads have not begun. */
+int64_t pi2_neuron_cache_waiting(pi2_neuron_cache *c);
+
 /* A step begins; a block begins to ask. */
 void pi2_neuron_cache_step(pi2_neuron_cache *c);
 void pi2_neuron_cache_block(pi2_neuron_cache *c);

@@ -36,6 +36,9 @@ cdef extern from "neuron_cache.h" nogil:
     int pi2_neuron_cache_trace(pi2_neuron_cache *, int64_t)
     int64_t pi2_neuron_cache_take_records(pi2_neuron_cache *, pi2_read_record *, int64_t *)
     int32_t pi2_neuron_cache_resize(pi2_neuron_cache *, int32_t)
+    void pi2_neuron_cache_absent(pi2_neuron_cache *, float *)
+    int pi2_neuron_cache_fetch(pi2_neuron_cache *, const int32_t *, int)
+    int64_t pi2_neuron_cache_waiting(pi2_neuron_cache *)
     void pi2_neuron_cache_wait(pi2_neuron_cache *, uint32_t, int64_t)
     void pi2_neuron_cache_destroy(pi2_neuron_cache *)
     int pi2_neuron_cache_fill(pi2_neuron_cache *, int, int32_t, int32_t)
@@ -159,6 +162,32 @@ cdef class NeuronCache:
                 left = pi2_neuron_cache_resize(self.cache, slots)
                 if left:
                     pi2_neuron_cache_wait(self.cache, self.cache.event, 5_000_000)
+
+    def absent(self):
+        """How much each page was used of late, float32 (pages of all regions); -1 where it is present or on its way."""
+        if self.cache == NULL:
+            raise InternalError("the cache is closed")
+        out = np.empty(self.cache.n_pages, np.float32)
+        cdef float[::1] uses = out
+        with nogil:
+            pi2_neuron_cache_absent(self.cache, &uses[0])
+        return out
+
+    def fetch(self, pages):
+        """Starts reading these pages (int32, numbers among all) into slots that were never used, where they are not there.
+        Returns whether there are more such slots. While programs run; a read that fails leaves its page absent."""
+        cdef const int32_t[::1] numbers = pages
+        cdef int count = <int>numbers.shape[0], room
+        if self.cache == NULL or not count or not 0 <= min(pages) <= max(pages) < self.cache.n_pages:
+            raise InternalError(f"{count} pages to fetch")
+        with nogil:
+            room = pi2_neuron_cache_fetch(self.cache, &numbers[0], count)
+        return bool(room)
+
+    @property
+    def waiting(self):
+        """Pages whose reads have not begun."""
+        return 0 if self.cache == NULL else pi2_neuron_cache_waiting(self.cache)
 
     @property
     def address(self):

@@ -16,6 +16,7 @@ import trio
 
 from pi2rt._errors import BusyError, ClosedError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels import native, program
+from pi2rt.cython_kernels.neuron_cache import NeuronCache
 from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.clusters import Clusters
 from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
@@ -66,11 +67,12 @@ class CpuExecutor:
         self._in_flight: deque[int] = deque()
         self._threads: list[tuple[str, int]] = []  # (actor, core) of each thread
         self._traced_reads = 0
-        self._read_trace: ReadTrace | None = None
+        self._read_traces: list[tuple[NeuronCache, ReadTrace]] = []
         self._in_a_row = 0  # results taken without letting other tasks run
         self._steps = self._tokens = self._busy_ns = self._kernel_ns = self._finished_ns = 0
         self._tokens_of: deque[int] = deque()
         self._recent: deque[StepUse] = deque(maxlen=RECENT_STEPS)
+        self._resizing = trio.Lock()
 
     async def open(
         self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
@@ -125,8 +127,14 @@ class CpuExecutor:
         )
         self._program = builder.build(self._cache, layouts, page_bytes)
         if options.trace is not None and self._neurons is not None:
-            self._neurons.cache.trace(TRACED_READS)
-            self._read_trace = ReadTrace(options.trace, FLASH, self._neurons.layers)
+            trace = ReadTrace(options.trace, FLASH, self._neurons.layers)
+            self._read_traces.append((self._neurons.cache, trace))
+        if options.trace is not None and self._clusters is not None:
+            matrices = tuple(name.removesuffix(".weight") for name in options.paged)
+            trace = ReadTrace(options.trace, FLASH, matrices, "experts")
+            self._read_traces.append((self._clusters.cache, trace))
+        for reading, _ in self._read_traces:
+            reading.trace(TRACED_READS)
 
     async def _load(
         self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
@@ -225,8 +233,8 @@ class CpuExecutor:
                 self._traced_reads = int(end[read].max())
 
     def _draw_reads(self) -> None:
-        if self._read_trace is not None and self._neurons is not None:
-            self._read_trace.draw(*self._neurons.cache.take_reads())
+        for cache, trace in self._read_traces:
+            trace.draw(*cache.take_reads())
 
     def stop(self, step_id: int) -> None:
         if self._program is not None:
@@ -234,11 +242,14 @@ class CpuExecutor:
 
     async def resize(self, neuron_bytes: int) -> None:
         """See ``pi2rt.runtime.executor.Resizable``."""
-        if self._neurons is None:
+        neurons = self._neurons
+        if neurons is None:
             raise RequestError("there are no neurons in a cache: their memory cannot be resized")
         # Not to be left half done: the thread would go on, and the memory might be freed under it.
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self._neurons.resize, neuron_bytes)
+            async with self._resizing:  # in the order of the calls
+                await trio.to_thread.run_sync(neurons.resize, neuron_bytes)
+        await trio.to_thread.run_sync(neurons.refill, trio.from_thread.check_cancelled)
 
     async def aclose(self) -> None:
         gang, self._gang = self._gang, None
@@ -259,7 +270,7 @@ class CpuExecutor:
             self._ring.close()
             self._ring = None
         self._draw_reads()  # that ended since the last step
-        self._read_trace = None
+        self._read_traces.clear()
         caches = (self._neurons, self._clusters)
         self._neurons = self._clusters = None
         for cache in caches:

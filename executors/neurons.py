@@ -6,9 +6,13 @@ All neurons of all blocks share one cache, so that a layer whose neurons fire mo
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable
 
-from pi2rt._errors import UnsupportedModelError
+import numpy as np
+
+from pi2rt._errors import ClosedError, UnsupportedModelError
 from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.neuron_cache import Counters, NeuronCache
 from pi2rt.executors.weights import Weights
@@ -18,6 +22,11 @@ from pi2rt.models import FeedForward, ModelDescription, feed_forwards
 DEPTH = 128
 """Reads of neurons in flight. They are small, and the thread that reaps them shares its core with one that computes: on
 the reference machine 64 give 48,000 reads/s and 128 give 56,000."""
+
+REFILL_PAGES = 256
+"""Pages that are read ahead of what steps ask for while a cache that has grown is filled: a few milliseconds."""
+
+REFILL_PAUSE_S = 0.001
 
 FILL_PAGES = 4096
 """Pages that are read between two reports of progress."""
@@ -55,6 +64,8 @@ class Neurons:
         self.layers = tuple(
             f"layer {number}" for number, block in numbered if block.down.weight in file.bundles
         )
+        self._lock = threading.Lock()  # of its size, its memory and its end
+        self._sizes, self._closed = 0, False
         self._numbers = {each.down: number for number, each in enumerate(self._bundles)}
         self.slot_bytes = max(each.page_bytes for each in self._bundles)
         self.pages = sum(each.pages for each in self._bundles)
@@ -106,9 +117,37 @@ class Neurons:
     def resize(self, nbytes: int) -> None:
         """Another size, also while steps run: what no longer fits is given up. Blocks until its memory is free."""
         slots = min(self.pages, nbytes // self.slot_bytes)
-        self.cache.resize(slots)
-        self._memory.discard(slots * self.slot_bytes, (self.pages - slots) * self.slot_bytes)
-        self.slots = slots
+        with self._lock:  # two at once would each give up what the other holds
+            if self._closed:
+                raise ClosedError("the neurons' cache is closed")
+            self._sizes += 1
+            self.cache.resize(slots)
+            self._memory.discard(slots * self.slot_bytes, (self.pages - slots) * self.slot_bytes)
+            self.slots = slots
+
+    def refill(self, check: Callable[[], None]) -> None:
+        """Reads neurons into slots that have come with another size, those that were used most of late, while steps
+        run. Ends early when the size changes again, or when the cache is closed. Blocks: for a worker thread. ``check``
+        is called every few milliseconds; what it raises ends the work, and what was read stays."""
+        with self._lock:
+            size = self._sizes
+            if self._closed:
+                return
+            uses = self.cache.absent()
+        place = np.concatenate([np.arange(each.pages) / each.pages for each in self._bundles])
+        wanted = np.lexsort((place, -uses))[: np.count_nonzero(uses >= 0)].astype(np.int32)
+        for first in range(0, len(wanted), REFILL_PAGES):
+            batch = np.sort(wanted[first : first + REFILL_PAGES])  # neighbours are read together
+            while True:
+                check()
+                with self._lock:
+                    if self._closed or self._sizes != size:
+                        return
+                    if not self.cache.waiting:  # steps come first
+                        if not self.cache.fetch(batch):
+                            return
+                        break
+                time.sleep(REFILL_PAUSE_S)
 
     def block(self, block: FeedForward, weights: Weights) -> program.Bundles:
         """What a program needs to know of one block."""
@@ -135,5 +174,7 @@ class Neurons:
 
     def close(self) -> None:
         """Joins the reader, then frees the memory that it wrote to. Only after the threads that compute have ended."""
-        self.cache.close()
-        self._memory.close()
+        with self._lock:
+            self._closed = True
+            self.cache.close()
+            self._memory.close()

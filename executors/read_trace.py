@@ -1,4 +1,4 @@
-"""How reads of neurons are drawn in a trace: hundreds may be in flight at once, so they are not drawn one by one.
+"""How reads of a cache are drawn in a trace: hundreds may be in flight at once, so they are not drawn one by one.
 
 What is read for one block without a longer pause becomes one span, a *batch*, with the counts as its arguments: on
 the lane "neurons" where the block asked for it, on "neurons ahead" where it was foreseen from the block before.
@@ -31,10 +31,11 @@ class ReadTrace:
         trace: where to.
         process: name of the actor that reads.
         blocks: a name for each region of the cache (``"layer 3"``).
+        what: is read: "neurons" or "experts".
     """
 
-    def __init__(self, trace: Trace, process: str, blocks: Sequence[str]) -> None:
-        self._trace, self._process, self._blocks = trace, process, blocks
+    def __init__(self, trace: Trace, process: str, blocks: Sequence[str], what: str = "neurons") -> None:
+        self._trace, self._process, self._blocks, self._what = trace, process, blocks, what
         self._lanes: dict[str, list[int]] = {}  # by name: where the last batch of each ended
         self._changes = np.empty((0, 2), np.int64)  # (nanoseconds, +1 or -1) that the curve does not show yet
         self._in_flight = self._shown = 0
@@ -42,8 +43,8 @@ class ReadTrace:
     def draw(self, reads: npt.NDArray[np.void], horizon: int) -> None:
         """``reads``: of ``neuron_cache.RECORD``; all that began before ``horizon`` have been given by now."""
         for name, chosen in (
-            ("neurons", reads[reads["foreseen"] == 0]),
-            ("neurons ahead", reads[reads["foreseen"] > 0]),
+            (self._what, reads[reads["foreseen"] == 0]),
+            (f"{self._what} ahead", reads[reads["foreseen"] > 0]),
         ):
             for batch in sorted(_batches(chosen), key=lambda batch: int(batch["begin"][0])):
                 self._draw_batch(batch, name)
@@ -53,7 +54,7 @@ class ReadTrace:
         begin, end = int(batch["begin"][0]), int(batch["end"].max())
         microseconds = (batch["end"] - batch["begin"]) / 1000
         self._trace.track(self._process, self._lane(lane, begin, end)).span(
-            f"{self._blocks[batch['region'][0]]} neurons",
+            f"{self._blocks[batch['region'][0]]} {self._what}",
             begin,
             end,
             reads=len(batch),
@@ -93,7 +94,7 @@ class ReadTrace:
 
     def _show(self, ns: int, value: int) -> None:
         if value != self._shown:
-            self._trace.counter("neuron reads in flight", ns, value, self._process)
+            self._trace.counter(f"reads of {self._what} in flight", ns, value, self._process)
             self._shown = value
 
 

@@ -149,8 +149,9 @@ class Runtime:
         return await self._engine.logits(tokens)
 
     async def resize(self, memory: int | str) -> None:
-        """Another memory budget, also while requests run: the neuron cache gives up what no longer fits, or may grow.
-        No text changes.
+        """Another memory budget, also while requests run: the neuron cache gives up what no longer fits, or grows and
+        is filled with neurons that were used most of late. Returns when that is done; cancelled while it is filled, it
+        keeps the new size. No text changes.
 
         Args:
             memory: what the whole process may take, in bytes or as "2G".
@@ -274,10 +275,13 @@ async def open_runtime(
                     f"a memory of {_mib(memory)} is too small; the least that a running model can change to is "
                     f"{_mib(beside + least_neurons(file))}"
                 )
-            await actor.resize(neurons)
-            executor_options = replace(
-                executor_options, neuron_bytes=neurons
-            )  # of an executor that is made again
+            before = executor_options
+            executor_options = replace(before, neuron_bytes=neurons)  # of an executor that is made again
+            try:
+                await actor.resize(neurons)
+            except RequestError:
+                executor_options = before
+                raise
 
         actor = Actor(placement.lead.name, make_executor, open_executor, trace)
         try:
@@ -358,9 +362,9 @@ def _executor_options(
             streaming = plan_streaming(file, description, room, chosen.cache_bytes)
             need = replace(need, weights=streaming.nbytes)
         if own + need.weights + need.activations + each * need.page > limit:
-            packed = (
-                None if isinstance(file, PackFile) else plan_streaming(file, description, 0, as_pack=True)
-            )
+            packed = None
+            if not chosen.exact_floats and not isinstance(file, PackFile):
+                packed = plan_streaming(file, description, 0, as_pack=True)
             raise _too_small(file, limit, own, need, streaming, each * need.page, packed)
     return ExecutorOptions(
         slots=chosen.max_sequences,

@@ -17,7 +17,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
@@ -157,17 +157,12 @@ async def _run(options: argparse.Namespace) -> int:
 
 
 def _use(path: str, steps: Sequence[StepUse]) -> DecodeUse:
-    """What decode took for each token: neurons as the steps counted them, everything else from the file."""
+    """What decode took for each token, as the executor counted it; where it does not count, what the file has."""
     from pi2rt.planner.decode_law import DecodeUse
     from pi2rt.runtime.executor import StepUse
 
-    dense = bytes_per_token(path)
     counted = [step for step in steps if step.tokens == 1 and step.weight_bytes]
-    neurons = [step.neurons.nbytes if step.neurons else 0 for step in counted]
-    of_file = [
-        replace(step, weight_bytes=dense + nbytes) for step, nbytes in zip(counted, neurons, strict=True)
-    ]
-    return DecodeUse.of(of_file or [StepUse(1, 0, dense, 0, None)])
+    return DecodeUse.of(counted or [StepUse(1, 0, bytes_per_token(path), 0, None)])
 
 
 async def _measure_rates(

@@ -158,6 +158,7 @@ class Resizable(Protocol):
     """An executor whose memory for neurons (``ExecutorOptions.neuron_bytes``) can change while steps run."""
 
     async def resize(self, neuron_bytes: int) -> None:
-        """Gives up what no longer fits, and returns when its memory is free; or may hold more from now on. Results do
-        not change. Raises RequestError where no neurons are in a cache."""
+        """Gives up what no longer fits, and returns when its memory is free; or reads more, and returns when it is
+        full. Cancelled while it reads, it keeps the new size and what was read. Results do not change. Raises
+        RequestError where no neurons are in a cache, ClosedError where the executor was closed meanwhile."""
         ...

@@ -3,6 +3,7 @@ against Transformers in test_cpu.py."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from pi2rt.models import ModelDescription, describe
 from pi2rt.planner.convert import convert, verify
 from pi2rt.planner.streaming import StreamingPlan, expert_operations, plan_streaming
 from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.trace import Trace
 from tests.executors.conformance import ExecutorConformance
 from tests.executors.test_sparse import one_by_one
 from tests.support.running import all_logits, opened
@@ -144,6 +146,26 @@ async def test_a_file_that_shrinks_fails_the_step_and_no_other(
             await one_by_one(executor, TOKENS)
         path.write_bytes(whole)
         np.testing.assert_array_equal(await one_by_one(executor, TOKENS), expected)
+
+
+async def test_reads_of_experts_are_in_the_trace(
+    files: tuple[Path, Path], small_pages: None, tmp_path: Path
+) -> None:
+    trace = Trace()
+    plan = least_plan(files[1])
+    async with planned(files[1], plan, trace=trace) as executor:
+        before = executor.statistics().details
+        await one_by_one(executor, TOKENS)
+        after = executor.statistics().details
+    trace.write(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    experts = [e for e in events if e["ph"] == "X" and e["name"].endswith(" experts")]
+    neurons = [e for e in events if e["ph"] == "X" and e["name"].endswith(" neurons")]
+    assert {e["name"].removesuffix(" experts") + ".weight" for e in experts} <= set(plan.paged)
+    assert bool(neurons) is bool(plan.neuron_bytes)
+    read = int(str(after["flash_reads"])) - int(str(before["flash_reads"]))
+    assert 0 < read <= sum(e["args"]["reads"] for e in experts + neurons)
+    assert {e["name"] for e in events if e["ph"] == "C"} >= {"reads of experts in flight"}
 
 
 class TestExpertsInPages(ExecutorConformance):

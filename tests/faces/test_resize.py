@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import trio
+import trio.testing
 
 import pi2rt
 from pi2rt._errors import MemoryBudgetError, RequestError
+from pi2rt.cython_kernels.neuron_cache import NeuronCache
+from pi2rt.executors.cpu import CpuExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.planner.convert import convert
 from pi2rt.planner.streaming import all_neurons, least_neurons
@@ -65,6 +71,132 @@ async def test_memory_is_given_back_and_taken_again(pack: Path) -> None:
         await runtime.generate("Once", max_tokens=5, ignore_eos=True)
         await runtime.resize(LARGE)
         assert runtime.statistics().memory["neurons"] == before
+
+
+def cache_of(runtime: pi2rt.Runtime) -> NeuronCache:
+    executor = runtime._actor._executor
+    assert isinstance(executor, CpuExecutor)
+    assert executor._neurons is not None
+    return executor._neurons.cache
+
+
+def used_slots(runtime: pi2rt.Runtime) -> tuple[int, int]:
+    """(pages of neurons in the cache, pages that have room)"""
+    return cache_of(runtime).slots_used, runtime.statistics().memory["neurons"] // 4096
+
+
+def misses(runtime: pi2rt.Runtime) -> int:
+    details = runtime.statistics().actors[0].executor.details
+    return int(str(details["neuron_misses"])) + int(str(details["neuron_early"]))
+
+
+@pytest.mark.parametrize("io", ["auto", "preadv"])
+async def test_growing_fills_what_is_new(pack: Path, io: Literal["auto", "preadv"]) -> None:
+    """With what was used most of late: nothing is missing afterwards, though nobody asked for it."""
+    least, most = sizes(pack)
+    async with pi2rt.open_runtime(pack, context=256, memory=LARGE, io=io) as runtime:
+        expected = (await runtime.generate("Once", max_tokens=30, ignore_eos=True)).tokens
+        await runtime.resize(LARGE - most + least)
+        assert (await runtime.generate("Once", max_tokens=30, ignore_eos=True)).tokens == expected
+        assert misses(runtime) > 0
+        await runtime.resize(LARGE)
+        used, slots = used_slots(runtime)
+        assert used == slots
+        before = misses(runtime)
+        assert (await runtime.generate("Once", max_tokens=30, ignore_eos=True)).tokens == expected
+        assert misses(runtime) == before
+
+
+async def test_what_was_used_most_comes_first(pack: Path) -> None:
+    least, most = sizes(pack)
+    async with pi2rt.open_runtime(pack, context=256, memory=LARGE) as runtime:
+        await runtime.resize(LARGE - most + least)
+        await runtime.generate("Once", max_tokens=30, ignore_eos=True)
+        before = cache_of(runtime).absent()
+        await runtime.resize(LARGE - most // 2)
+        after = cache_of(runtime).absent()
+        used, slots = used_slots(runtime)
+        assert used == slots
+        read, left = (before >= 0) & (after < 0), after >= 0
+        assert read.sum() > 100
+        assert left.sum() > 100
+        assert len(np.unique(before[read | left])) > 10
+        assert before[read].min() >= before[left].max()
+        np.testing.assert_array_equal(before[left], after[left])
+
+
+async def test_growing_while_text_is_made_and_shrinking_meanwhile(pack: Path) -> None:
+    least, most = sizes(pack)
+    async with pi2rt.open_runtime(pack, context=256, memory=LARGE) as runtime:
+        await runtime.resize(LARGE - most + least)
+        expected = (await runtime.generate("Once", max_tokens=60, ignore_eos=True)).tokens
+        done = trio.Event()
+
+        async def write() -> None:
+            while not done.is_set():
+                assert (await runtime.generate("Once", max_tokens=60, ignore_eos=True)).tokens == expected
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            for _ in range(10):
+                async with (
+                    trio.open_nursery() as resizes
+                ):  # the last call counts, and ends filling for the others
+                    resizes.start_soon(runtime.resize, LARGE)
+                    await trio.testing.wait_all_tasks_blocked()
+                    resizes.start_soon(runtime.resize, LARGE - most + least)
+                assert runtime.statistics().memory["neurons"] <= least
+            await runtime.resize(LARGE)
+            used, slots = used_slots(runtime)
+            assert used == slots
+            done.set()
+        assert (await runtime.generate("Once", max_tokens=60, ignore_eos=True)).tokens == expected
+
+
+async def test_a_cancelled_growth_keeps_its_size(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pi2rt.executors.neurons.REFILL_PAGES", 1)
+    least, most = sizes(pack)
+    async with pi2rt.open_runtime(pack, context=256, memory=LARGE) as runtime:
+        await runtime.resize(LARGE - most + least)
+        expected = (await runtime.generate("Once", max_tokens=10, ignore_eos=True)).tokens
+        with trio.move_on_after(0.05) as scope:
+            await runtime.resize(LARGE)
+        assert scope.cancelled_caught
+        used, slots = used_slots(runtime)
+        assert least // 4096 <= used < slots
+        assert (await runtime.generate("Once", max_tokens=10, ignore_eos=True)).tokens == expected
+        await runtime.resize(LARGE - 4096)  # goes on where it was
+        assert used_slots(runtime)[0] > used
+
+
+async def test_closing_ends_a_growth(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pi2rt.executors.neurons.REFILL_PAGES", 1)
+    least, most = sizes(pack)
+    async with trio.open_nursery() as nursery:
+        async with pi2rt.open_runtime(pack, context=256, memory=LARGE) as runtime:
+            await runtime.resize(LARGE - most + least)
+            nursery.start_soon(runtime.resize, LARGE)
+            await trio.testing.wait_all_tasks_blocked()
+            await trio.sleep(0.02)
+            assert used_slots(runtime)[0] < used_slots(runtime)[1]
+
+
+async def test_reads_that_fail_while_growing_fail_no_step(pack: Path, tmp_path: Path) -> None:
+    """What cannot be read then is read when it is asked for."""
+    copy = Path(shutil.copy(pack, tmp_path / "m.pi2"))
+    least, most = sizes(copy)
+    async with pi2rt.open_runtime(copy, context=256, memory=LARGE) as runtime:
+        await runtime.resize(LARGE - most + least)
+        expected = (await runtime.generate("Once", max_tokens=10, ignore_eos=True)).tokens
+        os.truncate(copy, 4096)
+        await runtime.resize(LARGE)
+        restore(copy, pack)
+        assert (await runtime.generate("Once", max_tokens=10, ignore_eos=True)).tokens == expected
+
+
+def restore(copy: Path, pack: Path) -> None:
+    """The same file again, where it was cut."""
+    copy.write_bytes(pack.read_bytes())
 
 
 async def test_too_little_is_refused_and_changes_nothing(pack: Path) -> None:

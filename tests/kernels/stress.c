@@ -17,7 +17,7 @@
 #include "bundles.h"
 #include "program.h"
 
-enum { DIM = 64, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 16, HIDDEN = 96, RELU_HIDDEN = 544 /* two clusters, a page in both */, VOCAB = 203, LAYERS = 2, SLOTS = 3, MAX_ROWS = 48,
+enum { RECORDS = 32, DIM = 64, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 16, HIDDEN = 96, RELU_HIDDEN = 544 /* two clusters, a page in both */, VOCAB = 203, LAYERS = 2, SLOTS = 3, MAX_ROWS = 48,
        CONTEXT = 640, PAGES = CONTEXT / PI2_PAGE };
 
 static uint64_t state = 1;
@@ -336,8 +336,31 @@ static void sparse_all(pi2_program *p, const model *m, neurons *f) {
   if (!flash) die("no flash");
   p->neurons = pi2_neuron_cache_create(flash, f->region, LAYERS, f->pages, PI2_SECTOR, f->memory, f->least, f->pages, 8,
                                        &error);
-  if (!p->neurons) die("no cache");
+  if (!p->neurons || pi2_neuron_cache_trace(p->neurons, RECORDS)) die("no cache");
+  p->traced = 1;
   p->pipeline = PI2_PIPELINE_CLUSTER;
+}
+/* Fills slots that were never used, if there are any. */
+static void fetch_some(pi2_neuron_cache *c) {
+  int32_t pages[16];
+  float uses[4096];
+  if (c->n_pages > 4096) die("too many pages");
+  pi2_neuron_cache_absent(c, uses);
+  int n = 0;
+  for (int32_t i = below(c->n_pages); n < 16 && i < c->n_pages; i++)
+    if (uses[i] >= 0 || below(4) == 0) pages[n++] = i;
+  pi2_neuron_cache_fetch(c, pages, n);
+  pi2_neuron_cache_waiting(c);
+}
+static void take_records(pi2_neuron_cache *c) {
+  pi2_read_record records[RECORDS];
+  int64_t horizon = 0;
+  const int64_t n = pi2_neuron_cache_take_records(c, records, &horizon), now = pi2_now_ns();
+  if (n < 0 || n > RECORDS || horizon > now) die("more records than there is room for");
+  for (int64_t i = 0; i < n; i++)
+    if (records[i].begin_ns > records[i].end_ns || records[i].end_ns > now || !records[i].pages ||
+        records[i].foreseen > records[i].pages || records[i].region >= LAYERS)
+      die("a record of no read");
 }
 static void free_neurons(neurons *f) {
   unlink(f->path);
@@ -372,6 +395,8 @@ static int play(const model *m, int threads, const step *script, int steps, resu
     while (f.n && below(4) == 0) land(gang, &f);
     if (way == SPARSE && below(3) == 0) /* what cannot go yet goes later */
       pi2_neuron_cache_resize(p.neurons, sparse.least + below(sparse.pages - sparse.least));
+    if (way == SPARSE && below(3) == 0) fetch_some(p.neurons);
+    if (way == SPARSE && below(3) == 0) take_records(p.neurons);
     fly(&p, &f, &script[i], &results[i]);
   }
   while (f.n) land(gang, &f);
