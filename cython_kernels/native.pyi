@@ -42,6 +42,8 @@ def bundle_up(
     layout: BundleLayout,
     to: Bytes | None,
     scales: Bytes | None,
+    *,
+    at_byte: int = 0,
 ) -> int | None: ...
 def bundle_down(
     type_name: str,
@@ -55,7 +57,7 @@ def bundle_down(
     scales: Bytes | None,
 ) -> int | None: ...
 def unbundle_up(
-    type_name: str, pages: Bytes, scales: Bytes, n: int, k: int, layout: BundleLayout
+    type_name: str, pages: Bytes, scales: Bytes, n: int, k: int, layout: BundleLayout, *, at_byte: int = 0
 ) -> Floats: ...
 def unbundle_down(
     type_name: str, pages: Bytes, scales: Bytes, rows: int, n: int, layout: BundleLayout

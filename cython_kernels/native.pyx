@@ -221,12 +221,14 @@ cdef int scales_length(object scales, int64_t expected) except -1:
     return 0
 
 
-def bundle_up(type_name, const uint8_t[::1] source, int64_t n, int64_t k, layout, uint8_t[::1] to, uint8_t[::1] scales):
+def bundle_up(type_name, const uint8_t[::1] source, int64_t n, int64_t k, layout, uint8_t[::1] to, uint8_t[::1] scales, *,
+              int64_t at_byte=0):
     """Puts ``n`` rows of a model file's bytes into bundles: quants to the pages ``to``, scales to ``scales``
     (n * ``up_scales``); either may be None. Releases the GIL.
 
     Args:
-        layout: (neurons per page, bytes of a page, of a neuron, of its up quants).
+        layout: (neurons per page, bytes of a page, of a neuron, of its gate and up quants).
+        at_byte: where in a neuron its row begins: behind the gate's, where that is in the bundles too.
     Returns: None, or the index of the first row with a scale that is not finite.
     """
     cdef int type_id = TYPE_IDS[type_name]
@@ -234,16 +236,16 @@ def bundle_up(type_name, const uint8_t[::1] source, int64_t n, int64_t k, layout
     cdef pi2_bundle_layout at
     cdef uint8_t *pages = NULL
     cdef uint8_t *numbers = NULL
-    bundle_layout(layout, n if to is not None else 0, to.shape[0] if to is not None else 0, 0, size, &at)
-    if size > at.up_bytes:
-        raise ValueError(f"{layout}: up quants take {size} bytes")
+    bundle_layout(layout, n if to is not None else 0, to.shape[0] if to is not None else 0, at_byte, size, &at)
+    if at_byte < 0 or at_byte + size > at.up_bytes:
+        raise ValueError(f"{layout}: up quants take {size} bytes, from byte {at_byte} on")
     scales_length(scales, n * pi2_up_scales(type_id, k))
     if n < 0 or source.shape[0] != n * pi2_row_bytes(type_id, k):
         raise ValueError(f"{source.shape[0]} bytes for {n} rows of {k} {type_name} values")
     if n == 0:
         return None
     if to is not None:
-        pages = &to[0]
+        pages = &to[0] + at_byte
     if scales is not None:
         numbers = &scales[0]
     with nogil:
@@ -277,19 +279,21 @@ def bundle_down(type_name, const uint8_t[::1] source, int64_t rows, int64_t hidd
     return bad - 1 if bad else None
 
 
-def unbundle_up(type_name, const uint8_t[::1] pages, const uint8_t[::1] scales, int64_t n, int64_t k, layout):
-    """Bundles back to float32 (n, k), the first ``n`` up rows in ``pages``, with the file format's own arithmetic."""
+def unbundle_up(type_name, const uint8_t[::1] pages, const uint8_t[::1] scales, int64_t n, int64_t k, layout, *,
+                int64_t at_byte=0):
+    """Bundles back to float32 (n, k), the first ``n`` up (or gate) rows in ``pages``, with the file format's own
+    arithmetic. ``at_byte``: as ``bundle_up``."""
     cdef int type_id = TYPE_IDS[type_name]
     cdef pi2_bundle_layout at
-    if n < 0:
-        raise ValueError(f"{n} neurons")
-    bundle_layout(layout, n, pages.shape[0], 0, pi2_up_quants(type_id, k), &at)
+    if n < 0 or at_byte < 0:
+        raise ValueError(f"{n} neurons, from byte {at_byte} on")
+    bundle_layout(layout, n, pages.shape[0], at_byte, pi2_up_quants(type_id, k), &at)
     scales_length(scales, n * pi2_up_scales(type_id, k))
     out = np.empty((n, k), np.float32)
     cdef float[:, ::1] o = out
     if n:
         with nogil:
-            pi2_unbundle_up(type_id, &pages[0], &scales[0], n, k, &at, &o[0, 0])
+            pi2_unbundle_up(type_id, &pages[0] + at_byte, &scales[0], n, k, &at, &o[0, 0])
     return out
 
 

@@ -1,4 +1,5 @@
 /* The sparse feed-forward block of a program; sparse.h says how it goes. */
+#include <math.h>
 #include <string.h>
 
 #include "layout.h"
@@ -18,6 +19,7 @@ typedef struct {
   pi2_neuron_cache *cache;
   pi2_worker *w;
   const pi2_input *in;
+  pi2_input predicted; /* of a predictor's second matrix: the operation before has put it there */
   int index, rows, n_clusters, arranged; /* arranged: row whose activations are in the scratch */
 } block;
 
@@ -28,13 +30,35 @@ static int64_t cluster_end(const block *k, int c) {
 static uint16_t *active(const block *k, int row, int c) { return k->s->active + row * k->p->hidden + c * PI2_CLUSTER; }
 static int n_active(const block *k, int row, int c) { return k->s->n_active[row * k->s->n_clusters + c]; }
 
+/* Whether a neuron fires, by its gate. With ReLU a gate that is not positive gives zero, and the others fire; of other
+ * activations all do. With thresholds, g is the activated gate: lossy, but for 0. NaN fires always: it must not get lost. */
+static inline int fires_at(const pi2_op *op, int64_t neuron, float g) {
+  if (op->bundles->thresholds) return !(fabsf(g) <= op->bundles->thresholds[neuron]);
+  return (op->activation != PI2_RELU && op->activation != PI2_RELU2) || !(g <= 0);
+}
+/* From the deciding matrix' products of neurons [at, at + width) to what decides, in place, and to who fires. Where gates are
+ * in the bundles, those are only neurons that may fire, whose gates are computed once they are read: those for which a
+ * predictor's value is positive, and all where there is none. */
+static void decide(const pi2_program *p, const pi2_op *op, int64_t at, int64_t width, float *g, uint8_t *fires) {
+  const pi2_bundles *b = op->bundles;
+  const pi2_matrix *m = &op->matrix[0];
+  if (m->bias) p->kernels->add(m->bias + at, g, width);
+  if (b->gate_type >= 0) {
+    for (int64_t j = 0; j < width; j++) fires[j] = !op->n_matrices || !(g[j] <= 0), g[j] = 0;
+    return;
+  }
+  if (b->up_type < 0 || b->thresholds) p->kernels->activate(op->activation, PI2_NONE, NULL, g, g, width);
+  for (int64_t j = 0; j < width; j++) fires[j] = (uint8_t)fires_at(op, at + j, g[j]);
+}
+
 /* The deciding matrix of a cluster: who fires, for which rows, on which pages. */
 static void gate_cluster(block *k, int c) {
   const pi2_program *p = k->p;
   const pi2_op *op = k->op;
+  const pi2_bundles *b = k->b;
   const pi2_matrix *m = &op->matrix[0];
   const int64_t first = (int64_t)c * PI2_CLUSTER, end = cluster_end(k, c), ld = PI2_TILE_BLOCKS * PI2_ROWS;
-  const int pass = pi2_pass_rows(m->k), alone = k->b->up_type < 0;
+  const int pass = pi2_pass_rows(m->k);
   float *tile = p->scratch[k->w->index].tile;
   uint8_t wanted[PI2_CLUSTER] = {0};
   for (int row = 0; row < k->rows; row += pass) {
@@ -42,18 +66,17 @@ static void gate_cluster(block *k, int c) {
     for (int i = 0; i < rows; i++) k->s->n_active[(row + i) * k->s->n_clusters + c] = 0;
     for (int64_t at = first; at < end; at += ld) {
       const int64_t width = end - at < ld ? end - at : ld, blocks = (width + PI2_ROWS - 1) / PI2_ROWS;
-      pi2_multiply(p, m, at / PI2_ROWS, (int)blocks, k->in, row, rows, tile, ld);
+      if (op->n_matrices) pi2_multiply(p, m, at / PI2_ROWS, (int)blocks, b->gate_type < 0 ? k->in : &k->predicted, row, rows, tile, ld);
       for (int i = 0; i < rows; i++) {
         float *g = tile + i * ld, *h = k->s->values + (row + i) * p->hidden + at;
         uint16_t *list = active(k, row + i, c), *n = &k->s->n_active[(row + i) * k->s->n_clusters + c];
-        if (m->bias) p->kernels->add(m->bias + at, g, width);
-        if (alone) p->kernels->activate(op->activation, PI2_NONE, NULL, g, g, width);
-        for (int64_t j = 0; j < width; j++) { /* NaN fires: it must not get lost */
-          const int fires = !(g[j] <= 0);
-          h[j] = fires ? g[j] : 0;
+        uint8_t fires[PI2_TILE_BLOCKS * PI2_ROWS];
+        decide(p, op, at, width, g, fires);
+        for (int64_t j = 0; j < width; j++) {
+          h[j] = fires[j] ? g[j] : 0;
           list[*n] = (uint16_t)(at - first + j);
-          *n = (uint16_t)(*n + fires);
-          wanted[at - first + j] |= (uint8_t)fires;
+          *n = (uint16_t)(*n + fires[j]);
+          wanted[at - first + j] |= fires[j];
         }
       }
     }
@@ -145,11 +168,13 @@ static void foresee_cluster(const block *k, const pi2_op *next, int c, const pi2
   for (int64_t at = first; at < end; at += ld) {
     const int64_t width = end - at < ld ? end - at : ld;
     pi2_multiply(p, m, at / PI2_ROWS, (int)((width + PI2_ROWS - 1) / PI2_ROWS), in, 0, k->rows, tile, ld);
+    uint8_t fires[PI2_REPLICATED][PI2_TILE_BLOCKS * PI2_ROWS] = {{0}};
+    for (int row = 0; row < k->rows; row++) decide(p, next, at, width, tile + row * ld, fires[row]);
     for (int64_t j = 0; j < width; j++) {
-      int fires = 0;
-      for (int row = 0; row < k->rows; row++) fires |= tile[row * ld + j] + (m->bias ? m->bias[at + j] : 0) > 0;
+      int any = 0;
+      for (int row = 0; row < k->rows; row++) any |= fires[row][j];
       const int32_t page = (int32_t)((at + j) / next->bundles->per_page);
-      if (fires && (!n || pages[n - 1] != page)) pages[n++] = page;
+      if (any && (!n || pages[n - 1] != page)) pages[n++] = page;
     }
   }
   pi2_neuron_cache_foresee(k->cache, next->bundles->region, pages, n);
@@ -198,6 +223,39 @@ static void prefetch(const uint8_t *p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
+/* Gates of a cluster's neurons that are in the bundles; of the neurons, those stay active that fire. */
+static void compute_gates(block *k, int c, int row) {
+  const pi2_program *p = k->p;
+  const pi2_bundles *b = k->b;
+  const int64_t first = (int64_t)c * PI2_CLUSTER;
+  const uint8_t *const *places = k->s->places + first;
+  pi2_scratch *scratch = &p->scratch[k->w->index];
+  uint16_t *list = active(k, row, c);
+  float *h = k->s->values + row * p->hidden + first;
+  const int n = n_active(k, row, c);
+  int fired = 0;
+  for (int at = 0; at < n; at += 16) {
+    const int m = n - at < 16 ? n - at : 16;
+    const uint8_t *rows[16], *scales[16];
+    float gate[16];
+    for (int i = 0; i < m; i++) {
+      rows[i] = places[list[at + i]];
+      scales[i] = b->gate_scales + (first + list[at + i]) * b->gate_stride;
+    }
+    for (int i = at + m; i < n && i < at + m + 16; i++) prefetch(places[list[i]], AHEAD);
+    p->kernels->neuron_rows[b->gate_type](rows, scales, m, p->dim, scratch->arranged, scratch->arranged_d,
+                                          scratch->arranged_s, gate);
+    for (int i = 0; b->gate_bias && i < m; i++) gate[i] += b->gate_bias[first + list[at + i]];
+    if (b->thresholds) p->kernels->activate(k->op->activation, PI2_NONE, NULL, gate, gate, m);
+    for (int i = 0; i < m; i++)
+      if (fires_at(k->op, first + list[at + i], gate[i])) {
+        h[list[at + i]] = gate[i];
+        list[fired++] = list[at + i];
+      }
+  }
+  k->s->n_active[row * k->s->n_clusters + c] = (uint16_t)fired;
+}
+
 /* Rows of up of a cluster's neurons, and with them the hidden values, as integers. */
 static void compute_up(block *k, int c) {
   const pi2_program *p = k->p;
@@ -205,31 +263,34 @@ static void compute_up(block *k, int c) {
   const int64_t first = (int64_t)c * PI2_CLUSTER, width = cluster_end(k, c) - first;
   const uint8_t *const *places = k->s->places + first;
   pi2_scratch *scratch = &p->scratch[k->w->index];
+  const int activation = b->thresholds ? PI2_NONE : k->op->activation; /* thresholds are of activated gates */
   find_neurons(k, &k->s->clusters[c], first, first + width);
   for (int row = 0; row < k->rows; row++) {
-    const int n = n_active(k, row, c);
     const uint16_t *list = active(k, row, c);
     float *h = k->s->values + row * p->hidden + first;
-    if (!n) continue;
+    if (!n_active(k, row, c)) continue;
     if (b->up_type >= 0 && k->arranged != row) {
       const pi2_q8 x = pi2_q8_row(&k->in->q8, row);
-      pi2_arrange(&x, p->wide, k->op->matrix[0].k, scratch->arranged, scratch->arranged_d, scratch->arranged_s);
+      pi2_arrange(&x, p->wide, p->dim, scratch->arranged, scratch->arranged_d, scratch->arranged_s);
       k->arranged = row;
     }
+    if (b->gate_type >= 0) compute_gates(k, c, row);
+    const int n = n_active(k, row, c);
     for (int at = 0; b->up_type >= 0 && at < n; at += 16) {
       const int m = n - at < 16 ? n - at : 16;
       const uint8_t *rows[16], *scales[16];
       float gate[16], up[16];
       for (int i = 0; i < m; i++) {
-        rows[i] = places[list[at + i]];
+        rows[i] = places[list[at + i]] + b->gate_bytes;
         scales[i] = b->up_scales + (first + list[at + i]) * b->up_stride;
         gate[i] = h[list[at + i]];
       }
-      for (int i = at + m; i < n && i < at + m + 16; i++) prefetch(places[list[i]], AHEAD); /* the kernel does the rest */
-      p->kernels->neuron_rows[b->up_type](rows, scales, m, k->op->matrix[0].k, scratch->arranged, scratch->arranged_d,
+      for (int i = at + m; i < n && i < at + m + 16; i++) /* the kernel does the rest */
+        prefetch(places[list[i]] + b->gate_bytes, AHEAD);
+      p->kernels->neuron_rows[b->up_type](rows, scales, m, p->dim, scratch->arranged, scratch->arranged_d,
                                           scratch->arranged_s, up);
       for (int i = 0; b->up_bias && i < m; i++) up[i] += b->up_bias[first + list[at + i]];
-      p->kernels->activate(k->op->activation, k->op->up_activation, gate, up, up, m);
+      p->kernels->activate(activation, k->op->up_activation, gate, up, up, m);
       for (int i = 0; i < m; i++) h[list[at + i]] = up[i];
     }
     pi2_q8 q8 = pi2_q8_at(p, &p->q8_hidden, row, first);
@@ -367,6 +428,7 @@ void pi2_sparse_reset(pi2_sparse *s) {
 static block block_of(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, int turn, const pi2_input *in) {
   const pi2_program *p = r->program;
   return (block){.r = r, .p = p, .op = op, .b = op->bundles, .s = pi2_sparse_of(r, turn), .cache = p->neurons, .w = w, .in = in,
+                 .predicted = {.floats = p->y, .ld = p->y_columns},
                  .index = index, .rows = pi2_rows(r, op), .arranged = -1,
                  .n_clusters = (int)((op->bundles->neurons + PI2_CLUSTER - 1) / PI2_CLUSTER)};
 }
@@ -390,7 +452,7 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
   const int turn = p->scratch[w->index].turn;
   int stopped = 0;
-  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, pi2_row_of(r, op), pi2_rows(r, op), 1, &stopped);
+  pi2_input in = pi2_prepare(r, op, index, w, p->dim, pi2_row_of(r, op), pi2_rows(r, op), 1, &stopped);
   if (stopped) return stopped;
   block k = block_of(r, op, index, w, turn, &in), next = {0};
   pi2_sparse *s = k.s;
@@ -436,6 +498,6 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
       atomic_fetch_add_explicit(&k.cache->stall_ns, pi2_now_ns() - begin_ns, memory_order_relaxed);
     pi2_note_wait(r, w, begin, pi2_ticks());
   }
-  if (s->n_ranges > 1) pi2_neuron_cache_signal(k.cache); /* whoever waits leaves, too */
+  if (p->threads > 1) pi2_neuron_cache_signal(k.cache); /* whoever waits leaves, too */
   return 0;
 }

@@ -146,7 +146,8 @@ int pi2_program_prepare(pi2_program *p) {
       p->y_columns = columns > p->y_columns ? columns : p->y_columns;
     } else if (op->kind == PI2_FFN || op->kind == PI2_SPARSE) {
       if (op->kind == PI2_SPARSE && op->sink == PI2_TO_Y) p->y_columns = p->dim > p->y_columns ? p->dim : p->y_columns;
-      p->hidden = op->matrix[0].rows > p->hidden ? op->matrix[0].rows : p->hidden;
+      const int64_t hidden = op->kind == PI2_SPARSE ? op->bundles->neurons : op->matrix[0].rows;
+      p->hidden = hidden > p->hidden ? hidden : p->hidden;
     } else if (op->kind == PI2_ATTENTION) {
       int64_t columns = (int64_t)op->n_heads * op->head_dim;
       p->attention_columns = columns > p->attention_columns ? columns : p->attention_columns;

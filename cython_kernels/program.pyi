@@ -49,8 +49,12 @@ class Bundles:
         per_page: int,
         neuron_bytes: int,
         up_bytes: int,
+        gate: Scales | None = None,
+        gate_bytes: int = 0,
+        gate_bias: Floats | None = None,
         up_bias: Floats | None = None,
         down_bias: Floats | None = None,
+        thresholds: Floats | None = None,
     ) -> None: ...
 
 class Program:
@@ -110,7 +114,7 @@ class Program:
         layer: int,
         norm: Norm | None,
         sink: str,
-        decides: Matrix,
+        decides: Matrix | None,
         bundles: Bundles,
         activation: int,
         up_activation: int,

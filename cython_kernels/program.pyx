@@ -53,13 +53,17 @@ cdef extern from "sparse.h" nogil:
     enum: PI2_CLUSTER
     enum: PI2_PIPELINE_NONE, PI2_PIPELINE_MATRIX, PI2_PIPELINE_CLUSTER
     ctypedef struct pi2_bundles:
-        int region, up_type, down_type
-        int64_t neurons, per_page, neuron_bytes, up_bytes
+        int region, up_type, down_type, gate_type
+        int64_t neurons, per_page, neuron_bytes, gate_bytes, up_bytes
+        const uint8_t *gate_scales
+        int64_t gate_stride
+        const float *gate_bias
         const uint8_t *up_scales
         const uint8_t *down_scales
         int64_t up_stride, down_stride, down_plane
         const float *up_bias
         const float *down_bias
+        const float *thresholds
 
 cdef extern from "program.h" nogil:
     enum: PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD, PI2_HEAD, PI2_SPARSE, PI2_ROUTE
@@ -219,6 +223,8 @@ cdef class Bundles:
 
     ``up``, ``down``: (type id, address of the scales, bytes from one neuron's (32 neurons') to the next), None where the block
     has no gate. ``down_plane``: bytes from a group's scales to its minimums, in types that have them. Biases: float32.
+    ``gate``: as ``up``, where gates are in the bundles too; ``gate_bytes``, ``up_bytes``: from a neuron's beginning to its
+    row of up, and to its column of down. ``thresholds``: float32 (neurons,), None for an exact block; a neuron fires when the activated gate's magnitude is above.
     Scales stay valid as long as the program lives.
     """
 
@@ -226,9 +232,16 @@ cdef class Bundles:
     cdef list keep
 
     def __init__(self, int region, up, down, *, int64_t down_plane, int64_t neurons, int64_t per_page, int64_t neuron_bytes,
-                 int64_t up_bytes, up_bias=None, down_bias=None):
+                 int64_t up_bytes, gate=None, int64_t gate_bytes=0, gate_bias=None, up_bias=None, down_bias=None, thresholds=None):
         cdef const float[::1] bias
-        self.keep = [up_bias, down_bias]
+        self.keep = [gate_bias, up_bias, down_bias, thresholds]
+        self.b.gate_type, self.b.gate_bytes = -1, gate_bytes
+        if gate is not None:
+            self.b.gate_type, self.b.gate_stride = gate[0], gate[2]
+            self.b.gate_scales = <const uint8_t *><uintptr_t>gate[1]
+        if gate_bias is not None:
+            bias = gate_bias
+            self.b.gate_bias = &bias[0]
         self.b.region, self.b.up_type = region, -1
         if up is not None:
             self.b.up_type, self.b.up_stride = up[0], up[2]
@@ -242,6 +255,11 @@ cdef class Bundles:
         if down_bias is not None:
             bias = down_bias
             self.b.down_bias = &bias[0]
+        if thresholds is not None:
+            bias = thresholds
+            if bias.shape[0] != neurons:
+                raise InternalError(f"{bias.shape[0]} thresholds for {neurons} neurons")
+            self.b.thresholds = &bias[0]
 
 
 cdef class Program:
@@ -380,9 +398,11 @@ cdef class Program:
         op.activation, op.up_activation, op.q8_out = activation, up_activation, q8_out
         self.set_matrices(op, [up] if gate is None else [up, gate])
 
-    def sparse_ffn(self, int layer, norm, sink, Matrix decides, Bundles bundles, int activation, int up_activation, *,
+    def sparse_ffn(self, int layer, norm, sink, decides, Bundles bundles, int activation, int up_activation, *,
                    int expert=-1):
-        """A whole feed-forward block whose neurons are read when they fire. ``decides``: gate, or up where there is none."""
+        """A whole feed-forward block whose neurons are read when they fire. ``decides``: gate, or up where there is none.
+        Where gates are in the bundles, what of a predictor is applied to the ``linear`` before, whose sink is y; None: all
+        neurons are read."""
         if self.neurons is None or not 0 <= bundles.b.region < self.neurons.n_regions:
             raise InternalError(f"neurons of region {bundles.b.region} are in no cache")
         op = self.operation(PI2_SPARSE, layer)
@@ -390,7 +410,7 @@ cdef class Program:
         op.norm = self.norm_of(norm)
         op.sink, op.bundles = SINKS[sink], &bundles.b
         op.activation, op.up_activation = activation, up_activation
-        self.set_matrices(op, [decides])
+        self.set_matrices(op, [] if decides is None else [decides])
         self.keep.append(bundles)
 
     def attention(self, int layer, *, int n_heads, int n_kv_heads, int head_dim, int window, float scale, float softcap,

@@ -1,12 +1,13 @@
 /* A feed-forward block of which only the neurons that fire are read and computed: the cluster pipeline.
  *
- * The deciding matrix (gate; up, where there is no gate) is computed whole. Its rows are cut into clusters of PI2_CLUSTER
+ * The deciding matrix (gate; up, where there is no gate; a predictor, where gates are not in memory) is computed whole. Its rows are cut into clusters of PI2_CLUSTER
  * neurons. Of each cluster the neurons that fired are asked for (neuron_cache.h); once they are in memory their rows of up
  * are computed, and then their columns of down are added to the residual stream. Clusters are at different stages at the
  * same time, and a thread takes whatever can be done next: no barrier between the matrices, order only within a cluster.
  *
  * The columns are added by ranges of the stream's rows, each range cluster after cluster: the sums have one order, whatever
- * arrives first and whoever computes it. So a result does not depend on what the cache held, and is the dense one.
+ * arrives first and whoever computes it. So a result does not depend on what the cache held, and is the dense one; with
+ * thresholds it is that of a dense block whose activations below them are zero.
  *
  * There are two of what a block works on. Experts of a mixture have the same input: while one waits for flash, the gates of
  * the next one are computed already, and its neurons asked for. */
@@ -26,10 +27,16 @@ enum pi2_pipeline { /* how much of reading and computing overlaps; for measuring
 
 typedef struct { /* where the neurons of a block lie; docs/pack-format.md */
   int region, up_type, down_type; /* up_type -1: no gate, so up decides and only columns of down are read */
-  int64_t neurons, per_page, neuron_bytes, up_bytes; /* up_bytes: from a neuron's row of up to its column of down */
+  int gate_type;                  /* -1: gates are not in the bundles */
+  int64_t neurons, per_page, neuron_bytes;
+  int64_t gate_bytes, up_bytes; /* from a neuron's beginning to its row of up, and to its column of down */
+  const uint8_t *gate_scales;
+  int64_t gate_stride;
+  const float *gate_bias;
   const uint8_t *up_scales, *down_scales;
   int64_t up_stride, down_stride, down_plane; /* scales: per neuron; per 32 neurons; from scales to minimums */
   const float *up_bias, *down_bias;
+  const float *thresholds; /* (neurons): only those fire whose |act(gate)| is above; NULL: exact */
 } pi2_bundles;
 
 enum { PI2_IDLE, PI2_GATED, PI2_ASKED, PI2_TAKEN, PI2_COMPUTED };

@@ -21,6 +21,7 @@ from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.clusters import Clusters
 from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
 from pi2rt.executors.neurons import DEPTH, Neurons
+from pi2rt.executors.predictors import LoadedPredictors
 from pi2rt.executors.read_trace import ReadTrace
 from pi2rt.executors.weights import Weights
 from pi2rt.formats import ModelFile
@@ -51,6 +52,7 @@ class CpuExecutor:
 
     name = "cpu"
     reads_bundles = True
+    sparsities = ("exact", "thresholded", "predicted")
     max_in_flight = program.MOST_IN_FLIGHT
 
     def __init__(self) -> None:
@@ -59,6 +61,7 @@ class CpuExecutor:
         self._ring: native.Memory | None = None
         self._stream: Stream | None = None
         self._neurons: Neurons | None = None
+        self._predictors: LoadedPredictors | None = None
         self._clusters: Clusters | None = None
         self._rows_fd = -1  # of the file, where rows of the embedding are read one by one
         self._gang: program.Gang | None = None
@@ -82,7 +85,7 @@ class CpuExecutor:
             raise UnsupportedModelError(
                 file.path,
                 "bundles",
-                "are not read as exact floats; convert the model with --no-bundles for that",
+                "are not read as exact floats; convert the model with --bundles off for that",
             )
         cores = options.cores or tuple(sorted(os.sched_getaffinity(0)))
         self._threads = [(options.actor, core) for core in cores]
@@ -114,6 +117,7 @@ class CpuExecutor:
         pinned = [core for _, core in self._threads]
         spin = SPIN_NS if len(set(pinned)) == len(pinned) else 0  # two on one core would spin for each other
         self._gang = program.Gang(pinned, spin_ns=spin)
+        self._predictors = LoadedPredictors(file, options.predictors)
         builder = ProgramBuilder(
             file,
             model,
@@ -124,6 +128,7 @@ class CpuExecutor:
             self._rows_fd,
             self._neurons,
             self._clusters,
+            self._predictors.by_down,
         )
         self._program = builder.build(self._cache, layouts, page_bytes)
         if options.trace is not None and self._neurons is not None:
@@ -271,6 +276,9 @@ class CpuExecutor:
             self._ring = None
         self._draw_reads()  # that ended since the last step
         self._read_traces.clear()
+        if self._predictors is not None:
+            self._predictors.close()
+            self._predictors = None
         caches = (self._neurons, self._clusters)
         self._neurons = self._clusters = None
         for cache in caches:
@@ -294,8 +302,10 @@ class CpuExecutor:
         ``neuron_cache.Counters``, "neuron_page_bytes", what one read takes at least, and "neuron_reads_at_once"."""
         held: dict[str, int] = {}
         if self._weights is not None and self._cache is not None and self._program is not None:
+            assert self._options is not None
+            vectors = (*self._weights.vectors.values(), *self._options.thresholds.values())
             held = {
-                "weights": self._weights.nbytes + sum(v.nbytes for v in self._weights.vectors.values()),
+                "weights": self._weights.nbytes + sum(v.nbytes for v in vectors),
                 "kv": self._cache.nbytes,
                 "activations": self._program.activation_bytes,
             }
@@ -303,6 +313,8 @@ class CpuExecutor:
             "kernels": None if self._options is None else native.current(self._options.kernels)
         }
         flash: tuple[ThreadStatistics, ...] = ()
+        if self._predictors is not None and self._predictors.by_down:
+            held["predictors"] = self._predictors.nbytes
         if self._neurons is not None:
             held["neurons"] = self._neurons.nbytes
             counters = self._neurons.counters

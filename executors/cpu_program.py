@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.clusters import Clusters
 from pi2rt.executors.neurons import Neurons
+from pi2rt.executors.predictors import LoadedPredictor
 from pi2rt.executors.weights import PackedMatrix, Weights
 from pi2rt.formats import ModelFile
 from pi2rt.models import Attention, FeedForward, Linear, MixtureOfExperts, ModelDescription, Norm, Rope
@@ -65,6 +67,7 @@ class ProgramBuilder:
         rows_fd: int,
         neurons: Neurons | None,
         clusters: Clusters | None,
+        predictors: Mapping[str, LoadedPredictor],
     ) -> None:
         self._file, self._model, self._weights, self._options = file, model, weights, options
         self._program = program.Program(
@@ -87,6 +90,7 @@ class ProgramBuilder:
         )
         self._neurons = neurons
         self._clusters = clusters
+        self._predictors = predictors
         self._rows_fd = rows_fd
         self._ropes: dict[Rope, int] = {}
 
@@ -155,8 +159,8 @@ class ProgramBuilder:
                 index,
                 self._norm(block.norm),
                 sink,
-                self._matrix(block.up if block.gate is None else block.gate),
-                self._neurons.block(block, self._weights),
+                self._deciding(index, block, expert),
+                self._neurons.block(block, self._weights, self._options.thresholds.get(block.down.weight)),
                 native.ACTIVATIONS[block.activation],
                 native.ACTIVATIONS[block.up_activation],
                 expert=expert,
@@ -174,6 +178,17 @@ class ProgramBuilder:
             expert=expert,
         )
         self._program.linear(index, None, "hidden", sink, [self._matrix(block.down)], q8_in=q8, expert=expert)
+
+    def _deciding(self, index: int, block: FeedForward, expert: int) -> program.Matrix | None:
+        """What says which neurons of a block are read. None: all of them."""
+        decides = block.up if block.gate is None else block.gate
+        if decides.weight not in self._weights.scales:
+            return self._matrix(decides)
+        predictor = self._predictors.get(block.down.weight)
+        if predictor is None or expert >= 0:  # y, where its first product would go, holds the router's
+            return None
+        self._program.linear(index, self._norm(block.norm), "x", "y", [predictor.first])
+        return predictor.second
 
     def _mixture(self, index: int, block: MixtureOfExperts) -> None:
         p, shared = self._program, block.shared_expert()

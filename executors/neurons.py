@@ -18,6 +18,7 @@ from pi2rt.cython_kernels.neuron_cache import Counters, NeuronCache
 from pi2rt.executors.weights import Weights
 from pi2rt.formats import ModelFile, neuron_bundles
 from pi2rt.models import FeedForward, ModelDescription, feed_forwards
+from pi2rt.runtime.step import Floats
 
 DEPTH = 128
 """Reads of neurons in flight. They are small, and the thread that reaps them shares its core with one that computes: on
@@ -52,7 +53,10 @@ class Neurons:
         blocks = [block for _, block in numbered]
         for block in blocks:
             bundles = file.bundles.get(block.down.weight)
-            if bundles is not None and (bundles.up is None) != (block.gate is None):
+            gate = None if block.gate is None else block.gate.weight
+            if bundles is not None and (
+                (bundles.up is None) != (gate is None) or bundles.gate not in (None, gate)
+            ):
                 raise UnsupportedModelError(
                     file.path,
                     f"bundles {bundles.name}",
@@ -149,8 +153,8 @@ class Neurons:
                         break
                 time.sleep(REFILL_PAUSE_S)
 
-    def block(self, block: FeedForward, weights: Weights) -> program.Bundles:
-        """What a program needs to know of one block."""
+    def block(self, block: FeedForward, weights: Weights, thresholds: Floats | None) -> program.Bundles:
+        """What a program needs to know of one block. ``thresholds``: float32 (hidden,); see ``ExecutorOptions``."""
         bundles = self._bundles[self._numbers[block.down.weight]]
         down_type, down_scales = weights.scales[block.down.weight]
         down_group = neuron_bundles.down_scales(down_type, weights.dim)
@@ -158,6 +162,11 @@ class Neurons:
         if block.gate is not None:
             up_type, up_scales = weights.scales[block.up.weight]
             up = (native.TYPE_IDS[up_type], up_scales, neuron_bundles.up_scales(up_type, weights.dim))
+        gate = gate_bias = None
+        if block.gate is not None and bundles.gate is not None:
+            gate_type, gate_scales = weights.scales[block.gate.weight]
+            gate = (native.TYPE_IDS[gate_type], gate_scales, neuron_bundles.up_scales(gate_type, weights.dim))
+            gate_bias = None if block.gate.bias is None else weights.vectors[block.gate.bias]
         biased = block.up.bias if block.gate is not None else None
         return program.Bundles(
             self._numbers[block.down.weight],
@@ -167,9 +176,13 @@ class Neurons:
             neurons=bundles.neurons,
             per_page=bundles.neurons_per_page,
             neuron_bytes=bundles.neuron_bytes,
-            up_bytes=bundles.up_bytes,
+            up_bytes=bundles.gate_bytes + bundles.up_bytes,
+            gate=gate,
+            gate_bytes=bundles.gate_bytes,
+            gate_bias=gate_bias,
             up_bias=None if biased is None else weights.vectors[biased],
             down_bias=None if block.down.bias is None else weights.vectors[block.down.bias],
+            thresholds=thresholds,
         )
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pi2rt.models import (
     Activation,
     Attention,
+    Block,
     FeedForward,
     Linear,
     MixtureOfExperts,
@@ -86,17 +87,36 @@ class ReferenceModel:
                 raise StoppedError
             for j, block in enumerate(layer.blocks):
                 begun = time.perf_counter_ns()
-                y = self._norm(block.norm, x)
-                if isinstance(block, Attention):
-                    y = self._attention(block, y, start, pages, self._caches[i, j])
-                elif isinstance(block, FeedForward):
-                    y = self._feed_forward(block, y)
-                else:
-                    y = self._mixture(block, y)
-                x = x + (y if block.post_norm is None else self._norm(block.post_norm, y))
+                x = self.behind(i, j, x, start, pages)
                 if marks is not None:
                     marks.append((f"{i} {type(block).__name__}", begun, time.perf_counter_ns()))
         return x
+
+    def behind(self, layer: int, number: int, x: Floats, start: int, pages: Int32s) -> Floats:
+        """The residual stream (t, dim) behind a block, from the one before it. Arguments as ``forward``."""
+        block = self.model.layers[layer].blocks[number]
+        if isinstance(block, FeedForward):
+            gate, up = self.activations(block, x)
+            return self.add_hidden(block, x, gate if up is None else gate * up)
+        y = self._norm(block.norm, x)
+        if isinstance(block, Attention):
+            return self._add(block, x, self._attention(block, y, start, pages, self._caches[layer, number]))
+        return self._add(block, x, self._mixture(block, y))
+
+    def activations(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
+        """Of the stream (t, dim) before a block the two factors of its hidden values, (t, hidden) each: the
+        activated gate and up after its own activation; or, without gate, the activated up and None."""
+        return self._factors(block, self._norm(block.norm, x))
+
+    def gate_product(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats]:
+        """Of the stream before a gated block, the block's input (t, dim), and the gate's product (t, hidden)."""
+        assert block.gate is not None
+        y = self._norm(block.norm, x)
+        return y, self._linear(block.gate, y)
+
+    def add_hidden(self, block: FeedForward, x: Floats, hidden: Floats) -> Floats:
+        """The stream behind a block, from the one before it and the block's hidden values."""
+        return self._add(block, x, self._linear(block.down, hidden))
 
     def logits(self, x: Floats) -> Floats:
         """(t, dim) to (t, vocab_size)."""
@@ -108,6 +128,9 @@ class ReferenceModel:
         return out
 
     # -- blocks
+
+    def _add(self, block: Block, x: Floats, y: Floats) -> Floats:
+        return x + (y if block.post_norm is None else self._norm(block.post_norm, y))
 
     def _attention(self, block: Attention, x: Floats, start: int, pages: Int32s, cache: Floats) -> Floats:
         """``cache``: keys and values, (2, pages, PAGE_TOKENS, g, d)."""
@@ -140,13 +163,18 @@ class ReferenceModel:
             out[:, head] = weights @ values[:, head // group]
         return self._linear(block.out, out.reshape(t, -1))
 
-    def _feed_forward(self, block: FeedForward, x: Floats) -> Floats:
+    def _factors(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
+        """See ``activations``; ``x``: normalised."""
         up = self._linear(block.up, x)  # (t, hidden)
         if block.gate is None:
-            return self._linear(block.down, activate(block.activation, up))
+            return activate(block.activation, up), None
         if block.up_activation is not None:
             up = activate(block.up_activation, up)
-        return self._linear(block.down, activate(block.activation, self._linear(block.gate, x)) * up)
+        return activate(block.activation, self._linear(block.gate, x)), up
+
+    def _feed_forward(self, block: FeedForward, x: Floats) -> Floats:
+        gate, up = self._factors(block, x)
+        return self._linear(block.down, gate if up is None else gate * up)
 
     def _mixture(self, block: MixtureOfExperts, x: Floats) -> Floats:
         logits = self._linear(block.router, x)  # (t, n_experts)

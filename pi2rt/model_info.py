@@ -17,7 +17,7 @@ class ModelInfo:
     """``parameters``: numbers in the tensors that are used, shared ones once. ``file_bytes``: bytes of
     these tensors in the file. ``quantisation``: the types that make up at least a hundredth of them, the
     largest first ("Q4_1 71 %, Q8_0 29 %"). ``context``: positions per sequence, as opened;
-    ``model_context``: as trained.
+    ``model_context``: as trained. ``sparsity``: "exact", or what of the model is left out and what that costs.
     """
 
     name: str
@@ -30,6 +30,7 @@ class ModelInfo:
     layers: int
     context: int
     model_context: int
+    sparsity: str = "exact"
 
 
 def model_info(file: ModelFile, model: ModelDescription, context: int, model_context: int) -> ModelInfo:

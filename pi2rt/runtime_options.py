@@ -32,6 +32,8 @@ class RuntimeKeywords(TypedDict, total=False):
     io: Literal["auto", "uring", "preadv"]
     cache: int | str | None
     pipeline: Literal["cluster", "matrix", "none"]
+    sparsity: Literal["exact", "predicted", "thresholded"]
+    calibration: str | os.PathLike[str] | None
     exact_floats: bool
     trace: str | os.PathLike[str] | None
     on_load: Progress | None
@@ -70,6 +72,13 @@ class RuntimeOptions:
     None: all that ``memory`` leaves."""
     pipeline: Literal["cluster", "matrix", "none"] = "cluster"
     """How far reading neurons overlaps with computing. For measuring: the others are slower."""
+    sparsity: Literal["exact", "predicted", "thresholded"] = "exact"
+    """Which neurons of a pack rest: "exact", those whose output is zero; "thresholded", those too whose activated gate
+    is below a threshold; "predicted", of a pack whose gates are in its bundles, those of which a predictor says that
+    they will be zero. ``pi2rt calibrate`` finds thresholds and predictors. Both change the text;
+    ``Runtime.model.sparsity`` says by how much."""
+    calibration: str | os.PathLike[str] | None = None
+    """The file with thresholds and predictors; None: the one beside the pack."""
     exact_floats: bool = False
     """Weights and activations as float32, for tests; slow."""
     trace: str | os.PathLike[str] | None = None
@@ -90,6 +99,14 @@ class RuntimeOptions:
             raise RequestError(f"io={self.io!r}: one of 'auto', 'uring', 'preadv' is needed")
         if self.pipeline not in ("cluster", "matrix", "none"):
             raise RequestError(f"pipeline={self.pipeline!r}: one of 'cluster', 'matrix', 'none' is needed")
+        if self.sparsity not in ("exact", "predicted", "thresholded"):
+            raise RequestError(
+                f"sparsity={self.sparsity!r}: one of 'exact', 'predicted', 'thresholded' is needed"
+            )
+        if self.calibration is not None and self.sparsity == "exact":
+            raise RequestError(
+                f"calibration={os.fspath(self.calibration)!r}: nothing of it is used with sparsity='exact'"
+            )
         if self.memory is not None and self.memory_bytes < 1:
             raise RequestError(f"memory={self.memory!r}: at least one byte is needed")
         if self.cache not in (None, "off") and self.cache_bytes is not None and self.cache_bytes < 1:

@@ -41,6 +41,7 @@ from pi2rt.runtime.step import PAGE_TOKENS, Floats
 from pi2rt.runtime.topology import CoreClass, parse_core_classes, read_topology
 from pi2rt.runtime.trace import Trace
 from pi2rt.runtime_options import MIXED_CHUNK, RuntimeKeywords, RuntimeOptions
+from pi2rt.sparsity import load_sparsity
 from pi2rt.tokenizer import Tokenizer, load_tokenizer
 
 Prompt: TypeAlias = str | Iterable[int] | Iterable[Mapping[str, Any]]
@@ -241,7 +242,13 @@ async def open_runtime(
     trace = None if chosen.trace is None else Trace()
     with await trio.to_thread.run_sync(open_model_file, path) as file:
         description, info = await trio.to_thread.run_sync(_describe, file, chosen.context)
+        lossy = await trio.to_thread.run_sync(load_sparsity, file, chosen)
         executor_options = _executor_options(file, description, chosen, info.context, placement, trace)
+        if lossy is not None:
+            info = replace(info, sparsity=lossy.label)
+            executor_options = replace(
+                executor_options, thresholds=lossy.thresholds, predictors=lossy.predictors
+            )
         if (chosen.cache is not None or chosen.pipeline != "cluster") and not (
             file.bundles and chosen.memory
         ):
@@ -258,7 +265,12 @@ async def open_runtime(
                     file.path,
                     "bundles",
                     f"are there, matrices stored by neuron, which the executor {executor.name!r} cannot read; convert "
-                    f"the model again with --no-bundles",
+                    f"the model again with --bundles off",
+                )
+            if chosen.sparsity not in getattr(executor, "sparsities", ("exact",)):
+                raise RequestError(
+                    f"sparsity={chosen.sparsity!r}: the executor {executor.name!r} does not have it; take "
+                    f"executor='cpu'"
                 )
             await executor.open(file, description, executor_options, chosen.on_load or _ignore)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from pi2rt._errors import ModelFormatError
 from pi2rt.cython_kernels import native
@@ -26,43 +27,64 @@ from pi2rt.formats.pack_writer import PackWriter, Planned
 from pi2rt.models import FeedForward, ModelDescription, feed_forwards
 from pi2rt.models.tensors import block_tensors
 
+Bundling: TypeAlias = Literal["relu", "gates", "all", "off"]
+"""Which feed-forward blocks are stored by neuron: those of which a zero gate skips neurons without changing a bit of
+the result; the same with their gates among it, for ``sparsity="predicted"``; all, for ``sparsity="thresholded"``; or
+none. Without their modes "gates" and "all" are slower than the first."""
+
 PIECE_BYTES = 4 << 20
 """Bytes of rows read at once, and of pages written at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bundled:
-    """A feed-forward block whose up (None where there is no gate) and down matrices are stored by neuron. ``last``: the
-    name of its layer's last matrix, behind which the pages lie."""
+    """A feed-forward block whose up (None where there is no gate) and down matrices are stored by neuron, and its gate,
+    unless that is None, too. ``last``: the name of its layer's last matrix, behind which the pages lie. ``rests``:
+    see the function of that name."""
 
     up: TensorInfo | None
     down: TensorInfo
     bundles: NeuronBundles
     last: str
+    rests: bool
+    gate: TensorInfo | None = None
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        return (self.down,) if self.up is None else (self.up, self.down)
+        return tuple(each for each in (self.gate, self.up, self.down) if each is not None)
 
 
-def bundled_blocks(file: ModelFile, model: ModelDescription) -> Iterator[Bundled]:
-    """The blocks whose neurons can be skipped without changing a bit of the result: those of ReLU and its square, the
-    type of whose matrices is among ``neuron_bundles.TYPES`` and whose neurons are whole groups."""
-    for layer in model.layers:
+def bundled_blocks(
+    file: ModelFile, model: ModelDescription, bundling: Bundling = "relu"
+) -> Iterator[Bundled]:
+    """The blocks that are stored by neuron: of the activations that ``bundling`` says, those the type of whose matrices
+    is among ``neuron_bundles.TYPES`` and whose neurons are whole groups."""
+    for layer in model.layers if bundling != "off" else ():
         tensors = [each for block in layer.blocks for each in block_tensors(block, model.dim)]
         last = [name for name, shape in tensors if len(shape) == 2][-1:]
-        for each in (each for block in layer.blocks for each in feed_forwards(block)):
-            matrices = _skippable(file, each)
+        for block in (each for mixed in layer.blocks for each in feed_forwards(mixed)):
+            matrices = _matrices(file, block) if bundling == "all" or rests(block) else None
             if matrices is not None:
                 up, down = matrices
                 matrix = None if up is None else _matrix(up)
-                bundles = arrange(f"{down.name}.bundles", matrix, _matrix(down))
-                yield Bundled(up, down, bundles, last[0])
+                gate = file.tensors[block.gate.weight] if bundling == "gates" and block.gate else None
+                gate = None if gate is None or gate.type not in TYPES else gate
+                bundles = arrange(
+                    f"{down.name}.bundles",
+                    matrix,
+                    _matrix(down),
+                    gate=None if gate is None else _matrix(gate),
+                )
+                yield Bundled(up, down, bundles, last[0], rests(block), gate)
 
 
-def _skippable(file: ModelFile, block: FeedForward) -> tuple[TensorInfo | None, TensorInfo] | None:
-    if block.activation not in ("relu", "relu2"):
-        return None
+def rests(block: FeedForward) -> bool:
+    """Whether neurons of a block rest by themselves: a gate that is not positive makes them zero."""
+    return block.activation in ("relu", "relu2")
+
+
+def _matrices(file: ModelFile, block: FeedForward) -> tuple[TensorInfo | None, TensorInfo] | None:
+    """Up and down of a block, if they can be in bundles."""
     up = file.tensors[block.up.weight] if block.gate is not None else None
     down = file.tensors[block.down.weight]
     if block.hidden % GROUP or any(each is not None and each.type not in TYPES for each in (up, down)):
@@ -88,7 +110,8 @@ class BundleWriter:
         self, file: ModelFile, writer: PackWriter, blocks: tuple[Bundled, ...], read: Callable[[int], None]
     ) -> None:
         self._file, self._writer, self._read = file, writer, read
-        self._up = {each.up.name: each for each in blocks if each.up is not None}
+        rows = ((info, each) for each in blocks for info in (each.gate, each.up))
+        self._up = {info.name: each for info, each in rows if info is not None}
         self._down = {each.down.name: each for each in blocks}
 
     def write_scales(self, info: TensorInfo) -> bool:
@@ -138,12 +161,14 @@ class BundleWriter:
 
     def write_pages(self, block: Bundled) -> None:
         """The quants of a block. Reads its matrices once more: down as a whole, for a neuron has a part of each row."""
-        up, down, bundles = block.up, block.down, block.bundles
+        down, bundles = block.down, block.bundles
+        behind = ((block.gate, 0), (block.up, bundles.gate_bytes))  # where in a neuron they begin
+        parts = [(info, at) for info, at in behind if info is not None]
         rows, neurons = down.shape
         step = step_neurons(bundles)
         step *= max(1, PIECE_BYTES // (step * bundles.neuron_bytes))
         step_pages = -(-min(step, neurons) // bundles.neurons_per_page)
-        row_bytes = up.nbytes // neurons if up is not None else 0
+        row_bytes = max((info.nbytes // neurons for info, _ in parts), default=0)
         matrix, pages = native.Memory(down.nbytes), native.Memory(step_pages * bundles.page_bytes)
         source = native.Memory(min(step, neurons) * row_bytes or 1)
         try:
@@ -154,10 +179,13 @@ class BundleWriter:
                 to = pages.view()[: -(-count // bundles.neurons_per_page) * bundles.page_bytes]
                 if count < step:
                     to[:] = 0  # behind the last neuron there are those of the piece before
-                if up is not None:
-                    raw = source.view()[: count * row_bytes]
-                    self._file.read_into(up, first * row_bytes, raw.data)
-                    native.bundle_up(up.type, raw, count, up.shape[1], bundles.layout, to, None)
+                for info, at in parts:
+                    each = info.nbytes // neurons
+                    raw = source.view()[: count * each]
+                    self._file.read_into(info, first * each, raw.data)
+                    native.bundle_up(
+                        info.type, raw, count, info.shape[1], bundles.layout, to, None, at_byte=at
+                    )
                 native.bundle_down(down.type, raw_down, rows, neurons, first, count, bundles.layout, to, None)
                 self._writer.write(bundles.name, to)
                 self._read(0)

@@ -16,15 +16,18 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
-from pi2rt._errors import ConversionError, ModelFormatError, RequestError
+from pi2rt._errors import ConversionError, ModelFormatError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels import native
 from pi2rt.formats import ModelFile, TensorInfo, open_model_file
 from pi2rt.formats.gguf import GgufFile
 from pi2rt.formats.huggingface import COMPANIONS, MAX_CONFIG_BYTES, HuggingFaceDirectory
+from pi2rt.formats.neuron_bundles import GROUP
+from pi2rt.formats.neuron_bundles import TYPES as BUNDLED_TYPES
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.pack_header import (
     CHECKSUM_BYTES,
     DIGEST_BYTES,
+    NEVER_REST,
     Container,
     Source,
     SourceFile,
@@ -36,7 +39,14 @@ from pi2rt.formats.regular_file import RegularFile
 from pi2rt.formats.row_blocks import ROWS
 from pi2rt.models import ModelDescription, describe
 from pi2rt.models.tensors import block_tensors, iterate_tensors
-from pi2rt.planner.bundling import Bundled, BundleWriter, bundled_blocks, planned_pages, planned_scales
+from pi2rt.planner.bundling import (
+    Bundled,
+    BundleWriter,
+    Bundling,
+    bundled_blocks,
+    planned_pages,
+    planned_scales,
+)
 
 Progress: TypeAlias = Callable[[int, int], None]
 """``progress(done, total)``, in bytes. It may raise, which ends the work."""
@@ -52,7 +62,7 @@ def convert(
     destination: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    bundles: bool = True,
+    bundles: Bundling = "relu",
     progress: Progress | None = None,
 ) -> None:
     """Writes the pack of a model. Blocks: from Trio, call it in a thread, and let ``progress`` raise the cancellation.
@@ -63,7 +73,8 @@ def convert(
         source_path: a GGUF file or a Hugging Face directory.
         destination: the file to write.
         overwrite: whether a file that is there already may be replaced.
-        bundles: whether feed-forward blocks whose neurons can be skipped are stored by neuron.
+        bundles: which feed-forward blocks are stored by neuron: "relu", those whose neurons rest by themselves;
+            "gates", these with their gates; "all", as thresholds need it; or "off".
         progress: called between pieces, from the calling thread.
 
     Raises:
@@ -81,7 +92,7 @@ def convert_file(
     destination: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    bundles: bool = True,
+    bundles: Bundling = "relu",
     progress: Progress | None = None,
 ) -> None:
     """As ``convert``, of a model that is open. One that is not read from files, but made up as it is read, has metadata
@@ -115,7 +126,7 @@ class _Conversion:
     """One run: what goes where, and how far it is."""
 
     def __init__(
-        self, file: ModelFile, destination: Path, overwrite: bool, bundles: bool, progress: Progress
+        self, file: ModelFile, destination: Path, overwrite: bool, bundles: Bundling, progress: Progress
     ) -> None:
         self._file, self._destination, self._overwrite, self._progress = (
             file,
@@ -132,7 +143,19 @@ class _Conversion:
             if info.name not in self._named and len(info.shape) == 1 and info.nbytes
         ]
         self._tensors = [*(file.tensors[name] for name in reading_order(model)), *rest]
-        self._bundled = tuple(bundled_blocks(file, model)) if bundles else ()
+        self._bundled = tuple(bundled_blocks(file, model, bundles))
+        useless = {
+            "all": not self._bundled,
+            "gates": all(each.gate is None for each in self._bundled),
+        }
+        if useless.get(bundles):
+            what = "feed-forward blocks" if bundles == "all" else "gates of ReLU feed-forward blocks"
+            raise UnsupportedModelError(
+                file.path,
+                what,
+                f"cannot be stored by neuron, for there are none of type {', '.join(BUNDLED_TYPES)} with a multiple of "
+                f"{GROUP} neurons; leave out --bundles {bundles}",
+            )
         self._paths = _source_paths(file)
         self._stamps = [_stamp(path) for path in self._paths]
         self._total = sum(info.nbytes for info in self._tensors) + sum(size for size, *_ in self._stamps)
@@ -150,7 +173,13 @@ class _Conversion:
         plan += [Planned(name, size=len(data)) for name, data in companions.items()]
         source = self._source(container, [bytes(DIGEST_BYTES)] * len(self._paths))
         writer = PackWriter(
-            self._destination, source, file.architecture, metadata, plan, overwrite=self._overwrite
+            self._destination,
+            source,
+            file.architecture,
+            metadata,
+            plan,
+            overwrite=self._overwrite,
+            flags=0 if all(each.rests for each in self._bundled) else NEVER_REST,
         )
         stop = threading.Event()
         with writer, ThreadPoolExecutor(1, "pi2rt digest") as pool:

@@ -18,13 +18,13 @@ Result = TypeVar("Result")
 
 
 class Bar:
-    """One line that shows how far something is; gone when it is done. Used as a context manager.
+    """One line that shows how far something is, in bytes or in pieces; gone when it is done. Used as a context manager.
 
     Silent where standard error is no terminal. Redraws from the caller's thread, at most ten times a second.
     """
 
-    def __init__(self, title: str = "") -> None:
-        self._title = title
+    def __init__(self, title: str = "", *, pieces: bool = False) -> None:
+        self._title, self._pieces = title, pieces
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._shown = title
@@ -33,11 +33,23 @@ class Bar:
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TransferSpeedColumn,
+            )
 
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            measure = (MofNCompleteColumn(),) if self._pieces else (DownloadColumn(), TransferSpeedColumn())
             self._progress = Progress(
-                *columns, console=Console(stderr=True), auto_refresh=False, transient=True
+                TextColumn("{task.description}"),
+                BarColumn(),
+                *measure,
+                console=Console(stderr=True),
+                auto_refresh=False,
+                transient=True,
             )
             self._progress.start()
         return self

@@ -83,6 +83,14 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         help="how far reading neurons overlaps with computing (default: cluster)",
     )
     group.add_argument(
+        "--sparsity",
+        choices=("exact", "predicted", "thresholded"),
+        default="exact",
+        help="thresholded: neurons rest that matter little; predicted: those of a pack with --bundles gates of which a "
+        "predictor says that they are zero. Both change the text; see 'pi2rt calibrate' (default: exact)",
+    )
+    group.add_argument("--calibration", metavar="FILE", help="for --sparsity (default: MODEL.calibration)")
+    group.add_argument(
         "--kernels", metavar="NAME", help="kernel variant, see 'pi2rt info' (default: the best)"
     )
 
@@ -124,6 +132,8 @@ async def opened(
                         io=options.io,
                         cache=options.cache,
                         pipeline=options.pipeline,
+                        sparsity=options.sparsity,
+                        calibration=options.calibration,
                         on_load=bar.update,
                         **more,
                     )
@@ -137,6 +147,8 @@ async def opened(
                 raise
             path = await converted(path)
             opened = await load()
+        if opened.runtime.model.sparsity != "exact":
+            note(f"lossy: {opened.runtime.model.sparsity}")
         yield opened
 
 

@@ -44,6 +44,7 @@ class Result:
 
     model: str
     executor: str
+    sparsity: str
     kernels: str | None
     threads: int
     prefill_tokens: int
@@ -126,6 +127,7 @@ async def _run(options: argparse.Namespace) -> int:
     result = Result(
         model=runtime.model.name,
         executor=options.executor,
+        sparsity=runtime.model.sparsity,
         kernels=_runtime.kernels(options),
         threads=_runtime.placement(options).threads,
         prefill_tokens=options.prefill,

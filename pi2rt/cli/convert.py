@@ -13,10 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pack", metavar="FILE.pi2", help="the pack to write")
     parser.add_argument("--force", action="store_true", help="replace the pack if it is there")
     parser.add_argument(
-        "--no-bundles",
-        dest="bundles",
-        action="store_false",
-        help="store feed-forward matrices of ReLU models as all others, not by neuron",
+        "--bundles",
+        choices=("relu", "gates", "all", "off"),
+        default="relu",
+        help="feed-forward blocks that are stored by neuron: of ReLU models; of these with their gates, for --sparsity "
+        "predicted; all, for --sparsity thresholded; none (default: relu)",
     )
 
 

@@ -17,9 +17,9 @@ from typing import NoReturn
 
 from pi2rt import __version__
 from pi2rt._errors import Pi2rtError
-from pi2rt.cli import bench, convert, info, models, perplexity, pull, run, verify
+from pi2rt.cli import bench, calibrate, convert, info, models, perplexity, pull, run, verify
 
-_COMMANDS = (run, pull, models, convert, verify, info, bench, perplexity)
+_COMMANDS = (run, pull, models, convert, verify, calibrate, info, bench, perplexity)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from functools import partial
 
@@ -34,43 +33,45 @@ def main(options: argparse.Namespace) -> int:
 
     if options.chunk < 4:
         raise RequestError(f"--chunk {options.chunk}: at least 4 tokens are needed")
+    return run_until_interrupted(partial(_run, options, read_text(options.file)))
+
+
+def read_text(path: str) -> str:
+    """The text of a file, without a last newline.
+
+    Raises:
+        RequestError: it cannot be read, or is not UTF-8.
+    """
+    from pi2rt._errors import RequestError
+
     try:
-        with open(options.file, encoding="utf-8") as file:
-            text = file.read()
+        with open(path, encoding="utf-8") as file:
+            return file.read().removesuffix("\n")
     except OSError as error:
-        raise RequestError(f"cannot read {options.file}: {error.strerror}") from error
+        raise RequestError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise RequestError(f"{options.file} is not UTF-8: {error.reason} at byte {error.start}") from None
-    return run_until_interrupted(partial(_run, options, text.removesuffix("\n")))
+        raise RequestError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 async def _run(options: argparse.Namespace, text: str) -> int:
     from pi2rt._errors import RequestError
+    from pi2rt._perplexity import cut, perplexity
 
     size = options.chunk
     async with _runtime.opened(options, context=size, max_sequences=1) as opened:
-        tokenizer = opened.runtime.tokenizer
-        bos = tokenizer.bos_id
-        adds_bos = bos is not None and tokenizer.encode("")[:1] == [bos]
-        ids = tokenizer.encode(text)
-        chunks = len(ids) // size
-        if chunks < 1:
+        ids = opened.runtime.tokenizer.encode(text)
+        chunks = cut(opened.runtime.tokenizer, ids, size)
+        if not chunks:
             raise RequestError(f"{options.file} has {len(ids)} tokens, fewer than one chunk of {size}")
-        total, scored = 0.0, 0
-        for number in range(chunks):
-            chunk = ids[number * size : (number + 1) * size]
-            if adds_bos and bos is not None:
-                chunk[0] = bos
-            logprobs = await opened.runtime.score(chunk)  # of chunk[1:]
-            second_half = logprobs[size // 2 :]
-            total -= math.fsum(second_half)
-            scored += len(second_half)
+
+        def report(done: int, value: float) -> None:
             if sys.stderr.isatty() and not options.json:
-                running = math.exp(total / scored)
-                print(f"chunk {number + 1} of {chunks}: perplexity {running:.4f}", file=sys.stderr)
-    perplexity = math.exp(total / scored)
+                print(f"chunk {done} of {len(chunks)}: perplexity {value:.4f}", file=sys.stderr)
+
+        found = await perplexity(opened.runtime, chunks, report)
     if options.json:
-        print(json.dumps({"perplexity": perplexity, "tokens": scored, "chunks": chunks, "chunk": size}))
+        result = {"perplexity": found.value, "tokens": found.tokens, "chunks": found.chunks, "chunk": size}
+        print(json.dumps(result))
     else:
-        print(f"perplexity {perplexity:.4f} over {scored} tokens ({chunks} chunks of {size})")
+        print(f"perplexity {found.value:.4f} over {found.tokens} tokens ({found.chunks} chunks of {size})")
     return 0

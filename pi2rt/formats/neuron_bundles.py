@@ -1,4 +1,5 @@
-"""Neuron bundles of a pack: the up row and the down column of each neuron side by side, in pages.
+"""Neuron bundles of a pack: the up row and the down column of each neuron (its gate row too, where that is wanted) side
+by side, in pages.
 
 Sizes and places, for readers that have to check a file without the native module; ``cython_kernels/bundles.h`` and
 ``docs/pack-format.md`` describe the bytes.
@@ -23,10 +24,11 @@ PAGE = 4096
 class NeuronBundles:
     """Where the neurons of one feed-forward block lie.
 
-    Neuron i: page ``i // neurons_per_page``, byte ``i % neurons_per_page * neuron_bytes`` of it; first ``up_bytes`` of
-    up quants, then its down quants. ``up`` and ``down`` name the tensors; ``up`` is None where that matrix decides
-    which neurons fire (a block without gate), and so is not in bundles. Scales are not here: they are the tensors' own
-    bytes.
+    Neuron i: page ``i // neurons_per_page``, byte ``i % neurons_per_page * neuron_bytes`` of it; first
+    ``gate_bytes`` of gate quants, then ``up_bytes`` of up quants, then its down quants. ``gate``, ``up`` and
+    ``down`` name the tensors. ``up`` is None where that matrix decides which neurons fire (a block without gate),
+    and so is not in bundles; ``gate`` is None where the gates are not there, but a matrix by themselves. Scales are
+    not here: they are the tensors' own bytes.
 
     ``offset``: absolute, in the file, a multiple of 4096; ``nbytes``: of all pages.
     """
@@ -41,6 +43,8 @@ class NeuronBundles:
     neurons_per_page: int
     neuron_bytes: int
     up_bytes: int
+    gate: str | None = None
+    gate_bytes: int = 0
 
     @property
     def pages(self) -> int:
@@ -48,20 +52,22 @@ class NeuronBundles:
 
     @property
     def layout(self) -> tuple[int, int, int, int]:
-        """As the native functions take it."""
-        return self.neurons_per_page, self.page_bytes, self.neuron_bytes, self.up_bytes
+        """As the native functions take it: the last is where down begins."""
+        return self.neurons_per_page, self.page_bytes, self.neuron_bytes, self.gate_bytes + self.up_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A matrix that goes into bundles: ``shape`` is (neurons, columns) of up, (rows, neurons) of down."""
+    """A matrix that goes into bundles: ``shape`` is (neurons, columns) of gate and up, (rows, neurons) of down."""
 
     name: str
     type: str
     shape: tuple[int, int]
 
 
-def arrange(name: str, up: Matrix | None, down: Matrix, offset: int = 0) -> NeuronBundles:
+def arrange(
+    name: str, up: Matrix | None, down: Matrix, offset: int = 0, *, gate: Matrix | None = None
+) -> NeuronBundles:
     """Bundles of these matrices, of ``TYPES``, at ``offset``; everything else follows from types and shapes.
 
     Raises:
@@ -72,8 +78,13 @@ def arrange(name: str, up: Matrix | None, down: Matrix, offset: int = 0) -> Neur
         raise ValueError(f"{neurons} neurons are not a multiple of {GROUP}")
     if up is not None and up.shape[0] != neurons:
         raise ValueError(f"{up.name} has {up.shape[0]} neurons, {down.name} {neurons}")
+    if gate is not None and (up is None or gate.shape != up.shape):
+        raise ValueError(
+            f"{gate.name} is {list(gate.shape)}, which is no gate of {up.name if up else 'no up'}"
+        )
     up_bytes = up_quants(up.type, up.shape[1]) if up is not None else 0
-    neuron_bytes = up_bytes + down_quants(down.type, down.shape[0])
+    gate_bytes = up_quants(gate.type, gate.shape[1]) if gate is not None else 0
+    neuron_bytes = gate_bytes + up_bytes + down_quants(down.type, down.shape[0])
     per_page = max(1, PAGE // neuron_bytes)
     page_bytes = _aligned(per_page * neuron_bytes, PAGE)
     return NeuronBundles(
@@ -87,6 +98,8 @@ def arrange(name: str, up: Matrix | None, down: Matrix, offset: int = 0) -> Neur
         neurons_per_page=per_page,
         neuron_bytes=neuron_bytes,
         up_bytes=up_bytes,
+        gate=gate.name if gate is not None else None,
+        gate_bytes=gate_bytes,
     )
 
 
@@ -96,7 +109,7 @@ def step_neurons(bundles: NeuronBundles) -> int:
 
 
 def up_quants(type_name: str, columns: int) -> int:
-    """Bytes of a neuron's up quants."""
+    """Bytes of a neuron's up (or gate) quants."""
     return _aligned(columns, 512) // _values_per_byte(type_name)
 
 
@@ -107,7 +120,7 @@ def down_quants(type_name: str, rows: int) -> int:
 
 
 def up_scales(type_name: str, columns: int) -> int:
-    """Bytes of a neuron's up scales."""
+    """Bytes of a neuron's up (or gate) scales."""
     return 2 * _scales(type_name) * _aligned(columns // GROUP, 16)
 
 

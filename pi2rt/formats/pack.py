@@ -26,6 +26,7 @@ from pi2rt.formats.pack_header import (
     DIGEST_BYTES,
     MAGIC,
     MAX_HEADER_BYTES,
+    NEVER_REST,
     PREAMBLE_BYTES,
     VERSION,
     Header,
@@ -39,7 +40,7 @@ from pi2rt.formats.quants import TYPES
 from pi2rt.formats.regular_file import RegularFile
 
 PREAMBLE = struct.Struct("<8sIIQQ32s")
-"""Magic, version, flags (0), bytes of the header, bytes of the file, digest of all before it and of the header."""
+"""Magic, version, flags, bytes of the header, bytes of the file, digest of all before it and of the header."""
 assert PREAMBLE.size == PREAMBLE_BYTES
 
 
@@ -124,6 +125,15 @@ class PackFile(ModelFile):
         self._file.drop_cache(section.offset, section.nbytes)
 
     @property
+    def source_digest(self) -> bytes:
+        """32 bytes that tell the model apart from any other, however it was converted: BLAKE2b of the digests of the
+        files it was made from, or, of one that was made of none, of the checksums of its tensors."""
+        digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        for part in [each.digest for each in self.source.files] or [each.checksum for each in self.sections]:
+            digest.update(part)
+        return digest.digest()
+
+    @property
     def sections(self) -> Sequence[Section]:
         """Everything that has a checksum, in the order of the file."""
         found = (*self._checksums.values(), *self._bundles.values(), *self._companions.values())
@@ -167,8 +177,10 @@ class PackFile(ModelFile):
                 "version",
                 f"is {version}; this pi2rt reads packs of version {VERSION}: convert the model again",
             )
-        if flags:
-            raise UnsupportedModelError(self.path, "flags", f"are {flags:#x}; this pi2rt knows none")
+        if flags & ~NEVER_REST:
+            raise UnsupportedModelError(
+                self.path, "flags", f"are {flags:#x}; this pi2rt knows {NEVER_REST:#x} alone"
+            )
         if declared != size:
             problem = "truncated" if size < declared else "longer than it was written"
             raise self._error("file length", f"is {size} bytes, not {declared}: it is {problem}")
@@ -233,16 +245,17 @@ class PackFile(ModelFile):
         for entry in header.bundles:
             field = f"bundles {printable(entry.name)}"
             found: dict[str, Matrix | None] = {}
-            for role, name in (("up", entry.up), ("down", entry.down)):
+            for role, name in (("gate", entry.gate), ("up", entry.up), ("down", entry.down)):
                 found[role] = None if name is None else self._matrix(f"{field}: {role}", name, entries)
                 if name in scales:
                     raise self._error(f"{field}: {role}", f"{printable(name)} is in bundles already")
                 if name is not None:
                     scales[name] = 0
-            up, down = found["up"], found["down"]
+            gate, up, down = found["gate"], found["up"], found["down"]
             assert down is not None
             try:
-                arranged = neuron_bundles.arrange(entry.name, up, down, self._bundles[entry.name].offset)
+                offset = self._bundles[entry.name].offset
+                arranged = neuron_bundles.arrange(entry.name, up, down, offset, gate=gate)
             except ValueError as error:
                 raise self._error(field, printable(str(error))) from None
             for key in ("neurons", "neuron_bytes", "neurons_per_page", "page_bytes", "nbytes"):
@@ -251,8 +264,9 @@ class PackFile(ModelFile):
                     raise self._error(f"{field}: {key}", f"is {said}, but its tensors make it {derived}")
             bundles[down.name] = arranged
             scales[down.name] = neuron_bundles.down_scales_bytes(down)
-            if up is not None:
-                scales[up.name] = neuron_bundles.up_scales_bytes(up)
+            for matrix in (gate, up):
+                if matrix is not None:
+                    scales[matrix.name] = neuron_bundles.up_scales_bytes(matrix)
         return bundles, scales
 
     def _matrix(self, field: str, name: str, entries: Mapping[str, TensorEntry]) -> Matrix:

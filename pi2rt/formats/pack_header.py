@@ -16,6 +16,9 @@ import numpy as np
 
 MAGIC = b"PI2\x00PACK"
 VERSION = 1
+NEVER_REST = 1
+"""Flag: there are bundles of blocks whose activation is not of the ReLU family. A reader that does not know it would
+take neurons to be zero that are not."""
 PREAMBLE_BYTES = 64
 ALIGNMENT = 4096
 """Of the data, of each tensor and companion in it, and of the file's length."""
@@ -73,8 +76,8 @@ class TensorEntry(Region, frozen=True):
 
 
 class BundlesEntry(Region, frozen=True):
-    """The neuron bundles of a feed-forward block. ``up``, ``down``: names of tensors of layout "neurons"; what else
-    there is follows from those and is checked against them."""
+    """The neuron bundles of a feed-forward block. ``gate``, ``up``, ``down``: names of tensors of layout "neurons";
+    what else there is follows from those and is checked against them."""
 
     up: _Name | None
     down: _Name
@@ -82,6 +85,7 @@ class BundlesEntry(Region, frozen=True):
     page_bytes: _Size
     neurons_per_page: _Size
     neuron_bytes: _Size
+    gate: _Name | None = None
 
 
 class Header(msgspec.Struct, frozen=True):

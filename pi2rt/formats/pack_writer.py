@@ -85,6 +85,7 @@ class PackWriter:
         architecture, metadata: see ``Header``.
         plan: tensors and bundles first, then companions.
         overwrite: whether a file that is there already may be replaced.
+        flags: of the preamble.
 
     Raises:
         RequestError: the destination is there already, or cannot be written to.
@@ -100,8 +101,10 @@ class PackWriter:
         plan: Sequence[Planned],
         *,
         overwrite: bool = False,
+        flags: int = 0,
     ) -> None:
         self.path = destination
+        self._flags = flags
         self._source, self._architecture, self._metadata = source, architecture, metadata
         self._plan = plan
         self._overwrite = overwrite
@@ -147,7 +150,7 @@ class PackWriter:
         header = self._header(source)
         if self._at != self.nbytes or _aligned(PREAMBLE_BYTES + len(header)) != self._data:
             raise ValueError("what was written is not what was planned")
-        preamble = PREAMBLE.pack(MAGIC, VERSION, 0, len(header), self.nbytes, bytes(DIGEST_BYTES))
+        preamble = PREAMBLE.pack(MAGIC, VERSION, self._flags, len(header), self.nbytes, bytes(DIGEST_BYTES))
         preamble = preamble[:-DIGEST_BYTES] + header_digest(preamble, header)
         self._at = 0
         self._append(memoryview(preamble + header))
@@ -302,6 +305,7 @@ class PackWriter:
                         page_bytes=found.page_bytes,
                         neurons_per_page=found.neurons_per_page,
                         neuron_bytes=found.neuron_bytes,
+                        gate=found.gate,
                     )
                 )
             else:

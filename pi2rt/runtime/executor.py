@@ -12,13 +12,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
+
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
-from pi2rt.runtime.step import NeuronUse, Step, StepResult
+from pi2rt.runtime.step import Floats, NeuronUse, Step, StepResult
 from pi2rt.runtime.trace import Trace
 
 Progress: TypeAlias = Callable[[int, int], None]
 """``progress(done, total)``; for loading, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """Of a feed-forward block, which neurons may fire for an input x (dim,): those of which ``second @ (first @ x) +
+    bias`` is positive. ``first``: float16 (rank, dim); ``second``: float16 (neurons, rank); ``bias``: float32
+    (neurons,)."""
+
+    first: npt.NDArray[np.float16]
+    second: npt.NDArray[np.float16]
+    bias: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +52,10 @@ class ExecutorOptions:
     ``paged``: names of experts' matrices that are read when a router has chosen them, into a cache of
     ``cluster_bytes``. Of packs with neuron bundles, ``neuron_bytes``: memory for neurons, the others being read when
     they fire; 0: all of them stay. ``pipeline``: how far that reading overlaps with computing: "cluster", "matrix" or
-    "none".
+    "none". ``thresholds``: of their feed-forward blocks, by the name of the down tensor, float32 (hidden,): a neuron
+    fires only when the magnitude of its activated gate (without gate: of its activated up) is above. Empty: exact. The
+    runtime gives them to executors whose ``sparsities`` name the mode. ``predictors``: of blocks whose gates are in the
+    bundles, by the same name; only neurons that they name are read. Empty: all of such blocks are.
     """
 
     slots: int
@@ -60,6 +77,8 @@ class ExecutorOptions:
     cluster_bytes: int = 0
     neuron_bytes: int = 0
     pipeline: str = "cluster"
+    thresholds: Mapping[str, Floats] = field(default_factory=dict)
+    predictors: Mapping[str, Predictor] = field(default_factory=dict)
     trace: Trace | None = None
 
 

@@ -44,7 +44,7 @@ def test_convert_verify_and_run(pi2rt: Run, model: str, pack: Path) -> None:
 def test_bundles_can_be_left_out(pi2rt: Run, tmp_path: Path, pack: Path) -> None:
     relu = TinyModel(config={"hidden_act": "relu"})
     source = write_gguf(tmp_path / "relu.gguf", relu, weight_type="Q4_0")
-    for options, blocks in (((), relu.layers), (("--no-bundles",), 0)):
+    for options, blocks in (((), relu.layers), (("--bundles", "off"), 0)):
         assert pi2rt("convert", str(source), str(pack), "--force", *options).status == 0
         with PackFile(pack) as file:
             assert len(file.bundles) == blocks

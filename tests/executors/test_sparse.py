@@ -44,7 +44,7 @@ def packs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model, types = MODELS[request.param]
     source = write_gguf(folder / "m.gguf", model, weight_type="Q4_0", types=types)
     convert(source, folder / "sparse.pi2")
-    convert(source, folder / "dense.pi2", bundles=False)
+    convert(source, folder / "dense.pi2", bundles="off")
     return folder / "sparse.pi2", folder / "dense.pi2"
 
 
@@ -158,7 +158,7 @@ async def test_a_stopped_step_leaves_nothing_behind(packs: tuple[Path, Path]) ->
 
 
 async def test_exact_floats_are_refused(packs: tuple[Path, Path]) -> None:
-    with pytest.raises(UnsupportedModelError, match="--no-bundles"):
+    with pytest.raises(UnsupportedModelError, match="--bundles off"):
         async with opened(CpuExecutor(), packs[0]):
             pass
 

@@ -155,6 +155,14 @@ def test_pages_hold_what_they_can(
     assert step % 32 == step % per_page == 0
 
 
+def test_gates_make_bundles_larger() -> None:
+    up, down = Matrix("up", "Q4_0", (96, 4096)), Matrix("down", "Q4_0", (4096, 96))
+    found = arrange("b", up, down, gate=replace(up, name="gate", type="Q8_0"))
+    assert (found.gate, found.gate_bytes, found.up_bytes) == ("gate", 4096, 2048)
+    assert (found.neuron_bytes, found.neurons_per_page, found.page_bytes) == (8192, 1, 8192)
+    assert found.layout == (1, 8192, 8192, 6144)
+
+
 MALFORMED: dict[str, tuple[bytes, str]] = {
     "bundles a map": (changed(lambda header: header.update(bundles={})), "Expected `array`, got `object`"),
     "bundles claimed": (changed(lambda header: header.update(bundles=[{}])), "missing required field"),
@@ -174,6 +182,10 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
         changed(lambda header: header["bundles"][1].update(down="up")),
         "bundles alone: down: up is in bundles already",
     ),
+    "gate unknown": (bundles(gate="none"), "bundles both: gate: none is no matrix of layout neurons"),
+    "gate is up": (bundles(gate="up"), "bundles both: up: up is in bundles already"),
+    "gate of others": (bundles(gate="other"), "which is no gate of up"),
+    "gate without up": (bundles(gate="up", up=None), "which is no gate of no up"),
     "nobody's": (
         bundles(up=None, neuron_bytes=64, neurons_per_page=64, nbytes=4096),
         "tensor up: layout: is neurons, but no bundles name it",

@@ -78,12 +78,17 @@ class DocumentedReader:
 
     def neuron_values(self, tensor: dict[str, Any]) -> Floats:
         name, (rows, columns) = tensor["name"], tensor["shape"]
-        (bundles,) = (each for each in self.header["bundles"] if name in (each["up"], each["down"]))
+        roles = "gate", "up", "down"
+        (bundles,) = (each for each in self.header["bundles"] if name in [each.get(role) for role in roles])
         by_name = {each["name"]: each for each in self.header["tensors"]}
-        up, down = by_name.get(bundles["up"]), by_name[bundles["down"]]
-        up_bytes = 0 if up is None else -(-up["shape"][1] // 512) * (512 if up["type"] == "Q8_0" else 256)
+        gate, up, down = (by_name.get(bundles.get(role)) for role in roles)
+        assert down is not None
+        gate_bytes, up_bytes = (
+            0 if each is None else -(-each["shape"][1] // 512) * (512 if each["type"] == "Q8_0" else 256)
+            for each in (gate, up)
+        )
         line_rows = 64 if down["type"] == "Q8_0" else 128
-        size = up_bytes + 64 * -(-down["shape"][0] // line_rows)
+        size = gate_bytes + up_bytes + 64 * -(-down["shape"][0] // line_rows)
         per_page = max(1, 4096 // size)
         assert (bundles["neuron_bytes"], bundles["neurons_per_page"]) == (size, per_page)
         assert bundles["page_bytes"] == -(-size * per_page // 4096) * 4096
@@ -94,15 +99,16 @@ class DocumentedReader:
         neurons = neurons[: bundles["neurons"]]
         scales = np.frombuffer(self.bytes_of(tensor), "<f2").astype(np.float32)
         affine = tensor["type"] == "Q4_1"
-        if tensor is up:
+        if tensor is gate or tensor is up:
             assert rows == bundles["neurons"]
-            quants = up_neurons(tensor["type"], neurons[:, :up_bytes], columns)
+            begin, end = (0, gate_bytes) if tensor is gate else (gate_bytes, gate_bytes + up_bytes)
+            quants = up_neurons(tensor["type"], neurons[:, begin:end], columns)
             planes = scales.reshape(rows, 1 + affine, -1).swapaxes(0, 1)  # (d and m, neurons, blocks)
             assert not planes[:, :, columns // 32 :].any()
             numbers = [np.repeat(plane[:, : columns // 32], 32, axis=1) for plane in planes]
         else:
             assert columns == bundles["neurons"]
-            quants = down_neurons(tensor["type"], neurons[:, up_bytes:], rows)
+            quants = down_neurons(tensor["type"], neurons[:, gate_bytes + up_bytes :], rows)
             planes = scales.reshape(columns // 32, 1 + affine, -1).swapaxes(0, 1)  # (d and m, groups, rows)
             assert planes.shape[2] == -(-rows // 128) * 128
             assert not planes[:, :, rows:].any()
@@ -249,20 +255,21 @@ def test_a_reader_from_the_document(tmp_path: Path, shift: int) -> None:
         assert {tensor["type"] for tensor in tensors} >= set(names[: len(ROLES)])
 
 
-@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(
-    ("up", "down"), [("Q4_0", "Q4_0"), ("Q4_1", "Q8_0"), ("Q8_0", "Q4_1"), ("Q8_0", "Q8_0")]
-)
-def test_a_reader_of_neurons(tmp_path: Path, gated: bool, up: str, down: str) -> None:
+    ("roles", "up", "down"),
+    [("up down", "Q4_0", "Q4_0"), ("up down", "Q4_1", "Q8_0"), ("up down", "Q8_0", "Q4_1"), ("up down", "Q8_0", "Q8_0"),
+     ("down", "F32", "Q4_0"), ("down", "F32", "Q8_0"),
+     ("gate up down", "Q4_0", "Q8_0"), ("gate up down", "Q8_0", "Q4_1")],
+)  # fmt: skip
+def test_a_reader_of_neurons(tmp_path: Path, roles: str, up: str, down: str) -> None:
     """Rows that are more than one padded line, neurons that are no whole number of pages."""
-    config = {"hidden_act": "relu"}
+    config, gated = {"hidden_act": "relu"}, roles != "down"
     model = TinyModel(seed=9, dim=544, hidden=160, layers=2, head_dim=16, gated=gated, config=config)
-    source = write_gguf(tmp_path / "m.gguf", model, types={"ffn_up": up, "ffn_down": down})
-    convert(source, tmp_path / "m.pi2")
+    types = {"ffn_up": up, "ffn_down": down} | ({"ffn_gate": "Q4_1"} if gated else {})
+    source = write_gguf(tmp_path / "m.gguf", model, types=types)
+    convert(source, tmp_path / "m.pi2", bundles="gates" if "gate" in roles else "relu")
     reader = compare(source, tmp_path / "m.pi2")
     layouts = {each["name"]: each["layout"] for each in reader.header["tensors"]}
     assert {name for name, layout in layouts.items() if layout == "neurons"} == {
-        f"blk.{layer}.ffn_{role}.weight"
-        for layer in (0, 1)
-        for role in (("up", "down") if gated else ("down",))
+        f"blk.{layer}.ffn_{role}.weight" for layer in (0, 1) for role in roles.split()
     }

@@ -314,7 +314,7 @@ static void sparse_all(pi2_program *p, const model *m, neurons *f) {
     free(all);
     f->bundles[i] = (pi2_bundles){
         .region = i, .up_type = PI2_Q4_0, .down_type = PI2_Q4_0, .neurons = RELU_HIDDEN, .per_page = layout.neurons_per_page,
-        .neuron_bytes = bytes, .up_bytes = up, .up_scales = f->up_scales[i], .down_scales = f->down_scales[i],
+        .gate_type = -1, .neuron_bytes = bytes, .up_bytes = up, .up_scales = f->up_scales[i], .down_scales = f->down_scales[i],
         .up_stride = pi2_up_scales(PI2_Q4_0, DIM), .down_stride = pi2_down_scales(PI2_Q4_0, DIM)};
   }
   if (fsync(fd) || close(fd)) die("cannot write");

@@ -133,7 +133,7 @@ def test_each_layer_for_itself(tmp_path: Path, pack: Path) -> None:
 
 
 def test_they_can_be_left_out(tmp_path: Path, pack: Path) -> None:
-    convert(write_gguf(tmp_path / "m.gguf", TinyModel(config=DRELU), weight_type="Q4_0"), pack, bundles=False)
+    convert(write_gguf(tmp_path / "m.gguf", TinyModel(config=DRELU), weight_type="Q4_0"), pack, bundles="off")
     with PackFile(pack) as file:
         assert not file.bundles
         assert {info.layout for info in file.tensors.values() if len(info.shape) == 2} == {"blocks16"}
@@ -184,10 +184,10 @@ async def test_an_executor_that_does_not_know_them_gets_none(tmp_path: Path, pac
 
     source = write_gguf(tmp_path / "m.gguf", TinyModel(config=DRELU), weight_type="Q4_0")
     convert(source, pack)
-    with pytest.raises(UnsupportedModelError, match=r"model\.pi2: bundles: are there, .* with --no-bundles"):
+    with pytest.raises(UnsupportedModelError, match=r"model\.pi2: bundles: are there, .* with --bundles off"):
         async with open_runtime(pack, executor=Unaware):
             pass
-    convert(source, pack, overwrite=True, bundles=False)
+    convert(source, pack, overwrite=True, bundles="off")
     async with open_runtime(pack, executor=Unaware, context=64) as runtime:
         assert np.isfinite(await runtime.logits([1, 2, 3])).all()
 

@@ -1,0 +1,230 @@
+"""Find which neurons of a pack may rest, and what that costs: for 'run --sparsity thresholded'."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pi2rt.cli import _runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from pi2rt.formats.calibration import BlockCalibration, Calibration, Method
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _runtime.add_model_argument(parser)
+    parser.add_argument("file", metavar="TEXT", help="text in UTF-8, of the kind that the model is for")
+    parser.add_argument(
+        "--resting",
+        type=_share,
+        default=0.5,
+        metavar="SHARE",
+        help="of all neurons, those that are to rest, such as 0.3 (default: 0.5)",
+    )
+    parser.add_argument(
+        "--recall",
+        type=_share,
+        default=0.98,
+        metavar="SHARE",
+        help="of the neurons that fire, those that predictors are to name; of packs with --bundles gates "
+        "(default: 0.98)",
+    )
+    parser.add_argument(
+        "--rank",
+        type=_runtime.positive,
+        metavar="N",
+        help="of predictors (default: a sixteenth of the width)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_runtime.positive,
+        default=4096,
+        metavar="N",
+        help="of the text's beginning, looked at (default: 4096)",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=_runtime.positive,
+        default=2048,
+        metavar="N",
+        help="tokens of its end, to measure the perplexity on (default: 2048)",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="the file to write (default: MODEL.calibration, where 'run' looks)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace that file if it is there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    group = parser.add_argument_group("runtime, for measuring")
+    group.add_argument(
+        "--threads", type=_runtime.positive, metavar="N", help="threads that compute (default: one per core)"
+    )
+    group.add_argument("--memory", metavar="SIZE", help="what the process may take, such as 600M")
+
+
+def main(options: argparse.Namespace) -> int:
+    from pi2rt.cli._interrupt import run_until_interrupted
+    from pi2rt.cli.perplexity import read_text
+
+    return run_until_interrupted(partial(_calibrate, options, read_text(options.file)))
+
+
+async def _calibrate(options: argparse.Namespace, text: str) -> int:
+    from pathlib import Path
+
+    from pi2rt.calibration import Sample, calibrate
+    from pi2rt.cli._console import Bar
+    from pi2rt.cli.pull import fetch
+    from pi2rt.formats.calibration import calibration_path
+
+    path = Path(await fetch(options.model))
+    destination = calibration_path(path) if options.output is None else Path(options.output)
+    with Bar(pieces=True) as bar:
+        found = await calibrate(
+            path,
+            text,
+            resting=options.resting,
+            recall=options.recall,
+            rank=options.rank,
+            output=destination,
+            overwrite=options.force,
+            sample=Sample(tokens=options.tokens, held_out=options.held_out),
+            progress=bar.stage,
+            threads=options.threads,
+            memory=options.memory,
+        )
+    print(json.dumps(_document(found)) if options.json else "\n".join(_lines(found, destination)))
+    return 0
+
+
+def _document(found: Calibration) -> dict[str, Any]:
+    """Shares are of 1. ``hottest_tenth``: the share of all firings that the tenth of neurons has that fires most."""
+    return {
+        "wanted": found.wanted,
+        "tokens": found.tokens,
+        "scored_tokens": found.scored,
+        "perplexity_exact": found.exact,
+        "method": found.method,
+        "methods": {
+            method: {
+                "resting": cost.resting,
+                "perplexity": cost.perplexity,
+                "perplexity_increase": found.increase(method),
+            }
+            for method, cost in found.costs.items()
+        },
+        "predicted": None
+        if found.predicted is None
+        else {
+            "not_read": found.predicted.resting,
+            "perplexity": found.predicted.perplexity,
+            "perplexity_increase": found.increase("predicted"),
+        },
+        "blocks": [
+            {
+                "layer": block.layer,
+                "down": block.down,
+                "neurons": block.neurons,
+                "firing": float(block.firing().mean()),
+                "hottest_tenth": _hottest_tenth(block, None),
+                "methods": {
+                    method: {
+                        "resting": block.resting(method),
+                        "median_threshold": _median(block, method),
+                        "hottest_tenth": _hottest_tenth(block, method),
+                    }
+                    for method in block.thresholds
+                },
+                "predictor": None
+                if (each := block.predictor) is None
+                else {
+                    "rank": each.rank,
+                    "bytes": each.nbytes,
+                    "recall": each.recall,
+                    "precision": each.precision,
+                    "asked": each.asked,
+                },
+            }
+            for block in found.blocks
+        ],
+    }
+
+
+def _lines(found: Calibration, path: Path) -> Iterator[str]:
+    from pi2rt.cli._console import size
+
+    methods = list(found.costs)
+    groups = [f"{name + ': rest':>15} {'threshold':>9} {'hottest tenth':>13}" for name in methods]
+    yield f"{'layer':>5} {'neurons':>7} {'fire':>6} " + " ".join(groups)
+    for block in found.blocks:
+        cells = [
+            f"{block.resting(method):>15.1%} {_median(block, method):>9.4f} {_hottest_tenth(block, method):>13.1%}"
+            for method in methods
+        ]
+        yield f"{block.layer:>5} {block.neurons:>7} {block.firing().mean():>6.1%} " + " ".join(cells)
+    yield from _predictor_lines(found)
+    yield f"exact: perplexity {found.exact:.4f} over {found.scored} held-out tokens"
+    for method, cost in found.costs.items():
+        chosen = ", used by --sparsity thresholded" if method == found.method else ""
+        chosen = (
+            ", which is exact: as many as were asked for rest already"
+            if found.does_nothing(method)
+            else chosen
+        )
+        yield (
+            f"{method}: {cost.resting:.1%} of neurons rest, perplexity {cost.perplexity:.4f} "
+            f"({found.increase(method):+.1%}){chosen}"
+        )
+    if found.predicted is not None:
+        yield (
+            f"predicted: {found.predicted.resting:.1%} of neurons are not read, perplexity "
+            f"{found.predicted.perplexity:.4f} ({found.increase('predicted'):+.1%})"
+        )
+    yield f"{path}: {size(path.stat().st_size)}"
+
+
+def _predictor_lines(found: Calibration) -> Iterator[str]:
+    from pi2rt.cli._console import size
+
+    records = [(block, block.predictor) for block in found.blocks if block.predictor is not None]
+    if not records:
+        return
+    yield f"{'layer':>5} {'fire':>6} {'predictor: rank':>16} {'size':>10} {'recall':>7} {'precision':>9} {'asked':>6}"
+    for block, each in records:
+        yield (
+            f"{block.layer:>5} {block.firing().mean():>6.1%} {each.rank:>16} {size(each.nbytes):>10} "
+            f"{each.recall:>7.2%} {each.precision:>9.1%} {each.asked:>6.1%}"
+        )
+    short = sum(each.recall < 0.98 for _, each in records)
+    if short:
+        yield f"the recall of {short} of {len(records)} predictors is below 98 %: more text or a larger --rank may help"
+
+
+def _median(block: BlockCalibration, method: Method) -> float:
+    import numpy as np
+
+    return float(np.median(block.vector(method)))
+
+
+def _hottest_tenth(block: BlockCalibration, method: Method | None) -> float:
+    """Where nothing fires at all, 0."""
+    import numpy as np
+
+    firing = np.sort(block.firing(method))[::-1]
+    total = float(firing.sum())
+    return float(firing[: max(1, len(firing) // 10)].sum()) / total if total else 0.0
+
+
+def _share(text: str) -> float:
+    """argparse type: above 0 and below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and below 1")
+    return value

@@ -1,0 +1,335 @@
+"""What ``pi2rt calibrate`` learned of a pack: which neurons may rest at which cost. A file of its own, beside the pack.
+
+``docs/calibration-format.md`` has the byte layout. Decoding is typed and bounded, as that of a pack's header is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import struct
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from pi2rt._errors import ConversionError, ModelFormatError, RequestError, UnsupportedModelError
+from pi2rt.formats.model_file import printable
+from pi2rt.formats.pack import PackFile
+from pi2rt.formats.regular_file import RegularFile
+
+MAGIC = b"PI2\x00CALI"
+VERSION = 1
+MAX_BYTES = 1 << 30
+DIGEST_BYTES = 32
+
+PREAMBLE = struct.Struct("<8sIIQ32s")
+"""Magic, version, flags (0), bytes of the body, digest of all before it and of the body."""
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+Halves: TypeAlias = npt.NDArray[np.float16]
+Method = Literal["cats", "chess"]
+Kind = Literal["cats", "chess", "predicted"]
+METHODS: tuple[Method, ...] = ("cats", "chess")
+
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+_Perplexity = Annotated[float, msgspec.Meta(ge=1, le=1e30)]
+_Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+
+
+class Thresholds(msgspec.Struct, frozen=True):
+    """Of one block by one method. ``values``: float32, little endian, one for all neurons or one for each;
+    ``frequency``: as ``BlockCalibration`` has it, of firing with these thresholds."""
+
+    values: bytes
+    frequency: bytes
+
+
+class PredictorRecord(msgspec.Struct, frozen=True):
+    """A predictor of which neurons fire: ``first``: float16 (rank, dim); ``second``: float16 (neurons, rank); ``bias``:
+    float32 (neurons,); little endian. On held-out text: ``recall``, share of firings that it names; ``precision``,
+    share of those named that fire; ``asked``, share of all neurons that it names."""
+
+    rank: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+    dim: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    first: bytes
+    second: bytes
+    bias: bytes
+    recall: _Share
+    precision: _Share
+    asked: _Share
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.first) + len(self.second) + len(self.bias)
+
+    @property
+    def arrays(self) -> tuple[Halves, Halves, Floats]:
+        """``first`` (rank, dim), ``second`` (neurons, rank) and ``bias`` (neurons,)."""
+        first, second = (np.frombuffer(raw, "<f2").astype(np.float16) for raw in (self.first, self.second))
+        bias = np.frombuffer(self.bias, "<f4").astype(np.float32)
+        return first.reshape(self.rank, self.dim), second.reshape(-1, self.rank), bias
+
+
+class BlockCalibration(msgspec.Struct, frozen=True):
+    """A feed-forward block. ``down``: name of its down tensor; ``frequency``: for each neuron, float16, little endian,
+    the share of the calibration text's tokens for which its activated gate was not zero."""
+
+    layer: _Count
+    down: _Name
+    neurons: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    frequency: bytes
+    thresholds: dict[Method, Thresholds]
+    predictor: PredictorRecord | None = None
+
+    def firing(self, method: Method | None = None) -> Floats:
+        """Frequencies with thresholds of that method, or exactly: float32 (neurons,)."""
+        return _shares(self.frequency if method is None else self.thresholds[method].frequency)
+
+    def resting(self, method: Method) -> float:
+        """The share of neurons, over all tokens, that thresholds of that method let rest."""
+        return 1 - float(np.mean(self.firing(method), dtype=np.float64))
+
+    def vector(self, method: Method) -> Floats:
+        """The thresholds of that method, one for each neuron: float32 (neurons,)."""
+        values = np.frombuffer(self.thresholds[method].values, "<f4").astype(np.float32)
+        return np.full(self.neurons, values[0], np.float32) if len(values) == 1 else values
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """What thresholds of one method cost: ``resting``, share of all neurons on the calibration text; ``perplexity``
+    of the held-out text with them."""
+
+    resting: _Share
+    perplexity: _Perplexity
+
+
+class Calibration(msgspec.Struct, frozen=True):
+    """``source``: ``PackFile.source_digest``; ``wanted``: share of neurons that were to rest; ``tokens`` that were
+    looked at, ``scored`` tokens of the held-out text, and its ``exact`` perplexity; ``costs``: by method;
+    ``method``: the one to use."""
+
+    source: _Digest
+    wanted: _Share
+    tokens: _Count
+    scored: _Count
+    exact: _Perplexity
+    method: Method
+    costs: dict[Method, Cost]
+    blocks: Annotated[tuple[BlockCalibration, ...], msgspec.Meta(min_length=1, max_length=1 << 17)]
+    predicted: Cost | None = None
+
+    def thresholds(self) -> dict[str, Floats]:
+        """By the name of the down tensor, of the method to use."""
+        return {block.down: block.vector(self.method) for block in self.blocks}
+
+    def does_nothing(self, method: Method) -> bool:
+        """Whether its thresholds are all zero: as many neurons as were asked for rest by themselves."""
+        return not any(block.vector(method).any() for block in self.blocks)
+
+    def cost(self, kind: Kind) -> Cost:
+        """Of thresholds by a method, or of the predictors, if there are any.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if kind != "predicted":
+            return self.costs[kind]
+        if self.predicted is None:
+            raise ValueError("there are no predictors")
+        return self.predicted
+
+    def increase(self, kind: Kind) -> float:
+        """By how much of itself the perplexity rose on held-out text: 0.06 is 6 %."""
+        return self.cost(kind).perplexity / self.exact - 1
+
+    def summary(self, kind: Kind) -> str:
+        """One line: what it saves and costs."""
+        what = "are not read" if kind == "predicted" else "rest"
+        return (
+            f"{kind}: {self.cost(kind).resting:.0%} of neurons {what}, perplexity {self.increase(kind):+.1%} on "
+            f"held-out text"
+        )
+
+
+def calibration_path(pack: Path) -> Path:
+    """Where the calibration of a pack is looked for."""
+    return pack.with_name(f"{pack.name}.calibration")
+
+
+def write_calibration(path: Path, calibration: Calibration, *, overwrite: bool = False) -> None:
+    """Whole or not at all.
+
+    Raises:
+        RequestError: it is there already, or cannot be written to.
+        ConversionError: the disk is full.
+    """
+    refuse_destination(path, overwrite=overwrite)
+    body = msgspec.msgpack.encode(calibration)
+    head = PREAMBLE.pack(MAGIC, VERSION, 0, len(body), bytes(DIGEST_BYTES))[:-DIGEST_BYTES]
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written: {error.strerror}") from error
+    try:
+        with open(fd, "wb") as file:
+            file.write(head + _digest(head, body) + body)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            part.unlink()
+
+
+def refuse_destination(path: Path, *, overwrite: bool) -> None:
+    """Raises RequestError where a calibration may not be written."""
+    if path.exists() and not overwrite:
+        raise RequestError(f"{path} is there already; remove it, or ask for it to be overwritten (--force)")
+    if not path.absolute().parent.is_dir():
+        raise RequestError(f"{path}: its folder does not exist")
+
+
+def read_calibration(path: Path, pack: PackFile) -> Calibration:
+    """The calibration at ``path``, which goes with ``pack``: every block whose neurons the pack stores is in it.
+
+    Raises:
+        ModelNotFoundError: it cannot be opened.
+        ModelFormatError: it is malformed, or of another model; the message says what to do.
+        UnsupportedModelError: it is of another version.
+    """
+    calibration = _decode(path)
+    if calibration.source != pack.source_digest:
+        raise ModelFormatError(
+            path, "source", f"is another model than that of {pack.path}; calibrate again (pi2rt calibrate)"
+        )
+    blocks = {block.down: block for block in calibration.blocks}
+    for down, bundles in pack.bundles.items():
+        neurons = blocks[down].neurons if down in blocks else 0
+        if neurons != bundles.neurons:
+            raise ModelFormatError(
+                path,
+                "blocks",
+                f"have {neurons} neurons of {printable(down)}, the pack has {bundles.neurons}; calibrate again "
+                f"(pi2rt calibrate)",
+            )
+    return calibration
+
+
+def _decode(path: Path) -> Calibration:
+    file = RegularFile(path)
+    try:
+        if file.size < PREAMBLE.size:
+            raise ModelFormatError(
+                path, "preamble", f"needs {PREAMBLE.size} bytes, but the file ends at {file.size}"
+            )
+        preamble = bytes(file.read(0, PREAMBLE.size))
+        magic, version, flags, length, digest = PREAMBLE.unpack(preamble)
+        if magic != MAGIC:
+            raise ModelFormatError(path, "magic", f"is {magic!r}, not {MAGIC!r}: this is no calibration")
+        if version != VERSION:
+            raise UnsupportedModelError(
+                path,
+                "version",
+                f"is {version}; this pi2rt reads calibrations of version {VERSION}: calibrate again",
+            )
+        if flags:
+            raise UnsupportedModelError(path, "flags", f"are {flags:#x}; this pi2rt knows none")
+        if length > MAX_BYTES:
+            raise ModelFormatError(path, "length", f"is {length} bytes; at most {MAX_BYTES} are allowed")
+        if PREAMBLE.size + length != file.size:
+            problem = "truncated" if file.size < PREAMBLE.size + length else "longer than it was written"
+            raise ModelFormatError(
+                path, "length", f"is {file.size} bytes, not {PREAMBLE.size + length}: it is {problem}"
+            )
+        body = bytes(file.read(PREAMBLE.size, length))
+    finally:
+        file.close()
+    if _digest(preamble[:-DIGEST_BYTES], body) != digest:
+        raise ModelFormatError(path, "digest", "does not match: the file is damaged; calibrate again")
+    try:
+        calibration = msgspec.msgpack.decode(body, type=Calibration)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ModelFormatError(path, "body", f"is malformed: {printable(str(error))}") from None
+    _check(path, calibration)
+    return calibration
+
+
+def _check(path: Path, calibration: Calibration) -> None:
+    """Raises ModelFormatError where a record does not go with another."""
+    methods = set(calibration.costs)
+    if calibration.method not in methods:
+        raise ModelFormatError(path, "method", f"{calibration.method} has no costs")
+    seen: set[str] = set()
+    for block in calibration.blocks:
+        field = f"block {printable(block.down)}"
+        if block.down in seen:
+            raise ModelFormatError(path, field, "is there twice")
+        seen.add(block.down)
+        _check_shares(path, f"{field}: frequency", block.frequency, block.neurons)
+        if set(block.thresholds) != methods:
+            raise ModelFormatError(path, f"{field}: thresholds", f"are not those of {_list(methods)}")
+        _check_predictor(path, f"{field}: predictor", block)
+        for method, each in block.thresholds.items():
+            _check_shares(path, f"{field}: frequency with {method}", each.frequency, block.neurons)
+            sizes = (4, 4 * block.neurons)
+            if len(each.values) not in sizes or not _within(np.frombuffer(each.values, "<f4"), np.inf):
+                raise ModelFormatError(
+                    path,
+                    f"{field}: thresholds of {method}",
+                    f"are not 1 or {block.neurons} finite numbers (float32) of at least 0",
+                )
+
+
+def _check_predictor(path: Path, field: str, block: BlockCalibration) -> None:
+    each = block.predictor
+    if each is None:
+        return
+    sizes = [2 * each.rank * each.dim, 2 * block.neurons * each.rank, 4 * block.neurons]
+    if [len(each.first), len(each.second), len(each.bias)] != sizes:
+        raise ModelFormatError(
+            path, field, f"is not of {block.neurons} neurons, rank {each.rank} and width {each.dim}"
+        )
+    if not all(np.isfinite(values).all() for values in each.arrays):
+        raise ModelFormatError(path, field, "holds NaN or infinity")
+
+
+def _check_shares(path: Path, field: str, raw: bytes, neurons: int) -> None:
+    if len(raw) != 2 * neurons or not _within(_shares(raw), 1):
+        raise ModelFormatError(path, field, f"is not {neurons} numbers from 0 to 1 (float16)")
+
+
+def _shares(raw: bytes) -> Floats:
+    return np.frombuffer(raw, "<f2").astype(np.float32)
+
+
+def _within(values: npt.NDArray[np.floating], most: float) -> bool:
+    return bool(np.isfinite(values).all() and (values >= 0).all() and (values <= most).all())
+
+
+def _list(names: set[Method]) -> str:
+    return ", ".join(sorted(names)) or "no method"
+
+
+def _digest(head: bytes, body: bytes) -> bytes:
+    digest = hashlib.blake2b(head, digest_size=DIGEST_BYTES)
+    digest.update(body)
+    return digest.digest()
+
+
+def recorded(values: Floats, frequency: Floats) -> Thresholds:
+    """Thresholds (float32, one or one for each neuron) and frequencies as a block's record has them."""
+    return Thresholds(np.ascontiguousarray(values, "<f4").tobytes(), recorded_shares(frequency))
+
+
+def recorded_shares(frequency: Floats) -> bytes:
+    """Frequencies of firing as records have them."""
+    return np.ascontiguousarray(frequency, "<f2").tobytes()
