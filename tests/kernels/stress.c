@@ -113,26 +113,26 @@ static void build(pi2_program *p, const model *m, pi2_gang *gang, uint8_t *cache
   for (int i = 0; i < HEAD_DIM / 2; i++) frequencies[i] = pow(10000, -2.0 * i / HEAD_DIM);
   p->ropes[0] = (pi2_rope){.half = HEAD_DIM / 2, .frequencies = frequencies, .magnitude = 1};
   const pi2_norm norm = {.weight = m->norm, .eps = 1e-5f};
-  p->ops[p->n_ops++] = (pi2_op){.kind = PI2_EMBED, .rope = -1};
+  p->ops[p->n_ops++] = (pi2_op){.kind = PI2_EMBED, .rope = -1, .expert = -1};
   for (int i = 0; i < LAYERS; i++) {
     const int out_q8 = m->out[i].type != PI2_F16, down_q8 = m->down[i].type != PI2_F16;
     p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR, .layer = i, .norm = norm, .source = PI2_FROM_X, .sink = PI2_TO_Y,
-                                  .n_matrices = 3, .matrix = {m->q[i], m->k[i], m->v[i]}, .rope = -1};
+                                  .n_matrices = 3, .matrix = {m->q[i], m->k[i], m->v[i]}, .rope = -1, .expert = -1};
     p->ops[p->n_ops++] = (pi2_op){
         .kind = PI2_ATTENTION, .layer = i, .n_heads = HEADS, .n_kv_heads = KV_HEADS, .head_dim = HEAD_DIM,
-        .window = i ? 100 : 0, .scale = 0.125f, .softcap = i ? 30 : 0, .rope = 0, .q8_out = out_q8,
+        .window = i ? 100 : 0, .scale = 0.125f, .softcap = i ? 30 : 0, .rope = 0, .expert = -1, .q8_out = out_q8,
         .kv = {.base = cache + i * KV_HEADS * 2 * m->half, .page_stride = m->page_bytes, .v_offset = m->half,
                .head_dim = HEAD_DIM, .type = PI2_KV_F16},
         .kv_head_stride = 2 * m->half};
     p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR, .layer = i, .source = PI2_FROM_ATTENTION, .sink = PI2_ADD_TO_X,
-                                  .n_matrices = 1, .matrix = {m->out[i]}, .q8_in = out_q8, .rope = -1};
+                                  .n_matrices = 1, .matrix = {m->out[i]}, .q8_in = out_q8, .rope = -1, .expert = -1};
     p->ops[p->n_ops++] = (pi2_op){.kind = PI2_FFN, .layer = i, .norm = norm, .source = PI2_FROM_X, .n_matrices = 2,
                                   .matrix = {m->up[i], m->gate[i]}, .activation = m->relu ? PI2_RELU : PI2_SILU, .q8_out = down_q8,
-                                  .rope = -1};
+                                  .rope = -1, .expert = -1};
     p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR, .layer = i, .source = PI2_FROM_HIDDEN, .sink = PI2_ADD_TO_X,
-                                  .n_matrices = 1, .matrix = {m->down[i]}, .q8_in = down_q8, .rope = -1};
+                                  .n_matrices = 1, .matrix = {m->down[i]}, .q8_in = down_q8, .rope = -1, .expert = -1};
   }
-  p->ops[p->n_ops++] = (pi2_op){.kind = PI2_HEAD, .norm = norm, .n_matrices = 1, .matrix = {m->head}, .rope = -1};
+  p->ops[p->n_ops++] = (pi2_op){.kind = PI2_HEAD, .norm = norm, .n_matrices = 1, .matrix = {m->head}, .rope = -1, .expert = -1};
 }
 static void prepare(pi2_program *p) {
   if (pi2_program_prepare(p)) die("out of memory");
@@ -323,7 +323,7 @@ static void sparse_all(pi2_program *p, const model *m, neurons *f) {
     pi2_op op = p->ops[i];
     if (op.kind == PI2_FFN) {
       op = (pi2_op){.kind = PI2_SPARSE, .layer = op.layer, .norm = op.norm, .source = PI2_FROM_X, .sink = PI2_ADD_TO_X,
-                    .n_matrices = 1, .matrix = {op.matrix[1]}, .activation = PI2_RELU, .rope = -1,
+                    .n_matrices = 1, .matrix = {op.matrix[1]}, .activation = PI2_RELU, .rope = -1, .expert = -1,
                     .bundles = &f->bundles[op.layer]};
       i++;
     }
