@@ -107,7 +107,7 @@ def packs(options: argparse.Namespace, wanted: set[bool]) -> Iterator[dict[bool,
             if found[bundles] is None:
                 found[bundles] = str(Path(folder, f"{'neurons' if bundles else 'dense'}.pi2"))
                 print(f"converting {options.gguf} to {found[bundles]}", file=sys.stderr, flush=True)
-                convert(options.gguf, found[bundles], bundles=bundles)
+                convert(options.gguf, found[bundles], bundles="relu" if bundles else "off")
         yield found
 
 

@@ -142,12 +142,20 @@ static void *io_main(void *argument) {
   return NULL;
 }
 
-static void pool_join(pi2_flash *f) {
+/* As pi2_flash_close. */
+static int pool_join(pi2_flash *f, int64_t patience_ns) {
   pthread_mutex_lock(&f->mutex);
   atomic_store(&f->closing, 1);
   pthread_cond_broadcast(&f->work);
   pthread_mutex_unlock(&f->mutex);
-  for (int i = 0; i < f->threads; i++) pthread_join(f->thread[i], NULL);
+  struct timespec until;
+  clock_gettime(CLOCK_REALTIME, &until); /* the clock of pthread_timedjoin_np */
+  until.tv_sec += (time_t)(patience_ns / 1000000000);
+  until.tv_nsec += (long)(patience_ns % 1000000000);
+  if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
+  for (int i = 0; i < f->threads; i++)
+    if (patience_ns < 0 ? pthread_join(f->thread[i], NULL) : pthread_timedjoin_np(f->thread[i], NULL, &until)) return -1;
+  return 0;
 }
 
 static int pool_start(pi2_flash *f) {
@@ -161,7 +169,7 @@ static int pool_start(pi2_flash *f) {
     if (!error) pthread_setname_np(f->thread[f->threads++], "pi2rt/io");
   }
   pthread_sigmask(SIG_SETMASK, &before, NULL);
-  if (error) pool_join(f);
+  if (error) pool_join(f, -1);
   return error;
 }
 
@@ -348,15 +356,12 @@ void pi2_flash_wake(pi2_flash *f) {
   pthread_mutex_unlock(&f->mutex);
 }
 
-void pi2_flash_close(pi2_flash *f) {
+int pi2_flash_close(pi2_flash *f, int64_t patience_ns) {
   int ignored;
-  if (f->ring) {
-    atomic_store(&f->closing, 1);
-    pi2_ring_close(f);
-  } else {
-    pool_join(f);
-  }
+  atomic_store(&f->closing, 1);
+  if ((f->ring ? pi2_ring_close : pool_join)(f, patience_ns)) return -1;
   give_up(f, 0, &ignored);
+  return 0;
 }
 
 void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s) {

@@ -72,8 +72,18 @@ int pi2_flash_reap(pi2_flash *f, pi2_read **done, int max, int64_t timeout_ns);
 /* From any thread, before close: the reap that waits, or else the next one, returns without waiting. */
 void pi2_flash_wake(pi2_flash *f);
 
-/* Waits for reads in flight, cancelling what can be; they are not reaped. Nothing of the caller is written to after. */
-void pi2_flash_close(pi2_flash *f);
+/* Waits for reads in flight, cancelling what can be, for at most patience_ns (< 0: for ever); they are not reaped. 0: nothing
+ * of the caller is written to after. Else the device does not answer, and `f`, the reads and the memory that they go to
+ * must stay for good: what has reached a device cannot be cancelled. */
+int pi2_flash_close(pi2_flash *f, int64_t patience_ns);
+
+/* How long a reader with this deadline waits for its reads when it closes: as long, but for 5 seconds at most. */
+static inline int64_t pi2_flash_patience(int64_t deadline_ns) { return deadline_ns < 5000000000 ? deadline_ns : 5000000000; }
+/* For reap: what is left of a deadline that began at `since`, at `now`; -1, where there is none. */
+static inline int64_t pi2_flash_left(int64_t since, int64_t deadline_ns, int64_t now) {
+  const int64_t left = deadline_ns - (now - since);
+  return deadline_ns < 0 ? -1 : left > 0 ? left : 0;
+}
 
 void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s);
 

@@ -46,7 +46,7 @@ cdef extern from "flash.h" nogil:
     int pi2_flash_submit(pi2_flash *, pi2_read *)
     int pi2_flash_reap(pi2_flash *, pi2_read **, int, int64_t)
     void pi2_flash_wake(pi2_flash *)
-    void pi2_flash_close(pi2_flash *)
+    int pi2_flash_close(pi2_flash *, int64_t)
     void c_take_statistics "pi2_flash_statistics"(pi2_flash *, c_statistics *)
     int pi2_uring_probe(char *, int)
 
@@ -315,7 +315,7 @@ cdef class Reader:
                 self.flash = NULL
             if f != NULL:
                 with nogil:
-                    pi2_flash_close(f)
+                    pi2_flash_close(f, -1)
                 self.slots.clear()
                 self.registered = None
         finally:
@@ -324,7 +324,7 @@ cdef class Reader:
     def __dealloc__(self):
         if self.flash != NULL:
             with nogil:
-                pi2_flash_close(self.flash)
+                pi2_flash_close(self.flash, -1)
 
 
 def measure(path, int64_t read_bytes, int depth=8, double seconds=0.2, io="auto", pattern="random"):
@@ -353,7 +353,7 @@ def measure(path, int64_t read_bytes, int depth=8, double seconds=0.2, io="auto"
         return run(f, reads, <uint8_t *>memory, depth, read_bytes, places, step, random, duration, path)
     finally:
         with nogil:
-            pi2_flash_close(f)
+            pi2_flash_close(f, -1)
         free(memory)
         free(reads)
 

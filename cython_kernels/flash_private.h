@@ -40,5 +40,5 @@ pi2_ring *pi2_ring_open(pi2_flash *f, int *error);
 int pi2_ring_register(pi2_ring *ring, void *base, int64_t bytes);
 void pi2_ring_submit(pi2_flash *f, pi2_read *r);
 int pi2_ring_reap(pi2_flash *f, pi2_read **done, int max, int64_t timeout_ns);
-void pi2_ring_close(pi2_flash *f);
+int pi2_ring_close(pi2_flash *f, int64_t patience_ns); /* as pi2_flash_close */
 #endif

@@ -297,8 +297,9 @@ int pi2_ring_register(pi2_ring *g, void *base, int64_t bytes) {
   return 0;
 }
 
-void pi2_ring_close(pi2_flash *f) {
+int pi2_ring_close(pi2_flash *f, int64_t patience_ns) {
   pi2_ring *g = f->ring;
+  const int64_t begin = pi2_now_ns();
   take_back(f, ECANCELED);
   for (int i = 0; i < g->live && !g->broken; i++) {
     struct io_uring_sqe *e = next_sqe(g);
@@ -311,13 +312,16 @@ void pi2_ring_close(pi2_flash *f) {
   f->done = NULL; /* nobody reaps these */
   f->done_end = &f->done;
   while (g->live) {
-    advance(f, -1);
+    const int64_t left = patience_ns < 0 ? -1 : patience_ns - (pi2_now_ns() - begin);
+    if (patience_ns >= 0 && left <= 0) return -1;
+    advance(f, left);
     drain(f);
     pi2_read *dropped;
     while (pi2_done_take(f, &dropped, 1)) continue;
   }
   ring_free(g);
   f->ring = NULL;
+  return 0;
 }
 
 int pi2_uring_probe(char *why, int room) {
@@ -351,7 +355,7 @@ void pi2_ring_submit(pi2_flash *f, pi2_read *r) { (void)f, (void)r; }
 int pi2_ring_reap(pi2_flash *f, pi2_read **done, int max, int64_t timeout_ns) {
   return (void)f, (void)done, (void)max, (void)timeout_ns, 0;
 }
-void pi2_ring_close(pi2_flash *f) { (void)f; }
+int pi2_ring_close(pi2_flash *f, int64_t patience_ns) { return (void)f, (void)patience_ns, 0; }
 int pi2_uring_probe(char *why, int room) {
   snprintf(why, (size_t)room, "io_uring: not built in, its kernel header was missing");
   return ENOSYS;

@@ -127,6 +127,10 @@ cdef class Memory:
             munmap(<void *>self.address, <size_t>self.nbytes)
             self.address = 0
 
+    def abandon(self):
+        """In place of ``close``, where a device may still write to it: it stays taken for good."""
+        self.address = 0
+
     def __dealloc__(self):
         if self.address:
             munmap(<void *>self.address, <size_t>self.nbytes)

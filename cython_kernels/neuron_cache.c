@@ -112,6 +112,7 @@ void pi2_neuron_cache_step(pi2_neuron_cache *c) {
   pthread_mutex_lock(&c->mutex);
   c->step++;
   pthread_mutex_unlock(&c->mutex);
+  if (atomic_load(&c->hangs)) atomic_store(&c->error, ETIMEDOUT); /* not to wait as long for every step */
 }
 void pi2_neuron_cache_block(pi2_neuron_cache *c) {
   pthread_mutex_lock(&c->mutex);
@@ -322,6 +323,7 @@ static int finish(pi2_neuron_cache *c, pi2_read *r) {
 static void *reader_main(void *argument) {
   pi2_neuron_cache *c = argument;
   pi2_read *done[PI2_FLASH_MOST];
+  int64_t since = 0; /* a read ended last, or the first one began; 0: none is in flight */
   pthread_setname_np(pthread_self(), "pi2rt/neurons");
   while (!atomic_load(&c->closing)) {
     const uint32_t work = atomic_load(&c->work);
@@ -330,6 +332,7 @@ static void *reader_main(void *argument) {
     const int full = c->queue_head != c->queue_tail;
     pthread_mutex_unlock(&c->mutex);
     if (c->n_spare == c->depth) {
+      since = 0;
       atomic_store(&c->reader, WAITS_FOR_WORK);
       if (atomic_load(&c->work) == work && !atomic_load(&c->closing))
         syscall(SYS_futex, &c->work, FUTEX_WAIT_PRIVATE, work, NULL, NULL, 0);
@@ -340,10 +343,16 @@ static void *reader_main(void *argument) {
     atomic_store(&c->reader, WAITS_FOR_READS);
     /* what was asked for meanwhile is started before waiting: its wake-up may have come too early */
     const int more = !full && atomic_load(&c->work) != work;
-    const int n = pi2_flash_reap(c->flash, done, PI2_FLASH_MOST, more ? 0 : -1);
+    if (!since) since = begin;
+    const int n = pi2_flash_reap(c->flash, done, PI2_FLASH_MOST, more ? 0 : pi2_flash_left(since, c->deadline_ns, begin));
+    const int64_t end = pi2_now_ns();
+    const int late = !n && c->deadline_ns >= 0 && end - since >= c->deadline_ns;
     atomic_store(&c->reader, RUNNING);
-    atomic_fetch_add_explicit(&c->busy_ns, pi2_now_ns() - begin, memory_order_relaxed);
-    int tell = 0;
+    atomic_fetch_add_explicit(&c->busy_ns, end - begin, memory_order_relaxed);
+    if (n) atomic_store(&c->hangs, 0);
+    if (late) atomic_store(&c->hangs, 1), atomic_store(&c->error, ETIMEDOUT);
+    if (n || late) since = end;
+    int tell = late;
     pthread_mutex_lock(&c->mutex);
     for (int i = 0; i < n; i++) tell |= finish(c, done[i]);
     pthread_mutex_unlock(&c->mutex);
@@ -379,13 +388,15 @@ int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_
 }
 
 pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *regions, int n_regions, int32_t n_pages,
-                                          int64_t slot_bytes, uint8_t *memory, int32_t n_slots, int32_t capacity, int depth, int *error) {
+                                          int64_t slot_bytes, uint8_t *memory, int32_t n_slots, int32_t capacity, int depth,
+                                          int64_t deadline_ns, int *error) {
   pi2_neuron_cache *c = aligned_alloc(64, (sizeof *c + 63) / 64 * 64);
   *error = ENOMEM;
   if (!c) return NULL;
   memset(c, 0, sizeof *c);
   c->flash = flash, c->regions = regions, c->n_regions = n_regions, c->n_pages = n_pages;
   c->slot_bytes = slot_bytes, c->memory = memory, c->capacity = capacity, c->depth = depth;
+  c->deadline_ns = deadline_ns;
   atomic_init(&c->n_slots, n_slots);
   c->slot_of = malloc((size_t)n_pages * sizeof *c->slot_of);
   c->slots = calloc((size_t)capacity, sizeof *c->slots);
@@ -405,13 +416,14 @@ pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *re
   free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare), free(c);
   return NULL;
 }
-void pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
+int pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
   atomic_store(&c->closing, 1);
   atomic_fetch_add(&c->work, 1);
   futex_wake(&c->work);
   pi2_flash_wake(c->flash);
   pthread_join(c->thread, NULL);
-  pi2_flash_close(c->flash); /* waits for the reads in flight: slots and memory may go then */
+  if (pi2_flash_close(c->flash, pi2_flash_patience(c->deadline_ns))) return -1; /* slots and memory are still written to */
   pthread_mutex_destroy(&c->mutex);
   free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare), free(c->records), free(c);
+  return 0;
 }

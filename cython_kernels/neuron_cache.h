@@ -60,7 +60,7 @@ typedef struct pi2_neuron_cache {
   pi2_flash *flash;
   const pi2_region *regions;
   int n_regions, depth;
-  int64_t slot_bytes;
+  int64_t slot_bytes, deadline_ns;
   uint8_t *memory;
   _Atomic int32_t n_slots;    /* written under the mutex, as `used` */
   int32_t n_pages, capacity;  /* capacity: slots there can be */
@@ -88,7 +88,8 @@ typedef struct pi2_neuron_cache {
   /* shared */
   _Alignas(64) _Atomic uint32_t event; /* futex: something arrived, failed, or was computed */
   _Atomic int sleepers;
-  _Atomic int error;       /* errno, or PI2_EOF, of a read that failed in this run */
+  _Atomic int error;       /* errno, or PI2_EOF, of a read that failed in this run; ETIMEDOUT: none has ended for long */
+  _Atomic int hangs;       /* none has ended since */
   _Alignas(64) _Atomic uint32_t work; /* futex: the reader has something to do */
   _Atomic int reader;      /* what it waits for: nothing, work, or a read (then in_flight may rise) */
   _Atomic int in_flight;
@@ -100,12 +101,13 @@ typedef struct pi2_neuron_cache {
 /* Starts the reader. `regions` and `memory` (capacity * slot_bytes, aligned to 4096) outlive the cache. NULL and *error on
  * failure. */
 pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *regions, int n_regions, int32_t n_pages,
-                                          int64_t slot_bytes, uint8_t *memory, int32_t n_slots, int32_t capacity, int depth, int *error);
+                                          int64_t slot_bytes, uint8_t *memory, int32_t n_slots, int32_t capacity, int depth,
+                                          int64_t deadline_ns, int *error);
 /* Other than so many slots (at most the capacity), also while runs use them. What lies in slots that go is dropped, at once or
  * when its last use ends: returns how many still are used. Their memory is not written to once there are none. */
 int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots);
-/* Joins the reader and closes the flash; afterwards nobody writes to the memory. */
-void pi2_neuron_cache_destroy(pi2_neuron_cache *c);
+/* Joins the reader and closes the flash. 0: nobody writes to the memory afterwards; else, as pi2_flash_close. */
+int pi2_neuron_cache_destroy(pi2_neuron_cache *c);
 
 /* From now on the last n reads are recorded. Before any run; returns 0 or -1 (out of memory). */
 int pi2_neuron_cache_trace(pi2_neuron_cache *c, int64_t n);

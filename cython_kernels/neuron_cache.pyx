@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pi2rt._errors import InternalError
+from pi2rt._errors import InternalError, read_failure
 
 cdef extern from "flash.h" nogil:
     enum: PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV, PI2_FLASH_MOST
     ctypedef struct pi2_flash:
         pass
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
-    void pi2_flash_close(pi2_flash *)
+    int pi2_flash_close(pi2_flash *, int64_t)
 
 cdef extern from "neuron_cache.h" nogil:
     ctypedef struct pi2_region:
@@ -28,7 +28,7 @@ cdef extern from "neuron_cache.h" nogil:
         int64_t hits, early, misses, evictions
         int64_t bytes, reads_done, busy_ns, stall_ns
     pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *, const pi2_region *, int, int32_t, int64_t, uint8_t *, int32_t,
-                                              int32_t, int, int *)
+                                              int32_t, int, int64_t, int *)
     ctypedef struct pi2_read_record:
         int64_t begin_ns, end_ns
         int32_t region
@@ -40,7 +40,7 @@ cdef extern from "neuron_cache.h" nogil:
     int pi2_neuron_cache_fetch(pi2_neuron_cache *, const int32_t *, int)
     int64_t pi2_neuron_cache_waiting(pi2_neuron_cache *)
     void pi2_neuron_cache_wait(pi2_neuron_cache *, uint32_t, int64_t)
-    void pi2_neuron_cache_destroy(pi2_neuron_cache *)
+    int pi2_neuron_cache_destroy(pi2_neuron_cache *)
     int pi2_neuron_cache_fill(pi2_neuron_cache *, int, int32_t, int32_t)
 
 IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
@@ -75,23 +75,25 @@ cdef class NeuronCache:
     of which those that are not used need not be there).
 
     A native thread that reads begins at once. ``name``: what errors call the file, where that is not ``path``.
-    ``depth``: reads in flight, at most MOST_DEPTH.
+    ``depth``: reads in flight, at most MOST_DEPTH. ``deadline``: seconds; when none of those in flight ends for so long,
+    reading fails.
     """
 
     cdef pi2_neuron_cache *cache
     cdef pi2_region *regions
     cdef readonly int n_regions
-    cdef readonly object path
+    cdef readonly object path, deadline
     cdef object last
     cdef pi2_read_record *records
     cdef int64_t n_records
 
     def __cinit__(self, path, regions, uintptr_t memory, int slots, int64_t slot_bytes, *, name=None, io="auto",
-                  int depth=64):
+                  int depth=64, deadline=None):
         cdef int error = 0
         cdef int32_t first = 0
         cdef pi2_flash *flash
         self.path, self.n_regions = path if name is None else name, <int>len(regions)
+        self.deadline = deadline
         if memory % PAGE or slot_bytes % PAGE or slots < 1 or not regions or not 1 <= depth <= PI2_FLASH_MOST:
             raise InternalError(f"{slots} slots of {slot_bytes} bytes, {len(regions)} regions, {depth} reads at once")
         if any(offset % PAGE or size % PAGE or not 0 < size <= slot_bytes or total < 1 or total % PAGE
@@ -110,9 +112,10 @@ cdef class NeuronCache:
         if flash == NULL:
             raise OSError(error, os.strerror(error), os.fspath(self.path))
         self.cache = pi2_neuron_cache_create(flash, self.regions, self.n_regions, first, slot_bytes, <uint8_t *>memory,
-                                             slots, max(slots, first), depth, &error)
+                                             slots, max(slots, first), depth,
+                                             -1 if deadline is None else <int64_t>(deadline * 1e9), &error)
         if self.cache == NULL:
-            pi2_flash_close(flash)
+            pi2_flash_close(flash, -1)
             raise OSError(error, os.strerror(error), os.fspath(self.path))
 
     def fill(self, int region, int first, int count):
@@ -128,8 +131,7 @@ cdef class NeuronCache:
         with nogil:
             error = pi2_neuron_cache_fill(self.cache, region, first, count)
         if error:
-            message = "the file ends too early" if error < 0 else os.strerror(error)
-            raise OSError(abs(error), f"reading neurons: {message}", os.fspath(self.path))
+            raise read_failure("weights", error, self.path, self.deadline)
 
     def trace(self, int64_t reads):
         """From now on reads are recorded, the last ``reads`` of those that were not taken. Before any program runs."""
@@ -206,13 +208,16 @@ cdef class NeuronCache:
         return Counters(c.hits, c.early, c.misses, c.evictions, c.reads_done, c.bytes, c.busy_ns, c.stall_ns)
 
     def close(self):
-        """Joins the reader. Only after the gang that runs the program was closed."""
+        """Joins the reader. Only after the gang that runs the program was closed. False: the device does not answer, and may
+        still write to the memory, which must stay for good."""
         cdef pi2_neuron_cache *cache = self.cache
+        cdef int hangs = 0
         if cache != NULL:
             self.last = self.counters
             self.cache = NULL
             with nogil:
-                pi2_neuron_cache_destroy(cache)
+                hangs = pi2_neuron_cache_destroy(cache)
+        return not hangs
 
     def __dealloc__(self):
         if self.cache != NULL:

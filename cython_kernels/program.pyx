@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-from pi2rt._errors import BusyError, InternalError, RequestError
+from pi2rt._errors import BusyError, InternalError, RequestError, read_failure
 from pi2rt.runtime.step import NeuronUse, Sampled, StepResult
 
 cdef extern from "gang.h" nogil:
@@ -611,9 +611,8 @@ cdef class Program:
             self.busy_ns[t] += <int64_t>(r.busy[t] * ns_per_tick)
         kernel_ns = <int64_t>(busy * ns_per_tick / self.p.threads)
         if r.error:
-            message = "the file ends too early" if r.error < 0 else os.strerror(r.error)
-            reader = self.stream if self.neurons is None else self.neurons
-            raise OSError(abs(r.error), f"reading weights: {message}", *([] if reader is None else [reader.path]))
+            reader = self.neurons or self.clusters or self.stream
+            raise read_failure("weights", r.error, getattr(reader, "path", None), getattr(reader, "deadline", None))
         if r.stopped:
             return StepResult(step.id, stopped=True, started_ns=r.begin_ns, finished_ns=r.end_ns, kernel_ns=kernel_ns), None
         sampled, scores, logits = [], [], []

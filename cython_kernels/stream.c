@@ -105,30 +105,39 @@ static void finish(pi2_stream *s, pi2_read *r) {
 static void *reader_main(void *argument) {
   pi2_stream *s = argument;
   pi2_read *done[64];
+  int64_t since = 0; /* a read ended last, or the first one began; 0: none is in flight */
   pthread_setname_np(pthread_self(), "pi2rt/flash");
   while (!atomic_load(&s->closing)) {
     const uint32_t word = atomic_load(&s->work_word);
     advance_tail(s);
     submit(s);
     if (s->n_spare == s->depth) { /* nothing in flight: the ring is full, or reading has failed */
+      since = 0;
       if (atomic_load(&s->work_word) == word && !atomic_load(&s->closing)) futex_wait(&s->work_word, word);
       continue;
     }
     const int64_t begin = pi2_now_ns();
-    const int n = pi2_flash_reap(s->flash, done, 64, -1);
-    atomic_fetch_add_explicit(&s->busy_ns, pi2_now_ns() - begin, memory_order_relaxed);
+    if (!since) since = begin;
+    const int n = pi2_flash_reap(s->flash, done, 64, pi2_flash_left(since, s->deadline_ns, begin));
+    const int64_t end = pi2_now_ns();
+    atomic_fetch_add_explicit(&s->busy_ns, end - begin, memory_order_relaxed);
+    if (n) since = end;
+    else if (s->deadline_ns >= 0 && end - since >= s->deadline_ns) {
+      since = end;
+      fail(s, ETIMEDOUT);
+    }
     for (int i = 0; i < n; i++) finish(s, done[i]);
   }
   return NULL;
 }
 
 pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, int64_t read_bytes, int depth, uint8_t *ring,
-                              int64_t ring_bytes, int *error) {
+                              int64_t ring_bytes, int64_t deadline_ns, int *error) {
   pi2_stream *s = aligned_alloc(64, (sizeof *s + 63) / 64 * 64);
   if (s) {
     memset(s, 0, sizeof *s);
     s->flash = flash, s->units = units, s->n = n, s->read_bytes = read_bytes, s->depth = depth;
-    s->ring = ring, s->ring_bytes = ring_bytes;
+    s->ring = ring, s->ring_bytes = ring_bytes, s->deadline_ns = deadline_ns;
     s->placed = calloc((size_t)n, sizeof *s->placed);
     s->reads = calloc((size_t)depth, sizeof *s->reads);
     s->spare = calloc((size_t)depth, sizeof *s->spare);
@@ -146,12 +155,13 @@ static void wake_reader(pi2_stream *s) {
   futex_wake(&s->work_word);
   pi2_flash_wake(s->flash);
 }
-void pi2_stream_destroy(pi2_stream *s) {
+int pi2_stream_destroy(pi2_stream *s) {
   atomic_store(&s->closing, 1);
   wake_reader(s);
   pthread_join(s->thread, NULL);
-  pi2_flash_close(s->flash); /* waits for the reads in flight: `reads` and the ring may go then */
+  if (pi2_flash_close(s->flash, pi2_flash_patience(s->deadline_ns))) return -1; /* `reads` and the ring are still written to */
   free(s->placed), free(s->reads), free(s->spare), free(s);
+  return 0;
 }
 
 uint64_t pi2_stream_begin(pi2_stream *s) {

@@ -28,7 +28,7 @@ typedef struct pi2_stream {
   pi2_flash *flash;
   const pi2_extent *units;
   int n, depth;
-  int64_t read_bytes;
+  int64_t read_bytes, deadline_ns;
   uint8_t *ring;
   int64_t ring_bytes;
   pthread_t thread;
@@ -54,11 +54,12 @@ typedef struct pi2_stream {
 
 /* Starts the reader. `units` (n >= 1) and `ring` (aligned to PI2_SECTOR) outlive the stream; the ring has room for the units that are used
  * together and the largest beside them.
- * NULL and *error (an errno) on failure. */
+ * NULL and *error (an errno) on failure. Reading fails with ETIMEDOUT when reads are in flight and none ends for
+ * `deadline_ns` (< 0: never). */
 pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, int64_t read_bytes, int depth, uint8_t *ring,
-                              int64_t ring_bytes, int *error);
-/* Stops and joins the reader, closes the flash; afterwards nobody writes to the ring. */
-void pi2_stream_destroy(pi2_stream *s);
+                              int64_t ring_bytes, int64_t deadline_ns, int *error);
+/* Stops and joins the reader, closes the flash. 0: nobody writes to the ring afterwards; else, as pi2_flash_close. */
+int pi2_stream_destroy(pi2_stream *s);
 
 /* Thread 0 of a run, before the others look: the position of its first unit. What earlier runs left is dropped. */
 uint64_t pi2_stream_begin(pi2_stream *s);

@@ -9,6 +9,7 @@ SECTOR: int
 class Stream:
     n: int
     path: str
+    deadline: float | None
     ring_bytes: int
     address: int
     counters: tuple[int, int, int]
@@ -23,7 +24,8 @@ class Stream:
         io: str = "auto",
         read_bytes: int = ...,
         depth: int = 8,
+        deadline: float | None = None,
     ) -> None: ...
     def check(self, units: Sequence[int]) -> None: ...
     def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
-    def close(self) -> None: ...
+    def close(self) -> bool: ...

@@ -14,7 +14,7 @@ cdef extern from "flash.h" nogil:
         pass
     enum: PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
-    void pi2_flash_close(pi2_flash *)
+    int pi2_flash_close(pi2_flash *, int64_t)
 
 cdef extern from "stream.h" nogil:
     enum: PI2_SECTOR
@@ -25,8 +25,8 @@ cdef extern from "stream.h" nogil:
     ctypedef struct pi2_stream:
         pi2_placed *placed
         int64_t bytes, busy_ns, stall_ns
-    pi2_stream *pi2_stream_create(pi2_flash *, const pi2_extent *, int, int64_t, int, uint8_t *, int64_t, int *)
-    void pi2_stream_destroy(pi2_stream *)
+    pi2_stream *pi2_stream_create(pi2_flash *, const pi2_extent *, int, int64_t, int, uint8_t *, int64_t, int64_t, int *)
+    int pi2_stream_destroy(pi2_stream *)
 
 IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
 SECTOR = PI2_SECTOR
@@ -45,13 +45,14 @@ cdef class Stream:
     cdef pi2_extent *units
     cdef readonly int n
     cdef readonly int64_t ring_bytes
-    cdef readonly object path
+    cdef readonly object path, deadline
 
     def __cinit__(self, path, units, uintptr_t ring, int64_t ring_bytes, *, name=None, io="auto",
-                  int64_t read_bytes=1 << 20, int depth=8):
+                  int64_t read_bytes=1 << 20, int depth=8, deadline=None):
         cdef int error = 0
         cdef pi2_flash *flash
         self.path, self.n, self.ring_bytes = path if name is None else name, <int>len(units), ring_bytes
+        self.deadline = deadline
         largest = max(size for _, size in units)
         if any(offset % PI2_SECTOR or size % PI2_SECTOR or size <= 0 for offset, size in units) or ring % PI2_SECTOR:
             raise InternalError("units and ring of a stream are whole sectors")
@@ -65,9 +66,10 @@ cdef class Stream:
         flash = pi2_flash_open(os.fsencode(path), IO[io], depth, &error)
         if flash == NULL:
             raise OSError(error, os.strerror(error), os.fspath(path))
-        self.stream = pi2_stream_create(flash, self.units, self.n, read_bytes, depth, <uint8_t *>ring, ring_bytes, &error)
+        self.stream = pi2_stream_create(flash, self.units, self.n, read_bytes, depth, <uint8_t *>ring, ring_bytes,
+                                        -1 if deadline is None else <int64_t>(deadline * 1e9), &error)
         if self.stream == NULL:
-            pi2_flash_close(flash)
+            pi2_flash_close(flash, -1)
             raise OSError(error, os.strerror(error), os.fspath(path))
 
     def check(self, units):
@@ -98,12 +100,15 @@ cdef class Stream:
         return begin, end
 
     def close(self):
-        """Joins the reader. Only after the gang that runs the program was closed."""
+        """Joins the reader. Only after the gang that runs the program was closed. False: the device does not answer, and may
+        still write to the ring, which must stay for good."""
         cdef pi2_stream *stream = self.stream
+        cdef int hangs = 0
         self.stream = NULL
         if stream != NULL:
             with nogil:
-                pi2_stream_destroy(stream)
+                hangs = pi2_stream_destroy(stream)
+        return not hangs
 
     def __dealloc__(self):
         if self.stream != NULL:

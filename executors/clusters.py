@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from pi2rt.cython_kernels import native
 from pi2rt.cython_kernels.neuron_cache import PAGE, Counters, NeuronCache
+from pi2rt.executors.late_reads import give_back
 from pi2rt.formats import ModelFile
 from pi2rt.formats.row_blocks import page_blocks, page_bytes
 
@@ -26,9 +27,12 @@ class Clusters:
         names: of matrices that lie there in row blocks.
         nbytes: memory for their pages.
         io: "auto", "uring" or "preadv".
+        deadline: seconds; see ``NeuronCache``.
     """
 
-    def __init__(self, file: ModelFile, names: Sequence[str], nbytes: int, io: str) -> None:
+    def __init__(
+        self, file: ModelFile, names: Sequence[str], nbytes: int, io: str, deadline: float | None
+    ) -> None:
         infos = [file.tensors[name] for name in names]
         self.matrices = {
             info.name: (region, page_blocks(info.type, *info.shape)) for region, info in enumerate(infos)
@@ -52,6 +56,7 @@ class Clusters:
                 name=os.fspath(file.path),
                 io=io,
                 depth=DEPTH,
+                deadline=deadline,
             )
         except BaseException:
             self._memory.close()
@@ -81,5 +86,4 @@ class Clusters:
 
     def close(self) -> None:
         """Joins the reader, then frees the memory that it wrote to. Only after the threads that compute have ended."""
-        self.cache.close()
-        self._memory.close()
+        give_back(self._memory, ended=self.cache.close(), path=self.cache.path)

@@ -20,6 +20,7 @@ from pi2rt.cython_kernels.neuron_cache import NeuronCache
 from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.clusters import Clusters
 from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
+from pi2rt.executors.late_reads import give_back
 from pi2rt.executors.neurons import DEPTH, Neurons
 from pi2rt.executors.predictors import LoadedPredictors
 from pi2rt.executors.read_trace import ReadTrace
@@ -111,6 +112,7 @@ class CpuExecutor:
                 self._ring.nbytes,
                 name=os.fspath(file.path),
                 io=options.io,
+                deadline=options.read_deadline,
             )
         layouts, page_bytes = cache_layouts(model, kv_type(options))
         self._cache = native.Memory(max(1, options.pages * page_bytes))
@@ -148,10 +150,12 @@ class CpuExecutor:
         assert self._weights is not None
         caches: list[Neurons | Clusters] = []
         if options.paged:
-            self._clusters = Clusters(file, options.paged, options.cluster_bytes, options.io)
+            self._clusters = Clusters(
+                file, options.paged, options.cluster_bytes, options.io, options.read_deadline
+            )
             caches.append(self._clusters)
         if self._weights.scales:
-            self._neurons = Neurons(file, model, options.neuron_bytes, options.io)
+            self._neurons = Neurons(file, model, options.neuron_bytes, options.io, options.read_deadline)
             caches.append(self._neurons)
         if not caches:
             await self._weights.load(progress, len(self._threads))
@@ -270,10 +274,12 @@ class CpuExecutor:
         stream, self._stream = self._stream, None
         if stream is not None:
             with trio.CancelScope(shield=True):  # joins the reader: afterwards nobody writes to the ring
-                await trio.to_thread.run_sync(stream.close)
-        if self._ring is not None:
+                ended = await trio.to_thread.run_sync(stream.close)
+            if self._ring is not None:
+                give_back(self._ring, ended=ended, path=stream.path)
+        elif self._ring is not None:
             self._ring.close()
-            self._ring = None
+        self._ring = None
         self._draw_reads()  # that ended since the last step
         self._read_traces.clear()
         if self._predictors is not None:

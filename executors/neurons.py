@@ -15,6 +15,7 @@ import numpy as np
 from pi2rt._errors import ClosedError, UnsupportedModelError
 from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.neuron_cache import Counters, NeuronCache
+from pi2rt.executors.late_reads import give_back
 from pi2rt.executors.weights import Weights
 from pi2rt.formats import ModelFile, neuron_bundles
 from pi2rt.models import FeedForward, ModelDescription, feed_forwards
@@ -41,9 +42,12 @@ class Neurons:
         model: what is in it.
         nbytes: memory for neurons; 0 where all of them stay.
         io: "auto", "uring" or "preadv".
+        deadline: seconds; see ``NeuronCache``.
     """
 
-    def __init__(self, file: ModelFile, model: ModelDescription, nbytes: int, io: str) -> None:
+    def __init__(
+        self, file: ModelFile, model: ModelDescription, nbytes: int, io: str, deadline: float | None
+    ) -> None:
         numbered = [
             (number, each)
             for number, layer in enumerate(model.layers)
@@ -86,6 +90,7 @@ class Neurons:
                 name=os.fspath(file.path),
                 io=io,
                 depth=DEPTH,
+                deadline=deadline,
             )
         except BaseException:
             self._memory.close()
@@ -189,5 +194,4 @@ class Neurons:
         """Joins the reader, then frees the memory that it wrote to. Only after the threads that compute have ended."""
         with self._lock:
             self._closed = True
-            self.cache.close()
-            self._memory.close()
+            give_back(self._memory, ended=self.cache.close(), path=self.cache.path)

@@ -6,6 +6,9 @@ else is ours or the world's and exits with 1.
 
 from __future__ import annotations
 
+import errno
+import os
+
 
 class Pi2rtError(Exception):
     """Base of all errors that pi2rt raises on purpose."""
@@ -127,3 +130,23 @@ class PluginError(Pi2rtError):
 
 class InternalError(Pi2rtError):
     """A bug in pi2rt: this should never happen. Please report it with the traceback."""
+
+
+def read_failure(what: str, error: int, path: object, deadline: float | None) -> OSError:
+    """What a native reader has failed with.
+
+    Args:
+        what: was read.
+        error: an errno, or -1 where the file ended too early.
+        path: of the file, or None.
+        deadline: seconds; see ``RuntimeOptions.read_deadline``.
+    """
+    if error < 0:
+        problem = "the file ends too early"
+    elif error == errno.ETIMEDOUT and deadline is not None:
+        problem = f"no read has ended for {deadline:g} s; the device does not answer"
+    else:
+        problem = os.strerror(error)
+    return OSError(
+        abs(error), f"reading {what}: {problem}", *([] if path is None else [os.fspath(str(path))])
+    )

@@ -30,6 +30,7 @@ class RuntimeKeywords(TypedDict, total=False):
     kernels: str | None
     memory: int | str | None
     io: Literal["auto", "uring", "preadv"]
+    read_deadline: float | None
     cache: int | str | None
     pipeline: Literal["cluster", "matrix", "none"]
     sparsity: Literal["exact", "predicted", "thresholded"]
@@ -67,6 +68,8 @@ class RuntimeOptions:
     convert``) that do not fit are read from it in every step."""
     io: Literal["auto", "uring", "preadv"] = "auto"
     """How they are read: "auto" is io_uring where the system permits it, else threads with preadv."""
+    read_deadline: float | None = 30.0
+    """Seconds. Where none of the reads in flight ends for so long, requests that wait for them fail; None: never."""
     cache: int | str | None = None
     """Of a pack with neuron bundles, memory for neurons at most, in bytes or as "600M"; "off": as little as will do.
     None: all that ``memory`` leaves."""
@@ -97,6 +100,10 @@ class RuntimeOptions:
             raise RequestError(f"kv_type={self.kv_type!r}: one of {', '.join(map(repr, KV_BYTES))} is needed")
         if self.io not in ("auto", "uring", "preadv"):
             raise RequestError(f"io={self.io!r}: one of 'auto', 'uring', 'preadv' is needed")
+        if self.read_deadline is not None and not 0 < self.read_deadline <= 1e6:
+            raise RequestError(
+                f"read_deadline={self.read_deadline!r}: seconds, up to a million, or None are needed"
+            )
         if self.pipeline not in ("cluster", "matrix", "none"):
             raise RequestError(f"pipeline={self.pipeline!r}: one of 'cluster', 'matrix', 'none' is needed")
         if self.sparsity not in ("exact", "predicted", "thresholded"):

@@ -394,6 +394,7 @@ def _executor_options(
         read_by_row=streaming.read_by_row,
         ring_bytes=streaming.ring_bytes,
         io=chosen.io,
+        read_deadline=chosen.read_deadline,
         paged=streaming.paged,
         cluster_bytes=streaming.cluster_bytes,
         neuron_bytes=streaming.neuron_bytes,

@@ -72,6 +72,13 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         help="how weights that do not fit are read (default: auto)",
     )
     group.add_argument(
+        "--read-deadline",
+        metavar="SECONDS",
+        type=float,
+        default=30.0,
+        help="fail when none of the reads in flight ends for so long (default: 30)",
+    )
+    group.add_argument(
         "--cache",
         metavar="SIZE|off",
         help="of a pack with neuron bundles, memory for neurons at most (default: all that --memory leaves)",
@@ -130,6 +137,7 @@ async def opened(
                         kernels=options.kernels,
                         memory=options.memory,
                         io=options.io,
+                        read_deadline=options.read_deadline,
                         cache=options.cache,
                         pipeline=options.pipeline,
                         sparsity=options.sparsity,

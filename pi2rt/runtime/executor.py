@@ -51,8 +51,9 @@ class ExecutorOptions:
     needs; ``io``: how, "auto", "uring" or "preadv". An executor that cannot do that refuses with RequestError.
     ``paged``: names of experts' matrices that are read when a router has chosen them, into a cache of
     ``cluster_bytes``. Of packs with neuron bundles, ``neuron_bytes``: memory for neurons, the others being read when
-    they fire; 0: all of them stay. ``pipeline``: how far that reading overlaps with computing: "cluster", "matrix" or
-    "none". ``thresholds``: of their feed-forward blocks, by the name of the down tensor, float32 (hidden,): a neuron
+    they fire; 0: all of them stay. ``read_deadline``: seconds; where none of the reads in flight ends for so long, the
+    step fails. ``pipeline``: how far reading overlaps with computing: "cluster", "matrix" or "none".
+    ``thresholds``: of their feed-forward blocks, by the name of the down tensor, float32 (hidden,): a neuron
     fires only when the magnitude of its activated gate (without gate: of its activated up) is above. Empty: exact. The
     runtime gives them to executors whose ``sparsities`` name the mode. ``predictors``: of blocks whose gates are in the
     bundles, by the same name; only neurons that they name are read. Empty: all of such blocks are.
@@ -75,6 +76,7 @@ class ExecutorOptions:
     io: str = "auto"
     paged: tuple[str, ...] = ()
     cluster_bytes: int = 0
+    read_deadline: float | None = None
     neuron_bytes: int = 0
     pipeline: str = "cluster"
     thresholds: Mapping[str, Floats] = field(default_factory=dict)

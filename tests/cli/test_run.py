@@ -21,7 +21,7 @@ REFERENCE = ("--executor", "reference")
 ENDLESS = (*REFERENCE, "--ignore-eos", "--context", "50000")
 CLOSING = re.compile(
     r"^\[prompt: (\d+) tokens, [\d.]+ tokens/s; generated: (\d+) tokens( \(the limit\))?, [\d.]+ tokens/s; "
-    r"first token: [\d.]+ m?s; peak memory: [\d.]+ MiB\]$"
+    r"first token: [\d.]+ m?s; peak memory: [\d.]+ [MG]iB\]$"
 )
 
 

@@ -117,7 +117,7 @@ static int64_t reap(reader *r) {
 /* Frees the memory that reads in flight went to: nothing may write to it once close has returned. */
 static void close_reader(reader *r) {
   const size_t bytes = (size_t)r->depth * MOST_BLOCKS * PI2_FLASH_BLOCK;
-  pi2_flash_close(r->flash);
+  pi2_flash_close(r->flash, -1);
   memset(r->memory, 0x55, bytes);
   memset(r->reads, 0x55, (size_t)r->depth * sizeof *r->reads);
   for (int i = below(3000); i > 0; i--) pi2_pause();

@@ -281,7 +281,7 @@ static pi2_stream *stream_all(pi2_program *p, stored *f) {
   int error = 0;
   pi2_flash *flash = pi2_flash_open(f->path, PI2_IO_AUTO, 4, &error);
   if (!flash) die("no flash");
-  pi2_stream *s = pi2_stream_create(flash, f->units, f->n, PI2_SECTOR, 4, f->ring, together + largest, &error);
+  pi2_stream *s = pi2_stream_create(flash, f->units, f->n, PI2_SECTOR, 4, f->ring, together + largest, -1, &error);
   if (!s) die("no stream");
   return s;
 }
@@ -334,7 +334,7 @@ static void sparse_all(pi2_program *p, const model *m, neurons *f) {
   int error = 0;
   pi2_flash *flash = pi2_flash_open(f->path, PI2_IO_AUTO, 8, &error);
   if (!flash) die("no flash");
-  p->neurons = pi2_neuron_cache_create(flash, f->region, LAYERS, f->pages, PI2_SECTOR, f->memory, f->least, f->pages, 8,
+  p->neurons = pi2_neuron_cache_create(flash, f->region, LAYERS, f->pages, PI2_SECTOR, f->memory, f->least, f->pages, 8, -1,
                                        &error);
   if (!p->neurons || pi2_neuron_cache_trace(p->neurons, RECORDS)) die("no cache");
   p->traced = 1;
