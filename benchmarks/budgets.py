@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--peer", default=sys.executable, help="the Python that has llama-cpp-python")
     parser.add_argument("--budgets", type=float, nargs="+", default=[7, 10, 13, 16, 19], help="GB")
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--peer-tokens", type=int, default=3)
+    parser.add_argument("--peer-tokens", type=int, default=3, help="0: llama.cpp is not measured")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -64,9 +64,10 @@ def main() -> None:
             mine.append(got | {"flash": tuple((a + b) / 2 for a, b in both)})
             peer = [options.peer, str(HERE / "llama_cpp_child.py"), options.gguf]
             peer += [str(options.threads), str(options.context), "1", "mapped"]
-            theirs.append(measure(peer, limit, [options.gguf], peer_work, 0).get("tokens_per_s", 0.0))
-        other = median(theirs)
-        name = f"{budget:g} GB | {f'{other:.3f}' if other else 'did not run'}"
+            if options.peer_tokens:
+                theirs.append(measure(peer, limit, [options.gguf], peer_work, 0).get("tokens_per_s", 0.0))
+        other = median(theirs) if theirs else 0.0
+        name = f"{budget:g} GB | {f'{other:.3f}' if other else 'did not run' if theirs else 'not measured'}"
         print(row(name, mine, other, limit, bandwidth), flush=True)
 
 
