@@ -13,6 +13,7 @@
 #include "gang.h"
 
 enum { ABSENT, COMING, PRESENT }; /* state of a slot: of no page, being read, usable */
+enum { WHOLE, HEAD, REST }; /* part of a page: REST while it is being read behind a head */
 enum { RUNNING, WAITS_FOR_WORK, WAITS_FOR_READS };
 
 static void futex_wake(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
@@ -127,6 +128,8 @@ pi2_neuron_counts pi2_neuron_cache_counts(pi2_neuron_cache *c) {
   return n;
 }
 static void enqueue(pi2_neuron_cache *c, int32_t slot) { c->queue[c->queue_tail++ % (uint64_t)c->capacity] = slot; }
+static uint8_t first_part(const pi2_region *g) { return g->head_bytes ? HEAD : WHOLE; }
+static int64_t asked_bytes(const pi2_region *g) { return g->head_bytes ? g->head_bytes : g->page_bytes; }
 
 int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending) {
   const int32_t first = c->regions[region].first;
@@ -137,14 +140,15 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
     int32_t slot = atomic_load_explicit(&c->slot_of[page], memory_order_relaxed);
     if (slot < 0) {
       if ((slot = take_slot(c)) < 0) break;
-      c->slots[slot] = (pi2_page_slot){.page = page, .pins = 1, .state = COMING, .pending = {pending}};
+      c->slots[slot] = (pi2_page_slot){
+          .page = page, .pins = 1, .state = COMING, .part = first_part(&c->regions[region]), .pending = {pending}};
       use(c, page);
       atomic_store_explicit(&c->slot_of[page], slot, memory_order_relaxed);
       atomic_fetch_add(pending, 1);
       enqueue(c, slot);
       reads++;
       c->misses++;
-      c->missed_bytes += c->regions[region].page_bytes;
+      c->missed_bytes += asked_bytes(&c->regions[region]);
       continue;
     }
     pi2_page_slot *s = &c->slots[slot];
@@ -157,7 +161,7 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
     if (s->fresh) {
       s->fresh = 0;
       c->early++;
-      c->missed_bytes += c->regions[region].page_bytes;
+      c->missed_bytes += asked_bytes(&c->regions[region]);
     }
     s->pins++;
     use(c, page);
@@ -166,6 +170,24 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
   pthread_mutex_unlock(&c->mutex);
   if (reads) wake_reader(c);
   return asked;
+}
+void pi2_neuron_cache_complete(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending) {
+  const pi2_region *g = &c->regions[region];
+  int reads = 0;
+  pthread_mutex_lock(&c->mutex);
+  for (int i = 0; i < n; i++) {
+    const int32_t slot = atomic_load_explicit(&c->slot_of[g->first + pages[i]], memory_order_relaxed);
+    pi2_page_slot *s = &c->slots[slot];
+    if (s->part == WHOLE) continue;
+    s->state = COMING, s->part = REST, s->pending[0] = pending;
+    atomic_fetch_add(pending, 1);
+    enqueue(c, slot);
+    reads++;
+    c->completed++;
+    c->missed_bytes += g->page_bytes - g->head_bytes;
+  }
+  pthread_mutex_unlock(&c->mutex);
+  if (reads) wake_reader(c);
 }
 void pi2_neuron_cache_foresee(pi2_neuron_cache *c, int region, const int32_t *pages, int n) {
   const int32_t first = c->regions[region].first;
@@ -176,7 +198,7 @@ void pi2_neuron_cache_foresee(pi2_neuron_cache *c, int region, const int32_t *pa
     int32_t slot = atomic_load_explicit(&c->slot_of[page], memory_order_relaxed);
     if (slot < 0) {
       if ((slot = take_slot(c)) < 0) break;
-      c->slots[slot] = (pi2_page_slot){.page = page, .state = COMING, .fresh = 1};
+      c->slots[slot] = (pi2_page_slot){.page = page, .state = COMING, .part = first_part(&c->regions[region]), .fresh = 1};
       atomic_store_explicit(&c->slot_of[page], slot, memory_order_relaxed);
       enqueue(c, slot);
       reads++;
@@ -245,18 +267,20 @@ static void start(pi2_neuron_cache *c) {
   r->bytes = 0;
   f->foreseen = 0;
   f->begin_ns = c->records ? pi2_now_ns() : 0;
-  for (f->count = 0; c->queue_head != c->queue_tail && f->count < PI2_MERGED; c->queue_head++, f->count++) {
+  const int part = c->slots[c->queue[c->queue_head % (uint64_t)c->capacity]].part;
+  const int64_t from = part == REST ? g->head_bytes : 0;
+  for (f->count = 0; c->queue_head != c->queue_tail && f->count < (part == WHOLE ? PI2_MERGED : 1); c->queue_head++, f->count++) {
     const int32_t slot = c->queue[c->queue_head % (uint64_t)c->capacity];
     const int32_t page = first + f->count, end = g->first + g->pages;
-    if (c->slots[slot].page != page || page >= end) break;
-    const int64_t bytes = page + 1 < end ? g->page_bytes : g->last_bytes;
+    if (c->slots[slot].page != page || page >= end || c->slots[slot].part != part) break;
+    const int64_t bytes = part == HEAD ? g->head_bytes : (page + 1 < end ? g->page_bytes : g->last_bytes) - from;
     if (f->count && r->bytes + bytes > PI2_MERGED_BYTES) break;
     f->slot[f->count] = slot;
     f->foreseen += c->slots[slot].wanted != 0;
-    f->part[f->count] = (struct iovec){c->memory + slot * c->slot_bytes, (size_t)bytes};
+    f->part[f->count] = (struct iovec){c->memory + slot * c->slot_bytes + from, (size_t)bytes};
     r->bytes += bytes;
   }
-  r->offset = g->offset + (first - g->first) * g->page_bytes;
+  r->offset = g->offset + (first - g->first) * g->page_bytes + from;
   r->to = f->part[0].iov_base;
   r->parts = f->count > 1 ? f->part : NULL;
   r->n_parts = f->count;
@@ -310,6 +334,7 @@ static int finish(pi2_neuron_cache *c, pi2_read *r) {
       s->page = -1;
     }
     s->state = r->error ? ABSENT : PRESENT;
+    if (s->part == REST) s->part = WHOLE;
     if (!s->pins) unpin(c, s);
     failed |= r->error && s->pending[0];
     for (int j = 0; j < 2; j++) {

@@ -26,6 +26,7 @@
 typedef struct { /* pages of one feed-forward block, or of one matrix */
   int64_t offset;       /* in the file */
   int64_t page_bytes, last_bytes; /* last: of the last page */
+  int64_t head_bytes;   /* whole sectors, less than a page: what is read of one that is asked for; 0: all */
   int32_t first, pages; /* their numbers among all */
 } pi2_region;
 
@@ -33,6 +34,7 @@ typedef struct {
   int32_t page; /* or -1 */
   int32_t pins;
   uint8_t state, fresh;     /* fresh: foreseen, and nobody has asked for it yet */
+  uint8_t part;             /* what there is, or comes: all of the page, or its head */
   uint32_t wanted;          /* nobody takes it before `asked` has come to this */
   _Atomic int32_t *pending[2]; /* of whom it is read for: a page may end one cluster and begin the next */
 } pi2_page_slot;
@@ -78,6 +80,7 @@ typedef struct pi2_neuron_cache {
   uint64_t queue_head, queue_tail;
   uint32_t asked;           /* times that a block began to ask */
   int64_t hits, early, misses, evictions; /* early: of the hits, read because foreseen and asked for the first time */
+  int64_t completed;        /* rests of pages that were read because their neurons fire */
   int64_t missed_bytes;     /* of misses and early ones */
   pi2_read_record *records; /* (n_records) ring of reads that have ended, or NULL */
   int64_t n_records, recorded, taken;
@@ -138,6 +141,9 @@ pi2_neuron_counts pi2_neuron_cache_counts(pi2_neuron_cache *c);
  * room left; returns how many. Adds one to *pending for each
  * that is not there yet, which falls again when it arrives; whoever sees it fall to 0 is told by `event`. */
 int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending);
+/* As `ask`, of pages that this one has pinned and that are there, maybe without more than their heads: the rest is read. Needs no
+ * room, so all of them are. */
+void pi2_neuron_cache_complete(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending);
 void pi2_neuron_cache_release(pi2_neuron_cache *c, int region, const int32_t *pages, int n);
 /* A run was stopped: nothing is pinned, nobody is told. */
 void pi2_neuron_cache_abandon(pi2_neuron_cache *c);

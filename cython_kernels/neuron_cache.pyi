@@ -14,6 +14,7 @@ class Counters:
     hits: int = 0
     early: int = 0
     misses: int = 0
+    completed: int = 0
     evictions: int = 0
     reads: int = 0
     bytes: int = 0
@@ -35,6 +36,7 @@ class NeuronCache:
         slots: int,
         slot_bytes: int,
         *,
+        heads: Sequence[int] | None = None,
         name: str | None = None,
         io: str = "auto",
         depth: int = 64,

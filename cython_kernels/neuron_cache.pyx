@@ -20,12 +20,12 @@ cdef extern from "flash.h" nogil:
 
 cdef extern from "neuron_cache.h" nogil:
     ctypedef struct pi2_region:
-        int64_t offset, page_bytes, last_bytes
+        int64_t offset, page_bytes, last_bytes, head_bytes
         int32_t first, pages
     ctypedef struct pi2_neuron_cache:
         int32_t used, n_slots, n_pages, capacity
         uint32_t event
-        int64_t hits, early, misses, evictions
+        int64_t hits, early, misses, evictions, completed
         int64_t bytes, reads_done, busy_ns, stall_ns
     pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *, const pi2_region *, int, int32_t, int64_t, uint8_t *, int32_t,
                                               int32_t, int, int64_t, int *)
@@ -56,12 +56,14 @@ assert RECORD.itemsize == sizeof(pi2_read_record)
 @dataclass(frozen=True, slots=True)
 class Counters:
     """Of pages: asked for while they were there (hits; early: of these, read because they were foreseen, and asked for the
-    first time) or not (misses), and given up for others. Of reading: reads, bytes, nanoseconds with a read in flight, and nanoseconds in which
+    first time) or not (misses), read to their end because their neurons fire (completed; in two phases only), and given up
+    for others. Of reading: reads, bytes, nanoseconds with a read in flight, and nanoseconds in which
     compute threads (all of them, added up) waited."""
 
     hits: int = 0
     early: int = 0
     misses: int = 0
+    completed: int = 0
     evictions: int = 0
     reads: int = 0
     bytes: int = 0
@@ -75,6 +77,7 @@ cdef class NeuronCache:
     of which those that are not used need not be there).
 
     A native thread that reads begins at once. ``name``: what errors call the file, where that is not ``path``.
+    ``heads``: bytes of each region's pages that are read first, the rest once a program asks for it; 0: all at once.
     ``depth``: reads in flight, at most MOST_DEPTH. ``deadline``: seconds; when none of those in flight ends for so long,
     reading fails.
     """
@@ -87,8 +90,8 @@ cdef class NeuronCache:
     cdef pi2_read_record *records
     cdef int64_t n_records
 
-    def __cinit__(self, path, regions, uintptr_t memory, int slots, int64_t slot_bytes, *, name=None, io="auto",
-                  int depth=64, deadline=None):
+    def __cinit__(self, path, regions, uintptr_t memory, int slots, int64_t slot_bytes, *, heads=None, name=None,
+                  io="auto", int depth=64, deadline=None):
         cdef int error = 0
         cdef int32_t first = 0
         cdef pi2_flash *flash
@@ -99,6 +102,9 @@ cdef class NeuronCache:
         if any(offset % PAGE or size % PAGE or not 0 < size <= slot_bytes or total < 1 or total % PAGE
                for offset, size, total in regions):
             raise InternalError(f"regions of neurons {regions} are whole pages of at most {slot_bytes} bytes")
+        heads = [0] * len(regions) if heads is None else heads
+        if any(head % PAGE or not 0 <= head < size for head, (_, size, _) in zip(heads, regions, strict=True)):
+            raise InternalError(f"heads of {heads} bytes for pages of {regions}")
         self.regions = <pi2_region *>malloc(self.n_regions * sizeof(pi2_region))
         if self.regions == NULL:
             raise MemoryError("neuron cache")
@@ -106,7 +112,7 @@ cdef class NeuronCache:
             pages = -(-total // size)
             self.regions[i].offset, self.regions[i].page_bytes = offset, size
             self.regions[i].last_bytes = total - (pages - 1) * size
-            self.regions[i].first, self.regions[i].pages = first, pages
+            self.regions[i].first, self.regions[i].pages, self.regions[i].head_bytes = first, pages, heads[i]
             first += pages
         flash = pi2_flash_open(os.fsencode(path), IO[io], depth, &error)
         if flash == NULL:
@@ -205,7 +211,7 @@ cdef class NeuronCache:
         cdef pi2_neuron_cache *c = self.cache
         if c == NULL:
             return self.last or Counters()
-        return Counters(c.hits, c.early, c.misses, c.evictions, c.reads_done, c.bytes, c.busy_ns, c.stall_ns)
+        return Counters(c.hits, c.early, c.misses, c.completed, c.evictions, c.reads_done, c.bytes, c.busy_ns, c.stall_ns)
 
     def close(self):
         """Joins the reader. Only after the gang that runs the program was closed. False: the device does not answer, and may

@@ -101,23 +101,31 @@ static void gate_cluster(block *k, int c) {
  * next block will fire. Threads that would only wait for flash compute its gates on it, and their neurons are read while
  * this block ends and attention runs. The true gates decide; what was foreseen in vain cost a read. */
 
-/* What the next blocks' gates are computed on: x as it is now, normalised. It is their true input where they are experts of the
- * same mixture. Returns whether there is any. */
+/* What the next blocks' gates are computed on: x as it is now, normalised. It is their true input where they are experts of the same mixture. Returns whether there is any. */
 static int prepare_ahead(const block *k, const pi2_op *next, pi2_input *in) {
   const pi2_program *p = k->p;
   pi2_scratch *scratch = &p->scratch[k->w->index];
-  const int rows = pi2_rows(k->r, next);
+  const int rows = pi2_rows(k->r, next), predicted = next->bundles->gate_type >= 0;
   const int32_t *row_of = pi2_row_of(k->r, next);
-  if (!next->matrix[0].data || !next->norm.weight || pi2_is_float(next->matrix[0].type)) return 0;
+  if (!next->matrix[0].data || !next->norm.weight || pi2_is_float(next->matrix[0].type) != predicted) return 0;
+  if (predicted && pi2_align(next[-1].matrix[0].rows, PI2_ROWS) > p->dim) return 0;
   for (int row = 0; row < rows; row++) {
     const pi2_q8 q8 = pi2_q8_row(&scratch->ahead, row);
     float *floats = scratch->ahead_floats + row * p->dim;
     p->kernels->rmsnorm(p->x + (row_of ? row_of[row] : row) * p->dim, next->norm.weight, next->norm.offset,
                         next->norm.eps, floats, p->dim);
-    pi2_quantize(p, floats, p->dim, &q8);
+    if (!predicted) pi2_quantize(p, floats, p->dim, &q8);
   }
   *in = (pi2_input){.q8 = scratch->ahead, .floats = scratch->ahead_floats, .ld = p->dim};
   return 1;
+}
+/* What the predictor's first matrix makes of that, once. */
+static void reduce_ahead(const block *k, const pi2_op *next, pi2_input *in) {
+  const pi2_matrix *first = &next[-1].matrix[0];
+  float *reduced = k->p->scratch[k->w->index].ahead_floats + PI2_REPLICATED * k->p->dim;
+  if (next->bundles->gate_type < 0 || in->floats == reduced) return;
+  pi2_multiply(k->p, first, 0, (int)((first->rows + PI2_ROWS - 1) / PI2_ROWS), in, 0, k->rows, reduced, k->p->dim);
+  in->floats = reduced;
 }
 
 /* Blocks whose gates may be computed in vain. */
@@ -256,8 +264,42 @@ static void compute_gates(block *k, int c, int row) {
   k->s->n_active[row * k->s->n_clusters + c] = (uint16_t)fired;
 }
 
-/* Rows of up of a cluster's neurons, and with them the hidden values, as integers. */
-static void compute_up(block *k, int c) {
+/* The row's activations as the kernels of single neurons want them. */
+static void arrange(block *k, int row) {
+  pi2_scratch *scratch = &k->p->scratch[k->w->index];
+  if (k->arranged == row) return;
+  const pi2_q8 x = pi2_q8_row(&k->in->q8, row);
+  pi2_arrange(&x, k->p->wide, k->p->dim, scratch->arranged, scratch->arranged_d, scratch->arranged_s);
+  k->arranged = row;
+}
+static int in_two_phases(const block *k) { return k->cache->regions[k->b->region].head_bytes != 0; }
+
+/* The first of two phases is there: gates of a cluster's neurons, and the rest of those that fire is asked for. */
+static void choose(block *k, int c) {
+  pi2_cluster *cluster = &k->s->clusters[c];
+  const int64_t first = (int64_t)c * PI2_CLUSTER, end = cluster_end(k, c);
+  uint8_t fires[PI2_CLUSTER] = {0};
+  int32_t pages[PI2_CLUSTER];
+  int n = 0;
+  find_neurons(k, cluster, first, end);
+  for (int row = 0; row < k->rows; row++) {
+    if (!n_active(k, row, c)) continue;
+    arrange(k, row);
+    compute_gates(k, c, row);
+    for (int i = 0; i < n_active(k, row, c); i++) fires[active(k, row, c)[i]] = 1;
+  }
+  for (int64_t i = first; i < end; i++) { /* ascending, so pages come in their order */
+    const int32_t page = (int32_t)(i / k->b->per_page);
+    if (fires[i - first] && (!n || pages[n - 1] != page)) pages[n++] = page;
+  }
+  atomic_store(&cluster->pending, 1);
+  pi2_neuron_cache_complete(k->cache, k->b->region, pages, n, &cluster->pending);
+  atomic_store(&cluster->stage, PI2_CHOSEN);
+  atomic_fetch_sub(&cluster->pending, 1);
+}
+
+/* Rows of up of a cluster's neurons, and with them the hidden values, as integers. `chosen`: its gates are computed. */
+static void compute_up(block *k, int c, int chosen) {
   const pi2_program *p = k->p;
   const pi2_bundles *b = k->b;
   const int64_t first = (int64_t)c * PI2_CLUSTER, width = cluster_end(k, c) - first;
@@ -269,12 +311,8 @@ static void compute_up(block *k, int c) {
     const uint16_t *list = active(k, row, c);
     float *h = k->s->values + row * p->hidden + first;
     if (!n_active(k, row, c)) continue;
-    if (b->up_type >= 0 && k->arranged != row) {
-      const pi2_q8 x = pi2_q8_row(&k->in->q8, row);
-      pi2_arrange(&x, p->wide, p->dim, scratch->arranged, scratch->arranged_d, scratch->arranged_s);
-      k->arranged = row;
-    }
-    if (b->gate_type >= 0) compute_gates(k, c, row);
+    if (b->up_type >= 0) arrange(k, row);
+    if (b->gate_type >= 0 && !chosen) compute_gates(k, c, row);
     const int n = n_active(k, row, c);
     for (int at = 0; b->up_type >= 0 && at < n; at += 16) {
       const int m = n - at < 16 ? n - at : 16;
@@ -402,12 +440,16 @@ static int take_cluster(block *k) {
   }
   for (int c = 0; c < asked; c++) {
     pi2_cluster *cluster = &s->clusters[c];
-    int32_t stage = PI2_ASKED;
-    if (atomic_load(&cluster->stage) != PI2_ASKED || atomic_load(&cluster->pending)) continue;
+    int32_t stage = atomic_load(&cluster->stage);
+    if ((stage != PI2_ASKED && stage != PI2_CHOSEN) || atomic_load(&cluster->pending)) continue;
     if (!atomic_compare_exchange_strong(&cluster->stage, &stage, PI2_TAKEN)) continue;
-    compute_up(k, c);
-    atomic_store(&cluster->stage, PI2_COMPUTED);
-    atomic_fetch_add(&s->computed, 1);
+    if (stage == PI2_ASKED && in_two_phases(k)) {
+      choose(k, c);
+    } else {
+      compute_up(k, c, stage == PI2_CHOSEN);
+      atomic_store(&cluster->stage, PI2_COMPUTED);
+      atomic_fetch_add(&s->computed, 1);
+    }
     pi2_neuron_cache_signal(k->cache);
     return 1;
   }
@@ -485,6 +527,7 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
       if (ahead.n && atomic_load(&k.cache->in_flight)) {
         const uint32_t c = pi2_take(r, index, 3);
         if (c < (uint32_t)(ahead.n * k.n_clusters)) {
+          reduce_ahead(&k, ahead.op[0], &ahead.in);
           foresee_cluster(&k, ahead.op[c / k.n_clusters], (int)c % k.n_clusters, &ahead.in);
           continue;
         }

@@ -94,7 +94,7 @@ static int prepare_sparse(pi2_program *p) {
   }
   for (int t = 0; t < p->threads; t++) {
     pi2_scratch *scratch = &p->scratch[t];
-    scratch->ahead_floats = allocate(p, PI2_REPLICATED * p->dim, sizeof *scratch->ahead_floats);
+    scratch->ahead_floats = allocate(p, 2 * PI2_REPLICATED * p->dim, sizeof *scratch->ahead_floats);
     if (!scratch->ahead_floats || !allocate_q8(p, &scratch->ahead, PI2_REPLICATED, p->dim)) return 0;
     scratch->arranged = allocate(p, pi2_align(p->dim, 512), sizeof *scratch->arranged);
     scratch->arranged_d = allocate(p, pi2_align(p->dim, 512) / PI2_BLOCK, sizeof *scratch->arranged_d);

@@ -140,7 +140,7 @@ typedef struct { /* one thread's own */
   int16_t *arranged; /* activations in the order of single neurons' rows, and their scales */
   float *arranged_d, *arranged_s;
   pi2_q8 ahead;     /* (PI2_REPLICATED, dim) what the next sparse block may be computed on */
-  float *ahead_floats;
+  float *ahead_floats; /* the same; behind it what a predictor's first matrix makes of it */
   uint64_t waited;  /* ticks in the running operation */
   int turn;         /* which of the two sparse blocks' places is next */
 } pi2_scratch;

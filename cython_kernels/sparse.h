@@ -9,6 +9,9 @@
  * arrives first and whoever computes it. So a result does not depend on what the cache held, and is the dense one; with
  * thresholds it is that of a dense block whose activations below them are zero.
  *
+ * Where gates are in the bundles as well, a predictor decides what is read, and the gates then what is computed. In two phases
+ * only the first sectors of a bundle are read, which hold its gate, and the rest once that has let it through.
+ *
  * There are two of what a block works on. Experts of a mixture have the same input: while one waits for flash, the gates of
  * the next one are computed already, and its neurons asked for. */
 #ifndef PI2_SPARSE_H
@@ -39,7 +42,8 @@ typedef struct { /* where the neurons of a block lie; docs/pack-format.md */
   const float *thresholds; /* (neurons): only those fire whose |act(gate)| is above; NULL: exact */
 } pi2_bundles;
 
-enum { PI2_IDLE, PI2_GATED, PI2_ASKED, PI2_TAKEN, PI2_COMPUTED };
+/* CHOSEN: its true gates, which are in the bundles, are computed, and what follows them is read where they let it through. */
+enum { PI2_IDLE, PI2_GATED, PI2_ASKED, PI2_TAKEN, PI2_CHOSEN, PI2_COMPUTED };
 typedef struct { /* a cluster while its block runs */
   _Atomic int32_t stage;
   _Atomic int32_t pending;     /* pages it waits for */

@@ -155,7 +155,14 @@ class CpuExecutor:
             )
             caches.append(self._clusters)
         if self._weights.scales:
-            self._neurons = Neurons(file, model, options.neuron_bytes, options.io, options.read_deadline)
+            self._neurons = Neurons(
+                file,
+                model,
+                options.neuron_bytes,
+                options.io,
+                options.read_deadline,
+                two_phase=options.two_phase,
+            )
             caches.append(self._neurons)
         if not caches:
             await self._weights.load(progress, len(self._threads))
@@ -328,6 +335,7 @@ class CpuExecutor:
                 "neuron_hits": counters.hits,
                 "neuron_early": counters.early,
                 "neuron_misses": counters.misses,
+                "neuron_completed": counters.completed,
                 "neuron_evictions": counters.evictions,
                 "flash_reads": counters.reads,
                 "flash_bytes": counters.bytes,

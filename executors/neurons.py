@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pi2rt._errors import ClosedError, UnsupportedModelError
+from pi2rt._errors import ClosedError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.neuron_cache import Counters, NeuronCache
 from pi2rt.executors.late_reads import give_back
@@ -43,10 +43,22 @@ class Neurons:
         nbytes: memory for neurons; 0 where all of them stay.
         io: "auto", "uring" or "preadv".
         deadline: seconds; see ``NeuronCache``.
+        two_phase: see ``ExecutorOptions``.
+
+    Raises:
+        UnsupportedModelError: bundles are not of the model.
+        RequestError: there is nothing that a second phase could save.
     """
 
     def __init__(
-        self, file: ModelFile, model: ModelDescription, nbytes: int, io: str, deadline: float | None
+        self,
+        file: ModelFile,
+        model: ModelDescription,
+        nbytes: int,
+        io: str,
+        deadline: float | None,
+        *,
+        two_phase: bool = False,
     ) -> None:
         numbered = [
             (number, each)
@@ -69,6 +81,13 @@ class Neurons:
         self._bundles = [
             file.bundles[block.down.weight] for block in blocks if block.down.weight in file.bundles
         ]
+        heads = [each.head_bytes if two_phase else 0 for each in self._bundles]
+        if two_phase and not any(heads):
+            size = max(each.page_bytes for each in self._bundles)
+            raise RequestError(
+                f"{file.path}: two_phase is for bundles with gates that take more than one sector (convert --bundles "
+                f"gates); those of this pack have {'no gates' if self._bundles[0].gate is None else f'{size} bytes'}"
+            )
         self.layers = tuple(
             f"layer {number}" for number, block in numbered if block.down.weight in file.bundles
         )
@@ -87,6 +106,7 @@ class Neurons:
                 self._memory.address,
                 self.slots,
                 self.slot_bytes,
+                heads=heads,
                 name=os.fspath(file.path),
                 io=io,
                 depth=DEPTH,

@@ -33,6 +33,7 @@ class RuntimeKeywords(TypedDict, total=False):
     read_deadline: float | None
     cache: int | str | None
     pipeline: Literal["cluster", "matrix", "none"]
+    two_phase: bool
     sparsity: Literal["exact", "predicted", "thresholded"]
     calibration: str | os.PathLike[str] | None
     exact_floats: bool
@@ -75,6 +76,9 @@ class RuntimeOptions:
     None: all that ``memory`` leaves."""
     pipeline: Literal["cluster", "matrix", "none"] = "cluster"
     """How far reading neurons overlaps with computing. For measuring: the others are slower."""
+    two_phase: bool = False
+    """Of a pack whose gates are in its bundles, first only the sectors with a neuron's gate are read, and the rest once
+    that has let it through: fewer bytes in more reads."""
     sparsity: Literal["exact", "predicted", "thresholded"] = "exact"
     """Which neurons of a pack rest: "exact", those whose output is zero; "thresholded", those too whose activated gate
     is below a threshold; "predicted", of a pack whose gates are in its bundles, those of which a predictor says that

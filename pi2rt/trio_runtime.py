@@ -249,12 +249,12 @@ async def open_runtime(
             executor_options = replace(
                 executor_options, thresholds=lossy.thresholds, predictors=lossy.predictors
             )
-        if (chosen.cache is not None or chosen.pipeline != "cluster") and not (
+        if (chosen.cache is not None or chosen.pipeline != "cluster" or chosen.two_phase) and not (
             file.bundles and chosen.memory
         ):
             raise RequestError(
-                "cache and pipeline are for neurons that are read when they fire: that takes a memory budget, and a "
-                "pack with neuron bundles"
+                "cache, pipeline and two_phase are for neurons that are read when they fire: that takes a memory "
+                "budget, and a pack with neuron bundles"
             )
 
         beside = chosen.memory_bytes - (executor_options.neuron_bytes or all_neurons(file))
@@ -399,6 +399,7 @@ def _executor_options(
         cluster_bytes=streaming.cluster_bytes,
         neuron_bytes=streaming.neuron_bytes,
         pipeline=chosen.pipeline,
+        two_phase=chosen.two_phase,
         trace=trace,
     )
 

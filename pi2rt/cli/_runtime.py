@@ -90,6 +90,13 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         help="how far reading neurons overlaps with computing (default: cluster)",
     )
     group.add_argument(
+        "--two-phase",
+        choices=("on", "off"),
+        default="off",
+        help="of a pack with --bundles gates, read a neuron's gate first, and the rest once that has let it through "
+        "(default: off)",
+    )
+    group.add_argument(
         "--sparsity",
         choices=("exact", "predicted", "thresholded"),
         default="exact",
@@ -140,6 +147,7 @@ async def opened(
                         read_deadline=options.read_deadline,
                         cache=options.cache,
                         pipeline=options.pipeline,
+                        two_phase=options.two_phase == "on",
                         sparsity=options.sparsity,
                         calibration=options.calibration,
                         on_load=bar.update,

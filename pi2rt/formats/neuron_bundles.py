@@ -51,6 +51,13 @@ class NeuronBundles:
         return self.nbytes // self.page_bytes
 
     @property
+    def head_bytes(self) -> int:
+        """What of a page has to be read for its gates: whole sectors; 0 where that is all of it, or there are none."""
+        last = (self.neurons_per_page - 1) * self.neuron_bytes + self.gate_bytes
+        head = _aligned(last, PAGE) if self.gate is not None else 0
+        return head if head < self.page_bytes else 0
+
+    @property
     def layout(self) -> tuple[int, int, int, int]:
         """As the native functions take it: the last is where down begins."""
         return self.neurons_per_page, self.page_bytes, self.neuron_bytes, self.gate_bytes + self.up_bytes

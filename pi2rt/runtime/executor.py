@@ -52,7 +52,8 @@ class ExecutorOptions:
     ``paged``: names of experts' matrices that are read when a router has chosen them, into a cache of
     ``cluster_bytes``. Of packs with neuron bundles, ``neuron_bytes``: memory for neurons, the others being read when
     they fire; 0: all of them stay. ``read_deadline``: seconds; where none of the reads in flight ends for so long, the
-    step fails. ``pipeline``: how far reading overlaps with computing: "cluster", "matrix" or "none".
+    step fails. ``pipeline``: how far reading overlaps with computing: "cluster", "matrix" or "none". ``two_phase``: of
+    neurons whose gates are in the bundles, the rest is read only once the gate has let it through.
     ``thresholds``: of their feed-forward blocks, by the name of the down tensor, float32 (hidden,): a neuron
     fires only when the magnitude of its activated gate (without gate: of its activated up) is above. Empty: exact. The
     runtime gives them to executors whose ``sparsities`` name the mode. ``predictors``: of blocks whose gates are in the
@@ -79,6 +80,7 @@ class ExecutorOptions:
     read_deadline: float | None = None
     neuron_bytes: int = 0
     pipeline: str = "cluster"
+    two_phase: bool = False
     thresholds: Mapping[str, Floats] = field(default_factory=dict)
     predictors: Mapping[str, Predictor] = field(default_factory=dict)
     trace: Trace | None = None

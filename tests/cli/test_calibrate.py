@@ -148,6 +148,7 @@ def test_mistakes(pi2rt: Run, packs: dict[str, str], text: str, model: str, tmp_
     (tmp_path / "damaged").write_bytes(b"PI2\0CALI" + bytes(100))
     thresholded = ("-p", "Hi", "--sparsity", "thresholded")
     predicted = ("-p", "Hi", "--sparsity", "predicted")
+    phases = ("-p", "Hi", "--two-phase", "on")
     assert pi2rt("calibrate", packs["relu"], text, *FEW).status == 0
     without = ("--calibration", f"{packs['relu']}.calibration")
     cases = [
@@ -171,6 +172,11 @@ def test_mistakes(pi2rt: Run, packs: dict[str, str], text: str, model: str, tmp_
         (("run", packs["dense"], *predicted), "convert the model with --bundles all"),
         (("run", packs["gates"], *predicted), "there is no calibration"),
         (("run", packs["gates"], *predicted, *without), "has no predictors, for its gates were in memory"),
+        (("run", packs["gates"], *phases), "takes a memory budget"),
+        (
+            ("run", packs["gates"], *phases, "--memory", "1G"),
+            "one sector (convert --bundles gates); those of this pack have 4096 bytes",
+        ),
         (("run", packs["relu"], *predicted), "are in memory, and say exactly who fires"),
         (("calibrate", packs["gates"], text, "--recall", "2"), "'2' is not a share above 0 and below 1"),
         (("calibrate", packs["gates"], text, "--rank", "0"), "'0' is not an integer of at least 1"),

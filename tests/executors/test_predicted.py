@@ -22,9 +22,10 @@ from pi2rt.planner.bundling import Bundling
 from pi2rt.planner.convert import convert, verify
 from pi2rt.planner.streaming import plan_streaming
 from pi2rt.runtime.executor import Predictor
+from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from tests.executors.test_experts import planned
 from tests.executors.test_sparse import cache_sizes, one_by_one
-from tests.support.running import all_logits, opened
+from tests.support.running import NOTHING, all_logits, opened, page_table
 from tests.support.tiny_models import TinyModel, write_gguf
 
 Floats = npt.NDArray[np.float32]
@@ -164,6 +165,73 @@ async def test_streamed_is_resident_bit_for_bit(
             np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
             assert executor.statistics().details["neuron_misses"] > 0
             assert executor.statistics().bytes["predictors"] > 0
+
+
+WIDE = TinyModel("llama", seed=15, dim=1408, hidden=608, layers=2, heads=2, kv_heads=1, head_dim=64,
+                 config={"hidden_act": "drelu"})  # fmt: skip
+"""A neuron takes two sectors: its gate and most of its row of up are in the first."""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Predictor]]:
+    """A pack of it, and predictors."""
+    source = write_gguf(tmp_path_factory.mktemp("wide") / "m.gguf", WIDE, weight_type="Q8_0")
+    convert(source, source.with_name("gates.pi2"), bundles="gates")
+    return source.with_name("gates.pi2"), reference(source)[1]
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "io", "cores"),
+    [("cluster", "auto", 1), ("cluster", "preadv", 3), ("matrix", "auto", 2), ("none", "auto", 2)],
+)
+async def test_two_phases_change_no_bit_and_read_less(
+    wide: tuple[Path, dict[str, Predictor]], pipeline: str, io: str, cores: int
+) -> None:
+    path, predictors = wide
+    size, cluster, pages = cache_sizes(path)
+    assert size == 8192
+    for given in (predictors, {}):
+        expected = await logits(path, predictors=given)
+        options = {"exact_floats": False, "predictors": given, "cores": (0, 1, 0)[:cores], "io": io}
+        for slots in (cluster, pages - 1):
+            read = []
+            for two_phase in (False, True):
+                more = {"neuron_bytes": slots * size, "pipeline": pipeline, "two_phase": two_phase}
+                async with opened(CpuExecutor(), path, **options, **more) as executor:
+                    loaded = executor.statistics().details["flash_bytes"]
+                    np.testing.assert_array_equal(await one_by_one(executor, TOKENS), expected)
+                    np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
+                    details = executor.statistics().details
+                    read.append(details["flash_bytes"] - loaded)
+                    assert (details["neuron_completed"] > 0) is two_phase
+            if slots == cluster:  # nothing stays long enough to be asked for again
+                assert read[1] < 0.9 * read[0]
+
+
+async def test_a_step_stopped_between_two_phases_leaves_nothing_behind(
+    wide: tuple[Path, dict[str, Predictor]],
+) -> None:
+    path, predictors = wide
+    size, cluster, _ = cache_sizes(path)
+    given = {"exact_floats": False, "neuron_bytes": cluster * size, "two_phase": True}
+    async with opened(CpuExecutor(), path, **given, predictors=predictors) as executor:
+        expected = await all_logits(executor, TOKENS)
+        for number in range(40):
+            bind = (Bind(1, Sampling(), NOTHING),)
+            executor.submit(Step(1000 + number, (Slice(1, 0, page_table(1), TOKENS, sample=True),), bind))
+            executor.stop(1000 + number)
+            await executor.wait()
+            if number % 5 == 0:
+                np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
+
+
+async def test_two_phases_are_refused_where_there_is_nothing_to_save(packs: tuple[Path, Path]) -> None:
+    size, cluster, _ = cache_sizes(packs[0])
+    with pytest.raises(RequestError, match="two_phase is for bundles with gates"):
+        async with opened(
+            CpuExecutor(), packs[0], exact_floats=False, two_phase=True, neuron_bytes=cluster * size
+        ):
+            pass
 
 
 async def test_who_is_not_named_is_not_read(source: Path, packs: tuple[Path, Path]) -> None:
