@@ -53,10 +53,15 @@ static float uses(const pi2_neuron_cache *c, int32_t page) {
 static void use(pi2_neuron_cache *c, int32_t page) {
   c->use[page] = (pi2_use){uses(c, page) + 1.0f, c->step};
 }
+static int32_t new_slot(pi2_neuron_cache *c) {
+  const int32_t slot = c->used++;
+  if (c->touched < c->used) c->touched = c->used;
+  return slot;
+}
 /* A slot for a new page: one never used, or that of the least used among the next few that nobody needs. -1: all are
  * pinned or on their way. */
 static int32_t take_slot(pi2_neuron_cache *c) {
-  if (c->used < c->n_slots) return c->used++;
+  if (c->used < c->n_slots) return new_slot(c);
   if (!c->unpinned) return -1;
   int32_t chosen = -1;
   float least = 0;
@@ -92,7 +97,7 @@ static void unpin(pi2_neuron_cache *c, pi2_page_slot *s) {
 int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots) {
   int32_t left = 0;
   pthread_mutex_lock(&c->mutex);
-  for (int32_t i = n_slots; i < c->capacity; i++) {
+  for (int32_t i = n_slots; i < c->touched; i++) {
     pi2_page_slot *s = &c->slots[i];
     if (s->pins || s->state == COMING) {
       left++;
@@ -245,7 +250,7 @@ void pi2_neuron_cache_release(pi2_neuron_cache *c, int region, const int32_t *pa
 }
 void pi2_neuron_cache_abandon(pi2_neuron_cache *c) {
   pthread_mutex_lock(&c->mutex);
-  for (int32_t i = 0; i < c->capacity; i++) {
+  for (int32_t i = 0; i < c->touched; i++) {
     pi2_page_slot *s = &c->slots[i];
     const int was = s->pins;
     s->pins = 0;
@@ -391,7 +396,7 @@ int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_
   _Atomic int32_t pending = 1;
   pthread_mutex_lock(&c->mutex);
   for (int32_t i = first; i < first + count && c->used < c->n_slots; i++) {
-    const int32_t slot = c->used++;
+    const int32_t slot = new_slot(c);
     c->slots[slot] = (pi2_page_slot){.page = g->first + i, .state = COMING, .pending = {&pending}};
     atomic_store_explicit(&c->slot_of[g->first + i], slot, memory_order_relaxed);
     atomic_fetch_add(&pending, 1);
@@ -432,7 +437,6 @@ pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *re
   c->spare = calloc((size_t)depth, sizeof *c->spare);
   if (c->slot_of && c->slots && c->use && c->queue && c->fetches && c->spare) {
     for (int32_t i = 0; i < n_pages; i++) atomic_init(&c->slot_of[i], -1);
-    for (int32_t i = 0; i < capacity; i++) c->slots[i].page = -1;
     for (int i = 0; i < depth; i++) c->spare[c->n_spare++] = &c->fetches[i];
     *error = pthread_mutex_init(&c->mutex, NULL);
     if (!*error && (*error = pthread_create(&c->thread, NULL, reader_main, c))) pthread_mutex_destroy(&c->mutex);

@@ -74,7 +74,8 @@ typedef struct pi2_neuron_cache {
   pi2_use *use;             /* (n_pages) */
   uint32_t step;
   float fade[PI2_FADE_STEPS];
-  _Atomic int32_t used;         /* slots ever used */
+  _Atomic int32_t used;         /* slots in use, from the first on */
+  int32_t touched;              /* slots ever used; the records of others were never written to, and take no memory */
   int32_t hand, unpinned;       /* unpinned: of the present ones */
   int32_t *queue;               /* (capacity) ring of slots to be filled */
   uint64_t queue_head, queue_tail;

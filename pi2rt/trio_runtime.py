@@ -30,7 +30,14 @@ from pi2rt.memory import MemoryNeed, estimate_need
 from pi2rt.model_info import ModelInfo, model_info
 from pi2rt.models import ModelDescription, describe
 from pi2rt.planner.placement import Placement, default_placement
-from pi2rt.planner.streaming import StreamingPlan, all_neurons, least_neurons, plan_streaming
+from pi2rt.planner.streaming import (
+    StreamingPlan,
+    all_neurons,
+    least_neurons,
+    plan_streaming,
+    with_records,
+    without_records,
+)
 from pi2rt.runtime.actor import Actor, ActorStatistics
 from pi2rt.runtime.assistant import assistant_statistics
 from pi2rt.runtime.channel import ChannelStatistics
@@ -257,7 +264,8 @@ async def open_runtime(
                 "budget, and a pack with neuron bundles"
             )
 
-        beside = chosen.memory_bytes - (executor_options.neuron_bytes or all_neurons(file))
+        neurons_at_first = executor_options.neuron_bytes or all_neurons(file)
+        beside = chosen.memory_bytes - with_records(file, neurons_at_first)
 
         async def open_executor(executor: Executor) -> None:
             if file.bundles and not getattr(executor, "reads_bundles", False):
@@ -281,11 +289,11 @@ async def open_runtime(
                     "the memory of this model cannot change while it runs: that takes a memory budget, and a pack with "
                     "neuron bundles"
                 )
-            neurons = max(0, memory - beside)
+            neurons = without_records(file, memory - beside)
             if neurons < least_neurons(file):
                 raise MemoryBudgetError(
                     f"a memory of {_mib(memory)} is too small; the least that a running model can change to is "
-                    f"{_mib(beside + least_neurons(file))}"
+                    f"{_mib(beside + with_records(file, least_neurons(file)))}"
                 )
             before = executor_options
             executor_options = replace(before, neuron_bytes=neurons)  # of an executor that is made again

@@ -2,8 +2,9 @@
 
 A dense model uses every weight once per token, in the same order: whatever is not in memory has to be read again
 for each step, and which matrices those are changes nothing but the rhythm. So they are spread evenly over the
-layers: reading then never pauses for long, and the reads lie under the computing of the layers between. The
-feed-forward matrices go first, being the largest; attention follows where that is not enough. An embedding that is
+layers: reading then never pauses for long, and the reads lie under the computing of the layers between. Those that
+make the ring smallest go first: one of each feed-forward operation, and the small ones; attention follows where that is
+not enough. An embedding that is
 not the output head as well goes before all: of it, a step reads one row for each token.
 
 A block whose neurons a pack stores one by one (``formats/neuron_bundles.py``) needs few of them for a token: what its
@@ -31,8 +32,8 @@ SECTOR = 4096
 LEAST_CLUSTERS = 2
 """The neurons of so many clusters have room at least: one is computed while the next one is read."""
 
-SLOT_RECORDS = 64
-"""Bytes that the neuron cache keeps of each slot and page, at most (``cython_kernels/neuron_cache.h``)."""
+PAGE_RECORDS, SLOT_RECORDS = 12, 40
+"""Bytes that the neuron cache keeps of each page, and of each slot that is used (``cython_kernels/neuron_cache.h``)."""
 
 FIRST_NEURONS = 1 / 8
 """Of the synthetic ReLU models as much of the neurons is two thirds of what fires; the next eighth is another tenth."""
@@ -94,13 +95,36 @@ def least_ring(file: ModelFile, streamed: Collection[str], model: ModelDescripti
 def least_neurons(file: ModelFile) -> int:
     """Bytes that the smallest neuron cache takes."""
     pages = max(-(-CLUSTER // each.neurons_per_page) + 1 for each in file.bundles.values())
-    return LEAST_CLUSTERS * pages * max(each.page_bytes for each in file.bundles.values())
+    return LEAST_CLUSTERS * pages * _slot_bytes(file)
 
 
 def all_neurons(file: ModelFile) -> int:
-    """Bytes of a neuron cache that holds all neurons, with its records."""
-    pages = sum(each.pages for each in file.bundles.values())
-    return pages * (max((each.page_bytes for each in file.bundles.values()), default=0) + SLOT_RECORDS)
+    """Bytes of all neurons in a cache."""
+    return _neuron_pages(file) * _slot_bytes(file)
+
+
+def with_records(file: ModelFile, neuron_bytes: int) -> int:
+    """What so many bytes of neurons take with the records of their slots."""
+    slot = _slot_bytes(file)
+    return neuron_bytes + (neuron_bytes // slot * SLOT_RECORDS if slot else 0)
+
+
+def without_records(file: ModelFile, room: int) -> int:
+    """The most bytes of neurons that take ``room`` with the records of their slots."""
+    slot = _slot_bytes(file)
+    return max(0, room) // (slot + SLOT_RECORDS) * slot
+
+
+def _slot_bytes(file: ModelFile) -> int:
+    return max((each.page_bytes for each in file.bundles.values()), default=0)
+
+
+def _neuron_pages(file: ModelFile) -> int:
+    return sum(each.pages for each in file.bundles.values())
+
+
+def _page_records(file: ModelFile) -> int:
+    return PAGE_RECORDS * _neuron_pages(file)
 
 
 def expert_operations(
@@ -141,18 +165,20 @@ def plan_streaming(
             return _plan_experts(file, model, room, cache, experts, as_pack=as_pack)
         return plan
     total, neurons = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model)), all_neurons(file)
-    if total + neurons <= room and (cache is None or cache >= neurons):
-        return StreamingPlan(resident_bytes=total + neurons)
+    everything = total + with_records(file, neurons) + _page_records(file)
+    if everything <= room and (cache is None or cache >= neurons):
+        return StreamingPlan(resident_bytes=everything)
     least = least_neurons(file)
-    records = SLOT_RECORDS * sum(each.pages for each in file.bundles.values())
-    plan = _plan_matrices(file, model, room - least - records, spare=True)
-    left = room - records - plan.nbytes
+    records = _page_records(file)
+    plan = _plan_matrices(file, model, room - with_records(file, least) - records, spare=True)
+    left = without_records(file, room - records - plan.nbytes)
     few = left < min(neurons * FIRST_NEURONS, neurons if cache is None else cache)
     if experts and (plan.streamed or few):
         return _plan_experts(file, model, room, cache, experts)
     left = max(least, left)
     if cache is not None:
         left = max(least, min(left, cache))
+    records += with_records(file, left) - left
     return replace(plan, resident_bytes=plan.resident_bytes + records, neuron_bytes=left // SECTOR * SECTOR)
 
 
@@ -169,13 +195,15 @@ def _plan_experts(
     infos = [info for operation in operations for info in operation]
     slot = max(page_bytes(info.type, *info.shape) for info in infos)
     least = max(sum(map(_pages, operation)) for operation in operations) * slot
-    records = SLOT_RECORDS * (sum(map(_pages, infos)) + sum(each.pages for each in file.bundles.values()))
+    records = (PAGE_RECORDS + SLOT_RECORDS) * sum(map(_pages, infos)) + _page_records(file)
     least_of_neurons = least_neurons(file) if file.bundles else 0
+    most = max(least_of_neurons, int(all_neurons(file) * FIRST_NEURONS))
+    records += with_records(file, most) - most
     absent = sum(info.nbytes for info in infos)
     room_of_rest = room - least - least_of_neurons - records
     plan = _plan_matrices(file, model, room_of_rest, spare=True, as_pack=as_pack, absent=absent)
     left = room - records - plan.nbytes
-    neurons = int(min(all_neurons(file) * FIRST_NEURONS, left / 2))
+    neurons = int(min(most, left / 2))
     neurons = max(least_of_neurons, min(neurons, left if cache is None else cache)) // SECTOR * SECTOR
     return replace(
         plan,
@@ -198,9 +226,12 @@ def _plan_matrices(
     """Without neurons. ``spare``: memory is short even where these matrices fit, so rows of the embedding are read one
     by one. ``absent``: bytes of matrices that have a place elsewhere."""
     total = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model)) - absent
-    order = [(file.tensors[name], feed_forward) for name, feed_forward in matrices_in_order(model)]
-    order = [each for each in order if each[0].layout != "neurons"]
-    streamable = as_pack or all(info.layout == "blocks16" for info, _ in order)
+    operations = [
+        ([info for name in names if (info := file.tensors[name]).layout != "neurons"], feed_forward)
+        for names, feed_forward in operations_in_order(model)
+    ]
+    order = [info for infos, _ in operations for info in infos]
+    streamable = as_pack or all(info.layout == "blocks16" for info in order)
     if (total <= room and not spare) or not streamable:
         return StreamingPlan(resident_bytes=total)
     embedding = None
@@ -209,20 +240,44 @@ def _plan_matrices(
         total -= file.tensors[embedding].nbytes
     if total <= room:
         return StreamingPlan(read_by_row=embedding, resident_bytes=total)
-    ring = least_ring(file, [info.name for info, _ in order], model)
-    ring += AHEAD_UNITS * max(_sectors(info.nbytes) for info, _ in order)
-    missing = total + ring - room
-    chosen: set[str] = set()
-    for group in (True, False):
-        names = [info for info, feed_forward in order if feed_forward is group]
-        chosen |= _spread(names, missing - sum(info.nbytes for info, _ in order if info.name in chosen))
-    streamed = [info for info, _ in order if info.name in chosen]
+    best: tuple[int, int, list[TensorInfo]] | None = None
+    for eligible in _eligible(operations):
+        ring = least_ring(file, [info.name for info in eligible], model)
+        ring += AHEAD_UNITS * max(_sectors(info.nbytes) for info in eligible)
+        missing = total + ring - room
+        chosen = _spread(eligible, missing)
+        if len(eligible) == len(order):  # feed-forward first
+            largest = [info for infos, feed_forward in operations if feed_forward for info in infos]
+            chosen = _spread(largest, missing)
+            chosen |= _spread(
+                [info for info in order if info not in largest],
+                missing - sum(info.nbytes for info in order if info.name in chosen),
+            )
+        streamed = [info for info in order if info.name in chosen]
+        read = sum(info.nbytes for info in streamed)
+        enough = read >= missing or len(eligible) == len(order)
+        if enough and (best is None or read < best[1]):
+            best = ring, read, streamed
+    assert best is not None
+    ring, _, streamed = best
     return StreamingPlan(
         tuple(info.name for info in streamed),
         embedding,
         ring,
         total - sum(info.nbytes for info in streamed),
     )
+
+
+def _eligible(operations: list[tuple[list[TensorInfo], bool]]) -> Iterator[list[TensorInfo]]:
+    """Sets of matrices that may be streamed, in the order of their use; all of them last. The ring has to hold what an
+    operation uses together, and gaps of the largest: where small ones suffice, one for each operation, the ring is
+    smaller, and so is what is read in every step."""
+    feed_forward = [infos for infos, is_feed_forward in operations if is_feed_forward]
+    for most in sorted({info.nbytes for infos in feed_forward for info in infos}):
+        for together in (1, 2):
+            found = [[info for info in infos if info.nbytes <= most][:together] for infos in feed_forward]
+            yield [info for infos in found for info in infos]
+    yield [info for infos, _ in operations for info in infos]
 
 
 def _spread(infos: list[TensorInfo], missing: int) -> set[str]:

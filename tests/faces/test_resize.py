@@ -18,7 +18,7 @@ from pi2rt.cython_kernels.neuron_cache import NeuronCache
 from pi2rt.executors.cpu import CpuExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.planner.convert import convert
-from pi2rt.planner.streaming import all_neurons, least_neurons
+from pi2rt.planner.streaming import all_neurons, least_neurons, with_records
 from tests.support.tiny_models import TinyModel, write_gguf
 
 MODEL = TinyModel(
@@ -35,9 +35,9 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sizes(path: Path) -> tuple[int, int]:
-    """Bytes of the smallest neuron cache, and of all neurons."""
+    """Bytes of the smallest neuron cache, and of one of all neurons."""
     with open_model_file(path) as file:
-        return least_neurons(file), all_neurons(file)
+        return with_records(file, least_neurons(file)), with_records(file, all_neurons(file))
 
 
 async def test_text_is_the_same_while_the_budget_changes_a_hundred_times(pack: Path) -> None:

@@ -80,6 +80,19 @@ def test_streamed_matrices_come_in_order_and_spread_over_the_layers(pack: ModelF
     )  # two layers; a quarter of all is to be read
 
 
+def test_the_ring_is_as_small_as_what_is_missing_allows(pack: ModelFile) -> None:
+    """While one matrix of each operation is enough, none streams two: the ring is one matrix smaller, and so much less
+    is read in every step."""
+    total, layers, ring = sizes(pack)
+    plan = plan_streaming(pack, describe(pack), total + ring - layers // 4)
+    assert not any(name.endswith("ffn_gate.weight") for name in plan.streamed)
+    one = max(pack.tensors[name].nbytes for name in plan.streamed)
+    assert plan.ring_bytes == ring - -(-one // SECTOR) * SECTOR
+    more = plan_streaming(pack, describe(pack), total + ring - layers * 3 // 4)
+    assert any(name.endswith("ffn_gate.weight") for name in more.streamed)
+    assert more.ring_bytes == ring
+
+
 def test_attention_follows_where_feed_forward_is_not_enough(pack: ModelFile) -> None:
     total, layers, ring = sizes(pack)
     plan = plan_streaming(pack, describe(pack), total - layers + ring)
