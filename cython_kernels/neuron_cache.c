@@ -45,13 +45,24 @@ static int region_of(const pi2_neuron_cache *c, int32_t page) {
   return low;
 }
 
-/* How much a page is used, in this step. */
-static float uses(const pi2_neuron_cache *c, int32_t page) {
-  const uint32_t age = c->step - c->use[page].step;
-  return age < PI2_FADE_STEPS ? c->use[page].uses * c->fade[age] : 0.0f;
+/* How much a page is used, as of this step. */
+static float uses(const pi2_neuron_cache *c, const pi2_use *u) {
+  const uint32_t age = c->step - u->step;
+  return age < PI2_FADE_STEPS ? u->uses * c->fade[age] : 0.0f;
 }
-static void use(pi2_neuron_cache *c, int32_t page) {
-  c->use[page] = (pi2_use){uses(c, page) + 1.0f, c->step};
+static void use(pi2_neuron_cache *c, pi2_page_slot *s) { s->use = (pi2_use){uses(c, &s->use) + 1.0f, c->step}; }
+/* The slot becomes the page's, which is to be read. */
+static pi2_page_slot *give_slot(pi2_neuron_cache *c, int32_t slot, int32_t page, uint8_t part) {
+  c->slots[slot] = (pi2_page_slot){.page = page, .state = COMING, .part = part, .use = c->use[page]};
+  atomic_store_explicit(&c->slot_of[page], slot, memory_order_relaxed);
+  return &c->slots[slot];
+}
+/* The page of a slot loses it. */
+static void take_page(pi2_neuron_cache *c, pi2_page_slot *s) {
+  if (s->page < 0) return;
+  atomic_store_explicit(&c->slot_of[s->page], -1, memory_order_relaxed);
+  c->use[s->page] = s->use;
+  s->page = -1;
 }
 static int32_t new_slot(pi2_neuron_cache *c) {
   const int32_t slot = c->used++;
@@ -70,23 +81,17 @@ static int32_t take_slot(pi2_neuron_cache *c) {
     const pi2_page_slot *s = &c->slots[at];
     c->hand = at + 1 < c->n_slots ? at + 1 : 0;
     if (s->pins || s->state == COMING || (s->wanted > c->asked && seen < c->n_slots)) continue;
-    const float mine = s->page < 0 ? -1.0f : uses(c, s->page);
+    const float mine = s->page < 0 ? -1.0f : uses(c, &s->use);
     if (chosen < 0 || mine < least) chosen = at, least = mine;
   }
-  pi2_page_slot *s = &c->slots[chosen];
-  if (s->page >= 0) {
-    atomic_store_explicit(&c->slot_of[s->page], -1, memory_order_relaxed);
-    c->evictions++;
-  }
+  c->evictions += c->slots[chosen].page >= 0;
+  take_page(c, &c->slots[chosen]);
   c->unpinned--;
   return chosen;
 }
 static void drop(pi2_neuron_cache *c, pi2_page_slot *s) {
-  if (s->page >= 0) {
-    atomic_store_explicit(&c->slot_of[s->page], -1, memory_order_relaxed);
-    c->evictions++;
-  }
-  s->page = -1;
+  c->evictions += s->page >= 0;
+  take_page(c, s);
   s->state = ABSENT;
 }
 /* Of a slot that nobody needs any more: it may be given up, or is one of those that go. */
@@ -145,10 +150,9 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
     int32_t slot = atomic_load_explicit(&c->slot_of[page], memory_order_relaxed);
     if (slot < 0) {
       if ((slot = take_slot(c)) < 0) break;
-      c->slots[slot] = (pi2_page_slot){
-          .page = page, .pins = 1, .state = COMING, .part = first_part(&c->regions[region]), .pending = {pending}};
-      use(c, page);
-      atomic_store_explicit(&c->slot_of[page], slot, memory_order_relaxed);
+      pi2_page_slot *s = give_slot(c, slot, page, first_part(&c->regions[region]));
+      s->pins = 1, s->pending[0] = pending;
+      use(c, s);
       atomic_fetch_add(pending, 1);
       enqueue(c, slot);
       reads++;
@@ -169,7 +173,7 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
       c->missed_bytes += asked_bytes(&c->regions[region]);
     }
     s->pins++;
-    use(c, page);
+    use(c, s);
     c->hits++;
   }
   pthread_mutex_unlock(&c->mutex);
@@ -203,8 +207,7 @@ void pi2_neuron_cache_foresee(pi2_neuron_cache *c, int region, const int32_t *pa
     int32_t slot = atomic_load_explicit(&c->slot_of[page], memory_order_relaxed);
     if (slot < 0) {
       if ((slot = take_slot(c)) < 0) break;
-      c->slots[slot] = (pi2_page_slot){.page = page, .state = COMING, .part = first_part(&c->regions[region]), .fresh = 1};
-      atomic_store_explicit(&c->slot_of[page], slot, memory_order_relaxed);
+      give_slot(c, slot, page, first_part(&c->regions[region]))->fresh = 1;
       enqueue(c, slot);
       reads++;
     }
@@ -216,7 +219,7 @@ void pi2_neuron_cache_foresee(pi2_neuron_cache *c, int region, const int32_t *pa
 void pi2_neuron_cache_absent(pi2_neuron_cache *c, float *result) {
   pthread_mutex_lock(&c->mutex);
   for (int32_t i = 0; i < c->n_pages; i++)
-    result[i] = atomic_load_explicit(&c->slot_of[i], memory_order_relaxed) < 0 ? uses(c, i) : -1.0f;
+    result[i] = atomic_load_explicit(&c->slot_of[i], memory_order_relaxed) < 0 ? uses(c, &c->use[i]) : -1.0f;
   pthread_mutex_unlock(&c->mutex);
 }
 int pi2_neuron_cache_fetch(pi2_neuron_cache *c, const int32_t *pages, int n) {
@@ -224,8 +227,7 @@ int pi2_neuron_cache_fetch(pi2_neuron_cache *c, const int32_t *pages, int n) {
   for (int i = 0; i < n && c->used < c->n_slots; i++) {
     if (atomic_load_explicit(&c->slot_of[pages[i]], memory_order_relaxed) >= 0) continue;
     const int32_t slot = take_slot(c);
-    c->slots[slot] = (pi2_page_slot){.page = pages[i], .state = COMING};
-    atomic_store_explicit(&c->slot_of[pages[i]], slot, memory_order_relaxed);
+    give_slot(c, slot, pages[i], WHOLE);
     enqueue(c, slot);
   }
   const int room = c->used < c->n_slots;
@@ -334,10 +336,7 @@ static int finish(pi2_neuron_cache *c, pi2_read *r) {
   atomic_fetch_add_explicit(&c->reads_done, 1, memory_order_relaxed);
   for (int i = 0; i < f->count; i++) {
     pi2_page_slot *s = &c->slots[f->slot[i]];
-    if (r->error) { /* the page is not there; its cluster never becomes ready */
-      atomic_store_explicit(&c->slot_of[s->page], -1, memory_order_relaxed);
-      s->page = -1;
-    }
+    if (r->error) take_page(c, s); /* it is not there; its cluster never becomes ready */
     s->state = r->error ? ABSENT : PRESENT;
     if (s->part == REST) s->part = WHOLE;
     if (!s->pins) unpin(c, s);
@@ -397,8 +396,7 @@ int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_
   pthread_mutex_lock(&c->mutex);
   for (int32_t i = first; i < first + count && c->used < c->n_slots; i++) {
     const int32_t slot = new_slot(c);
-    c->slots[slot] = (pi2_page_slot){.page = g->first + i, .state = COMING, .pending = {&pending}};
-    atomic_store_explicit(&c->slot_of[g->first + i], slot, memory_order_relaxed);
+    give_slot(c, slot, g->first + i, WHOLE)->pending[0] = &pending;
     atomic_fetch_add(&pending, 1);
     enqueue(c, slot);
   }

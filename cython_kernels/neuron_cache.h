@@ -8,7 +8,9 @@
  *
  * Eviction: of a few slots in a row, that of the page used least, where every use counts PI2_FADE times what one in the step
  * after it does. Which neurons fire is a power law, and a step may miss as many pages as half the cache holds: by LRU the
- * newest push out the often used, and a page's history would be lost with its slot. So it is kept for all pages. */
+ * newest push out the often used, and a page's history would be lost with its slot. So it is kept for all pages. Of the synthetic
+ * 7B model with room for 22 % of its neurons, 26.5 % of what a token needs is missing with PI2_FADE 0.97 and PI2_SAMPLE 8, 24.9 % with
+ * 0.95 and 32; looking at all slots, 23.8 %; if the future were known, 13.7 %. */
 #ifndef PI2_NEURON_CACHE_H
 #define PI2_NEURON_CACHE_H
 #include <pthread.h>
@@ -17,9 +19,9 @@
 
 #include "flash.h"
 
-#define PI2_FADE 0.97f     /* a use counts half after 23 steps */
+#define PI2_FADE 0.95f     /* a use counts half after 14 steps */
 #define PI2_FADE_STEPS 256 /* and nothing after so many */
-#define PI2_SAMPLE 8     /* slots of which one is given up */
+#define PI2_SAMPLE 32    /* slots of which one is given up */
 #define PI2_MERGED 64    /* pages in one read, at most */
 #define PI2_MERGED_BYTES (1 << 20) /* of several pages in one read, at most */
 
@@ -30,19 +32,20 @@ typedef struct { /* pages of one feed-forward block, or of one matrix */
   int32_t first, pages; /* their numbers among all */
 } pi2_region;
 
+typedef struct { /* how much a page was used, as of a step */
+  float uses;
+  uint32_t step;
+} pi2_use;
+
 typedef struct {
   int32_t page; /* or -1 */
   int32_t pins;
   uint8_t state, fresh;     /* fresh: foreseen, and nobody has asked for it yet */
   uint8_t part;             /* what there is, or comes: all of the page, or its head */
   uint32_t wanted;          /* nobody takes it before `asked` has come to this */
+  pi2_use use;              /* of the page, while it has the slot: the search for the least used reads slots in a row */
   _Atomic int32_t *pending[2]; /* of whom it is read for: a page may end one cluster and begin the next */
 } pi2_page_slot;
-
-typedef struct { /* how much a page was used, as of a step */
-  float uses;
-  uint32_t step;
-} pi2_use;
 
 typedef struct { /* a read that has ended, for traces */
   int64_t begin_ns, end_ns;
@@ -71,7 +74,7 @@ typedef struct pi2_neuron_cache {
   pthread_mutex_t mutex;
   _Atomic int32_t *slot_of; /* (n_pages) or -1; whoever has pinned a page may read its entry without the mutex */
   pi2_page_slot *slots;
-  pi2_use *use;             /* (n_pages) */
+  pi2_use *use;             /* (n_pages) of those without a slot */
   uint32_t step;
   float fade[PI2_FADE_STEPS];
   _Atomic int32_t used;         /* slots in use, from the first on */

@@ -32,7 +32,7 @@ SECTOR = 4096
 LEAST_CLUSTERS = 2
 """The neurons of so many clusters have room at least: one is computed while the next one is read."""
 
-PAGE_RECORDS, SLOT_RECORDS = 12, 40
+PAGE_RECORDS, SLOT_RECORDS = 12, 48
 """Bytes that the neuron cache keeps of each page, and of each slot that is used (``cython_kernels/neuron_cache.h``)."""
 
 FIRST_NEURONS = 1 / 8
