@@ -101,22 +101,24 @@ static void gate_cluster(block *k, int c) {
  * next block will fire. Threads that would only wait for flash compute its gates on it, and their neurons are read while
  * this block ends and attention runs. The true gates decide; what was foreseen in vain cost a read. */
 
-/* What the next blocks' gates are computed on: x as it is now, normalised. It is their true input where they are experts of the same mixture. Returns whether there is any. */
-static int prepare_ahead(const block *k, const pi2_op *next, pi2_input *in) {
+/* What the next blocks' gates are computed on: x as it is now, normalised. It is their true input where they are experts of the
+ * same mixture (`exact`); else int8 will do, which takes less time. Returns whether there is any. */
+static int prepare_ahead(const block *k, const pi2_op *next, int exact, pi2_input *in) {
   const pi2_program *p = k->p;
   pi2_scratch *scratch = &p->scratch[k->w->index];
   const int rows = pi2_rows(k->r, next), predicted = next->bundles->gate_type >= 0;
   const int32_t *row_of = pi2_row_of(k->r, next);
+  const pi2_kernels *kernels = p->kernels;
   if (!next->matrix[0].data || !next->norm.weight || pi2_is_float(next->matrix[0].type) != predicted) return 0;
   if (predicted && pi2_align(next[-1].matrix[0].rows, PI2_ROWS) > p->dim) return 0;
   for (int row = 0; row < rows; row++) {
     const pi2_q8 q8 = pi2_q8_row(&scratch->ahead, row);
     float *floats = scratch->ahead_floats + row * p->dim;
-    p->kernels->rmsnorm(p->x + (row_of ? row_of[row] : row) * p->dim, next->norm.weight, next->norm.offset,
-                        next->norm.eps, floats, p->dim);
-    if (!predicted) pi2_quantize(p, floats, p->dim, &q8);
+    kernels->rmsnorm(p->x + (row_of ? row_of[row] : row) * p->dim, next->norm.weight, next->norm.offset, next->norm.eps, floats,
+                     p->dim);
+    if (!predicted) (exact && p->wide ? kernels->quantize16 : kernels->quantize8)(floats, p->dim, q8.q, q8.d, q8.s, q8.h);
   }
-  *in = (pi2_input){.q8 = scratch->ahead, .floats = scratch->ahead_floats, .ld = p->dim};
+  *in = (pi2_input){.q8 = scratch->ahead, .floats = scratch->ahead_floats, .ld = p->dim, .narrow = !exact};
   return 1;
 }
 /* What the predictor's first matrix makes of that, once. */
@@ -146,7 +148,7 @@ static void guess_experts(const block *k, guesses *g) {
   if (route[1].kind != PI2_SPARSE || router->streamed || blocks > PI2_TILE_ROWS || k->r->n_rows > 1) return;
   pi2_op first = route[1];
   first.expert = -1; /* nobody has chosen it yet: its input is the row */
-  if (!prepare_ahead(k, &first, &g->in)) return;
+  if (!prepare_ahead(k, &first, 0, &g->in)) return;
   pi2_multiply(p, &router->matrix[0], 0, (int)blocks, &g->in, 0, 1, logits, blocks * PI2_ROWS);
   pi2_largest(logits, route->n_experts, wanted, chosen);
   for (int i = 0; i < wanted; i++) g->op[g->n++] = route + 1 + chosen[i];
@@ -162,7 +164,7 @@ static guesses guess(const block *k) {
     if (k->op->next_route) guess_experts(k, &g);
   } else if (k->op->next_sparse) {
     g.op[0] = &p->ops[k->op->next_sparse];
-    g.n = prepare_ahead(k, g.op[0], &g.in);
+    g.n = prepare_ahead(k, g.op[0], 0, &g.in);
   }
   return g;
 }
@@ -500,7 +502,7 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   pi2_sparse *s = k.s;
   const pi2_op *expert = next_expert(r, op);
   pi2_input its = {0};
-  const int sure = expert && prepare_ahead(&k, expert, &its);
+  const int sure = expert && prepare_ahead(&k, expert, 1, &its);
   guesses ahead = {0};
   if (sure) next = block_of(r, expert, (int)(expert - p->ops), w, !turn, &its);
   else ahead = guess(&k);

@@ -236,6 +236,7 @@ typedef struct {
   pi2_q8 q8;
   const float *floats;
   int64_t ld;
+  int narrow; /* q8 is int8, whatever the program's others are */
 } pi2_input;
 /* Prepares `rows` rows: row i is source row rows_of[i] (or i, where NULL). May meet a barrier; *stopped is set then. */
 pi2_input pi2_prepare(pi2_run *run, const pi2_op *op, int index, pi2_worker *w, int64_t k, const int32_t *row_of,
@@ -295,6 +296,7 @@ static inline void pi2_multiply_contiguous(const pi2_program *p, const pi2_matri
   const int64_t size = pi2_row_block_bytes(m->type, m->k);
   const uint8_t *w = m->data ? m->data + block * size : m->page[block / m->page_blocks] + block % m->page_blocks * size;
   const pi2_q8 x = pi2_q8_row(&in->q8, row);
+  const int wide = p->wide && !in->narrow;
   int i = 0;
   if (pi2_is_float(m->type)) {
     for (; i < count; i++)
@@ -303,8 +305,8 @@ static inline void pi2_multiply_contiguous(const pi2_program *p, const pi2_matri
   }
   if (n >= PI2_PANEL_ROWS)
     for (; i + k->panel <= count; i += k->panel)
-      (p->wide ? k->panel16 : k->panel8)[m->type](w + i * size, size, m->k, &x, n, tile + 16 * i, ld);
-  for (; i < count; i++) (p->wide ? k->gemm16 : k->gemm8)[m->type](w + i * size, m->k, &x, n, tile + 16 * i, ld);
+      (wide ? k->panel16 : k->panel8)[m->type](w + i * size, size, m->k, &x, n, tile + 16 * i, ld);
+  for (; i < count; i++) (wide ? k->gemm16 : k->gemm8)[m->type](w + i * size, m->k, &x, n, tile + 16 * i, ld);
 }
 /* As pi2_multiply_contiguous; the blocks may lie in several pages. */
 static inline void pi2_multiply(const pi2_program *p, const pi2_matrix *m, int64_t block, int count, const pi2_input *in,
