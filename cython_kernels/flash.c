@@ -202,6 +202,22 @@ static int try_direct(int fd) {
   return error;
 }
 
+/* Whether reads of this file may wait where they were told not to, as those of FUSE do: io_uring then waits when a read is
+ * started, and gains nothing. What is more, where such a file system has O_DIRECT, io_uring goes on after a short read at the
+ * place where that one began, and reports success (seen in Linux 6.18). */
+static int waits_anyway(int fd) {
+#ifdef RWF_NOWAIT
+  void *block = NULL;
+  if (posix_memalign(&block, PI2_FLASH_BLOCK, PI2_FLASH_BLOCK)) return 1;
+  const struct iovec part = {.iov_base = block, .iov_len = PI2_FLASH_BLOCK};
+  const int refused = preadv2(fd, &part, 1, 0, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP;
+  free(block);
+  return refused;
+#else
+  return (void)fd, 0;
+#endif
+}
+
 /* Sets fd, direct, file_bytes. Returns 0 or an errno. */
 static int open_file(pi2_flash *f, const char *path) {
   /* O_NONBLOCK: a pipe without a writer must not hang us */
@@ -283,7 +299,10 @@ pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *erro
   if (problem) return give_up(f, problem, error);
 
   if (io == PI2_IO_PREADV) snprintf(f->io_reason, sizeof f->io_reason, "preadv: asked for");
-  else {
+  else if (waits_anyway(f->fd)) {
+    if (io == PI2_IO_URING) return give_up(f, EOPNOTSUPP, error);
+    snprintf(f->io_reason, sizeof f->io_reason, "preadv: reads of this file system cannot be told not to wait (EOPNOTSUPP)");
+  } else {
     problem = pi2_uring_probe(f->io_reason, sizeof f->io_reason);
     if (!problem) {
       f->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -383,3 +402,4 @@ void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s) {
   memcpy(s->io_reason, f->io_reason, sizeof s->io_reason);
   memcpy(s->direct_reason, f->direct_reason, sizeof s->direct_reason);
 }
+const char *pi2_flash_io_reason(const pi2_flash *f) { return f->io_reason; }

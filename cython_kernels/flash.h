@@ -53,7 +53,8 @@ struct pi2_flash_statistics {
 
 /* Opens the file and holds it: what is renamed over the path later is not read. NULL and *error, an errno, on failure:
  * ESPIPE for what is neither a regular file nor a block device, EINVAL for a bad depth, and with PI2_IO_URING the
- * errno of pi2_uring_probe. `depth`: reads in flight at most, 1 to PI2_FLASH_MOST. */
+ * errno of pi2_uring_probe, or EOPNOTSUPP where reads of the file cannot be told not to wait: of those, PI2_IO_AUTO takes
+ * preadv. `depth`: reads in flight at most, 1 to PI2_FLASH_MOST. */
 pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *error);
 
 /* Optional: declares that reads will mostly go to [base, base + bytes), which io_uring then pins once instead of at each
@@ -85,6 +86,8 @@ static inline int64_t pi2_flash_left(int64_t since, int64_t deadline_ns, int64_t
   return deadline_ns < 0 ? -1 : left > 0 ? left : 0;
 }
 
+/* Which way the file is read, and why: of io_reason. Lives as long as `f`. */
+const char *pi2_flash_io_reason(const pi2_flash *f);
 void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s);
 
 /* Whether this process may use io_uring: 0, or an errno. `why`: a sentence either way. */

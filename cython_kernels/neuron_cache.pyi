@@ -24,6 +24,7 @@ class NeuronCache:
     n_regions: int
     path: str
     deadline: float | None
+    io_reason: str
     address: int
     slots_used: int
     counters: Counters

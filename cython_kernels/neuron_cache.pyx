@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pi2rt._errors import InternalError, read_failure
+from pi2rt._errors import InternalError, open_failure, read_failure
 
 cdef extern from "flash.h" nogil:
     enum: PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV, PI2_FLASH_MOST
     ctypedef struct pi2_flash:
         pass
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
+    const char *pi2_flash_io_reason(const pi2_flash *)
     int pi2_flash_close(pi2_flash *, int64_t)
 
 cdef extern from "neuron_cache.h" nogil:
@@ -82,7 +83,7 @@ cdef class NeuronCache:
     cdef pi2_neuron_cache *cache
     cdef pi2_region *regions
     cdef readonly int n_regions
-    cdef readonly object path, deadline
+    cdef readonly object path, deadline, io_reason
     cdef object last
     cdef pi2_read_record *records
     cdef int64_t n_records
@@ -110,7 +111,8 @@ cdef class NeuronCache:
             first += pages
         flash = pi2_flash_open(os.fsencode(path), IO[io], depth, &error)
         if flash == NULL:
-            raise OSError(error, os.strerror(error), os.fspath(self.path))
+            raise open_failure(error, io, self.path)
+        self.io_reason = (<bytes>pi2_flash_io_reason(flash)).decode()
         self.cache = pi2_neuron_cache_create(flash, self.regions, self.n_regions, first, slot_bytes, <uint8_t *>memory,
                                              slots, max(slots, first), depth,
                                              -1 if deadline is None else <int64_t>(deadline * 1e9), &error)

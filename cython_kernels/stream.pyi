@@ -10,6 +10,7 @@ class Stream:
     n: int
     path: str
     deadline: float | None
+    io_reason: str
     ring_bytes: int
     address: int
     counters: tuple[int, int, int]

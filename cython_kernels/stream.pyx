@@ -7,13 +7,14 @@ import os
 
 import numpy as np
 
-from pi2rt._errors import InternalError
+from pi2rt._errors import InternalError, open_failure
 
 cdef extern from "flash.h" nogil:
     ctypedef struct pi2_flash:
         pass
     enum: PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
+    const char *pi2_flash_io_reason(const pi2_flash *)
     int pi2_flash_close(pi2_flash *, int64_t)
 
 cdef extern from "stream.h" nogil:
@@ -45,7 +46,7 @@ cdef class Stream:
     cdef pi2_extent *units
     cdef readonly int n
     cdef readonly int64_t ring_bytes
-    cdef readonly object path, deadline
+    cdef readonly object path, deadline, io_reason
 
     def __cinit__(self, path, units, uintptr_t ring, int64_t ring_bytes, *, name=None, io="auto",
                   int64_t read_bytes=1 << 20, int depth=8, deadline=None):
@@ -65,7 +66,8 @@ cdef class Stream:
             self.units[i].offset, self.units[i].bytes = offset, size
         flash = pi2_flash_open(os.fsencode(path), IO[io], depth, &error)
         if flash == NULL:
-            raise OSError(error, os.strerror(error), os.fspath(path))
+            raise open_failure(error, io, self.path)
+        self.io_reason = (<bytes>pi2_flash_io_reason(flash)).decode()
         self.stream = pi2_stream_create(flash, self.units, self.n, read_bytes, depth, <uint8_t *>ring, ring_bytes,
                                         -1 if deadline is None else <int64_t>(deadline * 1e9), &error)
         if self.stream == NULL:

@@ -304,8 +304,9 @@ class CpuExecutor:
 
     def statistics(self) -> ExecutorStatistics:
         """``details``: "kernels", the variant that runs; where weights are streamed also "flash_bytes" read, and
-        "flash_stall_ns", for which steps have waited for them; where neurons are read, the counters of
-        ``neuron_cache.Counters``, "neuron_page_bytes", what one read takes at least, and "neuron_reads_at_once"."""
+        "flash_stall_ns", for which steps have waited for them, and "flash_io", through what and why; where neurons
+        are read, also the counters of ``neuron_cache.Counters``, "neuron_page_bytes", what one read takes at least,
+        and "neuron_reads_at_once"."""
         held: dict[str, int] = {}
         if self._weights is not None and self._cache is not None and self._program is not None:
             assert self._options is not None
@@ -319,6 +320,14 @@ class CpuExecutor:
             "kernels": None if self._options is None else native.current(self._options.kernels)
         }
         flash: tuple[ThreadStatistics, ...] = ()
+        readers = (
+            self._stream,
+            self._neurons and self._neurons.cache,
+            self._clusters and self._clusters.cache,
+        )
+        for reader in readers:
+            if reader is not None:  # they are of one file: all say the same
+                details["flash_io"] = reader.io_reason
         if self._predictors is not None and self._predictors.by_down:
             held["predictors"] = self._predictors.nbytes
         if self._neurons is not None:
