@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -128,6 +129,7 @@ static void *io_main(void *argument) {
     pi2_read *r = f->queue;
     f->queue = r->next;
     if (!f->queue) f->queue_end = &f->queue;
+    f->reading += r->bytes;
     pthread_mutex_unlock(&f->mutex);
     ssize_t n;
     do {
@@ -135,6 +137,7 @@ static void *io_main(void *argument) {
       n = preadv(f->fd, r->parts ? r->parts : &part, r->parts ? r->n_parts : 1, r->offset + r->got);
     } while (!pi2_read_settle(f, r, n < 0 ? -errno : n));
     pthread_mutex_lock(&f->mutex);
+    f->reading -= r->bytes;
     pi2_done_push(f, r);
     pthread_cond_signal(&f->finished);
   }
@@ -143,7 +146,7 @@ static void *io_main(void *argument) {
 }
 
 /* As pi2_flash_close. */
-static int pool_join(pi2_flash *f, int64_t patience_ns) {
+static int64_t pool_join(pi2_flash *f, int64_t patience_ns) {
   pthread_mutex_lock(&f->mutex);
   atomic_store(&f->closing, 1);
   pthread_cond_broadcast(&f->work);
@@ -153,8 +156,14 @@ static int pool_join(pi2_flash *f, int64_t patience_ns) {
   until.tv_sec += (time_t)(patience_ns / 1000000000);
   until.tv_nsec += (long)(patience_ns % 1000000000);
   if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
-  for (int i = 0; i < f->threads; i++)
-    if (patience_ns < 0 ? pthread_join(f->thread[i], NULL) : pthread_timedjoin_np(f->thread[i], NULL, &until)) return -1;
+  for (int i = 0; i < f->threads; i++) {
+    if (patience_ns >= 0 && !pthread_timedjoin_np(f->thread[i], NULL, &until)) continue;
+    pthread_mutex_lock(&f->mutex);
+    const int64_t left = patience_ns < 0 ? 0 : f->reading;
+    pthread_mutex_unlock(&f->mutex);
+    if (left) return left;
+    pthread_join(f->thread[i], NULL); /* it is at no read, but has not had a core */
+  }
   return 0;
 }
 
@@ -375,12 +384,18 @@ void pi2_flash_wake(pi2_flash *f) {
   pthread_mutex_unlock(&f->mutex);
 }
 
-int pi2_flash_close(pi2_flash *f, int64_t patience_ns) {
+int64_t pi2_flash_close(pi2_flash *f, int64_t patience_ns) {
   int ignored;
   atomic_store(&f->closing, 1);
-  if ((f->ring ? pi2_ring_close : pool_join)(f, patience_ns)) return -1;
+  const int64_t left = (f->ring ? pi2_ring_close : pool_join)(f, patience_ns);
+  if (left) return left;
   give_up(f, 0, &ignored);
   return 0;
+}
+
+int pi2_memory_abandon(void *base, int64_t bytes) {
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  return mmap(base, (size_t)bytes, PROT_NONE, flags, -1, 0) == MAP_FAILED ? errno : 0;
 }
 
 void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s) {

@@ -46,7 +46,7 @@ cdef extern from "flash.h" nogil:
     int pi2_flash_submit(pi2_flash *, pi2_read *)
     int pi2_flash_reap(pi2_flash *, pi2_read **, int, int64_t)
     void pi2_flash_wake(pi2_flash *)
-    int pi2_flash_close(pi2_flash *, int64_t)
+    int64_t pi2_flash_close(pi2_flash *, int64_t)
     void c_take_statistics "pi2_flash_statistics"(pi2_flash *, c_statistics *)
     int pi2_uring_probe(char *, int)
 

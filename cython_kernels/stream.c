@@ -163,11 +163,12 @@ static void wake_reader(pi2_stream *s) {
   futex_wake(&s->work_word);
   pi2_flash_wake(s->flash);
 }
-int pi2_stream_destroy(pi2_stream *s) {
+int64_t pi2_stream_destroy(pi2_stream *s) {
   atomic_store(&s->closing, 1);
   wake_reader(s);
   pthread_join(s->thread, NULL);
-  if (pi2_flash_close(s->flash, pi2_flash_patience(s->deadline_ns))) return -1; /* `reads` and the ring are still written to */
+  const int64_t left = pi2_flash_close(s->flash, pi2_flash_patience(s->deadline_ns));
+  if (left) return left; /* `reads` and the ring are still written to */
   free(s->placed), free(s->reads), free(s->spare), free(s);
   return 0;
 }

@@ -60,7 +60,7 @@ typedef struct pi2_stream {
 pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, int64_t read_bytes, int depth, uint8_t *ring,
                               int64_t ring_bytes, int64_t deadline_ns, int *error);
 /* Stops and joins the reader, closes the flash. 0: nobody writes to the ring afterwards; else, as pi2_flash_close. */
-int pi2_stream_destroy(pi2_stream *s);
+int64_t pi2_stream_destroy(pi2_stream *s);
 
 /* Thread 0 of a run, before the others look: the position of its first unit. What earlier runs left is dropped. */
 uint64_t pi2_stream_begin(pi2_stream *s);

@@ -4,7 +4,9 @@ waits can be stopped."""
 from __future__ import annotations
 
 import errno
+import re
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,21 @@ import numpy as np
 import pytest
 import trio
 
+from pi2rt.cython_kernels import native
 from pi2rt.cython_kernels.program import CLUSTER
 from pi2rt.executors.cpu import CpuExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.models import describe
 from pi2rt.planner.convert import convert
 from pi2rt.planner.streaming import least_ring, matrices_in_order
+from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from tests.support.faulty_disk import FaultyDisk
 from tests.support.native_threads import settles_at
 from tests.support.running import NOTHING, all_logits, opened, page_table
 from tests.support.tiny_models import TinyModel, write_gguf
 
+DEADLINE = 0.2
 TOKENS = np.arange(3, 40, dtype=np.int32)
 SIZES: dict[str, Any] = {"dim": 256, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 64}
 MODELS = {
@@ -124,3 +129,91 @@ async def test_steps_that_wait_for_a_read_are_stopped(disk: FaultyDisk, source: 
             assert results[-1].stopped
             assert time.monotonic() - before < 0.5  # 10 ms, on a machine that has time
             disk.work()
+
+
+async def fails(executor: Executor) -> None:
+    """Of a few steps: the first ones may need nothing new."""
+    match = r"reading weights: no read has ended for 0.2 s; the device does not answer"
+    with pytest.raises(OSError, match=match):  # noqa: PT012
+        for _ in range(4):
+            await all_logits(executor, TOKENS)
+
+
+def resident_bytes(first: int, size: int) -> int:
+    """Of these addresses, by what the system says of the mappings in them."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if header := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = int(header[1], 16), int(header[2], 16)
+            inside = begin < first + size and end > first
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+@pytest.fixture
+def memories(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(address, bytes) of all memory that was abandoned."""
+    abandoned: list[tuple[int, int]] = []
+
+    class Memory(native.Memory):
+        def abandon(self) -> bool:
+            abandoned.append((self.address, self.nbytes))
+            assert resident_bytes(self.address, self.nbytes)
+            return super().abandon()
+
+    monkeypatch.setattr(native, "Memory", Memory)
+    return abandoned
+
+
+@pytest.mark.parametrize("io", ["auto", "preadv"])
+async def test_of_memory_that_may_be_written_to_only_that_stays(
+    disk: FaultyDisk, source: Path, way: str, io: str, memories: list[tuple[int, int]]
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        async with opened(
+            CpuExecutor(), disk.path, **options(source, way, io=io, read_deadline=DEADLINE)
+        ) as executor:
+            await all_logits(executor, TOKENS)
+            disk.hang()
+            await fails(executor)
+            before = time.monotonic()
+        assert time.monotonic() - before < 2
+    [warning] = [str(each.message) for each in caught if each.category is RuntimeWarning]
+    late = disk.hanging_bytes()
+    assert late > 0
+    assert warning == (
+        f"{disk.path}: the device does not answer; {late} bytes that it may write to stay taken until it does"
+    )
+    [(address, nbytes)] = memories
+    assert late < nbytes
+    assert resident_bytes(address, nbytes) == 0
+    disk.work()  # what hung is written now, and not to memory of anybody
+    for name in "pi2rt/io", "pi2rt/flash", "pi2rt/neurons":
+        assert settles_at(name, 0)
+    assert resident_bytes(address, nbytes) == 0
+
+
+@pytest.mark.parametrize("wholly", [True, False])
+async def test_opening_has_the_deadline_too(disk: FaultyDisk, source: Path, way: str, wholly: bool) -> None:
+    """Where a read through the page cache hangs, as that of resident weights, and where only those past it do."""
+    expected = await resident(source)
+    given = options(source, way, read_deadline=DEADLINE)
+    needed = ExecutorOptions(slots=4, pages=64, context=1024, max_tokens=64, **given)
+    with open_model_file(disk.path) as file:
+        for _ in range(2):
+            (disk.hang_wholly if wholly else disk.hang)()
+            executor = CpuExecutor()
+            with trio.fail_after(5), warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", RuntimeWarning
+                )  # of neurons' memory, where that was made already
+                with pytest.raises(OSError, match=r"reading weights: no read has ended for 0.2 s") as caught:
+                    await executor.open(file, describe(file), needed, lambda done, total: None)
+                await executor.aclose()
+            assert caught.value.errno == errno.ETIMEDOUT
+            assert caught.value.filename == str(disk.path)
+            disk.work()
+    async with opened(CpuExecutor(), disk.path, **given) as executor:
+        np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)

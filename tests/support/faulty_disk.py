@@ -1,5 +1,5 @@
-"""A disk that hangs, fails and comes short when a test says so: a FUSE file system with one file, served by a process of
-its own, so that the system ends what hangs when that process ends, whatever became of the tests.
+"""A disk that hangs, fails and comes short when a test says so: a FUSE file system with one file, served by a process
+of its own, so that the system ends what hangs when that process ends, whatever became of the tests.
 
 It is mounted where only that process and its children see it, and found through ``/proc``; where the system permits
 neither that nor FUSE, ``FaultyDisk`` skips the test.
@@ -67,6 +67,10 @@ class FaultyDisk:
     def hanging(self) -> int:
         """Reads that have got no answer."""
         return int(self._tell("hanging"))
+
+    def hanging_bytes(self) -> int:
+        """Of these."""
+        return int(self._tell("hanging_bytes"))
 
     def close(self) -> None:
         """Also answers what hangs: with an error."""
@@ -150,6 +154,8 @@ class Server:
     def command(self, words: list[str]) -> str:
         if words[0] == "hanging":
             return str(len(self.hanging))
+        if words[0] == "hanging_bytes":
+            return str(sum(size for _, _, size in self.hanging))
         first, last = (*map(int, words[1:]), 0, 0)[:2]
         self.mode = (words[0], first, last)
         if words[0] == "work":
