@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -128,6 +129,7 @@ static void *io_main(void *argument) {
     pi2_read *r = f->queue;
     f->queue = r->next;
     if (!f->queue) f->queue_end = &f->queue;
+    f->reading += r->bytes;
     pthread_mutex_unlock(&f->mutex);
     ssize_t n;
     do {
@@ -135,6 +137,7 @@ static void *io_main(void *argument) {
       n = preadv(f->fd, r->parts ? r->parts : &part, r->parts ? r->n_parts : 1, r->offset + r->got);
     } while (!pi2_read_settle(f, r, n < 0 ? -errno : n));
     pthread_mutex_lock(&f->mutex);
+    f->reading -= r->bytes;
     pi2_done_push(f, r);
     pthread_cond_signal(&f->finished);
   }
@@ -143,7 +146,7 @@ static void *io_main(void *argument) {
 }
 
 /* As pi2_flash_close. */
-static int pool_join(pi2_flash *f, int64_t patience_ns) {
+static int64_t pool_join(pi2_flash *f, int64_t patience_ns) {
   pthread_mutex_lock(&f->mutex);
   atomic_store(&f->closing, 1);
   pthread_cond_broadcast(&f->work);
@@ -153,8 +156,14 @@ static int pool_join(pi2_flash *f, int64_t patience_ns) {
   until.tv_sec += (time_t)(patience_ns / 1000000000);
   until.tv_nsec += (long)(patience_ns % 1000000000);
   if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
-  for (int i = 0; i < f->threads; i++)
-    if (patience_ns < 0 ? pthread_join(f->thread[i], NULL) : pthread_timedjoin_np(f->thread[i], NULL, &until)) return -1;
+  for (int i = 0; i < f->threads; i++) {
+    if (patience_ns >= 0 && !pthread_timedjoin_np(f->thread[i], NULL, &until)) continue;
+    pthread_mutex_lock(&f->mutex);
+    const int64_t left = patience_ns < 0 ? 0 : f->reading;
+    pthread_mutex_unlock(&f->mutex);
+    if (left) return left;
+    pthread_join(f->thread[i], NULL); /* it is at no read, but has not had a core */
+  }
   return 0;
 }
 
@@ -200,6 +209,22 @@ static int try_direct(int fd) {
   const int error = pread(fd, block, PI2_FLASH_BLOCK, 0) < 0 ? errno : 0;
   free(block);
   return error;
+}
+
+/* Whether reads of this file may wait where they were told not to, as those of FUSE do: io_uring then waits when a read is
+ * started, and gains nothing. What is more, where such a file system has O_DIRECT, io_uring goes on after a short read at the
+ * place where that one began, and reports success (seen in Linux 6.18). */
+static int waits_anyway(int fd) {
+#ifdef RWF_NOWAIT
+  void *block = NULL;
+  if (posix_memalign(&block, PI2_FLASH_BLOCK, PI2_FLASH_BLOCK)) return 1;
+  const struct iovec part = {.iov_base = block, .iov_len = PI2_FLASH_BLOCK};
+  const int refused = preadv2(fd, &part, 1, 0, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP;
+  free(block);
+  return refused;
+#else
+  return (void)fd, 0;
+#endif
 }
 
 /* Sets fd, direct, file_bytes. Returns 0 or an errno. */
@@ -283,7 +308,10 @@ pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *erro
   if (problem) return give_up(f, problem, error);
 
   if (io == PI2_IO_PREADV) snprintf(f->io_reason, sizeof f->io_reason, "preadv: asked for");
-  else {
+  else if (waits_anyway(f->fd)) {
+    if (io == PI2_IO_URING) return give_up(f, EOPNOTSUPP, error);
+    snprintf(f->io_reason, sizeof f->io_reason, "preadv: reads of this file system cannot be told not to wait (EOPNOTSUPP)");
+  } else {
     problem = pi2_uring_probe(f->io_reason, sizeof f->io_reason);
     if (!problem) {
       f->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -356,12 +384,18 @@ void pi2_flash_wake(pi2_flash *f) {
   pthread_mutex_unlock(&f->mutex);
 }
 
-int pi2_flash_close(pi2_flash *f, int64_t patience_ns) {
+int64_t pi2_flash_close(pi2_flash *f, int64_t patience_ns) {
   int ignored;
   atomic_store(&f->closing, 1);
-  if ((f->ring ? pi2_ring_close : pool_join)(f, patience_ns)) return -1;
+  const int64_t left = (f->ring ? pi2_ring_close : pool_join)(f, patience_ns);
+  if (left) return left;
   give_up(f, 0, &ignored);
   return 0;
+}
+
+int pi2_memory_abandon(void *base, int64_t bytes) {
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  return mmap(base, (size_t)bytes, PROT_NONE, flags, -1, 0) == MAP_FAILED ? errno : 0;
 }
 
 void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s) {
@@ -383,3 +417,4 @@ void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s) {
   memcpy(s->io_reason, f->io_reason, sizeof s->io_reason);
   memcpy(s->direct_reason, f->direct_reason, sizeof s->direct_reason);
 }
+const char *pi2_flash_io_reason(const pi2_flash *f) { return f->io_reason; }

@@ -53,7 +53,8 @@ struct pi2_flash_statistics {
 
 /* Opens the file and holds it: what is renamed over the path later is not read. NULL and *error, an errno, on failure:
  * ESPIPE for what is neither a regular file nor a block device, EINVAL for a bad depth, and with PI2_IO_URING the
- * errno of pi2_uring_probe. `depth`: reads in flight at most, 1 to PI2_FLASH_MOST. */
+ * errno of pi2_uring_probe, or EOPNOTSUPP where reads of the file cannot be told not to wait: of those, PI2_IO_AUTO takes
+ * preadv. `depth`: reads in flight at most, 1 to PI2_FLASH_MOST. */
 pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *error);
 
 /* Optional: declares that reads will mostly go to [base, base + bytes), which io_uring then pins once instead of at each
@@ -73,18 +74,27 @@ int pi2_flash_reap(pi2_flash *f, pi2_read **done, int max, int64_t timeout_ns);
 void pi2_flash_wake(pi2_flash *f);
 
 /* Waits for reads in flight, cancelling what can be, for at most patience_ns (< 0: for ever); they are not reaped. 0: nothing
- * of the caller is written to after. Else the device does not answer, and `f`, the reads and the memory that they go to
- * must stay for good: what has reached a device cannot be cancelled. */
-int pi2_flash_close(pi2_flash *f, int64_t patience_ns);
+ * of the caller is written to after. Else the device does not answer, and so many bytes may still be written: `f` and the
+ * reads must stay for good, and so must the addresses that the reads go to; see pi2_memory_abandon. */
+int64_t pi2_flash_close(pi2_flash *f, int64_t patience_ns);
 
-/* How long a reader with this deadline waits for its reads when it closes: as long, but for 5 seconds at most. */
-static inline int64_t pi2_flash_patience(int64_t deadline_ns) { return deadline_ns < 5000000000 ? deadline_ns : 5000000000; }
+/* In place of munmap, for memory that reads which do not end go to: what has reached a device cannot be cancelled. The
+ * addresses stay taken, so that nobody else's memory comes to lie there, but have no memory any more. A read that copies
+ * fails there; the pages that a device writes to by itself are the kernel's, which frees them after it. 0 or an errno: then
+ * the memory is as it was. */
+int pi2_memory_abandon(void *base, int64_t bytes);
+
+/* How long a reader with this deadline waits for its reads when it closes: as long, but for a second at most, for an
+ * executor has several readers and five seconds to close. */
+static inline int64_t pi2_flash_patience(int64_t deadline_ns) { return deadline_ns < 1000000000 ? deadline_ns : 1000000000; }
 /* For reap: what is left of a deadline that began at `since`, at `now`; -1, where there is none. */
 static inline int64_t pi2_flash_left(int64_t since, int64_t deadline_ns, int64_t now) {
   const int64_t left = deadline_ns - (now - since);
   return deadline_ns < 0 ? -1 : left > 0 ? left : 0;
 }
 
+/* Which way the file is read, and why: of io_reason. Lives as long as `f`. */
+const char *pi2_flash_io_reason(const pi2_flash *f);
 void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s);
 
 /* Whether this process may use io_uring: 0, or an errno. `why`: a sentence either way. */

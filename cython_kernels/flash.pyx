@@ -13,7 +13,7 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
-from pi2rt._errors import BusyError
+from pi2rt._errors import BusyError, open_failure
 
 cdef extern from "stdlib.h" nogil:
     int posix_memalign(void **, size_t, size_t)
@@ -46,7 +46,7 @@ cdef extern from "flash.h" nogil:
     int pi2_flash_submit(pi2_flash *, pi2_read *)
     int pi2_flash_reap(pi2_flash *, pi2_read **, int, int64_t)
     void pi2_flash_wake(pi2_flash *)
-    int pi2_flash_close(pi2_flash *, int64_t)
+    int64_t pi2_flash_close(pi2_flash *, int64_t)
     void c_take_statistics "pi2_flash_statistics"(pi2_flash *, c_statistics *)
     int pi2_uring_probe(char *, int)
 
@@ -109,7 +109,7 @@ cdef pi2_flash *open_flash(path, io, int depth) except NULL:
     if f == NULL:
         if c_io == PI2_IO_URING and pi2_uring_probe(why, sizeof(why)) == error:
             raise OSError(error, (<bytes>why).decode())
-        raise OSError(error, os.strerror(error), os.fspath(path))
+        raise open_failure(error, io, path)
     return f
 
 

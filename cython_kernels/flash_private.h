@@ -20,6 +20,7 @@ struct pi2_flash {
   pthread_mutex_t mutex;
   pthread_cond_t work, finished;
   pi2_read *queue, **queue_end; /* under `mutex` */
+  int64_t reading;              /* bytes of the reads that threads are at; under `mutex` */
   _Atomic int64_t registered_bytes, reads, bytes, errors, retries, short_reads, latency_ns, latency[PI2_FLASH_LATENCIES];
   char io_reason[96], direct_reason[96];
 };
@@ -40,5 +41,5 @@ pi2_ring *pi2_ring_open(pi2_flash *f, int *error);
 int pi2_ring_register(pi2_ring *ring, void *base, int64_t bytes);
 void pi2_ring_submit(pi2_flash *f, pi2_read *r);
 int pi2_ring_reap(pi2_flash *f, pi2_read **done, int max, int64_t timeout_ns);
-int pi2_ring_close(pi2_flash *f, int64_t patience_ns); /* as pi2_flash_close */
+int64_t pi2_ring_close(pi2_flash *f, int64_t patience_ns); /* as pi2_flash_close */
 #endif

@@ -297,7 +297,7 @@ int pi2_ring_register(pi2_ring *g, void *base, int64_t bytes) {
   return 0;
 }
 
-int pi2_ring_close(pi2_flash *f, int64_t patience_ns) {
+int64_t pi2_ring_close(pi2_flash *f, int64_t patience_ns) {
   pi2_ring *g = f->ring;
   const int64_t begin = pi2_now_ns();
   take_back(f, ECANCELED);
@@ -313,7 +313,11 @@ int pi2_ring_close(pi2_flash *f, int64_t patience_ns) {
   f->done_end = &f->done;
   while (g->live) {
     const int64_t left = patience_ns < 0 ? -1 : patience_ns - (pi2_now_ns() - begin);
-    if (patience_ns >= 0 && left <= 0) return -1;
+    if (patience_ns >= 0 && left <= 0) {
+      int64_t bytes = 0;
+      for (int i = 0; i < g->live; i++) bytes += g->reads[i]->bytes;
+      return bytes;
+    }
     advance(f, left);
     drain(f);
     pi2_read *dropped;
@@ -355,7 +359,7 @@ void pi2_ring_submit(pi2_flash *f, pi2_read *r) { (void)f, (void)r; }
 int pi2_ring_reap(pi2_flash *f, pi2_read **done, int max, int64_t timeout_ns) {
   return (void)f, (void)done, (void)max, (void)timeout_ns, 0;
 }
-int pi2_ring_close(pi2_flash *f, int64_t patience_ns) { return (void)f, (void)patience_ns, 0; }
+int64_t pi2_ring_close(pi2_flash *f, int64_t patience_ns) { return (void)f, (void)patience_ns, 0; }
 int pi2_uring_probe(char *why, int room) {
   snprintf(why, (size_t)room, "io_uring: not built in, its kernel header was missing");
   return ENOSYS;

@@ -12,6 +12,9 @@ import numpy as np
 
 from pi2rt._errors import KernelUnavailableError
 
+cdef extern from "flash.h" nogil:
+    int pi2_memory_abandon(void *, int64_t)
+
 cdef extern from "sys/mman.h" nogil:
     int madvise(void *, size_t, int)
     enum: MADV_HUGEPAGE, MADV_DONTNEED
@@ -128,8 +131,12 @@ cdef class Memory:
             self.address = 0
 
     def abandon(self):
-        """In place of ``close``, where a device may still write to it: it stays taken for good."""
+        """In place of ``close``, where a device may still write to it: its addresses stay taken for good, and its memory is
+        given back, but for the pages of reads that have not ended, which the system keeps until then. Returns whether that
+        could be done; if not, all of it stays."""
+        cdef uintptr_t address = self.address
         self.address = 0
+        return not address or not pi2_memory_abandon(<void *>address, self.nbytes)
 
     def __dealloc__(self):
         if self.address:

@@ -443,13 +443,14 @@ pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *re
   free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare), free(c);
   return NULL;
 }
-int pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
+int64_t pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
   atomic_store(&c->closing, 1);
   atomic_fetch_add(&c->work, 1);
   futex_wake(&c->work);
   pi2_flash_wake(c->flash);
   pthread_join(c->thread, NULL);
-  if (pi2_flash_close(c->flash, pi2_flash_patience(c->deadline_ns))) return -1; /* slots and memory are still written to */
+  const int64_t left = pi2_flash_close(c->flash, pi2_flash_patience(c->deadline_ns));
+  if (left) return left; /* slots and memory are still written to */
   pthread_mutex_destroy(&c->mutex);
   free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare), free(c->records), free(c);
   return 0;

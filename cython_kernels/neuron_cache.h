@@ -114,7 +114,7 @@ pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *re
  * when its last use ends: returns how many still are used. Their memory is not written to once there are none. */
 int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots);
 /* Joins the reader and closes the flash. 0: nobody writes to the memory afterwards; else, as pi2_flash_close. */
-int pi2_neuron_cache_destroy(pi2_neuron_cache *c);
+int64_t pi2_neuron_cache_destroy(pi2_neuron_cache *c);
 
 /* From now on the last n reads are recorded. Before any run; returns 0 or -1 (out of memory). */
 int pi2_neuron_cache_trace(pi2_neuron_cache *c, int64_t n);

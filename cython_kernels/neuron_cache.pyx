@@ -9,14 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pi2rt._errors import InternalError, read_failure
+from pi2rt._errors import InternalError, open_failure, read_failure
 
 cdef extern from "flash.h" nogil:
     enum: PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV, PI2_FLASH_MOST
     ctypedef struct pi2_flash:
         pass
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
-    int pi2_flash_close(pi2_flash *, int64_t)
+    const char *pi2_flash_io_reason(const pi2_flash *)
+    int64_t pi2_flash_close(pi2_flash *, int64_t)
 
 cdef extern from "neuron_cache.h" nogil:
     ctypedef struct pi2_region:
@@ -40,7 +41,7 @@ cdef extern from "neuron_cache.h" nogil:
     int pi2_neuron_cache_fetch(pi2_neuron_cache *, const int32_t *, int)
     int64_t pi2_neuron_cache_waiting(pi2_neuron_cache *)
     void pi2_neuron_cache_wait(pi2_neuron_cache *, uint32_t, int64_t)
-    int pi2_neuron_cache_destroy(pi2_neuron_cache *)
+    int64_t pi2_neuron_cache_destroy(pi2_neuron_cache *)
     int pi2_neuron_cache_fill(pi2_neuron_cache *, int, int32_t, int32_t)
 
 IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
@@ -85,7 +86,7 @@ cdef class NeuronCache:
     cdef pi2_neuron_cache *cache
     cdef pi2_region *regions
     cdef readonly int n_regions
-    cdef readonly object path, deadline
+    cdef readonly object path, deadline, io_reason
     cdef object last
     cdef pi2_read_record *records
     cdef int64_t n_records
@@ -95,6 +96,9 @@ cdef class NeuronCache:
         cdef int error = 0
         cdef int32_t first = 0
         cdef pi2_flash *flash
+        cdef bytes encoded = os.fsencode(path)
+        cdef const char *file = encoded
+        cdef int backend = IO[io]
         self.path, self.n_regions = path if name is None else name, <int>len(regions)
         self.deadline = deadline
         if memory % PAGE or slot_bytes % PAGE or slots < 1 or not regions or not 1 <= depth <= PI2_FLASH_MOST:
@@ -114,9 +118,11 @@ cdef class NeuronCache:
             self.regions[i].last_bytes = total - (pages - 1) * size
             self.regions[i].first, self.regions[i].pages, self.regions[i].head_bytes = first, pages, heads[i]
             first += pages
-        flash = pi2_flash_open(os.fsencode(path), IO[io], depth, &error)
+        with nogil:  # it reads: a device may not answer
+            flash = pi2_flash_open(file, backend, depth, &error)
         if flash == NULL:
-            raise OSError(error, os.strerror(error), os.fspath(self.path))
+            raise open_failure(error, io, self.path)
+        self.io_reason = (<bytes>pi2_flash_io_reason(flash)).decode()
         self.cache = pi2_neuron_cache_create(flash, self.regions, self.n_regions, first, slot_bytes, <uint8_t *>memory,
                                              slots, max(slots, first), depth,
                                              -1 if deadline is None else <int64_t>(deadline * 1e9), &error)
@@ -214,16 +220,16 @@ cdef class NeuronCache:
         return Counters(c.hits, c.early, c.misses, c.completed, c.evictions, c.reads_done, c.bytes, c.busy_ns, c.stall_ns)
 
     def close(self):
-        """Joins the reader. Only after the gang that runs the program was closed. False: the device does not answer, and may
-        still write to the memory, which must stay for good."""
+        """Joins the reader. Only after the gang that runs the program was closed. Returns the bytes of reads that have not
+        ended, or 0: their device does not answer and may still write to the memory (``Memory.abandon``)."""
         cdef pi2_neuron_cache *cache = self.cache
-        cdef int hangs = 0
+        cdef int64_t left = 0
         if cache != NULL:
             self.last = self.counters
             self.cache = NULL
             with nogil:
-                hangs = pi2_neuron_cache_destroy(cache)
-        return not hangs
+                left = pi2_neuron_cache_destroy(cache)
+        return left
 
     def __dealloc__(self):
         if self.cache != NULL:

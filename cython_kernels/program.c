@@ -356,14 +356,14 @@ static void op_add(pi2_run *r, const pi2_op *op, int index) {
   }
 }
 
-/* Waits for the streamed matrices of an operation and fills in where they lie. Returns 0 when reading has failed, which
- * every thread learns alike. */
+/* Waits for the streamed matrices of an operation and fills in where they lie. Returns 0 when reading has failed or the run
+ * was stopped, which every thread learns alike. */
 static int fetch(pi2_run *r, pi2_op *op, pi2_worker *w) {
   pi2_stream *s = r->program->stream;
   const int64_t begin = pi2_now_ns();
   for (int i = 0; i < op->n_matrices; i++) {
     if (op->matrix[i].data) continue;
-    op->matrix[i].data = pi2_stream_get(s, r->base + (uint64_t)op->matrix[i].unit, w->gang->spin_ns);
+    op->matrix[i].data = pi2_stream_get(s, r->base + (uint64_t)op->matrix[i].unit, w->gang->spin_ns, &r->stop);
     if (!op->matrix[i].data) return 0;
   }
   if (w->index == 0) atomic_fetch_add_explicit(&s->stall_ns, pi2_now_ns() - begin, memory_order_relaxed);

@@ -7,12 +7,16 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "gang.h"
 
-static void futex_wait(_Atomic uint32_t *word, uint32_t expected) {
-  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, NULL, NULL, 0);
+#define LOOK_NS 10000000 /* how often a thread that waits for a unit looks whether its run was stopped */
+
+static void futex_wait(_Atomic uint32_t *word, uint32_t expected, int64_t timeout_ns) { /* < 0: for ever */
+  const struct timespec t = {timeout_ns / 1000000000, timeout_ns % 1000000000};
+  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, timeout_ns < 0 ? NULL : &t, NULL, 0);
 }
 static void futex_wake(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
 
@@ -91,16 +95,18 @@ static void finish(pi2_stream *s, pi2_read *r) {
   p->pending--;
   s->spare[s->n_spare++] = r;
   if (r->error) fail(s, r->error);
-  if (atomic_load(&s->error)) return; /* what was not there by then never is: every thread must see the same */
+  if (atomic_load(&s->error)) return;
   atomic_fetch_add_explicit(&s->bytes, r->bytes, memory_order_relaxed);
   if (!p->pending && p->submitted == unit(s, position)->bytes)
     atomic_store_explicit(&p->end_ns, pi2_now_ns(), memory_order_relaxed);
-  const uint64_t before = atomic_load(&s->ready);
+}
+/* Tells what has arrived: of this thread alone, but that a run which is stopped may shut it at any time. */
+static void advance_ready(pi2_stream *s) {
+  uint64_t before = atomic_load(&s->ready);
+  if (before & PI2_STREAM_SHUT || atomic_load(&s->error)) return; /* every thread must see the same */
   uint64_t ready = before > s->tail ? before : s->tail; /* below the tail nothing is wanted */
   while (ready < s->next && !placed(s, ready)->pending && placed(s, ready)->submitted == unit(s, ready)->bytes) ready++;
-  if (ready == before) return;
-  atomic_store(&s->ready, ready);
-  tell_ready(s);
+  if (ready != before && atomic_compare_exchange_strong(&s->ready, &before, ready)) tell_ready(s);
 }
 static void *reader_main(void *argument) {
   pi2_stream *s = argument;
@@ -111,9 +117,10 @@ static void *reader_main(void *argument) {
     const uint32_t word = atomic_load(&s->work_word);
     advance_tail(s);
     submit(s);
+    advance_ready(s);
     if (s->n_spare == s->depth) { /* nothing in flight: the ring is full, or reading has failed */
       since = 0;
-      if (atomic_load(&s->work_word) == word && !atomic_load(&s->closing)) futex_wait(&s->work_word, word);
+      if (atomic_load(&s->work_word) == word && !atomic_load(&s->closing)) futex_wait(&s->work_word, word, -1);
       continue;
     }
     const int64_t begin = pi2_now_ns();
@@ -127,6 +134,7 @@ static void *reader_main(void *argument) {
       fail(s, ETIMEDOUT);
     }
     for (int i = 0; i < n; i++) finish(s, done[i]);
+    advance_ready(s); /* before more is submitted: somebody may wait */
   }
   return NULL;
 }
@@ -155,41 +163,47 @@ static void wake_reader(pi2_stream *s) {
   futex_wake(&s->work_word);
   pi2_flash_wake(s->flash);
 }
-int pi2_stream_destroy(pi2_stream *s) {
+int64_t pi2_stream_destroy(pi2_stream *s) {
   atomic_store(&s->closing, 1);
   wake_reader(s);
   pthread_join(s->thread, NULL);
-  if (pi2_flash_close(s->flash, pi2_flash_patience(s->deadline_ns))) return -1; /* `reads` and the ring are still written to */
+  const int64_t left = pi2_flash_close(s->flash, pi2_flash_patience(s->deadline_ns));
+  if (left) return left; /* `reads` and the ring are still written to */
   free(s->placed), free(s->reads), free(s->spare), free(s);
   return 0;
 }
 
 uint64_t pi2_stream_begin(pi2_stream *s) {
   const uint64_t first = s->laps++ * (uint64_t)s->n;
-  if (atomic_load(&s->released) < first) {
-    atomic_store(&s->released, first);
-    wake_reader(s);
-  }
+  const int shut = (atomic_fetch_and(&s->ready, ~PI2_STREAM_SHUT) & PI2_STREAM_SHUT) != 0;
+  if (atomic_load(&s->released) < first) atomic_store(&s->released, first);
+  else if (!shut) return first;
+  wake_reader(s);
   return first;
 }
-const uint8_t *pi2_stream_get(pi2_stream *s, uint64_t position, int64_t spin_ns) {
+const uint8_t *pi2_stream_get(pi2_stream *s, uint64_t position, int64_t spin_ns, const _Atomic int *stop) {
   int64_t deadline = 0;
   for (uint32_t i = 1;; i++) {
-    if (atomic_load_explicit(&s->ready, memory_order_acquire) > position) return placed(s, position)->at;
-    if (atomic_load_explicit(&s->error, memory_order_acquire)) break;
+    const uint64_t ready = atomic_load_explicit(&s->ready, memory_order_acquire);
+    if ((ready & ~PI2_STREAM_SHUT) > position) return placed(s, position)->at;
+    if (ready & PI2_STREAM_SHUT || atomic_load_explicit(&s->error, memory_order_acquire)) break;
     if (i % 16 == 0) pi2_pause();
     if (i % 256) continue;
+    if (atomic_load(stop)) {
+      if (!(atomic_fetch_or(&s->ready, PI2_STREAM_SHUT) & PI2_STREAM_SHUT)) tell_ready(s);
+      continue; /* it may have arrived just before */
+    }
     const int64_t now = pi2_now_ns();
     if (!deadline) deadline = now + spin_ns;
     else if (now > deadline) {
       const uint32_t word = atomic_load(&s->ready_word);
       atomic_fetch_add(&s->sleepers, 1);
-      if (atomic_load(&s->ready) <= position && !atomic_load(&s->error)) futex_wait(&s->ready_word, word);
+      if (atomic_load(&s->ready) <= position && !atomic_load(&s->error)) futex_wait(&s->ready_word, word, LOOK_NS);
       atomic_fetch_sub(&s->sleepers, 1);
     }
   }
-  /* Arrived before the failure counts: so every thread gives the same answer. */
-  return atomic_load(&s->ready) > position ? placed(s, position)->at : NULL;
+  /* Arrived before the end counts: so every thread gives the same answer. */
+  return (atomic_load(&s->ready) & ~PI2_STREAM_SHUT) > position ? placed(s, position)->at : NULL;
 }
 void pi2_stream_release(pi2_stream *s, uint64_t position) {
   atomic_store(&s->released, position + 1);

@@ -16,6 +16,7 @@
 
 typedef struct { int64_t offset, bytes; } pi2_extent; /* in the file; multiples of PI2_SECTOR */
 #define PI2_SECTOR 4096
+#define PI2_STREAM_SHUT (UINT64_C(1) << 63) /* in `ready`: a run that was stopped gets nothing more */
 
 typedef struct { /* a unit on its way or in the ring */
   uint8_t *at;
@@ -41,7 +42,7 @@ typedef struct pi2_stream {
   int n_spare;
   /* shared */
   _Alignas(64) _Atomic uint32_t ready_word; /* futex: changes when `ready` or `error` does */
-  _Atomic uint64_t ready;                   /* positions below it have arrived */
+  _Atomic uint64_t ready;                   /* positions below it have arrived; with PI2_STREAM_SHUT it stays as it is */
   _Atomic int error;                        /* sticky: nothing arrives any more */
   _Atomic int sleepers;
   _Alignas(64) _Atomic uint64_t released;   /* positions below it are not needed */
@@ -59,12 +60,13 @@ typedef struct pi2_stream {
 pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, int64_t read_bytes, int depth, uint8_t *ring,
                               int64_t ring_bytes, int64_t deadline_ns, int *error);
 /* Stops and joins the reader, closes the flash. 0: nobody writes to the ring afterwards; else, as pi2_flash_close. */
-int pi2_stream_destroy(pi2_stream *s);
+int64_t pi2_stream_destroy(pi2_stream *s);
 
 /* Thread 0 of a run, before the others look: the position of its first unit. What earlier runs left is dropped. */
 uint64_t pi2_stream_begin(pi2_stream *s);
-/* Waits for a position and returns its address; NULL once reading has failed (the same answer for every thread). */
-const uint8_t *pi2_stream_get(pi2_stream *s, uint64_t position, int64_t spin_ns);
+/* Waits for a position and returns its address; NULL once reading has failed, or `stop` was set before it arrived. The same
+ * answer for every thread, also where it is stopped at the moment of arrival. */
+const uint8_t *pi2_stream_get(pi2_stream *s, uint64_t position, int64_t spin_ns, const _Atomic int *stop);
 /* Thread 0, behind the barrier after the last use. */
 void pi2_stream_release(pi2_stream *s, uint64_t position);
 #endif

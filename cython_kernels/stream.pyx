@@ -7,14 +7,15 @@ import os
 
 import numpy as np
 
-from pi2rt._errors import InternalError
+from pi2rt._errors import InternalError, open_failure
 
 cdef extern from "flash.h" nogil:
     ctypedef struct pi2_flash:
         pass
     enum: PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
-    int pi2_flash_close(pi2_flash *, int64_t)
+    const char *pi2_flash_io_reason(const pi2_flash *)
+    int64_t pi2_flash_close(pi2_flash *, int64_t)
 
 cdef extern from "stream.h" nogil:
     enum: PI2_SECTOR
@@ -26,7 +27,7 @@ cdef extern from "stream.h" nogil:
         pi2_placed *placed
         int64_t bytes, busy_ns, stall_ns
     pi2_stream *pi2_stream_create(pi2_flash *, const pi2_extent *, int, int64_t, int, uint8_t *, int64_t, int64_t, int *)
-    int pi2_stream_destroy(pi2_stream *)
+    int64_t pi2_stream_destroy(pi2_stream *)
 
 IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
 SECTOR = PI2_SECTOR
@@ -45,12 +46,15 @@ cdef class Stream:
     cdef pi2_extent *units
     cdef readonly int n
     cdef readonly int64_t ring_bytes
-    cdef readonly object path, deadline
+    cdef readonly object path, deadline, io_reason
 
     def __cinit__(self, path, units, uintptr_t ring, int64_t ring_bytes, *, name=None, io="auto",
                   int64_t read_bytes=1 << 20, int depth=8, deadline=None):
         cdef int error = 0
         cdef pi2_flash *flash
+        cdef bytes encoded = os.fsencode(path)
+        cdef const char *file = encoded
+        cdef int backend = IO[io]
         self.path, self.n, self.ring_bytes = path if name is None else name, <int>len(units), ring_bytes
         self.deadline = deadline
         largest = max(size for _, size in units)
@@ -63,9 +67,11 @@ cdef class Stream:
             raise MemoryError("stream")
         for i, (offset, size) in enumerate(units):
             self.units[i].offset, self.units[i].bytes = offset, size
-        flash = pi2_flash_open(os.fsencode(path), IO[io], depth, &error)
+        with nogil:  # it reads: a device may not answer
+            flash = pi2_flash_open(file, backend, depth, &error)
         if flash == NULL:
-            raise OSError(error, os.strerror(error), os.fspath(path))
+            raise open_failure(error, io, self.path)
+        self.io_reason = (<bytes>pi2_flash_io_reason(flash)).decode()
         self.stream = pi2_stream_create(flash, self.units, self.n, read_bytes, depth, <uint8_t *>ring, ring_bytes,
                                         -1 if deadline is None else <int64_t>(deadline * 1e9), &error)
         if self.stream == NULL:
@@ -100,15 +106,15 @@ cdef class Stream:
         return begin, end
 
     def close(self):
-        """Joins the reader. Only after the gang that runs the program was closed. False: the device does not answer, and may
-        still write to the ring, which must stay for good."""
+        """Joins the reader. Only after the gang that runs the program was closed. Returns the bytes of reads that have not
+        ended, or 0: their device does not answer and may still write to the ring (``Memory.abandon``)."""
         cdef pi2_stream *stream = self.stream
-        cdef int hangs = 0
+        cdef int64_t left = 0
         self.stream = NULL
         if stream != NULL:
             with nogil:
-                hangs = pi2_stream_destroy(stream)
-        return not hangs
+                left = pi2_stream_destroy(stream)
+        return left
 
     def __dealloc__(self):
         if self.stream != NULL:

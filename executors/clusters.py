@@ -86,4 +86,4 @@ class Clusters:
 
     def close(self) -> None:
         """Joins the reader, then frees the memory that it wrote to. Only after the threads that compute have ended."""
-        give_back(self._memory, ended=self.cache.close(), path=self.cache.path)
+        give_back(self._memory, late=self.cache.close(), path=self.cache.path)

@@ -17,13 +17,13 @@ import trio
 from pi2rt._errors import BusyError, ClosedError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.neuron_cache import NeuronCache
-from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.clusters import Clusters
 from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
-from pi2rt.executors.late_reads import give_back
+from pi2rt.executors.late_reads import LateReads
 from pi2rt.executors.neurons import DEPTH, Neurons
 from pi2rt.executors.predictors import LoadedPredictors
 from pi2rt.executors.read_trace import ReadTrace
+from pi2rt.executors.ring import Ring
 from pi2rt.executors.weights import Weights
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
@@ -59,8 +59,7 @@ class CpuExecutor:
     def __init__(self) -> None:
         self._weights: Weights | None = None
         self._cache: native.Memory | None = None
-        self._ring: native.Memory | None = None
-        self._stream: Stream | None = None
+        self._ring: Ring | None = None
         self._neurons: Neurons | None = None
         self._predictors: LoadedPredictors | None = None
         self._clusters: Clusters | None = None
@@ -100,19 +99,14 @@ class CpuExecutor:
             paged=options.paged,
             read_by_row=options.read_by_row,
         )
-        await self._load(file, model, options, progress)
+        reads = LateReads(file.path, options.read_deadline)
+        await self._load(file, model, options, progress, reads)
         if options.read_by_row is not None:
             self._rows_fd = _open_direct(file.held_path)
         if options.streamed:
-            self._ring = native.Memory(options.ring_bytes)
-            self._stream = Stream(
-                file.held_path,
-                self._weights.extents,
-                self._ring.address,
-                self._ring.nbytes,
-                name=os.fspath(file.path),
-                io=options.io,
-                deadline=options.read_deadline,
+            extents, ring_bytes, io = self._weights.extents, options.ring_bytes, options.io
+            self._ring = await reads.run(
+                "weights", lambda: Ring(file, extents, ring_bytes, io, options.read_deadline), Ring.close
             )
         layouts, page_bytes = cache_layouts(model, kv_type(options))
         self._cache = native.Memory(max(1, options.pages * page_bytes))
@@ -126,7 +120,7 @@ class CpuExecutor:
             self._weights,
             options,
             self._gang,
-            self._stream,
+            None if self._ring is None else self._ring.stream,
             self._rows_fd,
             self._neurons,
             self._clusters,
@@ -144,31 +138,35 @@ class CpuExecutor:
             reading.trace(TRACED_READS)
 
     async def _load(
-        self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
+        self,
+        file: ModelFile,
+        model: ModelDescription,
+        options: ExecutorOptions,
+        progress: Progress,
+        reads: LateReads,
     ) -> None:
         """Weights, and as many neurons and clusters of experts as there is room for."""
         assert self._weights is not None
         caches: list[Neurons | Clusters] = []
+        io, deadline = options.io, options.read_deadline
         if options.paged:
-            self._clusters = Clusters(
-                file, options.paged, options.cluster_bytes, options.io, options.read_deadline
+            paged, nbytes = options.paged, options.cluster_bytes
+            self._clusters = await reads.run(
+                "weights", lambda: Clusters(file, paged, nbytes, io, deadline), Clusters.close
             )
             caches.append(self._clusters)
         if self._weights.scales:
-            self._neurons = Neurons(
-                file,
-                model,
-                options.neuron_bytes,
-                options.io,
-                options.read_deadline,
-                two_phase=options.two_phase,
+            self._neurons = await reads.run(
+                "weights",
+                lambda: Neurons(file, model, options.neuron_bytes, io, deadline, two_phase=options.two_phase),
+                Neurons.close,
             )
             caches.append(self._neurons)
         if not caches:
-            await self._weights.load(progress, len(self._threads))
+            await self._weights.load(progress, len(self._threads), deadline)
             return
         total, done = self._weights.file_bytes + sum(each.nbytes for each in caches), 0
-        await self._weights.load(lambda read, _: progress(read, total), len(self._threads))
+        await self._weights.load(lambda read, _: progress(read, total), len(self._threads), deadline)
         done = self._weights.file_bytes
 
         def report(count: int) -> None:
@@ -239,8 +237,8 @@ class CpuExecutor:
             index = np.zeros(len(waited), np.intp)
             self._options.trace.extend_native(track, ("wait",), waited[:, 0], waited[:, 1], index)
         self._draw_reads()
-        if self._stream is not None:
-            begin, end = self._stream.times()
+        if self._ring is not None:
+            begin, end = self._ring.stream.times()
             read = end > np.maximum(begin, self._traced_reads)
             if read.any():
                 track = self._options.trace.track(FLASH, "reads")
@@ -278,26 +276,17 @@ class CpuExecutor:
                 await trio.to_thread.run_sync(gang.close)  # joins the threads: each stops at its next barrier
         self._program = None
         self._in_flight.clear()
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            with trio.CancelScope(shield=True):  # joins the reader: afterwards nobody writes to the ring
-                ended = await trio.to_thread.run_sync(stream.close)
-            if self._ring is not None:
-                give_back(self._ring, ended=ended, path=stream.path)
-        elif self._ring is not None:
-            self._ring.close()
-        self._ring = None
         self._draw_reads()  # that ended since the last step
         self._read_traces.clear()
         if self._predictors is not None:
             self._predictors.close()
             self._predictors = None
-        caches = (self._neurons, self._clusters)
-        self._neurons = self._clusters = None
-        for cache in caches:
-            if cache is not None:
+        readers = (self._ring, self._neurons, self._clusters)
+        self._ring = self._neurons = self._clusters = None
+        for reader in readers:  # joined: afterwards nobody writes to their memory
+            if reader is not None:
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(cache.close)
+                    await trio.to_thread.run_sync(reader.close)
         if self._rows_fd >= 0:
             os.close(self._rows_fd)
             self._rows_fd = -1
@@ -311,8 +300,9 @@ class CpuExecutor:
 
     def statistics(self) -> ExecutorStatistics:
         """``details``: "kernels", the variant that runs; where weights are streamed also "flash_bytes" read, and
-        "flash_stall_ns", for which steps have waited for them; where neurons are read, the counters of
-        ``neuron_cache.Counters``, "neuron_page_bytes", what one read takes at least, and "neuron_reads_at_once"."""
+        "flash_stall_ns", for which steps have waited for them, and "flash_io", through what and why; where neurons
+        are read, also the counters of ``neuron_cache.Counters``, "neuron_page_bytes", what one read takes at least,
+        and "neuron_reads_at_once"."""
         held: dict[str, int] = {}
         if self._weights is not None and self._cache is not None and self._program is not None:
             assert self._options is not None
@@ -332,6 +322,7 @@ class CpuExecutor:
             held["neurons"] = self._neurons.nbytes
             counters = self._neurons.counters
             details |= {
+                "flash_io": self._neurons.cache.io_reason,
                 "neuron_hits": counters.hits,
                 "neuron_early": counters.early,
                 "neuron_misses": counters.misses,
@@ -348,6 +339,7 @@ class CpuExecutor:
             held["clusters"] = self._clusters.nbytes
             counters = self._clusters.counters
             details |= {
+                "flash_io": self._clusters.cache.io_reason,
                 "cluster_hits": counters.hits,
                 "cluster_early": counters.early,
                 "cluster_misses": counters.misses,
@@ -357,9 +349,10 @@ class CpuExecutor:
                 "flash_stall_ns": counters.stall_ns + int(str(details.get("flash_stall_ns", 0))),
             }
             flash = (ThreadStatistics(FLASH, -1, counters.busy_ns + sum(each.kernel_ns for each in flash)),)
-        if self._stream is not None and self._ring is not None:
+        if self._ring is not None:
             held["ring"] = self._ring.nbytes
-            read, reading_ns, stall_ns = self._stream.counters
+            details["flash_io"] = self._ring.stream.io_reason
+            read, reading_ns, stall_ns = self._ring.stream.counters
             details["flash_bytes"] = read + int(str(details.get("flash_bytes", 0)))
             details["flash_stall_ns"] = stall_ns + int(str(details.get("flash_stall_ns", 0)))
             flash = (ThreadStatistics(FLASH, -1, reading_ns + sum(each.kernel_ns for each in flash)),)

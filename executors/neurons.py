@@ -214,4 +214,4 @@ class Neurons:
         """Joins the reader, then frees the memory that it wrote to. Only after the threads that compute have ended."""
         with self._lock:
             self._closed = True
-            give_back(self._memory, ended=self.cache.close(), path=self.cache.path)
+            give_back(self._memory, late=self.cache.close(), path=self.cache.path)

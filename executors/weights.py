@@ -6,9 +6,11 @@ a few megabytes, and no page of the file is mapped.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ import trio
 from pi2rt._errors import ModelFormatError
 from pi2rt.cython_kernels import native
 from pi2rt.cython_kernels.stream import SECTOR
+from pi2rt.executors.late_reads import LateReads
 from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.quants import dequantize
 from pi2rt.models import MixtureOfExperts, ModelDescription, iterate_tensors
@@ -25,6 +28,9 @@ from pi2rt.runtime.step import Floats
 
 PIECE_BYTES = 4 << 20
 """Bytes of the file read at once."""
+
+VECTORS_AT_ONCE = 16
+"""Vectors that are read between two looks at the clock: they are small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,8 @@ class Weights:
             size += native.matrix_bytes(self._type(info), *info.shape)
         size += sum(-(-info.nbytes // 64) * 64 for info in self._scale_infos)
         self.nbytes = size
+        self._lock = threading.Lock()  # of these two
+        self._loading, self._closed = 0, False  # calls that write to memory; of which some may never return
         self._memory = native.Memory(max(size, 1))
         address = self._memory.address
         for info in self._matrix_infos:
@@ -113,11 +121,14 @@ class Weights:
         """What ``load`` reads."""
         return sum(info.nbytes for info in (*self._matrix_infos, *self._scale_infos))
 
-    async def load(self, progress: Progress, workers: int) -> None:
+    async def load(self, progress: Progress, workers: int, deadline: float | None = None) -> None:
         """Reads everything with ``workers`` threads. Cancellable between pieces.
+
+        ``deadline``: seconds in which one piece at least must arrive.
 
         Raises:
             ModelFormatError: a scale or value is NaN or infinite, or the file has shrunk.
+            OSError: the file cannot be read; ETIMEDOUT after the deadline.
         """
         pieces: deque[tuple[TensorInfo, int, int]] = deque()
         for info in self._matrix_infos:
@@ -128,7 +139,10 @@ class Weights:
         pieces.extend((info, 0, info.shape[0]) for info in self._scale_infos)
         total = self.file_bytes
         done = 0
-        limiter = trio.CapacityLimiter(workers)
+        reads = LateReads(self._file.path, deadline, workers)
+
+        async def work(call: Callable[[], None]) -> None:
+            await reads.run("weights", lambda: self._write(call))
 
         async def worker() -> None:
             nonlocal done
@@ -139,7 +153,7 @@ class Weights:
                     info, first, last = pieces.popleft()
                     batch.append((info, first, last))
                     size += _bytes_in_file(info, first, last)
-                await trio.to_thread.run_sync(self._load_pieces, batch, limiter=limiter)
+                await work(partial(self._load_pieces, batch))
                 done += size
                 progress(done, total)
 
@@ -147,13 +161,37 @@ class Weights:
             async with trio.open_nursery() as nursery:
                 for _ in range(workers):
                     nursery.start_soon(worker)
-                self._load_vectors()
+                for first in range(0, len(self._vector_infos), VECTORS_AT_ONCE):
+                    infos = self._vector_infos[first : first + VECTORS_AT_ONCE]
+                    await work(partial(self._load_vectors, infos))
             native.trim_heap()
-        except* ModelFormatError as group:
+        except* (ModelFormatError, OSError) as group:
             raise group.exceptions[0] from None  # every worker may have found one: the first tells enough
 
-    def _load_vectors(self) -> None:
-        for info in self._vector_infos:
+    def _write(self, call: Callable[[], None]) -> None:
+        """``call`` in a worker thread, which may go on after ``close``: what it writes to stays until it has ended."""
+        if not self._begin():
+            return
+        try:
+            call()
+        finally:
+            self._end()
+
+    def _begin(self) -> bool:
+        with self._lock:
+            self._loading += not self._closed
+            return not self._closed
+
+    def _end(self) -> None:
+        with self._lock:
+            self._loading -= 1
+            if self._closed and not self._loading:
+                self._memory.close()
+
+    def _load_vectors(self, infos: Sequence[TensorInfo]) -> None:
+        for info in infos:
+            if self._closed:
+                return
             raw = self._file.read(info.name)
             self.vectors[info.name] = np.ascontiguousarray(dequantize(info.type, raw, info.shape), np.float32)
             if not np.isfinite(self.vectors[info.name]).all():
@@ -171,6 +209,8 @@ class Weights:
         self, buffer: npt.NDArray[np.uint8], pieces: Sequence[tuple[TensorInfo, int, int]]
     ) -> None:
         for info, first, last in pieces:
+            if self._closed:
+                return
             if info.layout == "neurons":
                 self._load_scales(info)
                 continue
@@ -202,7 +242,13 @@ class Weights:
         self._file.forget(info, 0, info.nbytes)
 
     def close(self) -> None:
-        self._memory.close()
+        """Gives the memory back; its addresses only once reads have ended that did not in time."""
+        with self._lock:
+            self._closed = True
+            if self._loading:
+                self._memory.discard(0, self._memory.nbytes)
+            else:
+                self._memory.close()
         self.matrices.clear()
         self.vectors.clear()
 

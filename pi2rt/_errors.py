@@ -132,6 +132,23 @@ class InternalError(Pi2rtError):
     """A bug in pi2rt: this should never happen. Please report it with the traceback."""
 
 
+def open_failure(error: int, io: str, path: object) -> OSError:
+    """Why a file cannot be opened for native reads.
+
+    Args:
+        error: an errno.
+        io: "auto", "uring" or "preadv", as it was asked for.
+        path: of the file.
+    """
+    problem = os.strerror(error)
+    if io == "uring" and error == errno.EOPNOTSUPP:
+        problem = (
+            "io='uring': reads of its file system cannot be told not to wait (FUSE, tmpfs and network file systems), "
+            "for which io_uring is of no use; take io='preadv' or 'auto'"
+        )
+    return OSError(error, problem, os.fspath(str(path)))
+
+
 def read_failure(what: str, error: int, path: object, deadline: float | None) -> OSError:
     """What a native reader has failed with.
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import pytest
 
 NUMBERS = {
-    "x86_64": {"openat": 257, "pread64": 17, "io_uring_setup": 425, "io_uring_enter": 426},
-    "aarch64": {"openat": 56, "pread64": 67, "io_uring_setup": 425, "io_uring_enter": 426},
+    "x86_64": {"openat": 257, "pread64": 17, "preadv2": 327, "io_uring_setup": 425, "io_uring_enter": 426},
+    "aarch64": {"openat": 56, "pread64": 67, "preadv2": 286, "io_uring_setup": 425, "io_uring_enter": 426},
 }
 LOAD, JUMP_IF_EQUAL, JUMP_IF_SET, RETURN = 0x20, 0x15, 0x45, 0x06
 ALLOW, REFUSE = 0x7FFF0000, 0x00050000

@@ -57,6 +57,17 @@ def own(content: bytes, tmp_path: Path) -> Path:
     return path
 
 
+def unsuited(path: Path) -> str:
+    """Why io_uring is refused for this file, though the system permits it; "" where it is not."""
+    try:
+        Reader(path, "uring").close()
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return str(error)
+    return ""
+
+
 @pytest.fixture(params=["uring", "preadv"], scope="module")
 def io(request: pytest.FixtureRequest, path: Path) -> Io:
     permitted, why = flash.probe()
@@ -66,6 +77,8 @@ def io(request: pytest.FixtureRequest, path: Path) -> Io:
         with Reader(path) as reader:
             assert (reader.statistics().io, reader.statistics().io_reason) == ("preadv", why)
         pytest.skip(why)
+    if request.param == "uring" and (refused := unsuited(path)):
+        pytest.skip(refused)
     return "uring" if request.param == "uring" else "preadv"
 
 
@@ -227,10 +240,10 @@ def test_replaced_file_is_the_old_one(own: Path, content: bytes, io: Io) -> None
         assert reader.read(0, SIZE) == content
 
 
-def test_failing_read_fails_alone(io: Io) -> None:
+def test_failing_read_fails_alone() -> None:
     source, into = aligned(4 * BLOCK, 0x5A), aligned(9 * BLOCK)
     good = source.ctypes.data
-    with Reader("/proc/self/mem", io, 4) as reader:
+    with Reader("/proc/self/mem", "auto", 4) as reader:  # through preadv: io_uring is not for such files
         reads = [(UNMAPPED, BLOCK) if i % 3 == 1 else (good, BLOCK) for i in range(9)]
         assert reader.read_many(reads, into) == (0, errno.EIO, 0) * 3
         rows = into.reshape(9, BLOCK)
@@ -552,9 +565,31 @@ def test_io_uring_refused(path: Path, content: bytes, call: str, error: int, why
     in_thread(body)
 
 
+def test_files_whose_reads_wait_anyway_are_not_read_through_io_uring(path: Path, content: bytes) -> None:
+    def body() -> None:
+        refuse(Refusal("preadv2", errno.EOPNOTSUPP))
+        with Reader(path) as reader:
+            statistics = reader.statistics()
+            assert statistics.io == "preadv"
+            assert statistics.io_reason == (
+                "preadv: reads of this file system cannot be told not to wait (EOPNOTSUPP)"
+            )
+            assert reader.read(100, 100_000) == content[100:100_100]
+        with pytest.raises(
+            OSError, match=r"cannot be told not to wait .* take io='preadv' or 'auto'"
+        ) as caught:
+            Reader(path, "uring")
+        assert caught.value.errno == errno.EOPNOTSUPP
+        assert caught.value.filename == str(path)
+        with Reader(path, "preadv") as reader:
+            assert reader.statistics().io_reason == "preadv: asked for"
+
+    in_thread(body)
+
+
 def test_io_uring_taken_away_while_reading(path: Path, content: bytes) -> None:
     permitted, why = flash.probe()
-    if not permitted:
+    if not permitted or (why := unsuited(path)):
         pytest.skip(why)
     buffers = [aligned(BLOCK) for _ in range(8)]
 

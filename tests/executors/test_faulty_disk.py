@@ -1,0 +1,219 @@
+"""Weights on a disk that comes short or does not answer: nothing is computed on bytes that did not arrive, and whoever
+waits can be stopped."""
+
+from __future__ import annotations
+
+import errno
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+from pi2rt.cython_kernels import native
+from pi2rt.cython_kernels.program import CLUSTER
+from pi2rt.executors.cpu import CpuExecutor
+from pi2rt.formats import open_model_file
+from pi2rt.models import describe
+from pi2rt.planner.convert import convert
+from pi2rt.planner.streaming import least_ring, matrices_in_order
+from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.step import Bind, Sampling, Slice, Step
+from tests.support.faulty_disk import FaultyDisk
+from tests.support.native_threads import settles_at
+from tests.support.running import NOTHING, all_logits, opened, page_table
+from tests.support.tiny_models import TinyModel, write_gguf
+
+DEADLINE = 0.2
+TOKENS = np.arange(3, 40, dtype=np.int32)
+SIZES: dict[str, Any] = {"dim": 256, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 64}
+MODELS = {
+    "streamed": TinyModel("llama", seed=5, hidden=512, **SIZES),
+    "neurons": TinyModel("llama", seed=6, hidden=1216, config={"hidden_act": "drelu"}, **SIZES),
+}
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("packs")
+    for name, model in MODELS.items():
+        source = write_gguf(folder / f"{name}.gguf", model, weight_type="Q4_0", types={"token_embd": "Q8_0"})
+        convert(source, folder / f"{name}.pi2")
+    return {name: folder / f"{name}.pi2" for name in MODELS}
+
+
+@pytest.fixture(params=MODELS)
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def source(packs: dict[str, Path], way: str) -> Path:
+    return packs[way]
+
+
+@pytest.fixture
+def disk(source: Path) -> Iterator[FaultyDisk]:
+    with FaultyDisk(source) as disk:
+        yield disk
+    for name in "pi2rt/io", "pi2rt/flash", "pi2rt/neurons":  # those that hung as well
+        assert settles_at(name, 0)
+
+
+def options(path: Path, way: str, **more: Any) -> dict[str, Any]:
+    """As little in memory as can be."""
+    given: dict[str, Any] = {"exact_floats": False}
+    with open_model_file(path) as file:
+        if way == "streamed":
+            names = tuple(name for name, _ in matrices_in_order(describe(file)))
+            given |= {"streamed": names, "ring_bytes": least_ring(file, names, describe(file))}
+        else:
+            bundles = list(file.bundles.values())
+            cluster = max(-(-CLUSTER // each.neurons_per_page) + 1 for each in bundles)
+            given["neuron_bytes"] = cluster * max(each.page_bytes for each in bundles)
+    return given | more
+
+
+async def resident(path: Path) -> np.ndarray[Any, Any]:
+    async with opened(CpuExecutor(), path, exact_floats=False) as executor:
+        return await all_logits(executor, TOKENS)
+
+
+@pytest.mark.parametrize("io", ["auto", "preadv"])
+async def test_reads_that_come_short_are_completed(disk: FaultyDisk, source: Path, way: str, io: str) -> None:
+    expected = await resident(source)
+    async with opened(CpuExecutor(), disk.path, **options(source, way, io=io)) as executor:
+        disk.come_short()
+        for _ in range(4):
+            np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
+        why = (
+            "asked for"
+            if io == "preadv"
+            else "reads of this file system cannot be told not to wait (EOPNOTSUPP)"
+        )
+        assert executor.statistics().details["flash_io"] == f"preadv: {why}"
+
+
+async def test_io_uring_is_refused_where_it_gives_wrong_bytes(
+    disk: FaultyDisk, source: Path, way: str
+) -> None:
+    with pytest.raises(OSError, match="take io='preadv' or 'auto'") as caught:
+        async with opened(CpuExecutor(), disk.path, **options(source, way, io="uring")):
+            pass
+    assert caught.value.errno == errno.EOPNOTSUPP
+    assert caught.value.filename == str(disk.path)
+
+
+async def test_steps_that_wait_for_a_read_are_stopped(disk: FaultyDisk, source: Path, way: str) -> None:
+    """At once, and not when the read ends; those after them get what they need, bit for bit."""
+    expected = await resident(source)
+    async with opened(CpuExecutor(), disk.path, **options(source, way)) as executor:
+        for _ in range(3):
+            np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
+            disk.hang()
+            for number in range(4):  # a ring may hold what the first ones need
+                part = Slice(0, 0, page_table(0), TOKENS, sample=True)
+                executor.submit(Step(number, (part,), (Bind(0, Sampling(), NOTHING),)))
+            while not disk.hanging():  # noqa: ASYNC110  another process counts them
+                await trio.sleep(0.001)
+            before = time.monotonic()
+            for number in range(4):
+                executor.stop(number)
+            with trio.fail_after(5):
+                results = [await executor.wait() for _ in range(4)]
+            assert results[-1].stopped
+            assert time.monotonic() - before < 0.5  # 10 ms, on a machine that has time
+            disk.work()
+
+
+async def fails(executor: Executor) -> None:
+    """Of a few steps: the first ones may need nothing new."""
+    match = r"reading weights: no read has ended for 0.2 s; the device does not answer"
+    with pytest.raises(OSError, match=match):  # noqa: PT012
+        for _ in range(4):
+            await all_logits(executor, TOKENS)
+
+
+def resident_bytes(first: int, size: int) -> int:
+    """Of these addresses, by what the system says of the mappings in them."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if header := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = int(header[1], 16), int(header[2], 16)
+            inside = begin < first + size and end > first
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+@pytest.fixture
+def memories(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(address, bytes) of all memory that was abandoned."""
+    abandoned: list[tuple[int, int]] = []
+
+    class Memory(native.Memory):
+        def abandon(self) -> bool:
+            abandoned.append((self.address, self.nbytes))
+            assert resident_bytes(self.address, self.nbytes)
+            return super().abandon()
+
+    monkeypatch.setattr(native, "Memory", Memory)
+    return abandoned
+
+
+@pytest.mark.parametrize("io", ["auto", "preadv"])
+async def test_of_memory_that_may_be_written_to_only_that_stays(
+    disk: FaultyDisk, source: Path, way: str, io: str, memories: list[tuple[int, int]]
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        async with opened(
+            CpuExecutor(), disk.path, **options(source, way, io=io, read_deadline=DEADLINE)
+        ) as executor:
+            await all_logits(executor, TOKENS)
+            disk.hang()
+            await fails(executor)
+            before = time.monotonic()
+        assert time.monotonic() - before < 2
+    [warning] = [str(each.message) for each in caught if each.category is RuntimeWarning]
+    late = disk.hanging_bytes()
+    assert late > 0
+    assert warning == (
+        f"{disk.path}: the device does not answer; {late} bytes that it may write to stay taken until it does"
+    )
+    [(address, nbytes)] = memories
+    assert late <= nbytes
+    assert resident_bytes(address, nbytes) == 0
+    disk.work()  # what hung is written now, and not to memory of anybody
+    for name in "pi2rt/io", "pi2rt/flash", "pi2rt/neurons":
+        assert settles_at(name, 0)
+    assert resident_bytes(address, nbytes) == 0
+
+
+@pytest.mark.parametrize("wholly", [True, False])
+async def test_opening_has_the_deadline_too(disk: FaultyDisk, source: Path, way: str, wholly: bool) -> None:
+    """Where a read through the page cache hangs, as that of resident weights, and where only those past it do."""
+    expected = await resident(source)
+    given = options(source, way, read_deadline=DEADLINE)
+    needed = ExecutorOptions(slots=4, pages=64, context=1024, max_tokens=64, **given)
+    with open_model_file(disk.path) as file:
+        for _ in range(2):
+            (disk.hang_wholly if wholly else disk.hang)()
+            executor = CpuExecutor()
+            with trio.fail_after(5), warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", RuntimeWarning
+                )  # of neurons' memory, where that was made already
+                with pytest.raises(OSError, match=r"reading weights: no read has ended for 0.2 s") as caught:
+                    await executor.open(file, describe(file), needed, lambda done, total: None)
+                await executor.aclose()
+            assert caught.value.errno == errno.ETIMEDOUT
+            assert caught.value.filename == str(disk.path)
+            disk.work()
+    async with opened(CpuExecutor(), disk.path, **given) as executor:
+        np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
