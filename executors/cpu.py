@@ -20,7 +20,8 @@ from pi2rt.cython_kernels.neuron_cache import NeuronCache
 from pi2rt.executors.clusters import Clusters
 from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
 from pi2rt.executors.late_reads import LateReads
-from pi2rt.executors.neurons import DEPTH, Neurons
+from pi2rt.executors.neurons import Neurons
+from pi2rt.executors.page_cache import PageCache
 from pi2rt.executors.predictors import LoadedPredictors
 from pi2rt.executors.read_trace import ReadTrace
 from pi2rt.executors.ring import Ring
@@ -105,8 +106,9 @@ class CpuExecutor:
             self._rows_fd = _open_direct(file.held_path)
         if options.streamed:
             extents, ring_bytes, io = self._weights.extents, options.ring_bytes, options.io
+            deadline = options.read_deadline
             self._ring = await reads.run(
-                "weights", lambda: Ring(file, extents, ring_bytes, io, options.read_deadline), Ring.close
+                "weights", lambda: Ring(file, extents, ring_bytes, io, deadline, options.reads), Ring.close
             )
         layouts, page_bytes = cache_layouts(model, kv_type(options))
         self._cache = native.Memory(max(1, options.pages * page_bytes))
@@ -148,17 +150,27 @@ class CpuExecutor:
         """Weights, and as many neurons and clusters of experts as there is room for."""
         assert self._weights is not None
         caches: list[Neurons | Clusters] = []
-        io, deadline = options.io, options.read_deadline
+        io, deadline, at_once = options.io, options.read_deadline, options.reads
         if options.paged:
             paged, nbytes = options.paged, options.cluster_bytes
             self._clusters = await reads.run(
-                "weights", lambda: Clusters(file, paged, nbytes, io, deadline), Clusters.close
+                "weights",
+                lambda: Clusters(file, paged, nbytes, io, deadline, depth=at_once.cluster_depth),
+                Clusters.close,
             )
             caches.append(self._clusters)
         if self._weights.scales:
             self._neurons = await reads.run(
                 "weights",
-                lambda: Neurons(file, model, options.neuron_bytes, io, deadline, two_phase=options.two_phase),
+                lambda: Neurons(
+                    file,
+                    model,
+                    options.neuron_bytes,
+                    io,
+                    deadline,
+                    depth=at_once.neuron_depth,
+                    two_phase=options.two_phase,
+                ),
                 Neurons.close,
             )
             caches.append(self._neurons)
@@ -315,47 +327,46 @@ class CpuExecutor:
         details: dict[str, object] = {
             "kernels": None if self._options is None else native.current(self._options.kernels)
         }
-        flash: tuple[ThreadStatistics, ...] = ()
         if self._predictors is not None and self._predictors.by_down:
             held["predictors"] = self._predictors.nbytes
-        if self._neurons is not None:
-            held["neurons"] = self._neurons.nbytes
-            counters = self._neurons.counters
+        sources: list[PageCache | Ring] = []
+        reads = flash_bytes = flash_ns = stall_ns = 0
+        for name, pages in ("neuron", self._neurons), ("cluster", self._clusters):
+            if pages is None:
+                continue
+            sources.append(pages)
+            counters = pages.counters
+            held[f"{name}s"] = pages.nbytes
             details |= {
-                "flash_io": self._neurons.cache.io_reason,
-                "neuron_hits": counters.hits,
-                "neuron_early": counters.early,
-                "neuron_misses": counters.misses,
-                "neuron_completed": counters.completed,
-                "neuron_evictions": counters.evictions,
-                "flash_reads": counters.reads,
-                "flash_bytes": counters.bytes,
-                "flash_stall_ns": counters.stall_ns // len(self._threads),
-                "neuron_page_bytes": self._neurons.slot_bytes,
-                "neuron_reads_at_once": DEPTH,
+                f"{name}_{each}": getattr(counters, each)
+                for each in ("hits", "early", "misses", "completed", "evictions")
             }
-            flash = (ThreadStatistics(FLASH, -1, counters.busy_ns),)
-        if self._clusters is not None:
-            held["clusters"] = self._clusters.nbytes
-            counters = self._clusters.counters
-            details |= {
-                "flash_io": self._clusters.cache.io_reason,
-                "cluster_hits": counters.hits,
-                "cluster_early": counters.early,
-                "cluster_misses": counters.misses,
-                "cluster_evictions": counters.evictions,
-                "flash_reads": counters.reads + int(str(details.get("flash_reads", 0))),
-                "flash_bytes": counters.bytes + int(str(details.get("flash_bytes", 0))),
-                "flash_stall_ns": counters.stall_ns + int(str(details.get("flash_stall_ns", 0))),
-            }
-            flash = (ThreadStatistics(FLASH, -1, counters.busy_ns + sum(each.kernel_ns for each in flash)),)
+            details |= {f"{name}_page_bytes": pages.slot_bytes, f"{name}_reads_at_once": pages.depth}
+            reads += counters.reads
+            flash_bytes += counters.bytes
+            flash_ns += counters.busy_ns
+            # for neurons any thread may wait, for an expert's matrix one does while the others meet it at a barrier
+            stall_ns += counters.stall_ns // (len(self._threads) if pages is self._neurons else 1)
         if self._ring is not None:
+            sources.append(self._ring)
             held["ring"] = self._ring.nbytes
-            details["flash_io"] = self._ring.stream.io_reason
-            read, reading_ns, stall_ns = self._ring.stream.counters
-            details["flash_bytes"] = read + int(str(details.get("flash_bytes", 0)))
-            details["flash_stall_ns"] = stall_ns + int(str(details.get("flash_stall_ns", 0)))
-            flash = (ThreadStatistics(FLASH, -1, reading_ns + sum(each.kernel_ns for each in flash)),)
+            nbytes, busy_ns, waited_ns = self._ring.stream.counters
+            flash_bytes, flash_ns, stall_ns = flash_bytes + nbytes, flash_ns + busy_ns, stall_ns + waited_ns
+            details |= {
+                "stream_read_bytes": self._ring.reads.stream_bytes,
+                "stream_reads_at_once": self._ring.reads.stream_depth,
+            }
+        flash: tuple[ThreadStatistics, ...] = ()
+        if sources:
+            assert self._options is not None
+            details |= {
+                "flash_io": sources[-1].io_reason,
+                "flash_reads": reads,
+                "flash_bytes": flash_bytes,
+                "flash_stall_ns": stall_ns,
+                "flash_reads_from": "a measured curve" if self._options.reads.measured else "defaults",
+            }
+            flash = (ThreadStatistics(FLASH, -1, flash_ns),)
         busy = (0,) * len(self._threads) if self._program is None else self._program.thread_ns
         threads = zip(self._threads, busy, strict=True)
         return ExecutorStatistics(

@@ -5,7 +5,6 @@ All neurons of all blocks share one cache, so that a layer whose neurons fire mo
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -14,16 +13,12 @@ import numpy as np
 
 from pi2rt._errors import ClosedError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels import native, program
-from pi2rt.cython_kernels.neuron_cache import Counters, NeuronCache
-from pi2rt.executors.late_reads import give_back
+from pi2rt.executors.page_cache import PageCache
 from pi2rt.executors.weights import Weights
 from pi2rt.formats import ModelFile, neuron_bundles
 from pi2rt.models import FeedForward, ModelDescription, feed_forwards
+from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Floats
-
-DEPTH = 128
-"""Reads of neurons in flight. They are small, and the thread that reaps them shares its core with one that computes: on
-the reference machine 64 give 48,000 reads/s and 128 give 56,000."""
 
 REFILL_PAGES = 256
 """Pages that are read ahead of what steps ask for while a cache that has grown is filled: a few milliseconds."""
@@ -34,7 +29,7 @@ FILL_PAGES = 4096
 """Pages that are read between two reports of progress."""
 
 
-class Neurons:
+class Neurons(PageCache):
     """The neuron cache of one model.
 
     Args:
@@ -43,6 +38,7 @@ class Neurons:
         nbytes: memory for neurons; 0 where all of them stay.
         io: "auto", "uring" or "preadv".
         deadline: seconds; see ``NeuronCache``.
+        depth: reads in flight, at most.
         two_phase: see ``ExecutorOptions``.
 
     Raises:
@@ -58,6 +54,7 @@ class Neurons:
         io: str,
         deadline: float | None,
         *,
+        depth: int = FlashReads.neuron_depth,
         two_phase: bool = False,
     ) -> None:
         numbered = [
@@ -94,40 +91,13 @@ class Neurons:
         self._lock = threading.Lock()  # of its size, its memory and its end
         self._sizes, self._closed = 0, False
         self._numbers = {each.down: number for number, each in enumerate(self._bundles)}
-        self.slot_bytes = max(each.page_bytes for each in self._bundles)
-        self.pages = sum(each.pages for each in self._bundles)
-        self.slots = min(self.pages, nbytes // self.slot_bytes) if nbytes else self.pages
-        self._memory = native.Memory(self.pages * self.slot_bytes)  # resident where it is used
         regions = [(each.offset, each.page_bytes, each.nbytes) for each in self._bundles]
-        try:
-            self.cache = NeuronCache(
-                file.held_path,
-                regions,
-                self._memory.address,
-                self.slots,
-                self.slot_bytes,
-                heads=heads,
-                name=os.fspath(file.path),
-                io=io,
-                depth=DEPTH,
-                deadline=deadline,
-            )
-        except BaseException:
-            self._memory.close()
-            raise
-
-    @property
-    def nbytes(self) -> int:
-        return self.slots * self.slot_bytes
+        super().__init__(file, regions, nbytes, io=io, deadline=deadline, depth=depth, heads=heads)
 
     @property
     def resident(self) -> bool:
         """Whether all neurons have a place."""
         return self.slots == self.pages
-
-    @property
-    def counters(self) -> Counters:
-        return self.cache.counters
 
     def load(self, report: Callable[[int], None]) -> None:
         """Reads neurons until all slots are used, of each block alike. Blocks: for a worker thread. ``report`` is
@@ -214,4 +184,4 @@ class Neurons:
         """Joins the reader, then frees the memory that it wrote to. Only after the threads that compute have ended."""
         with self._lock:
             self._closed = True
-            give_back(self._memory, late=self.cache.close(), path=self.cache.path)
+            super().close()

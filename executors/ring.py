@@ -9,6 +9,7 @@ from pi2rt.cython_kernels import native
 from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.late_reads import give_back
 from pi2rt.formats import ModelFile
+from pi2rt.runtime.flash_reads import FlashReads
 
 
 class Ring:
@@ -20,6 +21,7 @@ class Ring:
         nbytes: of memory; see ``Stream``.
         io: "auto", "uring" or "preadv".
         deadline: seconds; see ``Stream``.
+        reads: how much is read at once.
     """
 
     def __init__(
@@ -29,8 +31,9 @@ class Ring:
         nbytes: int,
         io: str,
         deadline: float | None,
+        reads: FlashReads,
     ) -> None:
-        self.nbytes = nbytes
+        self.nbytes, self.reads = nbytes, reads
         self._memory = native.Memory(nbytes)
         try:
             self.stream = Stream(
@@ -40,11 +43,18 @@ class Ring:
                 nbytes,
                 name=os.fspath(file.path),
                 io=io,
+                read_bytes=reads.stream_bytes,
+                depth=reads.stream_depth,
                 deadline=deadline,
             )
         except BaseException:
             self._memory.close()
             raise
+
+    @property
+    def io_reason(self) -> str:
+        """How it reads, and why."""
+        return str(self.stream.io_reason)
 
     def close(self) -> None:
         """Joins the reader, then frees the memory that it wrote to. Only after the threads that compute have ended."""

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
+from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Floats, NeuronUse, Step, StepResult
 from pi2rt.runtime.trace import Trace
 
@@ -53,7 +54,8 @@ class ExecutorOptions:
     ``cluster_bytes``. Of packs with neuron bundles, ``neuron_bytes``: memory for neurons, the others being read when
     they fire; 0: all of them stay. ``read_deadline``: seconds; where none of the reads in flight ends for so long, the
     step fails. ``pipeline``: how far reading overlaps with computing: "cluster", "matrix" or "none". ``two_phase``: of
-    neurons whose gates are in the bundles, the rest is read only once the gate has let it through.
+    neurons whose gates are in the bundles, the rest is read only once the gate has let it through. ``reads``: how much
+    is read at once.
     ``thresholds``: of their feed-forward blocks, by the name of the down tensor, float32 (hidden,): a neuron
     fires only when the magnitude of its activated gate (without gate: of its activated up) is above. Empty: exact. The
     runtime gives them to executors whose ``sparsities`` name the mode. ``predictors``: of blocks whose gates are in the
@@ -81,6 +83,7 @@ class ExecutorOptions:
     neuron_bytes: int = 0
     pipeline: str = "cluster"
     two_phase: bool = False
+    reads: FlashReads = FlashReads()
     thresholds: Mapping[str, Floats] = field(default_factory=dict)
     predictors: Mapping[str, Predictor] = field(default_factory=dict)
     trace: Trace | None = None

@@ -1,0 +1,77 @@
+"""Measured curves, kept for the next time: one file for each device that holds models.
+
+A device is known by the number that the system gives it and by its size, so that another disk under the same number is not
+taken for it. A file that cannot be read, or of another version, is as good as none.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from pi2rt.planner.read_curve import Io, ReadCurve
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCurve:
+    """``device``: see ``device_of``; ``date``: of the measurement, "2026-11-23"."""
+
+    version: int
+    device: str
+    date: str
+    curve: ReadCurve
+
+
+def device_of(path: str | os.PathLike[str]) -> str:
+    """The device that holds a file or folder, such as "254:0 536870912 sectors".
+
+    Raises:
+        OSError: there is no such file.
+    """
+    number = os.stat(path).st_dev
+    name = f"{os.major(number)}:{os.minor(number)}"
+    try:
+        return f"{name} {int(Path(f'/sys/dev/block/{name}/size').read_text())} sectors"
+    except (OSError, ValueError):  # not a block device: a network's or the memory's file system
+        return name
+
+
+def keep_curve(folder: Path, path: str | os.PathLike[str], curve: ReadCurve, date: str) -> Path:
+    """Writes the curve of the device that holds ``path``, in one step; returns the file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    device = device_of(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(prefix=".", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(msgspec.json.encode(KeptCurve(VERSION, device, date, curve)))
+        target = _file(folder, device)
+        os.replace(part, target)
+    except BaseException:
+        os.unlink(part)
+        raise
+    return target
+
+
+def kept_curve(folder: Path, path: str | os.PathLike[str], io: Io = "auto") -> KeptCurve | None:
+    """The curve of the device that holds ``path``, measured with this backend; None: there is none."""
+    try:
+        device = device_of(path)
+        kept = msgspec.json.decode(_file(folder, device).read_bytes(), type=KeptCurve)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    usable = kept.version == VERSION and kept.device == device and io in ("auto", kept.curve.io)
+    return kept if usable and kept.curve.points else None
+
+
+def _file(folder: Path, device: str) -> Path:
+    return folder / f"{device.split()[0].replace(':', '-')}.json"
