@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import trio
 
+from pi2rt._errors import ExecutorError
 from pi2rt.cython_kernels import native
 from pi2rt.cython_kernels.program import CLUSTER
 from pi2rt.executors.cpu import CpuExecutor
@@ -22,6 +23,7 @@ from pi2rt.formats import open_model_file
 from pi2rt.models import describe
 from pi2rt.planner.convert import convert
 from pi2rt.planner.streaming import least_ring, matrices_in_order
+from pi2rt.runtime.actor import Actor
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from tests.support.faulty_disk import FaultyDisk
@@ -222,3 +224,42 @@ async def test_opening_has_the_deadline_too(disk: FaultyDisk, source: Path, way:
             disk.work()
     async with opened(CpuExecutor(), disk.path, **given) as executor:
         np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
+
+
+@pytest.mark.parametrize("way", ["streamed"])
+@pytest.mark.parametrize("recovers", [True, False])
+async def test_an_actor_whose_device_does_not_answer(
+    disk: FaultyDisk, source: Path, way: str, recovers: bool
+) -> None:
+    """It makes its executor again where the device has come back, else it says why not; closing ends either way."""
+    given = ExecutorOptions(
+        slots=4, pages=64, context=1024, max_tokens=64, **options(source, way, read_deadline=DEADLINE)
+    )
+    step = Step(1, (Slice(0, 0, page_table(0), TOKENS, logits=True),), (Bind(0, Sampling(), NOTHING),))
+    with open_model_file(disk.path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of the ring
+
+        async def open_executor(executor: Executor) -> None:
+            if recovers and disk.hanging():
+                disk.work()
+            await executor.open(file, describe(file), given, lambda done, total: None)
+
+        actor = Actor("cpu", CpuExecutor, open_executor)
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(actor.run)
+                await actor.submit(step)
+                expected = (await actor.result()).logits[0]
+                disk.hang()
+                with pytest.raises(ExecutorError, match="the device does not answer"):  # noqa: PT012
+                    for _ in range(4):
+                        await actor.submit(step)
+                        await actor.result()
+                if recovers:
+                    await actor.submit(step)
+                    np.testing.assert_array_equal((await actor.result()).logits[0], expected)
+                else:
+                    with pytest.raises(ExecutorError, match="the device does not answer"):
+                        await actor.submit(step)
+                    assert actor.statistics().state == "broken"
+                await actor.aclose()
