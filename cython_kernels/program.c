@@ -4,7 +4,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 static void *allocate(pi2_program *p, int64_t count, size_t size) {
   int64_t bytes = pi2_align(count * (int64_t)size + 64, 64);
@@ -173,6 +172,7 @@ int pi2_program_prepare(pi2_program *p) {
   p->prepared = allocate(p, rows * p->max_k, 4);
   p->logits = allocate(p, PI2_HEAD_ROWS * p->vocab, 4);
   p->partial = allocate(p, p->max_slots * p->max_heads * p->partial_splits * (p->max_head_dim + 16), 4);
+  if (p->rows) ok &= (p->row_tokens = allocate(p, rows, sizeof *p->row_tokens)) != NULL;
   p->slots = calloc((size_t)p->max_slots, sizeof *p->slots);
   p->scratch = calloc((size_t)p->threads, sizeof *p->scratch);
   ok &= allocate_q8(p, &p->q8_prepared, rows, p->max_k);
@@ -192,12 +192,6 @@ int pi2_program_prepare(pi2_program *p) {
     s->acc = allocate(p, vectors * (p->max_head_dim + 2), 4);
     s->acc2 = allocate(p, vectors * (p->max_head_dim + 2), 4);
     s->candidates = allocate(p, p->vocab, sizeof(pi2_candidate));
-    if (!p->embedding.data) {
-      const int64_t bytes = pi2_align(pi2_row_block_bytes(p->embedding.type, p->embedding.k), PI2_SECTOR) + PI2_SECTOR;
-      p->activation_bytes += bytes;
-      s->sectors = aligned_alloc(PI2_SECTOR, (size_t)bytes);
-      ok &= s->sectors != NULL;
-    }
     ok &= s->floats && s->tile && s->queries && s->scores && s->acc && s->acc2 && s->candidates;
   }
   for (int i = 0; i < PI2_QUEUE; i++) ok &= prepare_run(p, &p->runs[i]);
@@ -220,7 +214,7 @@ void pi2_program_free(pi2_program *p) {
     pi2_scratch *s = &p->scratch[t];
     free_q8(&s->q8);
     free(s->floats); free(s->tile); free(s->queries); free(s->scores); free(s->acc); free(s->acc2); free(s->candidates);
-    free(s->sectors); free(s->arranged); free(s->arranged_d); free(s->arranged_s);
+    free(s->arranged); free(s->arranged_d); free(s->arranged_s);
     free(s->ahead_floats); free_q8(&s->ahead);
   }
   free_sparse(p, p->sparse[0]); free_sparse(p, p->sparse[1]);
@@ -231,7 +225,7 @@ void pi2_program_free(pi2_program *p) {
   free(p->x); free(p->y); free(p->attention); free(p->hidden_floats); free(p->prepared); free(p->logits);
   free(p->routing.count); free(p->routing.row); free(p->routing.weight); free(p->routing.chosen); free(p->routing.share);
   free((void *)p->page_table); free(p->page_numbers);
-  free(p->partial); free(p->slots); free(p->scratch); free(p->ops); free(p->ropes);
+  free(p->partial); free(p->row_tokens); free(p->slots); free(p->scratch); free(p->ops); free(p->ropes);
 }
 
 pi2_run *pi2_run_new(pi2_program *p) {
@@ -302,39 +296,34 @@ int pi2_run_post(pi2_run *r) {
   return 0;
 }
 
-/* One row of an embedding that is not in memory: the sectors around its row block. Returns 0 or an errno. */
-static int read_row(const pi2_program *p, int64_t row, uint8_t *sectors, float *x) {
-  const pi2_matrix *m = &p->embedding;
-  const int64_t bytes = pi2_row_block_bytes(m->type, m->k), offset = p->embedding_offset + row / PI2_ROWS * bytes;
-  const int64_t begin = offset / PI2_SECTOR * PI2_SECTOR, length = pi2_align(offset + bytes, PI2_SECTOR) - begin;
-  for (int64_t done = 0; done < length;) {
-    const ssize_t n = pread(p->embedding_fd, sectors + done, (size_t)(length - done), begin + done);
-    if (n < 0 && errno != EINTR) return errno;
-    if (n == 0) return EIO; /* a pack is whole sectors: it has shrunk */
-    if (n > 0) done += n;
-  }
-  pi2_unpack_row(m->type, sectors + (offset - begin), m->k, row % PI2_ROWS, x);
-  return 0;
+static int32_t token_of(const pi2_run *r, int row) {
+  return r->token[row] >= 0 ? r->token[row] : r->program->slots[r->slices[r->slice_of[row]].slot].last;
+}
+/* All rows of an embedding that is not in memory: a thread that reads them one by one would wait for each. */
+static void read_embedding(pi2_run *r) {
+  const pi2_program *p = r->program;
+  for (int row = 0; row < r->n_rows; row++) p->row_tokens[row] = token_of(r, row);
+  const int error = pi2_rows_read(p->rows, p->row_tokens, r->n_rows, p->x, p->dim, &r->stop);
+  if (!error) return;
+  if (error != ECANCELED || !atomic_load(&r->stop)) r->error = error;
+  atomic_store(&r->stop, 1); /* the barrier behind this operation ends the run on every thread */
 }
 
 /* Token embeddings and, with them, the step's rotations. */
 static void op_embed(pi2_run *r, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
+  const int scaled = p->embedding_scale != 1.0f;
+  if (p->rows && w->index == 0) {
+    read_embedding(r);
+    for (int row = 0; scaled && row < r->n_rows; row++)
+      p->kernels->scale(p->x + row * p->dim, p->embedding_scale, p->x + row * p->dim, p->dim);
+  }
   for (uint32_t row; (row = pi2_take(r, index, 0)) < (uint32_t)r->n_rows;) {
-    int32_t token = r->token[row];
-    if (token < 0) token = p->slots[r->slices[r->slice_of[row]].slot].last;
     float *x = p->x + row * p->dim;
-    if (p->embedding.data) {
-      pi2_unpack_row(p->embedding.type, p->embedding.data, p->dim, token, x);
-    } else {
-      const int error = read_row(p, token, p->scratch[w->index].sectors, x);
-      if (error) { /* the barrier behind this operation ends the run on every thread */
-        r->error = error;
-        atomic_store(&r->stop, 1);
-        return;
-      }
+    if (!p->rows) {
+      pi2_unpack_row(p->embedding.type, p->embedding.data, p->dim, token_of(r, (int)row), x);
+      if (scaled) p->kernels->scale(x, p->embedding_scale, x, p->dim);
     }
-    if (p->embedding_scale != 1.0f) p->kernels->scale(x, p->embedding_scale, x, p->dim);
     for (int i = 0; i < p->n_ropes; i++) {
       const pi2_rope *rope = &p->ropes[i];
       for (int j = 0; j < rope->half; j++) {

@@ -12,6 +12,7 @@
 #include "gang.h"
 #include "kernels.h"
 #include "neuron_cache.h"
+#include "rows.h"
 #include "sampler.h"
 #include "sparse.h"
 #include "stream.h"
@@ -136,7 +137,6 @@ typedef struct { /* one thread's own */
   float *tile;     /* GEMM outputs */
   float *queries, *scores, *acc, *acc2; /* attention */
   pi2_candidate *candidates;
-  uint8_t *sectors; /* of the file, around a row block of the embedding */
   int16_t *arranged; /* activations in the order of single neurons' rows, and their scales */
   float *arranged_d, *arranged_s;
   pi2_q8 ahead;     /* (PI2_REPLICATED, dim) what the next sparse block may be computed on */
@@ -163,9 +163,9 @@ typedef struct pi2_program {
   int threads, max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
   pi2_op *ops;
   pi2_rope *ropes;
-  pi2_matrix embedding; /* data NULL: its rows are read one by one */
-  int embedding_fd;     /* from here */
-  int64_t embedding_offset;
+  pi2_matrix embedding; /* data NULL: its rows are read */
+  pi2_row_reader *rows;  /* through this, or NULL */
+  int32_t *row_tokens;  /* (max_rows) which, in the running step */
   float embedding_scale, logit_softcap;
   float *x, *y, *attention, *hidden_floats, *prepared, *logits;
   pi2_q8 q8_prepared, q8_attention, q8_hidden;

@@ -5,6 +5,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pi2rt.cython_kernels.neuron_cache import NeuronCache
+from pi2rt.cython_kernels.rows import Rows
 from pi2rt.cython_kernels.stream import Stream
 from pi2rt.runtime.step import Bind, Sampling, Step, StepResult
 
@@ -85,7 +86,7 @@ class Program:
         traced: bool = False,
     ) -> None: ...
     def rope(self, frequencies: npt.NDArray[np.float64], interleaved: bool, magnitude: float) -> int: ...
-    def embed(self, matrix: Matrix, *, fd: int = -1, offset: int = 0) -> None: ...
+    def embed(self, matrix: Matrix, *, rows: Rows | None = None) -> None: ...
     def linear(
         self,
         layer: int,

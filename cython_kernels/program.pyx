@@ -43,6 +43,10 @@ cdef extern from "stream.h" nogil:
     ctypedef struct pi2_stream:
         pass
 
+cdef extern from "rows.h" nogil:
+    ctypedef struct pi2_row_reader:
+        pass
+
 cdef extern from "neuron_cache.h" nogil:
     ctypedef struct pi2_neuron_cache:
         pass
@@ -139,8 +143,7 @@ cdef extern from "program.h" nogil:
         pi2_op *ops
         pi2_rope *ropes
         pi2_matrix embedding
-        int embedding_fd
-        int64_t embedding_offset
+        pi2_row_reader *rows
         float embedding_scale, logit_softcap
         pi2_slot *slots
         int64_t activation_bytes
@@ -278,7 +281,7 @@ cdef class Program:
 
     cdef pi2_program p
     cdef Gang gang
-    cdef object stream, neurons, clusters
+    cdef object stream, neurons, clusters, rows
     cdef int next_unit
     cdef list keep, waiting
     cdef int capacity, capacity_ropes
@@ -376,12 +379,14 @@ cdef class Program:
         self.p.n_ropes += 1
         return self.p.n_ropes - 1
 
-    def embed(self, Matrix matrix, *, int fd=-1, int64_t offset=0):
-        """``fd``, ``offset``: where the row blocks of a matrix lie that is not in memory; its rows are read one by one."""
-        if matrix.m.data == NULL and fd < 0:
+    def embed(self, Matrix matrix, *, rows=None):
+        """``rows``: ``rows.Rows`` of a matrix that is not in memory, which outlive the gang."""
+        if (matrix.m.data == NULL) != (rows is not None):
             raise InternalError("an embedding is in memory or in a file")
         self.operation(PI2_EMBED, -1)
-        self.p.embedding, self.p.embedding_fd, self.p.embedding_offset = matrix.m, fd, offset
+        self.p.embedding, self.rows = matrix.m, rows
+        if rows is not None:
+            self.p.rows = <pi2_row_reader *><uintptr_t>rows.address
         self.keep.append(matrix)
 
     def linear(self, int layer, norm, source, sink, matrices, *, bint q8_in=False, int expert=-1):
@@ -611,7 +616,7 @@ cdef class Program:
             self.busy_ns[t] += <int64_t>(r.busy[t] * ns_per_tick)
         kernel_ns = <int64_t>(busy * ns_per_tick / self.p.threads)
         if r.error:
-            reader = self.neurons or self.clusters or self.stream
+            reader = self.neurons or self.clusters or self.stream or self.rows
             raise read_failure("weights", r.error, getattr(reader, "path", None), getattr(reader, "deadline", None))
         if r.stopped:
             return StepResult(step.id, stopped=True, started_ns=r.begin_ns, finished_ns=r.end_ns, kernel_ns=kernel_ns), None

@@ -19,6 +19,7 @@ from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.neuron_cache import NeuronCache
 from pi2rt.executors.clusters import Clusters
 from pi2rt.executors.cpu_program import ProgramBuilder, cache_layouts, kv_type
+from pi2rt.executors.embedding_rows import EmbeddingRows
 from pi2rt.executors.late_reads import LateReads
 from pi2rt.executors.neurons import Neurons
 from pi2rt.executors.page_cache import PageCache
@@ -64,7 +65,7 @@ class CpuExecutor:
         self._neurons: Neurons | None = None
         self._predictors: LoadedPredictors | None = None
         self._clusters: Clusters | None = None
-        self._rows_fd = -1  # of the file, where rows of the embedding are read one by one
+        self._rows: EmbeddingRows | None = None
         self._gang: program.Gang | None = None
         self._program: program.Program | None = None
         self._options: ExecutorOptions | None = None
@@ -103,7 +104,10 @@ class CpuExecutor:
         reads = LateReads(file.path, options.read_deadline)
         await self._load(file, model, options, progress, reads)
         if options.read_by_row is not None:
-            self._rows_fd = _open_direct(file.held_path)
+            name = options.read_by_row
+            self._rows = await reads.run(
+                "weights", lambda: EmbeddingRows(file, name, options.read_deadline), EmbeddingRows.close
+            )
         if options.streamed:
             extents, ring_bytes, io = self._weights.extents, options.ring_bytes, options.io
             deadline = options.read_deadline
@@ -123,7 +127,7 @@ class CpuExecutor:
             options,
             self._gang,
             None if self._ring is None else self._ring.stream,
-            self._rows_fd,
+            None if self._rows is None else self._rows.rows,
             self._neurons,
             self._clusters,
             self._predictors.by_down,
@@ -293,15 +297,12 @@ class CpuExecutor:
         if self._predictors is not None:
             self._predictors.close()
             self._predictors = None
-        readers = (self._ring, self._neurons, self._clusters)
-        self._ring = self._neurons = self._clusters = None
+        readers = (self._ring, self._rows, self._neurons, self._clusters)
+        self._ring = self._rows = self._neurons = self._clusters = None
         for reader in readers:  # joined: afterwards nobody writes to their memory
             if reader is not None:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(reader.close)
-        if self._rows_fd >= 0:
-            os.close(self._rows_fd)
-            self._rows_fd = -1
         if self._cache is not None:
             self._cache.close()
             self._cache = None
@@ -322,7 +323,8 @@ class CpuExecutor:
             held = {
                 "weights": self._weights.nbytes + sum(v.nbytes for v in vectors),
                 "kv": self._cache.nbytes,
-                "activations": self._program.activation_bytes,
+                "activations": self._program.activation_bytes
+                + (0 if self._rows is None else self._rows.nbytes),
             }
         details: dict[str, object] = {
             "kernels": None if self._options is None else native.current(self._options.kernels)
@@ -381,11 +383,3 @@ class CpuExecutor:
             details=details,
             recent=tuple(self._recent),
         )
-
-
-def _open_direct(path: str) -> int:
-    """A descriptor for reads of whole sectors past the page cache, where the file system has that."""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
-    except OSError:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -9,6 +9,7 @@ import numpy as np
 
 from pi2rt._errors import UnsupportedModelError
 from pi2rt.cython_kernels import native, program
+from pi2rt.cython_kernels.rows import Rows
 from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.clusters import Clusters
 from pi2rt.executors.neurons import Neurons
@@ -64,7 +65,7 @@ class ProgramBuilder:
         options: ExecutorOptions,
         gang: program.Gang,
         stream: Stream | None,
-        rows_fd: int,
+        rows: Rows | None,
         neurons: Neurons | None,
         clusters: Clusters | None,
         predictors: Mapping[str, LoadedPredictor],
@@ -91,14 +92,14 @@ class ProgramBuilder:
         self._neurons = neurons
         self._clusters = clusters
         self._predictors = predictors
-        self._rows_fd = rows_fd
+        self._rows = rows
         self._ropes: dict[Rope, int] = {}
 
     def build(self, cache: native.Memory, layouts: list[CacheLayout], page_bytes: int) -> program.Program:
         """``cache``: the memory of ``options.pages`` pages."""
         p, model = self._program, self._model
         embedding = self._matrix(Linear(model.embedding))
-        p.embed(embedding, fd=self._rows_fd, offset=self._weights.row_offset)
+        p.embed(embedding, rows=self._rows)
         attention = iter(layouts)
         for index, layer in enumerate(model.layers):
             for block in layer.blocks:

@@ -99,12 +99,10 @@ class Weights:
         self.extents: list[
             tuple[int, int]
         ] = []  # of the streamed ones in the file, (offset, bytes), whole sectors
-        self.row_offset = 0  # in the file, of the matrix that is read by row
         if read_by_row is not None:
             info = file.tensors[read_by_row]
             rows, columns = info.shape
             self.matrices[read_by_row] = PackedMatrix(info.type, rows, columns, 0)
-            self.row_offset = info.offset
         for name in (*streamed, *paged):
             info = file.tensors[name]
             rows, columns = info.shape

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import trio
 
+from pi2rt._errors import ExecutorError
 from pi2rt.cython_kernels import native
 from pi2rt.cython_kernels.program import CLUSTER
 from pi2rt.executors.cpu import CpuExecutor
@@ -22,6 +23,7 @@ from pi2rt.formats import open_model_file
 from pi2rt.models import describe
 from pi2rt.planner.convert import convert
 from pi2rt.planner.streaming import least_ring, matrices_in_order
+from pi2rt.runtime.actor import Actor
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from tests.support.faulty_disk import FaultyDisk
@@ -44,10 +46,10 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, model in MODELS.items():
         source = write_gguf(folder / f"{name}.gguf", model, weight_type="Q4_0", types={"token_embd": "Q8_0"})
         convert(source, folder / f"{name}.pi2")
-    return {name: folder / f"{name}.pi2" for name in MODELS}
+    return {name: folder / f"{name}.pi2" for name in MODELS} | {"rows": folder / "streamed.pi2"}
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=["streamed", "neurons", "rows"])
 def way(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -72,6 +74,8 @@ def options(path: Path, way: str, **more: Any) -> dict[str, Any]:
         if way == "streamed":
             names = tuple(name for name, _ in matrices_in_order(describe(file)))
             given |= {"streamed": names, "ring_bytes": least_ring(file, names, describe(file))}
+        elif way == "rows":
+            given["read_by_row"] = "token_embd.weight"
         else:
             bundles = list(file.bundles.values())
             cluster = max(-(-CLUSTER // each.neurons_per_page) + 1 for each in bundles)
@@ -96,9 +100,11 @@ async def test_reads_that_come_short_are_completed(disk: FaultyDisk, source: Pat
             if io == "preadv"
             else "reads of this file system cannot be told not to wait (EOPNOTSUPP)"
         )
-        assert executor.statistics().details["flash_io"] == f"preadv: {why}"
+        if way != "rows":  # which are read with preadv always
+            assert executor.statistics().details["flash_io"] == f"preadv: {why}"
 
 
+@pytest.mark.parametrize("way", ["streamed", "neurons"])
 async def test_io_uring_is_refused_where_it_gives_wrong_bytes(
     disk: FaultyDisk, source: Path, way: str
 ) -> None:
@@ -170,11 +176,12 @@ def memories(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 async def test_of_memory_that_may_be_written_to_only_that_stays(
     disk: FaultyDisk, source: Path, way: str, io: str, memories: list[tuple[int, int]]
 ) -> None:
+    given = options(source, way, io=io, read_deadline=DEADLINE)
+    if way == "streamed":  # more than what can be in flight
+        given["ring_bytes"] *= 16
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        async with opened(
-            CpuExecutor(), disk.path, **options(source, way, io=io, read_deadline=DEADLINE)
-        ) as executor:
+        async with opened(CpuExecutor(), disk.path, **given) as executor:
             await all_logits(executor, TOKENS)
             disk.hang()
             await fails(executor)
@@ -217,3 +224,42 @@ async def test_opening_has_the_deadline_too(disk: FaultyDisk, source: Path, way:
             disk.work()
     async with opened(CpuExecutor(), disk.path, **given) as executor:
         np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
+
+
+@pytest.mark.parametrize("way", ["streamed"])
+@pytest.mark.parametrize("recovers", [True, False])
+async def test_an_actor_whose_device_does_not_answer(
+    disk: FaultyDisk, source: Path, way: str, recovers: bool
+) -> None:
+    """It makes its executor again where the device has come back, else it says why not; closing ends either way."""
+    given = ExecutorOptions(
+        slots=4, pages=64, context=1024, max_tokens=64, **options(source, way, read_deadline=DEADLINE)
+    )
+    step = Step(1, (Slice(0, 0, page_table(0), TOKENS, logits=True),), (Bind(0, Sampling(), NOTHING),))
+    with open_model_file(disk.path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of the ring
+
+        async def open_executor(executor: Executor) -> None:
+            if recovers and disk.hanging():
+                disk.work()
+            await executor.open(file, describe(file), given, lambda done, total: None)
+
+        actor = Actor("cpu", CpuExecutor, open_executor)
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(actor.run)
+                await actor.submit(step)
+                expected = (await actor.result()).logits[0]
+                disk.hang()
+                with pytest.raises(ExecutorError, match="the device does not answer"):  # noqa: PT012
+                    for _ in range(4):
+                        await actor.submit(step)
+                        await actor.result()
+                if recovers:
+                    await actor.submit(step)
+                    np.testing.assert_array_equal((await actor.result()).logits[0], expected)
+                else:
+                    with pytest.raises(ExecutorError, match="the device does not answer"):
+                        await actor.submit(step)
+                    assert actor.statistics().state == "broken"
+                await actor.aclose()

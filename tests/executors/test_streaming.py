@@ -171,7 +171,7 @@ async def test_an_embedding_that_cannot_be_read_fails_the_step(pack: Path, tmp_p
     async with opened(CpuExecutor(), path, exact_floats=False, read_by_row="token_embd.weight") as executor:
         await all_logits(executor, np.arange(5, dtype=np.int32))
         os.truncate(path, 4096)
-        with pytest.raises(OSError, match=r"reading weights: Input/output error"):
+        with pytest.raises(OSError, match=r"reading weights: the file ends too early: .*m.pi2"):
             await all_logits(executor, np.arange(5, dtype=np.int32))
 
 

@@ -246,15 +246,20 @@ typedef struct {
   char path[32];
   pi2_extent units[7 * LAYERS];
   int n;
-  uint8_t *ring;
+  uint8_t *ring, *rows;
 } stored;
 
-/* Writes the matrices that the operations use, in their order, and makes units of them. */
+/* Writes the matrices that the operations use, in their order, and makes units of them; and the embedding before them, of
+ * which rows are read. */
 static pi2_stream *stream_all(pi2_program *p, stored *f) {
   int64_t at = 0, largest = 0, together = 0;
   strcpy(f->path, "stress.XXXXXX");
   const int fd = mkstemp(f->path);
   if (fd < 0) die("no file");
+  pi2_matrix *e = &p->embedding;
+  const int64_t rows = (e->rows + 15) / 16 * pi2_row_block_bytes(e->type, e->k);
+  if (pwrite(fd, e->data, (size_t)rows, 0) != rows) die("cannot write");
+  at = pi2_align(rows, PI2_SECTOR);
   for (int i = 0; i < p->n_ops; i++) {
     pi2_op *op = &p->ops[i];
     int64_t sum = 0;
@@ -283,6 +288,12 @@ static pi2_stream *stream_all(pi2_program *p, stored *f) {
   if (!flash) die("no flash");
   pi2_stream *s = pi2_stream_create(flash, f->units, f->n, PI2_SECTOR, 4, f->ring, together + largest, -1, &error);
   if (!s) die("no stream");
+  flash = pi2_flash_open(f->path, PI2_IO_PREADV, PI2_ROWS_DEPTH, &error);
+  const int64_t bytes = PI2_ROWS_DEPTH * pi2_rows_buffer(e->type, e->k);
+  if (!flash || posix_memalign((void **)&f->rows, PI2_SECTOR, (size_t)bytes)) die("no flash");
+  p->rows = pi2_rows_create(flash, e->type, e->k, 0, f->rows, -1);
+  if (!p->rows) die("no rows");
+  e->data = NULL;
   return s;
 }
 
@@ -407,8 +418,9 @@ static int play(const model *m, int threads, const step *script, int steps, resu
   }
   if (way == STREAMED) {
     pi2_stream_destroy(p.stream);
+    pi2_rows_destroy(p.rows);
     unlink(file.path);
-    free(file.ring);
+    free(file.ring), free(file.rows);
   }
   pi2_program_free(&p);
   free(cache);
