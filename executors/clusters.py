@@ -24,7 +24,7 @@ class Clusters(PageCache):
         nbytes: memory for their pages.
         io: "auto", "uring" or "preadv".
         deadline: seconds; see ``NeuronCache``.
-        depth: reads in flight, at most.
+        reads: how many at once.
     """
 
     def __init__(
@@ -34,8 +34,7 @@ class Clusters(PageCache):
         nbytes: int,
         io: str,
         deadline: float | None,
-        *,
-        depth: int = FlashReads.cluster_depth,
+        reads: FlashReads,
     ) -> None:
         infos = [file.tensors[name] for name in names]
         self.matrices = {
@@ -46,7 +45,7 @@ class Clusters(PageCache):
             (info.offset, page_bytes(info.type, *info.shape), -(-info.nbytes // PAGE) * PAGE)
             for info in infos
         ]
-        super().__init__(file, regions, nbytes, io=io, deadline=deadline, depth=depth)
+        super().__init__(file, regions, nbytes, io=io, deadline=deadline, depth=reads.cluster_depth)
 
     def load(self, report: Callable[[int], None]) -> None:
         """Fills the cache, with as much of each matrix. Blocks: for a worker thread. ``report`` is called with the

@@ -159,25 +159,19 @@ class CpuExecutor:
             paged, nbytes = options.paged, options.cluster_bytes
             self._clusters = await reads.run(
                 "weights",
-                lambda: Clusters(file, paged, nbytes, io, deadline, depth=at_once.cluster_depth),
+                lambda: Clusters(file, paged, nbytes, io, deadline, at_once),
                 Clusters.close,
             )
             caches.append(self._clusters)
         if self._weights.scales:
-            self._neurons = await reads.run(
+            self._neurons = neurons = await reads.run(
                 "weights",
                 lambda: Neurons(
-                    file,
-                    model,
-                    options.neuron_bytes,
-                    io,
-                    deadline,
-                    depth=at_once.neuron_depth,
-                    two_phase=options.two_phase,
+                    file, model, options.neuron_bytes, io, deadline, at_once, two_phase=options.two_phase
                 ),
                 Neurons.close,
             )
-            caches.append(self._neurons)
+            caches.append(neurons)
         if not caches:
             await self._weights.load(progress, len(self._threads), deadline)
             return

@@ -38,7 +38,7 @@ class Neurons(PageCache):
         nbytes: memory for neurons; 0 where all of them stay.
         io: "auto", "uring" or "preadv".
         deadline: seconds; see ``NeuronCache``.
-        depth: reads in flight, at most.
+        reads: how many at once.
         two_phase: see ``ExecutorOptions``.
 
     Raises:
@@ -53,8 +53,8 @@ class Neurons(PageCache):
         nbytes: int,
         io: str,
         deadline: float | None,
+        reads: FlashReads,
         *,
-        depth: int = FlashReads.neuron_depth,
         two_phase: bool = False,
     ) -> None:
         numbered = [
@@ -92,7 +92,9 @@ class Neurons(PageCache):
         self._sizes, self._closed = 0, False
         self._numbers = {each.down: number for number, each in enumerate(self._bundles)}
         regions = [(each.offset, each.page_bytes, each.nbytes) for each in self._bundles]
-        super().__init__(file, regions, nbytes, io=io, deadline=deadline, depth=depth, heads=heads)
+        super().__init__(
+            file, regions, nbytes, io=io, deadline=deadline, depth=reads.neuron_depth, heads=heads
+        )
 
     @property
     def resident(self) -> bool:

@@ -99,6 +99,11 @@ def cache_directory() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "pi2rt"
 
 
+def curves_directory() -> Path:
+    """Of what ``pi2rt info --measure`` has measured."""
+    return cache_directory() / "flash"
+
+
 def models_directory() -> Path:
     return cache_directory() / "models"
 

@@ -29,7 +29,10 @@ from pi2rt.formats.pack import PackFile
 from pi2rt.memory import MemoryNeed, estimate_need
 from pi2rt.model_info import ModelInfo, model_info
 from pi2rt.models import ModelDescription, describe
+from pi2rt.planner.kept_curve import kept_curve
 from pi2rt.planner.placement import Placement, default_placement
+from pi2rt.planner.read_choice import choose_reads
+from pi2rt.planner.read_curve import Io
 from pi2rt.planner.streaming import (
     StreamingPlan,
     all_neurons,
@@ -42,6 +45,7 @@ from pi2rt.runtime.actor import Actor, ActorStatistics
 from pi2rt.runtime.assistant import assistant_statistics
 from pi2rt.runtime.channel import ChannelStatistics
 from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress
+from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.host_memory import available_memory, peak_rss_bytes, rss_bytes
 from pi2rt.runtime.registry import load_executor
 from pi2rt.runtime.step import PAGE_TOKENS, Floats
@@ -408,8 +412,21 @@ def _executor_options(
         neuron_bytes=streaming.neuron_bytes,
         pipeline=chosen.pipeline,
         two_phase=chosen.two_phase,
+        reads=_reads(file, chosen.io),
         trace=trace,
     )
+
+
+def _reads(file: ModelFile, io: Io) -> FlashReads:
+    """What is read at once: by the curve that ``pi2rt info --measure`` kept of the file's device, if it did."""
+    kept = kept_curve(catalogue.curves_directory(), file.path, io)
+    if kept is None:
+        return FlashReads()
+    page = max((each.page_bytes for each in file.bundles.values()), default=4096)
+    try:
+        return choose_reads(kept.curve, page)
+    except ValueError:  # it has no points for that
+        return FlashReads()
 
 
 def _too_small(

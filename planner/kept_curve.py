@@ -1,7 +1,7 @@
 """Measured curves, kept for the next time: one file for each device that holds models.
 
-A device is known by the number that the system gives it and by its size, so that another disk under the same number is not
-taken for it. A file that cannot be read, or of another version, is as good as none.
+A device is known by the number that the system gives it and by its size, so that another disk under the same number is
+not taken for it. A file that cannot be read, or of another version, is as good as none.
 """
 
 from __future__ import annotations
@@ -62,15 +62,31 @@ def keep_curve(folder: Path, path: str | os.PathLike[str], curve: ReadCurve, dat
     return target
 
 
+def kept_curves(folder: Path) -> list[KeptCurve]:
+    """All that can be read, in the order of their files' names."""
+    found = [_read(file) for file in sorted(folder.glob("*.json"))]
+    return [kept for kept in found if kept is not None]
+
+
 def kept_curve(folder: Path, path: str | os.PathLike[str], io: Io = "auto") -> KeptCurve | None:
     """The curve of the device that holds ``path``, measured with this backend; None: there is none."""
     try:
         device = device_of(path)
-        kept = msgspec.json.decode(_file(folder, device).read_bytes(), type=KeptCurve)
+    except OSError:
+        return None
+    kept = _read(_file(folder, device))
+    return kept if kept is not None and kept.device == device and io in ("auto", kept.curve.io) else None
+
+
+def _read(file: Path) -> KeptCurve | None:
+    try:
+        kept = msgspec.json.decode(file.read_bytes(), type=KeptCurve)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
-    usable = kept.version == VERSION and kept.device == device and io in ("auto", kept.curve.io)
-    return kept if usable and kept.curve.points else None
+    points = kept.curve.points
+    sound = all(point.read_bytes > 0 and point.depth > 0 and point.bytes_per_second >= 0 for point in points)
+    patterns = {point.pattern for point in points}
+    return kept if kept.version == VERSION and sound and patterns == {"random", "sequential"} else None
 
 
 def _file(folder: Path, device: str) -> Path:

@@ -1,7 +1,7 @@
 """How fast a file can be read, by size of the reads and by how many are in flight: measured, not assumed.
 
 Flash gives little at small reads and shallow queues, and everything at large or deep ones; where the knee lies differs
-from device to device. For the planner to choose read sizes and depths from; nothing does so by itself yet.
+from device to device. ``read_choice.py`` chooses from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Measure: TypeAlias = Callable[[int, int, float, Pattern], float]
 """``measure(read_bytes, depth, seconds, pattern)``: bytes/s."""
 
 READ_BYTES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
-DEPTHS = (1, 2, 4, 8, 16, 32)
+DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128)
 PATTERNS: tuple[Pattern, ...] = ("random", "sequential")
 LEAST_SEQUENTIAL = 64 << 10
 """Nobody who reads in order reads less at a time."""

@@ -7,15 +7,30 @@ import json
 import os
 import platform
 from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+LEAST_BYTES = 64 << 20
+"""Of a file that stands for its device."""
+
+MEASURE_SECONDS = 6.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--measure",
+        metavar="FILE",
+        help="measure how fast the device that holds this file (a model, of 64M at least) is read, and keep that: "
+        "models on it that do not fit into memory are read accordingly from then on",
+    )
 
 
 def main(options: argparse.Namespace) -> int:
+    if options.measure is not None:
+        measure(options.measure)
     found = collect()
     print(json.dumps(found) if options.json else "\n".join(_lines(found)))
     return 0
@@ -58,6 +73,32 @@ def collect() -> dict[str, Any]:
     }
 
 
+def measure(path: str) -> None:
+    """Measures the device that holds a file, and keeps the curve.
+
+    Raises:
+        RequestError: the file is too small, or cannot be read.
+    """
+    from pi2rt import RequestError, catalogue
+    from pi2rt.cli._runtime import note
+    from pi2rt.planner.kept_curve import keep_curve
+    from pi2rt.planner.read_curve import measure_read_curve
+
+    try:
+        size = Path(path).stat().st_size
+        if size < LEAST_BYTES:
+            raise RequestError(
+                f"{path} has {size} bytes: too few to tell the device from its cache; take a file of 64 MiB at least"
+            )
+        curve = measure_read_curve(path, MEASURE_SECONDS)
+        kept = keep_curve(catalogue.curves_directory(), path, curve, datetime.now(UTC).date().isoformat())
+    except OSError as error:
+        raise RequestError(f"cannot measure {path}: {error.strerror or error}") from error
+    if not curve.direct:
+        note(f"{path} cannot be read past the page cache: what was measured is mostly memory")
+    note(f"measured {path} with {curve.io}; kept in {kept}")
+
+
 def processor() -> str:
     """The processor's own name, as far as the system knows it."""
     try:
@@ -79,7 +120,33 @@ def _flash() -> dict[str, Any]:
     except ImportError as error:
         return {"error": f"the native module cannot be imported: {error}"}
     permitted, why = probe()
-    return {"io": "uring" if permitted else "preadv", "why": why}
+    return {"io": "uring" if permitted else "preadv", "why": why, "measured": list(_measured())}
+
+
+def _measured() -> Iterator[dict[str, Any]]:
+    """The curves that are kept, and what they make of reading."""
+    from pi2rt import catalogue
+    from pi2rt.planner.kept_curve import kept_curves
+    from pi2rt.planner.read_choice import choose_reads
+
+    for kept in kept_curves(catalogue.curves_directory()):
+        points = [
+            {
+                "pattern": each.pattern,
+                "read_bytes": each.read_bytes,
+                "depth": each.depth,
+                "bytes_per_second": round(each.bytes_per_second),
+            }
+            for each in kept.curve.points
+        ]
+        yield {
+            "device": kept.device,
+            "date": kept.date,
+            "io": kept.curve.io,
+            "direct": kept.curve.direct,
+            "reads": asdict(choose_reads(kept.curve)),
+            "points": points,
+        }
 
 
 def _kernels() -> dict[str, Any]:
@@ -131,6 +198,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"memory: {size(found['memory']['available'])} available of {size(found['memory']['total'])}"
     flash = found["flash"]
     yield f"flash: {flash['error']}" if "error" in flash else f"flash: {flash['io']} ({flash['why']})"
+    for each in flash.get("measured", ()):
+        yield from _curve(each)
     kernels = found["kernels"]
     yield (
         f"kernels: {kernels['current']} ({kernels['why']})"
@@ -144,6 +213,28 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     for name, executor in found["executors"].items():
         yield f"  {name}: {executor['error'] if 'error' in executor else executor['from']}"
     yield f"cache: {found['cache']}"
+
+
+def _curve(found: dict[str, Any]) -> Iterator[str]:
+    """A table of MB/s by size and depth, and what is chosen."""
+    from pi2rt.cli._console import size
+
+    yield f"  device {found['device']}, measured {found['date']} with {found['io']}; MB/s by reads at once:"
+    points = {
+        (each["pattern"], each["read_bytes"], each["depth"]): each["bytes_per_second"] / 1e6
+        for each in found["points"]
+    }
+    depths = sorted({depth for _, _, depth in points})
+    yield f"    {'':24}" + "".join(f"{depth:>7}" for depth in depths)
+    for pattern, read_bytes in sorted({(pattern, nbytes) for pattern, nbytes, _ in points}):
+        row = (points.get((pattern, read_bytes, depth)) for depth in depths)
+        cells = "".join(f"{'' if each is None else round(each):>7}" for each in row)
+        yield f"    {pattern + ' ' + size(read_bytes):24}{cells}"
+    reads = found["reads"]
+    yield (
+        f"    so matrices are read in pieces of {size(reads['stream_bytes'])}, {reads['stream_depth']} at once; "
+        f"neurons {reads['neuron_depth']} at once; pages of experts {reads['cluster_depth']} at once"
+    )
 
 
 def _list(numbers: tuple[int, ...]) -> str:

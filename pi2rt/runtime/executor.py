@@ -83,7 +83,7 @@ class ExecutorOptions:
     neuron_bytes: int = 0
     pipeline: str = "cluster"
     two_phase: bool = False
-    reads: FlashReads = FlashReads()
+    reads: FlashReads = field(default_factory=FlashReads)
     thresholds: Mapping[str, Floats] = field(default_factory=dict)
     predictors: Mapping[str, Predictor] = field(default_factory=dict)
     trace: Trace | None = None

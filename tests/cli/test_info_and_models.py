@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,8 @@ def test_info(capfd: pytest.CaptureFixture[str], cache: Path) -> None:
     memory, kernels, executors = found["memory"], found["kernels"], found["executors"]
     assert isinstance(memory, dict)
     assert 0 < memory["available"] <= memory["total"]
-    assert found["flash"] == dict(
-        zip(("io", "why"), ("uring" if probe()[0] else "preadv", probe()[1]), strict=True)
-    )
+    permitted, why = probe()
+    assert found["flash"] == {"io": "uring" if permitted else "preadv", "why": why, "measured": []}
     assert isinstance(executors, dict)
     assert {"cpu", "reference", "simulated"} <= executors.keys()
     assert not any("error" in executor for executor in executors.values())
@@ -55,6 +55,34 @@ def test_info(capfd: pytest.CaptureFixture[str], cache: Path) -> None:
         "  cpu: pi2rt.executors.cpu",
     ):
         assert words in text
+
+
+def test_what_was_measured_is_kept_and_shown(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pi2rt.cli.info.MEASURE_SECONDS", 0.5)
+    model, small = tmp_path / "model", tmp_path / "small"
+    with model.open("wb") as file:
+        for _ in range(64):
+            file.write(os.urandom(1 << 20))
+    small.write_bytes(bytes(4096))
+    assert main(["info", "--measure", str(model)]) == 0
+    shown = capfd.readouterr()
+    assert "pi2rt: measured " in shown.err
+    assert "MB/s by reads at once" in shown.out
+    [measured] = info(capfd)["flash"]["measured"]  # type: ignore[index]
+    assert measured["reads"]["measured"]
+    assert measured["device"].split()[0] == "{}:{}".format(*divmod_device(model))
+    assert all(point["bytes_per_second"] > 0 for point in measured["points"])
+    assert f"{measured['reads']['neuron_depth']} at once" in shown.out
+    for path, message in (small, "has 4096 bytes: too few"), (tmp_path / "absent", "No such file"):
+        assert main(["info", "--measure", str(path)]) == 2
+        assert message in capfd.readouterr().err
+
+
+def divmod_device(path: Path) -> tuple[int, int]:
+    number = path.stat().st_dev
+    return os.major(number), os.minor(number)
 
 
 def test_info_says_why_other_kernels_run(

@@ -19,6 +19,7 @@ from pi2rt.models import ModelDescription, describe
 from pi2rt.planner.convert import convert
 from pi2rt.planner.streaming import least_ring, matrices_in_order
 from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from pi2rt.runtime.trace import Trace
 from tests.executors.conformance import ExecutorConformance
@@ -91,6 +92,25 @@ async def test_streamed_is_resident_bit_for_bit(pack: Path, every: int, more: in
         assert isinstance(read, int)
         assert read >= statistics.steps * streamed
         assert statistics.threads[-1].actor == "flash"
+
+
+@pytest.mark.parametrize(
+    ("stream_bytes", "stream_depth"), [(4096, 1), (4096, 64), (1 << 20, 2), (8 << 20, 8)]
+)
+async def test_how_much_is_read_at_once_changes_no_bit(
+    pack: Path, stream_bytes: int, stream_depth: int
+) -> None:
+    tokens = np.random.RandomState(3).randint(0, 300, 70).astype(np.int32)
+    names = every_matrix(pack)
+    async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
+        expected = await all_logits(executor, tokens)
+    reads = FlashReads(stream_bytes, stream_depth, measured=True)
+    given = {"streamed": names, "ring_bytes": ring_for(pack, names), "reads": reads}
+    async with opened(CpuExecutor(), pack, exact_floats=False, **given) as executor:
+        np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
+        details = executor.statistics().details
+        assert details["flash_reads_from"] == "a measured curve"
+        assert (details["stream_read_bytes"], details["stream_reads_at_once"]) == (stream_bytes, stream_depth)
 
 
 async def test_a_stopped_step_leaves_nothing_behind(pack: Path) -> None:
