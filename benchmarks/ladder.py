@@ -37,16 +37,17 @@ from typing import Any
 from offload import HERE, measure
 
 from pi2rt.cython_kernels.flash import measure as measure_flash
-from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.formats import open_model_file
 from pi2rt.models import FeedForward, describe, iterate_tensors
 from pi2rt.planner.convert import convert
-from pi2rt.planner.decode_law import STREAM_FlashReads().neuron_depth, STREAM_READ_BYTES, DecodeUse, Rates, bound_s
+from pi2rt.planner.decode_law import STREAM_DEPTH, STREAM_READ_BYTES, DecodeUse, Rates, bound_s
 from pi2rt.planner.device_profile import measure_device
 from pi2rt.planner.placement import default_placement
+from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.topology import read_topology
 
 PAGE = 4096
+NEURON_DEPTH = FlashReads().neuron_depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,8 @@ def flash_rates(pack: str, seconds: float = 0.5) -> tuple[float, float]:
     """(bytes/s of large reads in order, reads/s of pages of neurons, 0 where the pack has none): flash as it is now."""
     with open_model_file(pack) as file:
         page = max((each.page_bytes for each in file.bundles.values()), default=0)
-    reads = measure_flash(pack, page, FlashReads().neuron_depth, seconds) / page if page else 0.0
-    return measure_flash(pack, STREAM_READ_BYTES, STREAM_FlashReads().neuron_depth, seconds, "auto", "sequential"), reads
+    reads = measure_flash(pack, page, NEURON_DEPTH, seconds) / page if page else 0.0
+    return measure_flash(pack, STREAM_READ_BYTES, STREAM_DEPTH, seconds, "auto", "sequential"), reads
 
 
 @contextmanager
@@ -178,7 +179,7 @@ def decode(options: argparse.Namespace) -> None:
         f"{Path(options.gguf).name}, half of its {feed_forward / 1e9:.2f} GB of feed-forward weights on "
         f"flash: a memory of {limit / 1e6:.0f} MB for {total / 1e6:.0f} MB; {options.threads} threads, "
         f"{options.tokens} tokens, medians of {options.repeat}, alternating; memory {bandwidth / 1e9:.1f} GB/s, "
-        f"flash {stream / 1e9:.2f} GB/s in order, {reads / 1e3:.0f},000 reads/s of neurons at depth {FlashReads().neuron_depth}\n\n"
+        f"flash {stream / 1e9:.2f} GB/s in order, {reads / 1e3:.0f},000 reads/s of neurons at depth {NEURON_DEPTH}\n\n"
         f"llama.cpp, mapped: {f'{other:.3f} tokens/s' if other else 'did not run'}\n\n"
         f"| {COLUMNS[0]}\n|---{COLUMNS[1]}"
     )

@@ -328,7 +328,8 @@ cdef class Reader:
 
 
 def measure(path, int64_t read_bytes, int depth=8, double seconds=0.2, io="auto", pattern="random"):
-    """Bytes per second of reads of this size at this depth, at random blocks or one behind the other."""
+    """Bytes per second of reads of this size at this depth, at random blocks or, from a random place on, one behind the
+    other."""
     cdef pi2_flash *f
     cdef c_statistics s
     cdef pi2_read *reads = NULL
@@ -368,6 +369,7 @@ cdef double run(pi2_flash *f, pi2_read *reads, uint8_t *memory, int depth, int64
     with nogil:
         begin = now = pi2_now_ns()
         state = <uint64_t>begin | 1  # not the same places again, which the device may have kept
+        at = <int64_t>((state * 0x2545f4914f6cdd1dULL) % <uint64_t>places)
         for i in range(depth):
             reads[i].bytes, reads[i].to = read_bytes, memory + i * read_bytes
             done[i] = &reads[i]

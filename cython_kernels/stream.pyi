@@ -5,6 +5,7 @@ import numpy.typing as npt
 
 IO: Mapping[str, int]
 SECTOR: int
+MOST_DEPTH: int
 
 class Stream:
     n: int

@@ -31,6 +31,8 @@ cdef extern from "stream.h" nogil:
 
 IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
 SECTOR = PI2_SECTOR
+MOST_DEPTH = 64
+"""Reads in flight, at most: what the reader takes at once (stream.c)."""
 
 
 cdef class Stream:
@@ -39,7 +41,7 @@ cdef class Stream:
     A native thread begins at once. ``ring`` (address, ``ring_bytes``) is aligned to SECTOR and outlives the stream; it has
     room for all units that one operation uses, and for the largest beside them, which may not have fitted before its end.
     ``name``: what errors call the file, where that is not ``path``. ``read_bytes``: size of one read, a multiple of SECTOR;
-    ``depth``: reads in flight.
+    ``depth``: reads in flight, at most MOST_DEPTH.
     """
 
     cdef pi2_stream *stream
@@ -60,7 +62,7 @@ cdef class Stream:
         largest = max(size for _, size in units)
         if any(offset % PI2_SECTOR or size % PI2_SECTOR or size <= 0 for offset, size in units) or ring % PI2_SECTOR:
             raise InternalError("units and ring of a stream are whole sectors")
-        if ring_bytes < 2 * largest or read_bytes <= 0 or read_bytes % PI2_SECTOR or not 1 <= depth <= 64:
+        if ring_bytes < 2 * largest or read_bytes <= 0 or read_bytes % PI2_SECTOR or not 1 <= depth <= MOST_DEPTH:
             raise InternalError(f"a ring of {ring_bytes} bytes for units of {largest}, reads of {read_bytes}, {depth} at once")
         self.units = <pi2_extent *>malloc(self.n * sizeof(pi2_extent))
         if self.units == NULL:

@@ -15,11 +15,11 @@ from typing import Literal, Self, TypeAlias
 
 from pi2rt.cython_kernels.flash import measure
 from pi2rt.runtime.executor import StepUse
+from pi2rt.runtime.flash_reads import FlashReads
 
 Backend: TypeAlias = Literal["auto", "uring", "preadv"]
 
-STREAM_READ_BYTES = 1 << 20
-STREAM_DEPTH = 8
+STREAM_READ_BYTES, STREAM_DEPTH = FlashReads().stream_bytes, FlashReads().stream_depth
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from pi2rt.cython_kernels.stream import MOST_DEPTH
 from pi2rt.planner.read_curve import ReadCurve
 from pi2rt.runtime.flash_reads import FlashReads
 
@@ -26,7 +29,8 @@ def choose_reads(curve: ReadCurve, neuron_bytes: int = 4096, cluster_bytes: int 
     Raises:
         ValueError: the curve has no point for a purpose.
     """
-    stream = curve.choose("sequential", buffer_bytes=STREAM_BUFFER)
+    within = tuple(point for point in curve.points if point.depth <= MOST_DEPTH)
+    stream = replace(curve, points=within).choose("sequential", buffer_bytes=STREAM_BUFFER)
     return FlashReads(
         stream.read_bytes,
         stream.depth,

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pi2rt.cython_kernels.stream import MOST_DEPTH
 from pi2rt.planner.kept_curve import KeptCurve, device_of, keep_curve, kept_curve, kept_curves
 from pi2rt.planner.read_choice import CLUSTER_BUFFER, ENOUGH, STREAM_BUFFER, choose_reads
 from pi2rt.planner.read_curve import DEPTHS, READ_BYTES, ReadCurve, measure_read_curve
@@ -51,6 +52,7 @@ def test_the_least_that_is_as_good_as_all(
     assert chosen.stream_bytes in READ_BYTES
     assert {chosen.stream_depth, chosen.neuron_depth, chosen.cluster_depth} <= set(DEPTHS)
     assert chosen.stream_bytes * chosen.stream_depth <= STREAM_BUFFER
+    assert chosen.stream_depth <= MOST_DEPTH
     assert chosen.cluster_depth << 20 <= CLUSTER_BUFFER
     best = max(curve.bandwidth(page, depth) for depth in DEPTHS)
     assert curve.bandwidth(page, chosen.neuron_depth) >= ENOUGH * best
