@@ -17,9 +17,6 @@ import trio
 from pi2rt._errors import BusyError, ClosedError
 from pi2rt.engine.chunk import Chunk
 
-IN_A_ROW = 8
-"""As many as short steps bring at once. A pass of Trio's loop for each would cost as much as all else that is done for it."""
-
 
 class TokenStream:
     """``async with engine.stream(...) as chunks: async for chunk in chunks: ...``
@@ -30,14 +27,13 @@ class TokenStream:
     """
 
     __slots__ = (
-        "_chunks", "_closed", "_drained", "_ended", "_error", "_in_a_row", "_left", "_paused", "_reader", "capacity",
+        "_chunks", "_closed", "_drained", "_ended", "_error", "_left", "_paused", "_reader", "capacity",
     )  # fmt: skip
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._chunks: deque[Chunk] = deque()
         self._reader: trio.lowlevel.Task | None = None  # waits for a chunk or the end
-        self._in_a_row = 0
         self._paused = False
         self._ended = False
         self._closed = False
@@ -86,7 +82,7 @@ class TokenStream:
         return self
 
     async def __anext__(self) -> Chunk:
-        """The next chunk. Those that are here already are taken in a row: other tasks run after ``IN_A_ROW`` of them.
+        """The next chunk.
 
         Raises:
             ExecutorError: the executor failed on this request.
@@ -97,9 +93,7 @@ class TokenStream:
         if self._reader is not None:
             raise BusyError("another task is waiting for a chunk of this stream")
         if self._chunks or self._ended or self._closed:
-            self._in_a_row += 1
-            if self._in_a_row % IN_A_ROW == 0:
-                await trio.lowlevel.cancel_shielded_checkpoint()
+            await trio.lowlevel.cancel_shielded_checkpoint()
         else:
             self._reader = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(self._abort)
