@@ -51,7 +51,7 @@ cdef extern from "neuron_cache.h" nogil:
     ctypedef struct pi2_neuron_cache:
         pass
     ctypedef struct pi2_neuron_counts:
-        int64_t asked, missed, foreseen, missed_bytes, reads, read_bytes
+        int64_t asked, missed, foreseen, missed_bytes, reads, read_bytes, gap_pages, gap_bytes
 
 cdef extern from "sparse.h" nogil:
     enum: PI2_CLUSTER
@@ -655,7 +655,8 @@ cdef class Program:
         if self.neurons is not None:
             neurons = NeuronUse(r.neuron_bytes, r.used.asked - r.before.asked, r.used.missed - r.before.missed,
                                 r.used.foreseen - r.before.foreseen, r.used.missed_bytes - r.before.missed_bytes,
-                                r.used.reads - r.before.reads, r.used.read_bytes - r.before.read_bytes)
+                                r.used.reads - r.before.reads, r.used.read_bytes - r.before.read_bytes,
+                                r.used.gap_pages - r.before.gap_pages, r.used.gap_bytes - r.before.gap_bytes)
         return StepResult(step.id, tuple(sampled), tuple(scores), tuple(logits), False, r.begin_ns, r.end_ns, kernel_ns,
                           self.weight_bytes - r.skipped_bytes + r.neuron_bytes, self.streamed_bytes + r.cluster_bytes,
                           neurons), times

@@ -93,7 +93,14 @@ class Neurons(PageCache):
         self._numbers = {each.down: number for number, each in enumerate(self._bundles)}
         regions = [(each.offset, each.page_bytes, each.nbytes) for each in self._bundles]
         super().__init__(
-            file, regions, nbytes, io=io, deadline=deadline, depth=reads.neuron_depth, heads=heads
+            file,
+            regions,
+            nbytes,
+            io=io,
+            deadline=deadline,
+            depth=reads.neuron_depth,
+            heads=heads,
+            read_through=reads.neuron_gap,
         )
 
     @property
