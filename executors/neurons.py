@@ -15,7 +15,7 @@ from pi2rt._errors import ClosedError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels import native, program
 from pi2rt.executors.page_cache import PageCache
 from pi2rt.executors.weights import Weights
-from pi2rt.formats import ModelFile, neuron_bundles
+from pi2rt.formats import ModelFile, neuron_bundles, neuron_order
 from pi2rt.models import FeedForward, ModelDescription, feed_forwards
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Floats
@@ -187,6 +187,9 @@ class Neurons(PageCache):
             up_bias=None if biased is None else weights.vectors[biased],
             down_bias=None if block.down.bias is None else weights.vectors[block.down.bias],
             thresholds=thresholds,
+            order=None
+            if bundles.order is None
+            else neuron_order.decode_order(bundles.order, bundles.neurons),
         )
 
     def close(self) -> None:
