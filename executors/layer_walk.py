@@ -157,8 +157,7 @@ class _BlockWeights(Mapping[str, Floats]):
         pages = np.empty(bundles.nbytes, np.uint8)
         self._file.read_bundles_into(bundles, 0, pages.data)
         if bundles.order is not None:
-            order = neuron_order.decode_order(bundles.order, bundles.neurons)
-            neuron_order.take_back(pages, bundles.layout, order)
+            neuron_order.take_back(pages, bundles.layout, neuron_order.bundle_order(bundles))
         scales = self._file.read(info.name)
         if info.name != bundles.down:
             at = 0 if info.name == bundles.gate else bundles.gate_bytes

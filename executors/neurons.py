@@ -187,9 +187,7 @@ class Neurons(PageCache):
             up_bias=None if biased is None else weights.vectors[biased],
             down_bias=None if block.down.bias is None else weights.vectors[block.down.bias],
             thresholds=thresholds,
-            order=None
-            if bundles.order is None
-            else neuron_order.decode_order(bundles.order, bundles.neurons),
+            order=None if bundles.order is None else neuron_order.bundle_order(bundles),
         )
 
     def close(self) -> None:

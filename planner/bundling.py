@@ -24,7 +24,7 @@ from pi2rt.formats.neuron_bundles import (
     up_scales,
     up_scales_bytes,
 )
-from pi2rt.formats.neuron_order import CLUSTER, Order, decode_order, encode_order, put_in_order
+from pi2rt.formats.neuron_order import CLUSTER, Order, bundle_order, decode_order, encode_order, put_in_order
 from pi2rt.formats.pack_writer import PackWriter, Planned
 from pi2rt.models import FeedForward, ModelDescription, feed_forwards
 from pi2rt.models.tensors import block_tensors
@@ -182,7 +182,7 @@ class BundleWriter:
         behind = ((block.gate, 0), (block.up, bundles.gate_bytes))  # where in a neuron they begin
         parts = [(info, at) for info, at in behind if info is not None]
         rows, neurons = down.shape
-        order = None if bundles.order is None else decode_order(bundles.order, bundles.neurons)
+        order = None if bundles.order is None else bundle_order(bundles)
         # places of whole clusters are filled from the neurons of these clusters
         step = step_neurons(bundles) if order is None else math.lcm(bundles.neurons_per_page, CLUSTER)
         step *= max(1, PIECE_BYTES // (step * bundles.neuron_bytes))

@@ -79,20 +79,29 @@ class PredictorRecord(msgspec.Struct, frozen=True):
 
 
 class Reading(msgspec.Struct, frozen=True):
-    """What a token's firing neurons take to read where none is in memory, means over held-out text: ``pages``;
-    ``reads``, neighbouring pages being one; ``through``, with gaps of ``Calibration.gap`` bytes read through, too.
-    ``ordered``: the same three with ``BlockCalibration.order``."""
+    """What a token's firing neurons take to read, means over held-out text: ``pages``; ``reads``, neighbouring pages
+    being one; ``through``, with gaps of ``Calibration.gap`` bytes read through, too."""
 
     pages: _Mean
     reads: _Mean
     through: _Mean
-    ordered: tuple[_Mean, _Mean, _Mean]
+
+
+class Readings(msgspec.Struct, frozen=True):
+    """With bundles in the ``own`` order of the pack that was calibrated, and ``ordered``; where none is in memory, and
+    where the ``half`` of the pages is that fire most."""
+
+    own: Reading
+    ordered: Reading
+    own_half: Reading
+    ordered_half: Reading
 
 
 class BlockCalibration(msgspec.Struct, frozen=True):
     """A feed-forward block. ``down``: name of its down tensor; ``frequency``: for each neuron, float16, little endian,
     the share of the calibration text's tokens for which its activated gate was not zero; ``order``: that of bundles in
-    which neurons that fire together lie together, for ``neuron_order.decode_order``; ``reading``: what it is worth."""
+    which neurons that fire together lie together, for ``neuron_order.decode_order``, None where it gains nothing;
+    ``readings``: what it is worth."""
 
     layer: _Count
     down: _Name
@@ -101,7 +110,7 @@ class BlockCalibration(msgspec.Struct, frozen=True):
     thresholds: dict[Method, Thresholds]
     predictor: PredictorRecord | None = None
     order: bytes | None = None
-    reading: Reading | None = None
+    readings: Readings | None = None
 
     def firing(self, method: Method | None = None) -> Floats:
         """Frequencies with thresholds of that method, or exactly: float32 (neurons,)."""
@@ -148,6 +157,11 @@ class Calibration(msgspec.Struct, frozen=True):
             for block in self.blocks
             if block.order is not None
         }
+
+    def reading(self, which: Literal["own", "ordered", "own_half", "ordered_half"]) -> Reading:
+        """Of all blocks together; zeros where none was measured."""
+        found = [getattr(block.readings, which) for block in self.blocks if block.readings is not None]
+        return Reading(*(sum(getattr(each, name) for each in found) for name in Reading.__struct_fields__))
 
     def thresholds(self) -> dict[str, Floats]:
         """By the name of the down tensor, of the method to use."""

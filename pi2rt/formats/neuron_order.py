@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from pi2rt.formats.neuron_bundles import NeuronBundles
+
 CLUSTER = 512
 """Neurons that are asked for together (``PI2_CLUSTER`` in ``cython_kernels/sparse.h``)."""
 
@@ -22,6 +24,12 @@ Order: TypeAlias = npt.NDArray[np.uint16]
 def own_order(neurons: int) -> Order:
     """Every neuron at its own place."""
     return (np.arange(neurons) % CLUSTER).astype(np.uint16)
+
+
+def bundle_order(bundles: NeuronBundles) -> Order:
+    """Of a pack's bundles."""
+    raw = bundles.order
+    return own_order(bundles.neurons) if raw is None else decode_order(raw, bundles.neurons)
 
 
 def encode_order(order: Order) -> bytes:
