@@ -133,7 +133,7 @@ void pi2_neuron_cache_block(pi2_neuron_cache *c) {
 pi2_neuron_counts pi2_neuron_cache_counts(pi2_neuron_cache *c) {
   pthread_mutex_lock(&c->mutex);
   const pi2_neuron_counts n = {c->hits + c->misses, c->misses + c->early, c->early, c->missed_bytes,
-                               atomic_load(&c->reads_done), atomic_load(&c->bytes)};
+                               atomic_load(&c->reads_done), atomic_load(&c->bytes), c->gap_pages, c->gap_bytes};
   pthread_mutex_unlock(&c->mutex);
   return n;
 }
@@ -265,32 +265,59 @@ void pi2_neuron_cache_abandon(pi2_neuron_cache *c) {
 
 /* -- the reader */
 
-/* The next read: the oldest page that waits, and those behind it that are its neighbours in the file. Under the mutex. */
+int pi2_neuron_cache_read_through(pi2_neuron_cache *c, int64_t bytes) {
+  uint8_t *scrap = bytes ? aligned_alloc(PI2_FLASH_BLOCK, (size_t)bytes) : NULL;
+  if (bytes && !scrap) return ENOMEM;
+  pthread_mutex_lock(&c->mutex);
+  c->scrap = scrap, c->read_through = bytes;
+  pthread_mutex_unlock(&c->mutex);
+  return 0;
+}
+/* Pages from the end of what a read has, `next`, to that of the slot: 0 where that is the neighbour, -1 where they are too many. */
+static int32_t gap_to(const pi2_neuron_cache *c, const pi2_fetch *f, int32_t next, const pi2_page_slot *s, int64_t page_bytes) {
+  const int32_t gap = s->page - next;
+  if (gap <= 0) return gap ? -1 : 0;
+  return s->part == WHOLE && !s->alone && !c->slots[f->slot[0]].alone && gap <= c->read_through / page_bytes ? gap : -1;
+}
+/* A read with gaps has failed, maybe for what nobody asked for: once more without them. Under the mutex. */
+static void read_alone(pi2_neuron_cache *c, const pi2_fetch *f) {
+  for (int i = 0; i < f->count; i++) {
+    c->slots[f->slot[i]].alone = 1;
+    enqueue(c, f->slot[i]);
+  }
+}
+/* The next read: the oldest page that waits, and those behind it that are its neighbours in the file, or nearly. Under the
+ * mutex. */
 static void start(pi2_neuron_cache *c) {
   pi2_fetch *f = c->spare[--c->n_spare];
   const int32_t first = c->slots[c->queue[c->queue_head % (uint64_t)c->capacity]].page; /* COMING: nobody changes it */
   const pi2_region *g = &c->regions[region_of(c, first)];
   pi2_read *r = &f->read;
-  r->bytes = 0;
+  r->bytes = r->n_parts = 0;
   f->foreseen = 0;
+  f->gap_pages = f->gap_bytes = 0;
+  int32_t next = first;
   f->begin_ns = c->records ? pi2_now_ns() : 0;
   const int part = c->slots[c->queue[c->queue_head % (uint64_t)c->capacity]].part;
   const int64_t from = part == REST ? g->head_bytes : 0;
   for (f->count = 0; c->queue_head != c->queue_tail && f->count < (part == WHOLE ? PI2_MERGED : 1); c->queue_head++, f->count++) {
     const int32_t slot = c->queue[c->queue_head % (uint64_t)c->capacity];
-    const int32_t page = first + f->count, end = g->first + g->pages;
-    if (c->slots[slot].page != page || page >= end || c->slots[slot].part != part) break;
+    const int32_t page = c->slots[slot].page, end = g->first + g->pages, gap = gap_to(c, f, next, &c->slots[slot], g->page_bytes);
+    if (gap < 0 || page >= end || c->slots[slot].part != part) break;
     const int64_t bytes = part == HEAD ? g->head_bytes : (page + 1 < end ? g->page_bytes : g->last_bytes) - from;
-    if (f->count && r->bytes + bytes > PI2_MERGED_BYTES) break;
+    const int64_t between = gap * g->page_bytes;
+    if (f->count && r->bytes + between + bytes > PI2_MERGED_BYTES) break;
+    if (gap) f->part[r->n_parts++] = (struct iovec){c->scrap, (size_t)between};
+    f->gap_pages += gap, f->gap_bytes += between;
     f->slot[f->count] = slot;
     f->foreseen += c->slots[slot].wanted != 0;
-    f->part[f->count] = (struct iovec){c->memory + slot * c->slot_bytes + from, (size_t)bytes};
-    r->bytes += bytes;
+    f->part[r->n_parts++] = (struct iovec){c->memory + slot * c->slot_bytes + from, (size_t)bytes};
+    r->bytes += between + bytes;
+    next = page + 1;
   }
   r->offset = g->offset + (first - g->first) * g->page_bytes + from;
   r->to = f->part[0].iov_base;
-  r->parts = f->count > 1 ? f->part : NULL;
-  r->n_parts = f->count;
+  r->parts = r->n_parts > 1 ? f->part : NULL;
   r->user = f;
   atomic_fetch_add(&c->in_flight, 1);
   if (pi2_flash_submit(c->flash, r)) { /* cannot be: there are as many reads as it takes */
@@ -334,6 +361,11 @@ static int finish(pi2_neuron_cache *c, pi2_read *r) {
   atomic_fetch_sub(&c->in_flight, 1);
   atomic_fetch_add_explicit(&c->bytes, r->got, memory_order_relaxed);
   atomic_fetch_add_explicit(&c->reads_done, 1, memory_order_relaxed);
+  if (r->error && f->gap_pages) {
+    read_alone(c, f);
+    return 0;
+  }
+  c->gap_pages += f->gap_pages, c->gap_bytes += f->gap_bytes;
   for (int i = 0; i < f->count; i++) {
     pi2_page_slot *s = &c->slots[f->slot[i]];
     if (r->error) take_page(c, s); /* it is not there; its cluster never becomes ready */
@@ -452,6 +484,7 @@ int64_t pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
   const int64_t left = pi2_flash_close(c->flash, pi2_flash_patience(c->deadline_ns));
   if (left) return left; /* slots and memory are still written to */
   pthread_mutex_destroy(&c->mutex);
-  free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare), free(c->records), free(c);
+  free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare), free(c->records);
+  free(c->scrap), free(c);
   return 0;
 }

@@ -42,6 +42,7 @@ typedef struct {
   int32_t pins;
   uint8_t state, fresh;     /* fresh: foreseen, and nobody has asked for it yet */
   uint8_t part;             /* what there is, or comes: all of the page, or its head */
+  uint8_t alone;            /* a read through a gap has failed: maybe only because of the gap */
   uint32_t wanted;          /* nobody takes it before `asked` has come to this */
   pi2_use use;              /* of the page, while it has the slot: the search for the least used reads slots in a row */
   _Atomic int32_t *pending[2]; /* of whom it is read for: a page may end one cluster and begin the next */
@@ -53,12 +54,13 @@ typedef struct { /* a read that has ended, for traces */
   uint16_t pages, foreseen; /* foreseen: of the pages */
 } pi2_read_record;
 
-typedef struct { /* pages in a row, into any slots: one read */
+typedef struct { /* pages in a row, into any slots, and gaps between them, into the scrap: one read */
   pi2_read read;
   int64_t begin_ns; /* where reads are recorded; 0: not in flight */
   int count, foreseen;
+  int64_t gap_pages, gap_bytes;
   int32_t slot[PI2_MERGED];
-  struct iovec part[PI2_MERGED];
+  struct iovec part[2 * PI2_MERGED];
 } pi2_fetch;
 
 typedef struct pi2_neuron_cache {
@@ -85,6 +87,9 @@ typedef struct pi2_neuron_cache {
   uint32_t asked;           /* times that a block began to ask */
   int64_t hits, early, misses, evictions; /* early: of the hits, read because foreseen and asked for the first time */
   int64_t completed;        /* rests of pages that were read because their neurons fire */
+  int64_t gap_pages, gap_bytes; /* that nobody asked for, read to make one read of two */
+  int64_t read_through;     /* bytes of a gap, at most */
+  uint8_t *scrap;           /* (read_through) where gaps go */
   int64_t missed_bytes;     /* of misses and early ones */
   pi2_read_record *records; /* (n_records) ring of reads that have ended, or NULL */
   int64_t n_records, recorded, taken;
@@ -135,11 +140,16 @@ int pi2_neuron_cache_fetch(pi2_neuron_cache *c, const int32_t *pages, int n);
 /* Pages whose reads have not begun. */
 int64_t pi2_neuron_cache_waiting(pi2_neuron_cache *c);
 
+/* From now on a read runs through gaps of so many bytes between two pages that wait one behind the other, whatever lies there,
+ * and so is one instead of two: worth it while a gap takes less time than a read. Once, before any run; 0 or ENOMEM. A read that
+ * fails with a gap is tried without. Not of heads: what lies between these is not read in order not to read it. */
+int pi2_neuron_cache_read_through(pi2_neuron_cache *c, int64_t bytes);
 /* A step begins; a block begins to ask. */
 void pi2_neuron_cache_step(pi2_neuron_cache *c);
 void pi2_neuron_cache_block(pi2_neuron_cache *c);
-/* Of pages: asked for; missed, and of these foreseen; their bytes. Reads that have ended, and their bytes. */
-typedef struct { int64_t asked, missed, foreseen, missed_bytes, reads, read_bytes; } pi2_neuron_counts;
+/* Of pages: asked for; missed, and of these foreseen; their bytes. Reads that have ended, and their bytes; of these, pages and bytes
+ * of gaps. */
+typedef struct { int64_t asked, missed, foreseen, missed_bytes, reads, read_bytes, gap_pages, gap_bytes; } pi2_neuron_counts;
 pi2_neuron_counts pi2_neuron_cache_counts(pi2_neuron_cache *c);
 /* Pins pages[0..n) (numbers within the region; no page is asked for by more than two before it is there) until there is no
  * room left; returns how many. Adds one to *pending for each

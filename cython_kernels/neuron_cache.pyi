@@ -6,6 +6,7 @@ import numpy.typing as npt
 
 IO: Mapping[str, int]
 MOST_DEPTH: int
+MOST_READ_THROUGH: int
 PAGE: int
 RECORD: np.dtype[np.void]
 
@@ -20,6 +21,8 @@ class Counters:
     bytes: int = 0
     busy_ns: int = 0
     stall_ns: int = 0
+    read_through: int = 0
+    read_through_bytes: int = 0
 
 class NeuronCache:
     n_regions: int
@@ -42,6 +45,7 @@ class NeuronCache:
         io: str = "auto",
         depth: int = 64,
         deadline: float | None = None,
+        read_through: int = 0,
     ) -> None: ...
     def trace(self, reads: int) -> None: ...
     def take_reads(self) -> tuple[npt.NDArray[np.void], int]: ...

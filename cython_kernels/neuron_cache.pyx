@@ -20,13 +20,14 @@ cdef extern from "flash.h" nogil:
     int64_t pi2_flash_close(pi2_flash *, int64_t)
 
 cdef extern from "neuron_cache.h" nogil:
+    enum: PI2_MERGED_BYTES
     ctypedef struct pi2_region:
         int64_t offset, page_bytes, last_bytes, head_bytes
         int32_t first, pages
     ctypedef struct pi2_neuron_cache:
         int32_t used, n_slots, n_pages, capacity
         uint32_t event
-        int64_t hits, early, misses, evictions, completed
+        int64_t hits, early, misses, evictions, completed, gap_pages, gap_bytes
         int64_t bytes, reads_done, busy_ns, stall_ns
     pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *, const pi2_region *, int, int32_t, int64_t, uint8_t *, int32_t,
                                               int32_t, int, int64_t, int *)
@@ -34,6 +35,7 @@ cdef extern from "neuron_cache.h" nogil:
         int64_t begin_ns, end_ns
         int32_t region
         uint16_t pages, foreseen
+    int pi2_neuron_cache_read_through(pi2_neuron_cache *, int64_t)
     int pi2_neuron_cache_trace(pi2_neuron_cache *, int64_t)
     int64_t pi2_neuron_cache_take_records(pi2_neuron_cache *, pi2_read_record *, int64_t *)
     int32_t pi2_neuron_cache_resize(pi2_neuron_cache *, int32_t)
@@ -46,6 +48,7 @@ cdef extern from "neuron_cache.h" nogil:
 
 IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
 MOST_DEPTH = PI2_FLASH_MOST
+MOST_READ_THROUGH = PI2_MERGED_BYTES
 PAGE = 4096
 """Pages and slots are multiples of it."""
 RECORD = np.dtype([("begin", np.int64), ("end", np.int64), ("region", np.int32), ("pages", np.uint16),
@@ -59,7 +62,8 @@ class Counters:
     """Of pages: asked for while they were there (hits; early: of these, read because they were foreseen, and asked for the
     first time) or not (misses), read to their end because their neurons fire (completed; in two phases only), and given up
     for others. Of reading: reads, bytes, nanoseconds with a read in flight, and nanoseconds in which
-    compute threads (all of them, added up) waited."""
+    compute threads (all of them, added up) waited. ``read_through``, ``read_through_bytes``: pages and bytes of gaps, which
+    nobody asked for, read to make one read of two; they are among ``bytes``."""
 
     hits: int = 0
     early: int = 0
@@ -70,6 +74,8 @@ class Counters:
     bytes: int = 0
     busy_ns: int = 0
     stall_ns: int = 0
+    read_through: int = 0
+    read_through_bytes: int = 0
 
 
 cdef class NeuronCache:
@@ -79,6 +85,7 @@ cdef class NeuronCache:
 
     A native thread that reads begins at once. ``name``: what errors call the file, where that is not ``path``.
     ``heads``: bytes of each region's pages that are read first, the rest once a program asks for it; 0: all at once.
+    ``read_through``: bytes of a gap between pages that a read runs through at most, whole PAGEs.
     ``depth``: reads in flight, at most MOST_DEPTH. ``deadline``: seconds; when none of those in flight ends for so long,
     reading fails.
     """
@@ -92,7 +99,7 @@ cdef class NeuronCache:
     cdef int64_t n_records
 
     def __cinit__(self, path, regions, uintptr_t memory, int slots, int64_t slot_bytes, *, heads=None, name=None,
-                  io="auto", int depth=64, deadline=None):
+                  io="auto", int depth=64, deadline=None, int64_t read_through=0):
         cdef int error = 0
         cdef int32_t first = 0
         cdef pi2_flash *flash
@@ -106,6 +113,8 @@ cdef class NeuronCache:
         if any(offset % PAGE or size % PAGE or not 0 < size <= slot_bytes or total < 1 or total % PAGE
                for offset, size, total in regions):
             raise InternalError(f"regions of neurons {regions} are whole pages of at most {slot_bytes} bytes")
+        if read_through % PAGE or not 0 <= read_through <= MOST_READ_THROUGH:
+            raise InternalError(f"gaps of {read_through} bytes")
         heads = [0] * len(regions) if heads is None else heads
         if any(head % PAGE or not 0 <= head < size for head, (_, size, _) in zip(heads, regions, strict=True)):
             raise InternalError(f"heads of {heads} bytes for pages of {regions}")
@@ -129,6 +138,8 @@ cdef class NeuronCache:
         if self.cache == NULL:
             pi2_flash_close(flash, -1)
             raise OSError(error, os.strerror(error), os.fspath(self.path))
+        if pi2_neuron_cache_read_through(self.cache, read_through):
+            raise MemoryError("neuron cache")
 
     def fill(self, int region, int first, int count):
         """Reads these pages of a region into free slots, while there are any. Blocks; releases the GIL.
@@ -217,7 +228,8 @@ cdef class NeuronCache:
         cdef pi2_neuron_cache *c = self.cache
         if c == NULL:
             return self.last or Counters()
-        return Counters(c.hits, c.early, c.misses, c.completed, c.evictions, c.reads_done, c.bytes, c.busy_ns, c.stall_ns)
+        return Counters(c.hits, c.early, c.misses, c.completed, c.evictions, c.reads_done, c.bytes, c.busy_ns, c.stall_ns,
+                        c.gap_pages, c.gap_bytes)
 
     def close(self):
         """Joins the reader. Only after the gang that runs the program was closed. Returns the bytes of reads that have not

@@ -51,6 +51,21 @@ static void decide(const pi2_program *p, const pi2_op *op, int64_t at, int64_t w
   for (int64_t j = 0; j < width; j++) fires[j] = (uint8_t)fires_at(op, at + j, g[j]);
 }
 
+/* The neuron of a cluster, counted from its first, whose bundle lies at a place. */
+static inline int64_t neuron_at(const pi2_bundles *b, int64_t first, int64_t place) {
+  return b->order ? b->order[place] : place - first;
+}
+/* Pages of a cluster's neurons that are wanted, ascending. Returns how many. */
+static int pages_of(const pi2_bundles *b, int64_t first, int64_t end, const uint8_t *wanted, int32_t *pages) {
+  int n = 0;
+  for (int64_t place = first; place < end; place++) {
+    if (!wanted[neuron_at(b, first, place)]) continue;
+    const int32_t page = (int32_t)(place / b->per_page);
+    if (!n || pages[n - 1] != page) pages[n++] = page;
+  }
+  return n;
+}
+
 /* The deciding matrix of a cluster: who fires, for which rows, on which pages. */
 static void gate_cluster(block *k, int c) {
   const pi2_program *p = k->p;
@@ -82,11 +97,10 @@ static void gate_cluster(block *k, int c) {
     }
   }
   pi2_cluster *cluster = &k->s->clusters[c];
-  cluster->n_pages = cluster->asked = 0;
+  cluster->n_pages = pages_of(b, first, end, wanted, cluster->pages), cluster->asked = 0;
   int64_t bytes = 0;
-  for (int64_t i = first, last = -1, group = -1; i < end; i++) {
+  for (int64_t i = first, group = -1; i < end; i++) {
     if (!wanted[i - first]) continue;
-    if (i / k->b->per_page != last) cluster->pages[cluster->n_pages++] = (int32_t)(last = i / k->b->per_page);
     bytes += k->b->neuron_bytes + k->b->up_stride;
     if (i / PI2_BLOCK != group) bytes += k->b->down_stride, group = i / PI2_BLOCK;
   }
@@ -174,7 +188,7 @@ static void foresee_cluster(const block *k, const pi2_op *next, int c, const pi2
   const int64_t first = (int64_t)c * PI2_CLUSTER, end = cluster_end(k, c), ld = PI2_TILE_BLOCKS * PI2_ROWS;
   float *tile = p->scratch[k->w->index].tile;
   int32_t pages[PI2_CLUSTER];
-  int n = 0;
+  uint8_t wanted[PI2_CLUSTER];
   for (int64_t at = first; at < end; at += ld) {
     const int64_t width = end - at < ld ? end - at : ld;
     pi2_multiply(p, m, at / PI2_ROWS, (int)((width + PI2_ROWS - 1) / PI2_ROWS), in, 0, k->rows, tile, ld);
@@ -183,11 +197,10 @@ static void foresee_cluster(const block *k, const pi2_op *next, int c, const pi2
     for (int64_t j = 0; j < width; j++) {
       int any = 0;
       for (int row = 0; row < k->rows; row++) any |= fires[row][j];
-      const int32_t page = (int32_t)((at + j) / next->bundles->per_page);
-      if (any && (!n || pages[n - 1] != page)) pages[n++] = page;
+      wanted[at - first + j] = (uint8_t)any;
     }
   }
-  pi2_neuron_cache_foresee(k->cache, next->bundles->region, pages, n);
+  pi2_neuron_cache_foresee(k->cache, next->bundles->region, pages, pages_of(next->bundles, first, end, wanted, pages));
 }
 
 /* Asks for what clusters need, in order, so that the oldest is never short of what a younger one has pinned. Returns
@@ -226,7 +239,7 @@ static void find_neurons(const block *k, const pi2_cluster *cluster, int64_t fir
     const uint8_t *at = pi2_neuron_cache_at(k->cache, b->region, cluster->pages[i]);
     const int64_t from = cluster->pages[i] * b->per_page;
     for (int64_t j = from < first ? first : from; j < end && j < from + b->per_page; j++)
-      k->s->places[j] = at + (j - from) * b->neuron_bytes;
+      k->s->places[first + neuron_at(b, first, j)] = at + (j - from) * b->neuron_bytes;
   }
 }
 static void prefetch(const uint8_t *p, int64_t bytes) {
@@ -282,7 +295,6 @@ static void choose(block *k, int c) {
   const int64_t first = (int64_t)c * PI2_CLUSTER, end = cluster_end(k, c);
   uint8_t fires[PI2_CLUSTER] = {0};
   int32_t pages[PI2_CLUSTER];
-  int n = 0;
   find_neurons(k, cluster, first, end);
   for (int row = 0; row < k->rows; row++) {
     if (!n_active(k, row, c)) continue;
@@ -290,10 +302,7 @@ static void choose(block *k, int c) {
     compute_gates(k, c, row);
     for (int i = 0; i < n_active(k, row, c); i++) fires[active(k, row, c)[i]] = 1;
   }
-  for (int64_t i = first; i < end; i++) { /* ascending, so pages come in their order */
-    const int32_t page = (int32_t)(i / k->b->per_page);
-    if (fires[i - first] && (!n || pages[n - 1] != page)) pages[n++] = page;
-  }
+  const int n = pages_of(k->b, first, end, fires, pages);
   atomic_store(&cluster->pending, 1);
   pi2_neuron_cache_complete(k->cache, k->b->region, pages, n, &cluster->pending);
   atomic_store(&cluster->stage, PI2_CHOSEN);

@@ -56,6 +56,7 @@ class Bundles:
         up_bias: Floats | None = None,
         down_bias: Floats | None = None,
         thresholds: Floats | None = None,
+        order: npt.NDArray[np.uint16] | None = None,
     ) -> None: ...
 
 class Program:

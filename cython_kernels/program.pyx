@@ -1,6 +1,6 @@
 """The data plane: a gang of native threads and the program it runs (gang.h, program.h)."""
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 
@@ -51,7 +51,7 @@ cdef extern from "neuron_cache.h" nogil:
     ctypedef struct pi2_neuron_cache:
         pass
     ctypedef struct pi2_neuron_counts:
-        int64_t asked, missed, foreseen, missed_bytes, reads, read_bytes
+        int64_t asked, missed, foreseen, missed_bytes, reads, read_bytes, gap_pages, gap_bytes
 
 cdef extern from "sparse.h" nogil:
     enum: PI2_CLUSTER
@@ -68,6 +68,7 @@ cdef extern from "sparse.h" nogil:
         const float *up_bias
         const float *down_bias
         const float *thresholds
+        const uint16_t *order
 
 cdef extern from "program.h" nogil:
     enum: PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD, PI2_HEAD, PI2_SPARSE, PI2_ROUTE
@@ -228,6 +229,8 @@ cdef class Bundles:
     has no gate. ``down_plane``: bytes from a group's scales to its minimums, in types that have them. Biases: float32.
     ``gate``: as ``up``, where gates are in the bundles too; ``gate_bytes``, ``up_bytes``: from a neuron's beginning to its
     row of up, and to its column of down. ``thresholds``: float32 (neurons,), None for an exact block; a neuron fires when the activated gate's magnitude is above.
+    ``order``: uint16 (neurons,), of each place the neuron of its cluster whose bundle lies there, a permutation of each cluster; None:
+    the neurons' own.
     Scales stay valid as long as the program lives.
     """
 
@@ -235,9 +238,15 @@ cdef class Bundles:
     cdef list keep
 
     def __init__(self, int region, up, down, *, int64_t down_plane, int64_t neurons, int64_t per_page, int64_t neuron_bytes,
-                 int64_t up_bytes, gate=None, int64_t gate_bytes=0, gate_bias=None, up_bias=None, down_bias=None, thresholds=None):
+                 int64_t up_bytes, gate=None, int64_t gate_bytes=0, gate_bias=None, up_bias=None, down_bias=None, thresholds=None, order=None):
         cdef const float[::1] bias
-        self.keep = [gate_bias, up_bias, down_bias, thresholds]
+        cdef const uint16_t[::1] places
+        self.keep = [gate_bias, up_bias, down_bias, thresholds, order]
+        if order is not None:
+            places = order
+            if places.shape[0] != neurons:
+                raise InternalError(f"an order of {places.shape[0]} for {neurons} neurons")
+            self.b.order = &places[0]
         self.b.gate_type, self.b.gate_bytes = -1, gate_bytes
         if gate is not None:
             self.b.gate_type, self.b.gate_stride = gate[0], gate[2]
@@ -655,7 +664,8 @@ cdef class Program:
         if self.neurons is not None:
             neurons = NeuronUse(r.neuron_bytes, r.used.asked - r.before.asked, r.used.missed - r.before.missed,
                                 r.used.foreseen - r.before.foreseen, r.used.missed_bytes - r.before.missed_bytes,
-                                r.used.reads - r.before.reads, r.used.read_bytes - r.before.read_bytes)
+                                r.used.reads - r.before.reads, r.used.read_bytes - r.before.read_bytes,
+                                r.used.gap_pages - r.before.gap_pages, r.used.gap_bytes - r.before.gap_bytes)
         return StepResult(step.id, tuple(sampled), tuple(scores), tuple(logits), False, r.begin_ns, r.end_ns, kernel_ns,
                           self.weight_bytes - r.skipped_bytes + r.neuron_bytes, self.streamed_bytes + r.cluster_bytes,
                           neurons), times

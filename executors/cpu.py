@@ -335,7 +335,15 @@ class CpuExecutor:
             held[f"{name}s"] = pages.nbytes
             details |= {
                 f"{name}_{each}": getattr(counters, each)
-                for each in ("hits", "early", "misses", "completed", "evictions")
+                for each in (
+                    "hits",
+                    "early",
+                    "misses",
+                    "completed",
+                    "evictions",
+                    "read_through",
+                    "read_through_bytes",
+                )
             }
             details |= {f"{name}_page_bytes": pages.slot_bytes, f"{name}_reads_at_once": pages.depth}
             reads += counters.reads

@@ -17,7 +17,7 @@ from pi2rt._errors import ModelFormatError
 from pi2rt.cython_kernels import native
 from pi2rt.executors.reference_model import ReferenceModel
 from pi2rt.executors.weights import to_floats
-from pi2rt.formats import ModelFile, TensorInfo
+from pi2rt.formats import ModelFile, TensorInfo, neuron_order
 from pi2rt.formats.quants import dequantize
 from pi2rt.models import FeedForward, ModelDescription
 from pi2rt.models.tensors import block_tensors
@@ -156,6 +156,8 @@ class _BlockWeights(Mapping[str, Floats]):
         bundles = names[info.name]
         pages = np.empty(bundles.nbytes, np.uint8)
         self._file.read_bundles_into(bundles, 0, pages.data)
+        if bundles.order is not None:
+            neuron_order.take_back(pages, bundles.layout, neuron_order.bundle_order(bundles))
         scales = self._file.read(info.name)
         if info.name != bundles.down:
             at = 0 if info.name == bundles.gate else bundles.gate_bytes

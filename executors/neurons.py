@@ -15,7 +15,7 @@ from pi2rt._errors import ClosedError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels import native, program
 from pi2rt.executors.page_cache import PageCache
 from pi2rt.executors.weights import Weights
-from pi2rt.formats import ModelFile, neuron_bundles
+from pi2rt.formats import ModelFile, neuron_bundles, neuron_order
 from pi2rt.models import FeedForward, ModelDescription, feed_forwards
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Floats
@@ -93,7 +93,14 @@ class Neurons(PageCache):
         self._numbers = {each.down: number for number, each in enumerate(self._bundles)}
         regions = [(each.offset, each.page_bytes, each.nbytes) for each in self._bundles]
         super().__init__(
-            file, regions, nbytes, io=io, deadline=deadline, depth=reads.neuron_depth, heads=heads
+            file,
+            regions,
+            nbytes,
+            io=io,
+            deadline=deadline,
+            depth=reads.neuron_depth,
+            heads=heads,
+            read_through=reads.neuron_gap,
         )
 
     @property
@@ -180,6 +187,7 @@ class Neurons(PageCache):
             up_bias=None if biased is None else weights.vectors[biased],
             down_bias=None if block.down.bias is None else weights.vectors[block.down.bias],
             thresholds=thresholds,
+            order=None if bundles.order is None else neuron_order.bundle_order(bundles),
         )
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ class PageCache:
         io: "auto", "uring" or "preadv".
         deadline: seconds; see ``NeuronCache``.
         depth: reads in flight, at most.
-        heads: see ``NeuronCache``.
+        heads, read_through: see ``NeuronCache``.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class PageCache:
         deadline: float | None,
         depth: int,
         heads: Sequence[int] | None = None,
+        read_through: int = 0,
     ) -> None:
         self.slot_bytes = max(size for _, size, _ in regions)
         self.region_pages = [-(-total // size) for _, size, total in regions]
@@ -53,6 +54,7 @@ class PageCache:
                 io=io,
                 depth=depth,
                 deadline=deadline,
+                read_through=read_through,
             )
         except BaseException:
             self._memory.close()

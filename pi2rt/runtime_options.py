@@ -17,6 +17,12 @@ MIXED_CHUNK = 64
 token."""
 
 
+MOST_READ_THROUGH = 1 << 20
+"""Bytes of one read of neurons, at most."""
+
+_SECTOR = 4096
+
+
 class RuntimeKeywords(TypedDict, total=False):
     """As ``RuntimeOptions``, all of them optional."""
 
@@ -34,6 +40,7 @@ class RuntimeKeywords(TypedDict, total=False):
     cache: int | str | None
     pipeline: Literal["cluster", "matrix", "none"]
     two_phase: bool
+    read_through: int | str | None
     sparsity: Literal["exact", "predicted", "thresholded"]
     calibration: str | os.PathLike[str] | None
     exact_floats: bool
@@ -79,6 +86,10 @@ class RuntimeOptions:
     two_phase: bool = False
     """Of a pack whose gates are in its bundles, first only the sectors with a neuron's gate are read, and the rest once
     that has let it through: fewer bytes in more reads."""
+    read_through: int | str | None = None
+    """Of a pack with neuron bundles, bytes between two neurons (or as "16K") read for nothing, at most, to make
+    one read of two: fewer reads of more bytes. Worth it below the device's bytes per second over its reads per second.
+    None: 0."""
     sparsity: Literal["exact", "predicted", "thresholded"] = "exact"
     """Which neurons of a pack rest: "exact", those whose output is zero; "thresholded", those too whose activated gate
     is below a threshold; "predicted", of a pack whose gates are in its bundles, those of which a predictor says that
@@ -122,6 +133,15 @@ class RuntimeOptions:
             raise RequestError(f"memory={self.memory!r}: at least one byte is needed")
         if self.cache not in (None, "off") and self.cache_bytes is not None and self.cache_bytes < 1:
             raise RequestError(f"cache={self.cache!r}: at least one byte is needed, or 'off'")
+        if not 0 <= self.read_through_bytes <= MOST_READ_THROUGH:
+            raise RequestError(
+                f"read_through={self.read_through!r}: from 0 to {MOST_READ_THROUGH} bytes are needed"
+            )
+        if self.read_through_bytes and self.two_phase:
+            raise RequestError(
+                f"read_through={self.read_through!r}: with two_phase, what lies between is left out on purpose; take "
+                f"one of the two"
+            )
         if self.activations not in ("int16", "int8"):
             raise RequestError(f"activations={self.activations!r}: one of 'int16', 'int8' is needed")
         if self.trace is not None and not Path(self.trace).absolute().parent.is_dir():
@@ -136,6 +156,15 @@ class RuntimeOptions:
     def cache_bytes(self) -> int | None:
         """The memory for neurons asked for; None where none was."""
         return 0 if self.cache == "off" else _size("cache", self.cache)
+
+    @property
+    def read_through_bytes(self) -> int:
+        """Of a gap, at most, in whole sectors."""
+        return (
+            (0 if self.read_through == "off" else _size("read_through", self.read_through) or 0)
+            // _SECTOR
+            * _SECTOR
+        )
 
     @property
     def step_tokens(self) -> int:

@@ -260,12 +260,16 @@ async def open_runtime(
             executor_options = replace(
                 executor_options, thresholds=lossy.thresholds, predictors=lossy.predictors
             )
-        if (chosen.cache is not None or chosen.pipeline != "cluster" or chosen.two_phase) and not (
-            file.bundles and chosen.memory
-        ):
+        for_neurons = (
+            chosen.cache is not None
+            or chosen.pipeline != "cluster"
+            or chosen.two_phase
+            or chosen.read_through_bytes
+        )
+        if for_neurons and not (file.bundles and chosen.memory):
             raise RequestError(
-                "cache, pipeline and two_phase are for neurons that are read when they fire: that takes a memory "
-                "budget, and a pack with neuron bundles"
+                "cache, pipeline, two_phase and read_through are for neurons that are read when they fire: that takes "
+                "a memory budget, and a pack with neuron bundles"
             )
 
         neurons_at_first = executor_options.neuron_bytes or all_neurons(file)
@@ -375,7 +379,7 @@ def _executor_options(
     need, streaming = need_of(tokens), StreamingPlan()
     each = -(-context // PAGE_TOKENS)
     if chosen.memory is not None:
-        own = rss_bytes() + OWN_MEMORY
+        own = rss_bytes() + OWN_MEMORY + chosen.read_through_bytes  # where gaps go
         limit = min(available + own, chosen.memory_bytes)
         available = limit - own
         if not chosen.exact_floats:
@@ -412,7 +416,7 @@ def _executor_options(
         neuron_bytes=streaming.neuron_bytes,
         pipeline=chosen.pipeline,
         two_phase=chosen.two_phase,
-        reads=_reads(file, chosen.io),
+        reads=replace(_reads(file, chosen.io), neuron_gap=chosen.read_through_bytes),
         trace=trace,
     )
 

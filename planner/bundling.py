@@ -5,8 +5,9 @@ Of a layer's matrices one at a time is in memory, with its scales and a few mega
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from pi2rt._errors import ModelFormatError
@@ -23,6 +24,7 @@ from pi2rt.formats.neuron_bundles import (
     up_scales,
     up_scales_bytes,
 )
+from pi2rt.formats.neuron_order import CLUSTER, Order, bundle_order, decode_order, encode_order, put_in_order
 from pi2rt.formats.pack_writer import PackWriter, Planned
 from pi2rt.models import FeedForward, ModelDescription, feed_forwards
 from pi2rt.models.tensors import block_tensors
@@ -55,10 +57,18 @@ class Bundled:
 
 
 def bundled_blocks(
-    file: ModelFile, model: ModelDescription, bundling: Bundling = "relu"
+    file: ModelFile,
+    model: ModelDescription,
+    bundling: Bundling = "relu",
+    orders: Mapping[str, Order] | None = None,
 ) -> Iterator[Bundled]:
     """The blocks that are stored by neuron: of the activations that ``bundling`` says, those the type of whose matrices
-    is among ``neuron_bundles.TYPES`` and whose neurons are whole groups."""
+    is among ``neuron_bundles.TYPES`` and whose neurons are whole groups. ``orders``: by the name of the down tensor, of
+    those whose bundles are to lie in another order than their neurons'.
+
+    Raises:
+        ValueError: an order is none of its block's neurons.
+    """
     for layer in model.layers if bundling != "off" else ():
         tensors = [each for block in layer.blocks for each in block_tensors(block, model.dim)]
         last = [name for name, shape in tensors if len(shape) == 2][-1:]
@@ -75,6 +85,13 @@ def bundled_blocks(
                     _matrix(down),
                     gate=None if gate is None else _matrix(gate),
                 )
+                if orders and down.name in orders:
+                    raw = encode_order(orders[down.name])
+                    try:
+                        decode_order(raw, bundles.neurons)
+                    except ValueError as error:
+                        raise ValueError(f"the order of {down.name} {error}") from None
+                    bundles = replace(bundles, order=raw)
                 yield Bundled(up, down, bundles, last[0], rests(block), gate)
 
 
@@ -165,7 +182,9 @@ class BundleWriter:
         behind = ((block.gate, 0), (block.up, bundles.gate_bytes))  # where in a neuron they begin
         parts = [(info, at) for info, at in behind if info is not None]
         rows, neurons = down.shape
-        step = step_neurons(bundles)
+        order = None if bundles.order is None else bundle_order(bundles)
+        # places of whole clusters are filled from the neurons of these clusters
+        step = step_neurons(bundles) if order is None else math.lcm(bundles.neurons_per_page, CLUSTER)
         step *= max(1, PIECE_BYTES // (step * bundles.neuron_bytes))
         step_pages = -(-min(step, neurons) // bundles.neurons_per_page)
         row_bytes = max((info.nbytes // neurons for info, _ in parts), default=0)
@@ -187,6 +206,8 @@ class BundleWriter:
                         info.type, raw, count, info.shape[1], bundles.layout, to, None, at_byte=at
                     )
                 native.bundle_down(down.type, raw_down, rows, neurons, first, count, bundles.layout, to, None)
+                if order is not None:
+                    put_in_order(to, bundles.layout, order[first : first + count])
                 self._writer.write(bundles.name, to)
                 self._read(0)
         finally:

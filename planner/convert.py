@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,13 @@ import numpy as np
 from pi2rt._errors import ConversionError, ModelFormatError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels import native
 from pi2rt.formats import ModelFile, TensorInfo, open_model_file
+from pi2rt.formats.calibration import open_calibration
 from pi2rt.formats.gguf import GgufFile
 from pi2rt.formats.huggingface import COMPANIONS, MAX_CONFIG_BYTES, HuggingFaceDirectory
 from pi2rt.formats.neuron_bundles import GROUP
 from pi2rt.formats.neuron_bundles import TYPES as BUNDLED_TYPES
-from pi2rt.formats.pack import PackFile
+from pi2rt.formats.neuron_order import Order
+from pi2rt.formats.pack import PackFile, model_digest
 from pi2rt.formats.pack_header import (
     CHECKSUM_BYTES,
     DIGEST_BYTES,
@@ -63,6 +65,7 @@ def convert(
     *,
     overwrite: bool = False,
     bundles: Bundling = "relu",
+    order: str | os.PathLike[str] | Mapping[str, Order] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Writes the pack of a model. Blocks: from Trio, call it in a thread, and let ``progress`` raise the cancellation.
@@ -75,16 +78,20 @@ def convert(
         overwrite: whether a file that is there already may be replaced.
         bundles: which feed-forward blocks are stored by neuron: "relu", those whose neurons rest by themselves;
             "gates", these with their gates; "all", as thresholds need it; or "off".
+        order: in which order the bundles of each block lie: the calibration of the same model (``pi2rt calibrate``),
+            or, by the names of down tensors, ``neuron_order.Order``; None, or of a block not among them: in that
+            of the neurons. Changes no result.
         progress: called between pieces, from the calling thread.
 
     Raises:
         ModelNotFoundError, ModelFormatError, UnsupportedModelError: as ``open_model_file`` and ``describe`` do, and
             where a scale or value is NaN or infinite.
-        RequestError: the source is a pack already, or the destination is there or cannot be written to.
+        RequestError: the source is a pack already, or the destination is there or cannot be written to, or the order is
+            not of this model's bundles.
         ConversionError: the disk is full, the source changed meanwhile, or another process writes the same pack.
     """
     with open_model_file(source_path) as file:
-        convert_file(file, destination, overwrite=overwrite, bundles=bundles, progress=progress)
+        convert_file(file, destination, overwrite=overwrite, bundles=bundles, order=order, progress=progress)
 
 
 def convert_file(
@@ -93,6 +100,7 @@ def convert_file(
     *,
     overwrite: bool = False,
     bundles: Bundling = "relu",
+    order: str | os.PathLike[str] | Mapping[str, Order] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """As ``convert``, of a model that is open. One that is not read from files, but made up as it is read, has metadata
@@ -102,7 +110,7 @@ def convert_file(
         raise RequestError(f"{file.path} is a pack already")
     if destination.exists() and any(destination.samefile(path) for path in _source_paths(file)):
         raise RequestError(f"{destination} is the model itself; choose another name")
-    _Conversion(file, destination, overwrite, bundles, progress or _ignore).run()
+    _Conversion(file, destination, overwrite, bundles, _Orders.of(order), progress or _ignore).run()
 
 
 def source_stamps(file: ModelFile) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -122,11 +130,41 @@ def reading_order(model: ModelDescription) -> Iterator[str]:
             yield from (name for name, shape in tensors if len(shape) == dims)
 
 
+@dataclass(frozen=True, slots=True)
+class _Orders:
+    """``by_down``: by the names of down tensors; ``source``: ``PackFile.source_digest`` of the model they are of, where
+    that is known; ``name``: for messages."""
+
+    by_down: Mapping[str, Order]
+    source: bytes | None = None
+    name: str = "order"
+
+    @classmethod
+    def of(cls, given: str | os.PathLike[str] | Mapping[str, Order] | None) -> Self:
+        if given is None or isinstance(given, Mapping):
+            return cls(given or {})
+        calibration = open_calibration(Path(given))
+        if not calibration.orders():
+            raise RequestError(
+                f"{os.fspath(given)} has no order of neurons; calibrate again (pi2rt calibrate)"
+            )
+        return cls(calibration.orders(), calibration.source, os.fspath(given))
+
+    def refuse(self, problem: str) -> RequestError:
+        return RequestError(f"{self.name}: {problem}")
+
+
 class _Conversion:
     """One run: what goes where, and how far it is."""
 
     def __init__(
-        self, file: ModelFile, destination: Path, overwrite: bool, bundles: Bundling, progress: Progress
+        self,
+        file: ModelFile,
+        destination: Path,
+        overwrite: bool,
+        bundles: Bundling,
+        orders: _Orders,
+        progress: Progress,
     ) -> None:
         self._file, self._destination, self._overwrite, self._progress = (
             file,
@@ -134,6 +172,7 @@ class _Conversion:
             overwrite,
             progress,
         )
+        self._orders = orders
         model = describe(file)
         self._named = {name for name, _ in iterate_tensors(model)}
         # Vectors that the description does not name may be part of how it is made (factors of the rotation).
@@ -143,7 +182,14 @@ class _Conversion:
             if info.name not in self._named and len(info.shape) == 1 and info.nbytes
         ]
         self._tensors = [*(file.tensors[name] for name in reading_order(model)), *rest]
-        self._bundled = tuple(bundled_blocks(file, model, bundles))
+        try:
+            self._bundled = tuple(bundled_blocks(file, model, bundles, orders.by_down))
+        except ValueError as error:
+            raise orders.refuse(str(error)) from None
+        if others := set(orders.by_down) - {each.down.name for each in self._bundled}:
+            raise orders.refuse(
+                f"is of {min(others)}, which of {file.path} is not stored by neuron (--bundles {bundles})"
+            )
         useless = {
             "all": not self._bundled,
             "gates": all(each.gate is None for each in self._bundled),
@@ -188,13 +234,22 @@ class _Conversion:
                 self._write_tensors(writer)
                 for name, data in companions.items():
                     writer.write(name, np.frombuffer(data, np.uint8))
-                source = self._source(container, self._await(digests))
+                found_digests = self._await(digests)
+                self._refuse_others_order(found_digests)
+                source = self._source(container, found_digests)
             finally:
                 stop.set()
             for path, stamp in zip(self._paths, self._stamps, strict=True):
                 if _stamp(path) != stamp:
                     raise ConversionError(f"{path} changed while it was converted; convert it again")
             writer.finish(source)
+
+    def _refuse_others_order(self, digests: Sequence[bytes]) -> None:
+        """Names and shapes are those of any model of the kind; an order from another one would be worth nothing."""
+        if self._orders.source is not None and digests and self._orders.source != model_digest(digests):
+            raise self._orders.refuse(
+                f"is of another model than {self._file.path}; calibrate again (pi2rt calibrate)"
+            )
 
     def _planned(self) -> Iterator[Planned]:
         by_neuron = {info.name: each for each in self._bundled for info in each.tensors}

@@ -40,6 +40,8 @@ class DecodeUse:
     reads_p99: float
     read_bytes_mean: float
     needed_reads: float
+    read_through_mean: float = 0.0
+    read_through_bytes_mean: float = 0.0
 
     @classmethod
     def of(cls, steps: Sequence[StepUse]) -> Self:
@@ -51,7 +53,8 @@ class DecodeUse:
         missed_bytes = [use.missed_bytes for use in neurons] or [0]
         reads = [use.reads for use in neurons] or [0]
         read_bytes = sum(use.read_bytes for use in neurons)
-        needed = min(1.0, sum(missed_bytes) / read_bytes) if read_bytes else 0.0
+        wanted = read_bytes - sum(use.read_through_bytes for use in neurons)
+        needed = min(1.0, sum(missed_bytes) / wanted) if wanted > 0 else 0.0
         return cls(
             len(steps),
             _mean([step.weight_bytes for step in steps]),
@@ -65,6 +68,8 @@ class DecodeUse:
             percentile(reads, 0.99),
             read_bytes / max(1, len(neurons)),
             _mean(reads) * needed,
+            _mean([use.read_through for use in neurons] or [0]),
+            _mean([use.read_through_bytes for use in neurons] or [0]),
         )
 
 

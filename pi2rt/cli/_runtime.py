@@ -97,6 +97,12 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         "(default: off)",
     )
     group.add_argument(
+        "--read-through",
+        metavar="SIZE",
+        help="bytes between two neurons that are read for nothing, at most, to make one read of two, such as 16K "
+        "(default: 0)",
+    )
+    group.add_argument(
         "--sparsity",
         choices=("exact", "predicted", "thresholded"),
         default="exact",
@@ -148,6 +154,7 @@ async def opened(
                         cache=options.cache,
                         pipeline=options.pipeline,
                         two_phase=options.two_phase == "on",
+                        read_through=options.read_through,
                         sparsity=options.sparsity,
                         calibration=options.calibration,
                         on_load=bar.update,

@@ -40,7 +40,8 @@ class Result:
     """Units are in the names; the fractions are of 1. ``decode_spread``: (largest - smallest) / median of the
     decode speed over the repeats, to see how quiet the machine was. ``bytes_per_token``: weights computed with,
     of neurons those that fired; of these ``streamed_bytes_per_token`` in matrices that are read for each token,
-    and misses: pages of neurons that the cache did not have. Rates of flash are 0 where nothing is read."""
+    and misses: pages of neurons that the cache did not have. ``read_through``: pages of gaps (--read-through). Rates of
+    flash are 0 where nothing is read."""
 
     model: str
     executor: str
@@ -62,6 +63,8 @@ class Result:
     missed_bytes_per_token_p99: float
     neuron_reads_per_token: float
     needed_reads_per_token: float
+    read_through_per_token: float
+    read_through_bytes_per_token: float
     memory_bandwidth_bytes_per_s: float
     flash_bandwidth_bytes_per_s: float
     flash_reads_per_s: float
@@ -145,6 +148,8 @@ async def _run(options: argparse.Namespace) -> int:
         missed_bytes_per_token_p99=use.missed_bytes_p99,
         neuron_reads_per_token=use.reads_mean,
         needed_reads_per_token=use.needed_reads,
+        read_through_per_token=use.read_through_mean,
+        read_through_bytes_per_token=use.read_through_bytes_mean,
         memory_bandwidth_bytes_per_s=rates.memory,
         flash_bandwidth_bytes_per_s=rates.flash,
         flash_reads_per_s=rates.flash_reads,
@@ -289,4 +294,9 @@ def _flash_lines(result: Result) -> Iterator[str]:
             f"  neurons missing per token: mean {result.misses_per_token_mean:.0f} "
             f"({size(round(result.missed_bytes_per_token_mean))}), P99 {result.misses_per_token_p99:.0f} "
             f"({size(round(result.missed_bytes_per_token_p99))})"
+        )
+    if result.read_through_per_token:
+        yield (
+            f"  read through in gaps per token: {result.read_through_per_token:.0f} pages "
+            f"({size(round(result.read_through_bytes_per_token))})"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pi2rt.cli import _runtime
 
@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from pi2rt.formats.calibration import BlockCalibration, Calibration, Method
+    from pi2rt.formats.calibration import BlockCalibration, Calibration, Method, Reading
+
+WHICH: tuple[Literal["own", "ordered", "own_half", "ordered_half"], ...] = (
+    "own",
+    "ordered",
+    "own_half",
+    "ordered_half",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +131,11 @@ def _document(found: Calibration) -> dict[str, Any]:
             "perplexity": found.predicted.perplexity,
             "perplexity_increase": found.increase("predicted"),
         },
+        "order": {
+            "blocks": len(found.orders()),
+            "gap_bytes": found.gap,
+            **{which: _reading(found.reading(which)) for which in WHICH},
+        },
         "blocks": [
             {
                 "layer": block.layer,
@@ -139,6 +151,10 @@ def _document(found: Calibration) -> dict[str, Any]:
                     }
                     for method in block.thresholds
                 },
+                "ordered": block.order is not None,
+                "reading": None
+                if block.readings is None
+                else {which: _reading(getattr(block.readings, which)) for which in WHICH},
                 "predictor": None
                 if (each := block.predictor) is None
                 else {
@@ -167,6 +183,7 @@ def _lines(found: Calibration, path: Path) -> Iterator[str]:
         ]
         yield f"{block.layer:>5} {block.neurons:>7} {block.firing().mean():>6.1%} " + " ".join(cells)
     yield from _predictor_lines(found)
+    yield from _order_lines(found)
     yield f"exact: perplexity {found.exact:.4f} over {found.scored} held-out tokens"
     for method, cost in found.costs.items():
         chosen = ", used by --sparsity thresholded" if method == found.method else ""
@@ -185,6 +202,47 @@ def _lines(found: Calibration, path: Path) -> Iterator[str]:
             f"{found.predicted.perplexity:.4f} ({found.increase('predicted'):+.1%})"
         )
     yield f"{path}: {size(path.stat().st_size)}"
+
+
+def _reading(found: Reading) -> dict[str, float]:
+    """For a token, means over the held-out text."""
+    return {"pages": found.pages, "reads": found.reads, "reads_through_gaps": found.through}
+
+
+def _order_lines(found: Calibration) -> Iterator[str]:
+    """Reads for a token, before and after, of what fires on the held-out text."""
+    from pi2rt.cli._console import size
+
+    if not any(block.readings for block in found.blocks):
+        return
+    kinds = ("nothing in memory", f"gaps of {size(found.gap)}", "half in memory", "half, gaps")
+    yield f"{'layer':>5} {'reads per token:':>16} " + " ".join(f"{kind:>18}" for kind in kinds)
+    rows = [(str(block.layer), block.readings) for block in found.blocks if block.readings is not None]
+    for name, each in rows:
+        yield f"{name:>5} {'':>16} " + " ".join(
+            f"{f'{before:.1f} -> {after:.1f}':>18}"
+            for old, new in ((each.own, each.ordered), (each.own_half, each.ordered_half))
+            for before, after in ((old.reads, new.reads), (old.through, new.through))
+        )
+    before, after = found.reading("own"), found.reading("ordered")
+    before_half, after_half = found.reading("own_half"), found.reading("ordered_half")
+    yield (
+        f"order: {_change(before.reads, after.reads)} reads per token with nothing in memory, "
+        f"{_change(before_half.reads, after_half.reads)} with the half of the pages that fires most "
+        f"(convert --order); {_worth(found, before_half, after_half)}"
+    )
+
+
+def _worth(found: Calibration, before: Reading, after: Reading) -> str:
+    if not found.orders():
+        return "it gains nothing, and no block keeps it"
+    if after.reads > 0.97 * before.reads:
+        return "next to nothing where what fires often is in memory"
+    return f"of {len(found.orders())} of {len(found.blocks)} blocks"
+
+
+def _change(before: float, after: float) -> str:
+    return f"{after / before - 1:+.1%}" if before else "none"
 
 
 def _predictor_lines(found: Calibration) -> Iterator[str]:

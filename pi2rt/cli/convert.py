@@ -19,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="feed-forward blocks that are stored by neuron: of ReLU models; of these with their gates, for --sparsity "
         "predicted; all, for --sparsity thresholded; none (default: relu)",
     )
+    parser.add_argument(
+        "--order",
+        metavar="CALIBRATION",
+        help="neurons of a block that fire together lie together, as 'pi2rt calibrate' found for this model",
+    )
 
 
 def main(options: argparse.Namespace) -> int:
@@ -37,7 +42,15 @@ async def _convert(options: argparse.Namespace) -> int:
     path = await fetch(options.model)
     with Bar("converting") as bar:
         await work_in_thread(
-            partial(convert, path, options.pack, overwrite=options.force, bundles=options.bundles), bar
+            partial(
+                convert,
+                path,
+                options.pack,
+                overwrite=options.force,
+                bundles=options.bundles,
+                order=options.order,
+            ),
+            bar,
         )
     print(f"{options.pack}: {size(os.stat(options.pack).st_size)}")
     return 0

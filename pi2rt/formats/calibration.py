@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pi2rt._errors import ConversionError, ModelFormatError, RequestError, UnsupportedModelError
 from pi2rt.formats.model_file import printable
+from pi2rt.formats.neuron_order import Order, decode_order
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.regular_file import RegularFile
 
@@ -38,6 +39,7 @@ METHODS: tuple[Method, ...] = ("cats", "chess")
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+_Mean = Annotated[float, msgspec.Meta(ge=0, le=1 << 24)]
 _Perplexity = Annotated[float, msgspec.Meta(ge=1, le=1e30)]
 _Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 
@@ -76,9 +78,30 @@ class PredictorRecord(msgspec.Struct, frozen=True):
         return first.reshape(self.rank, self.dim), second.reshape(-1, self.rank), bias
 
 
+class Reading(msgspec.Struct, frozen=True):
+    """What a token's firing neurons take to read, means over held-out text: ``pages``; ``reads``, neighbouring pages
+    being one; ``through``, with gaps of ``Calibration.gap`` bytes read through, too."""
+
+    pages: _Mean
+    reads: _Mean
+    through: _Mean
+
+
+class Readings(msgspec.Struct, frozen=True):
+    """With bundles in the ``own`` order of the pack that was calibrated, and ``ordered``; where none is in memory, and
+    where the ``half`` of the pages is that fire most."""
+
+    own: Reading
+    ordered: Reading
+    own_half: Reading
+    ordered_half: Reading
+
+
 class BlockCalibration(msgspec.Struct, frozen=True):
     """A feed-forward block. ``down``: name of its down tensor; ``frequency``: for each neuron, float16, little endian,
-    the share of the calibration text's tokens for which its activated gate was not zero."""
+    the share of the calibration text's tokens for which its activated gate was not zero; ``order``: that of bundles in
+    which neurons that fire together lie together, for ``neuron_order.decode_order``, None where it gains nothing;
+    ``readings``: what it is worth."""
 
     layer: _Count
     down: _Name
@@ -86,6 +109,8 @@ class BlockCalibration(msgspec.Struct, frozen=True):
     frequency: bytes
     thresholds: dict[Method, Thresholds]
     predictor: PredictorRecord | None = None
+    order: bytes | None = None
+    readings: Readings | None = None
 
     def firing(self, method: Method | None = None) -> Floats:
         """Frequencies with thresholds of that method, or exactly: float32 (neurons,)."""
@@ -112,7 +137,7 @@ class Cost(msgspec.Struct, frozen=True):
 class Calibration(msgspec.Struct, frozen=True):
     """``source``: ``PackFile.source_digest``; ``wanted``: share of neurons that were to rest; ``tokens`` that were
     looked at, ``scored`` tokens of the held-out text, and its ``exact`` perplexity; ``costs``: by method;
-    ``method``: the one to use."""
+    ``method``: the one to use; ``gap``: see ``Reading``."""
 
     source: _Digest
     wanted: _Share
@@ -123,6 +148,20 @@ class Calibration(msgspec.Struct, frozen=True):
     costs: dict[Method, Cost]
     blocks: Annotated[tuple[BlockCalibration, ...], msgspec.Meta(min_length=1, max_length=1 << 17)]
     predicted: Cost | None = None
+    gap: _Count = 0
+
+    def orders(self) -> dict[str, Order]:
+        """By the name of the down tensor, of the blocks that have one."""
+        return {
+            block.down: decode_order(block.order, block.neurons)
+            for block in self.blocks
+            if block.order is not None
+        }
+
+    def reading(self, which: Literal["own", "ordered", "own_half", "ordered_half"]) -> Reading:
+        """Of all blocks together; zeros where none was measured."""
+        found = [getattr(block.readings, which) for block in self.blocks if block.readings is not None]
+        return Reading(*(sum(getattr(each, name) for each in found) for name in Reading.__struct_fields__))
 
     def thresholds(self) -> dict[str, Floats]:
         """By the name of the down tensor, of the method to use."""
@@ -206,7 +245,7 @@ def read_calibration(path: Path, pack: PackFile) -> Calibration:
         ModelFormatError: it is malformed, or of another model; the message says what to do.
         UnsupportedModelError: it is of another version.
     """
-    calibration = _decode(path)
+    calibration = open_calibration(path)
     if calibration.source != pack.source_digest:
         raise ModelFormatError(
             path, "source", f"is another model than that of {pack.path}; calibrate again (pi2rt calibrate)"
@@ -224,7 +263,8 @@ def read_calibration(path: Path, pack: PackFile) -> Calibration:
     return calibration
 
 
-def _decode(path: Path) -> Calibration:
+def open_calibration(path: Path) -> Calibration:
+    """The calibration at ``path``, of whatever model. Raises as ``read_calibration`` does."""
     file = RegularFile(path)
     try:
         if file.size < PREAMBLE.size:
@@ -278,6 +318,11 @@ def _check(path: Path, calibration: Calibration) -> None:
         if set(block.thresholds) != methods:
             raise ModelFormatError(path, f"{field}: thresholds", f"are not those of {_list(methods)}")
         _check_predictor(path, f"{field}: predictor", block)
+        if block.order is not None:
+            try:
+                decode_order(block.order, block.neurons)
+            except ValueError as error:
+                raise ModelFormatError(path, f"{field}: order", str(error)) from None
         for method, each in block.thresholds.items():
             _check_shares(path, f"{field}: frequency with {method}", each.frequency, block.neurons)
             sizes = (4, 4 * block.neurons)

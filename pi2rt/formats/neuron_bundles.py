@@ -28,7 +28,8 @@ class NeuronBundles:
     ``gate_bytes`` of gate quants, then ``up_bytes`` of up quants, then its down quants. ``gate``, ``up`` and
     ``down`` name the tensors. ``up`` is None where that matrix decides which neurons fire (a block without gate),
     and so is not in bundles; ``gate`` is None where the gates are not there, but a matrix by themselves. Scales are
-    not here: they are the tensors' own bytes.
+    not here: they are the tensors' own bytes. ``order``: where bundles lie in another order than their neurons', for
+    ``neuron_order.decode_order``; then i counts places.
 
     ``offset``: absolute, in the file, a multiple of 4096; ``nbytes``: of all pages.
     """
@@ -45,6 +46,7 @@ class NeuronBundles:
     up_bytes: int
     gate: str | None = None
     gate_bytes: int = 0
+    order: bytes | None = None
 
     @property
     def pages(self) -> int:

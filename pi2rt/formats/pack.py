@@ -10,7 +10,7 @@ import itertools
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,17 +18,19 @@ from typing import Any
 import msgspec
 
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
-from pi2rt.formats import neuron_bundles, row_blocks
+from pi2rt.formats import neuron_bundles, neuron_order, row_blocks
 from pi2rt.formats.model_file import ModelFile, TensorInfo, printable
 from pi2rt.formats.neuron_bundles import Matrix, NeuronBundles
 from pi2rt.formats.pack_header import (
     ALIGNMENT,
     DIGEST_BYTES,
+    FLAGS,
     MAGIC,
     MAX_HEADER_BYTES,
-    NEVER_REST,
+    ORDERED,
     PREAMBLE_BYTES,
     VERSION,
+    BundlesEntry,
     Header,
     MetadataError,
     Region,
@@ -128,10 +130,9 @@ class PackFile(ModelFile):
     def source_digest(self) -> bytes:
         """32 bytes that tell the model apart from any other, however it was converted: BLAKE2b of the digests of the
         files it was made from, or, of one that was made of none, of the checksums of its tensors."""
-        digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-        for part in [each.digest for each in self.source.files] or [each.checksum for each in self.sections]:
-            digest.update(part)
-        return digest.digest()
+        return model_digest(
+            [each.digest for each in self.source.files] or [each.checksum for each in self.sections]
+        )
 
     @property
     def sections(self) -> Sequence[Section]:
@@ -177,10 +178,11 @@ class PackFile(ModelFile):
                 "version",
                 f"is {version}; this pi2rt reads packs of version {VERSION}: convert the model again",
             )
-        if flags & ~NEVER_REST:
+        if flags & ~FLAGS:
             raise UnsupportedModelError(
-                self.path, "flags", f"are {flags:#x}; this pi2rt knows {NEVER_REST:#x} alone"
+                self.path, "flags", f"are {flags:#x}; this pi2rt knows {FLAGS:#x} alone"
             )
+        self._ordered = bool(flags & ORDERED)
         if declared != size:
             problem = "truncated" if size < declared else "longer than it was written"
             raise self._error("file length", f"is {size} bytes, not {declared}: it is {problem}")
@@ -262,12 +264,23 @@ class PackFile(ModelFile):
                 said, derived = getattr(entry, key), getattr(arranged, key)
                 if said != derived:
                     raise self._error(f"{field}: {key}", f"is {said}, but its tensors make it {derived}")
-            bundles[down.name] = arranged
+            bundles[down.name] = replace(arranged, order=self._order(f"{field}: order", entry))
             scales[down.name] = neuron_bundles.down_scales_bytes(down)
             for matrix in (gate, up):
                 if matrix is not None:
                     scales[matrix.name] = neuron_bundles.up_scales_bytes(matrix)
         return bundles, scales
+
+    def _order(self, field: str, entry: BundlesEntry) -> bytes | None:
+        if entry.order is None:
+            return None
+        if not self._ordered:
+            raise self._error(field, f"is there, but flag {ORDERED:#x} is not")
+        try:
+            neuron_order.decode_order(entry.order, entry.neurons)
+        except ValueError as error:
+            raise self._error(field, str(error)) from None
+        return entry.order
 
     def _matrix(self, field: str, name: str, entries: Mapping[str, TensorEntry]) -> Matrix:
         entry = entries.get(name)
@@ -322,6 +335,14 @@ class PackFile(ModelFile):
 
     def _error(self, field: str, problem: str) -> ModelFormatError:
         return ModelFormatError(self.path, field, problem)
+
+
+def model_digest(parts: Sequence[bytes]) -> bytes:
+    """See ``PackFile.source_digest``: of digests of files, or of checksums."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 def header_digest(preamble: bytes | bytearray, header: bytes | bytearray) -> bytes:

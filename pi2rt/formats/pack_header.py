@@ -19,6 +19,10 @@ VERSION = 1
 NEVER_REST = 1
 """Flag: there are bundles of blocks whose activation is not of the ReLU family. A reader that does not know it would
 take neurons to be zero that are not."""
+ORDERED = 2
+"""Flag: there are bundles with an order of their own (``neuron_order.py``). A reader that does not know it would take
+one neuron for another."""
+FLAGS = NEVER_REST | ORDERED
 PREAMBLE_BYTES = 64
 ALIGNMENT = 4096
 """Of the data, of each tensor and companion in it, and of the file's length."""
@@ -86,6 +90,7 @@ class BundlesEntry(Region, frozen=True):
     neurons_per_page: _Size
     neuron_bytes: _Size
     gate: _Name | None = None
+    order: bytes | None = None
 
 
 class Header(msgspec.Struct, frozen=True):

@@ -28,6 +28,7 @@ from pi2rt.formats.pack_header import (
     DIGEST_BYTES,
     MAGIC,
     MAX_HEADER_BYTES,
+    ORDERED,
     PREAMBLE_BYTES,
     VERSION,
     BundlesEntry,
@@ -85,7 +86,7 @@ class PackWriter:
         architecture, metadata: see ``Header``.
         plan: tensors and bundles first, then companions.
         overwrite: whether a file that is there already may be replaced.
-        flags: of the preamble.
+        flags: of the preamble; that bundles have an order is added.
 
     Raises:
         RequestError: the destination is there already, or cannot be written to.
@@ -104,7 +105,8 @@ class PackWriter:
         flags: int = 0,
     ) -> None:
         self.path = destination
-        self._flags = flags
+        ordered = any(each.bundles is not None and each.bundles.order is not None for each in plan)
+        self._flags = flags | (ORDERED if ordered else 0)
         self._source, self._architecture, self._metadata = source, architecture, metadata
         self._plan = plan
         self._overwrite = overwrite
@@ -306,6 +308,7 @@ class PackWriter:
                         neurons_per_page=found.neurons_per_page,
                         neuron_bytes=found.neuron_bytes,
                         gate=found.gate,
+                        order=found.order,
                     )
                 )
             else:

@@ -12,11 +12,13 @@ class FlashReads:
 
     ``stream``: of matrices that are read in order, which are cut into pieces of ``stream_bytes``. ``neuron``: of pages
     of neurons; these are small, and the thread that reaps them shares its core with one that computes (there 64
-    give 48,000 reads/s and 128 give 56,000). ``cluster``: of the experts' pages, of about a megabyte.
+    give 48,000 reads/s and 128 give 56,000); one read runs through gaps between them of ``neuron_gap`` bytes at most,
+    whole pages of 4096. ``cluster``: of the experts' pages, of about a megabyte.
     """
 
     stream_bytes: int = 1 << 20
     stream_depth: int = 8
     neuron_depth: int = 128
     cluster_depth: int = 8
+    neuron_gap: int = 0
     measured: bool = False

@@ -109,7 +109,8 @@ class NeuronUse:
     scales. In pages of the pack, each of one neuron or several: ``asked``, those with a neuron that fired;
     ``missed``, of these, those that the cache did not have and that had to be read, ``missed_bytes``;
     ``foreseen``, of the missed, those whose read had begun before they were asked for. ``reads``, ``read_bytes``:
-    what flash gave meanwhile, in vain or not; neighbouring pages come in one read."""
+    what flash gave meanwhile, in vain or not; neighbouring pages come in one read. ``read_through``,
+    ``read_through_bytes``: of that, pages and bytes of gaps between pages, read to make one read of two."""
 
     nbytes: int
     asked: int
@@ -118,6 +119,8 @@ class NeuronUse:
     missed_bytes: int
     reads: int
     read_bytes: int
+    read_through: int = 0
+    read_through_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,16 @@ from pi2rt.formats.calibration import (
     Calibration,
     Cost,
     PredictorRecord,
+    Reading,
+    Readings,
     calibration_path,
+    open_calibration,
     read_calibration,
     recorded,
     recorded_shares,
     write_calibration,
 )
+from pi2rt.formats.neuron_order import encode_order
 from pi2rt.formats.pack import PackFile
 from pi2rt.planner.convert import convert
 from tests.support.tiny_models import TinyModel, write_gguf
@@ -115,6 +119,35 @@ def test_predictors(tmp_path: Path, pack: Path) -> None:
     assert (first.dtype, second.dtype, bias.dtype) == (np.float16, np.float16, np.float32)
     np.testing.assert_array_equal(first, np.random.default_rng(3).random((3, 64)).astype(np.float16))
     assert record.nbytes == 2 * 3 * (64 + 96) + 4 * 96
+
+
+def test_orders(tmp_path: Path, pack: Path) -> None:
+    plain = calibration_of(pack)
+    assert plain.orders() == {}
+    assert plain.reading("own") == Reading(0, 0, 0)
+    each = Reading(3.0, 2.0, 1.0)
+    order = np.arange(96, dtype=np.uint16)[::-1]
+    first = msgspec.structs.replace(
+        plain.blocks[0], order=encode_order(order), readings=Readings(each, each, each, each)
+    )
+    second = msgspec.structs.replace(plain.blocks[1], readings=Readings(each, each, each, each))
+    written = msgspec.structs.replace(plain, blocks=(first, second), gap=16384)
+    write_calibration(tmp_path / "c", written)
+    assert read(tmp_path / "c", pack) == written == open_calibration(tmp_path / "c")
+    assert list(written.orders()) == [first.down]
+    np.testing.assert_array_equal(written.orders()[first.down], order)
+    assert written.reading("ordered_half") == Reading(6, 4, 2)
+    for raw, why in (
+        (bytes(192), "does not have each of the neurons 0 to 95 once"),
+        (encode_order(order)[1:], "has 191 bytes, not 2 for each of 96 neurons"),
+        (b"", "has 0 bytes"),
+    ):
+        broken = msgspec.structs.replace(first, order=raw)
+        write_calibration(
+            tmp_path / "c", msgspec.structs.replace(written, blocks=(broken, second)), overwrite=True
+        )
+        with pytest.raises(ModelFormatError, match=why):
+            open_calibration(tmp_path / "c")
 
 
 def test_it_lies_beside_the_pack_and_is_replaced_only_when_asked(tmp_path: Path, pack: Path) -> None:

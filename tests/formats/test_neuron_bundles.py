@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
-from pi2rt.formats import open_model_file
+from pi2rt.formats import neuron_order, open_model_file
 from pi2rt.formats.neuron_bundles import Matrix, NeuronBundles, arrange, step_neurons
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.pack_writer import Planned
@@ -57,6 +57,7 @@ BUNDLES: dict[str, Any] = copy.deepcopy(VALID) | {
     ],
 }
 DATA_BYTES = 61440
+BACKWARDS = np.arange(64)[::-1].astype("<u2")
 
 
 def changed(change: Callable[[dict[str, Any]], object]) -> bytes:
@@ -86,6 +87,56 @@ def test_the_valid_one_opens(tmp_path: Path) -> None:
         assert [each.name for each in file.sections][-2:] == ["both", "alone"]
         up = file.tensors["up"]
         assert (up.layout, up.shape, up.offset, up.nbytes) == ("neurons", (64, 96), data + 20480, 4096)
+
+
+def ordered(order: object, flags: int = 2) -> bytes:
+    """The valid pack, whose first bundles have this order."""
+    header = copy.deepcopy(BUNDLES)
+    header["bundles"][0]["order"] = order
+    return build(header, data=DATA_BYTES, flags=flags)
+
+
+def test_an_order(tmp_path: Path) -> None:
+    path = tmp_path / "ordered.pi2"
+    path.write_bytes(ordered(BACKWARDS.tobytes()))
+    with PackFile(path) as file:
+        order = file.bundles["down"].order
+        assert order is not None
+        np.testing.assert_array_equal(neuron_order.decode_order(order, 64), BACKWARDS)
+        assert file.bundles["other"].order is None
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> neuron_order.Order:
+    neurons = draw(st.integers(1, 50)) * 32
+    random = np.random.default_rng(draw(st.integers(0, 1 << 16)))
+    sizes = [min(512, neurons - at) for at in range(0, neurons, 512)]
+    return np.concatenate([random.permutation(size) for size in sizes]).astype(np.uint16)
+
+
+@given(orders(), st.integers(1, 12), st.integers(64, 330), st.data())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_there_and_back(order: neuron_order.Order, per_page: int, size: int, data: st.DataObject) -> None:
+    neurons = len(order)
+    raw = neuron_order.encode_order(order)
+    np.testing.assert_array_equal(neuron_order.decode_order(raw, neurons), order)
+    np.testing.assert_array_equal(np.sort(neuron_order.neurons_at(order)), np.arange(neurons))
+    layout = (per_page, 4096, size, 0)
+    pages = np.zeros(-(-neurons // per_page) * 4096, np.uint8)
+    for neuron in range(neurons):
+        at = neuron // per_page * 4096 + neuron % per_page * size
+        pages[at : at + size] = np.resize(np.array([neuron], "<u4").view(np.uint8), size)
+    moved = pages.copy()
+    neuron_order.put_in_order(moved, layout, order)
+    place = data.draw(st.integers(0, neurons - 1))
+    at = place // per_page * 4096 + place % per_page * size
+    assert moved[at : at + 4].view("<u4")[0] == place // 512 * 512 + order[place]
+    neuron_order.take_back(moved, layout, order)
+    np.testing.assert_array_equal(moved, pages)
+    damaged = order.copy()
+    damaged[place] = data.draw(st.integers(0, 65535).filter(lambda value: value != order[place]))
+    with pytest.raises(ValueError, match=f"neurons {place // 512 * 512} to .* once in their cluster"):
+        neuron_order.decode_order(neuron_order.encode_order(damaged), neurons)
 
 
 def test_other_files_have_none(tmp_path: Path) -> None:
@@ -203,6 +254,19 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "page_bytes": (bundles(page_bytes=0), "bundles both: page_bytes: is 0, but its tensors make it 4096"),
     "neurons_per_page": (bundles(neurons_per_page=0), "neurons_per_page: is 0, but its tensors make it 12"),
     "neuron_bytes": (bundles(neuron_bytes=319), "neuron_bytes: is 319, but its tensors make it 320"),
+    "order short": (
+        ordered(BACKWARDS[1:].tobytes()),
+        "bundles both: order: has 126 bytes, not 2 for each of 64 neurons",
+    ),
+    "order long": (ordered(bytes(4096)), "bundles both: order: has 4096 bytes, not 2 for each of 64"),
+    "order of zeros": (
+        ordered(bytes(128)),
+        "bundles both: order: does not have each of the neurons 0 to 63 once in their cluster",
+    ),
+    "order beyond": (ordered((BACKWARDS + 1).tobytes()), "does not have each of the neurons 0 to 63 once"),
+    "order no bytes": (ordered("x" * 128), "Expected `bytes"),
+    "order without flag": (ordered(BACKWARDS.tobytes(), 0), "order: is there, but flag 0x2 is not"),
+    "order with the other flag": (ordered(BACKWARDS.tobytes(), 1), "order: is there, but flag 0x2 is not"),
     "nbytes": (bundles(nbytes=20480), "bundles both: nbytes: is 20480, but its tensors make it 24576"),
     "nbytes huge": (bundles(nbytes=1 << 62), "bundles both: offset: 32768 and"),
     "offset not aligned": (bundles(offset=64), "bundles both: offset: 64 is not a multiple of 4096"),

@@ -50,7 +50,8 @@ class DocumentedReader:
     def __init__(self, raw: bytes) -> None:
         assert raw[:8] == b"PI2\0PACK"
         version, flags, length, size = struct.unpack_from("<IIQQ", raw, 8)
-        assert (version, flags, size) == (1, 0, len(raw))
+        assert (version, size) == (1, len(raw))
+        self.flags = flags
         assert hashlib.blake2b(raw[:32] + raw[64 : 64 + length], digest_size=32).digest() == raw[32:64]
         self.header: dict[str, Any] = msgpack.unpackb(raw[64 : 64 + length], ext_hook=array)
         self._raw, self._data = raw, -(-(64 + length) // 4096) * 4096
@@ -96,7 +97,7 @@ class DocumentedReader:
         assert not pages[:, size * per_page :].any()
         neurons = pages[:, : size * per_page].reshape(-1, size)
         assert not neurons[bundles["neurons"] :].any()
-        neurons = neurons[: bundles["neurons"]]
+        neurons = self.in_order(neurons[: bundles["neurons"]], bundles["order"])
         scales = np.frombuffer(self.bytes_of(tensor), "<f2").astype(np.float32)
         affine = tensor["type"] == "Q4_1"
         if tensor is gate or tensor is up:
@@ -116,6 +117,16 @@ class DocumentedReader:
         if affine:
             return numbers[0] * quants + numbers[1]
         return numbers[0] * (quants - (8 if tensor["type"] == "Q4_0" else 0))
+
+    def in_order(self, places: Bytes, order: bytes | None) -> Bytes:
+        """From places to neurons."""
+        if order is None:
+            return places
+        assert self.flags == 2
+        neurons = np.empty_like(places)
+        for place, neuron in enumerate(struct.unpack(f"<{len(places)}H", order)):
+            neurons[place // 512 * 512 + neuron] = places[place]
+        return neurons
 
 
 def up_neurons(kind: str, data: Bytes, columns: int) -> Floats:
@@ -243,6 +254,7 @@ def test_a_reader_from_the_document(tmp_path: Path, shift: int) -> None:
     source = write_gguf(tmp_path / "m.gguf", model, types=dict(zip(ROLES, names, strict=False)))
     convert(source, tmp_path / "m.pi2")
     reader = compare(source, tmp_path / "m.pi2")
+    assert reader.flags == 0
     with open_model_file(source) as file:
         assert reader.header["architecture"] == file.architecture
         assert list(reader.header["metadata"]) == list(file.metadata)
@@ -273,3 +285,17 @@ def test_a_reader_of_neurons(tmp_path: Path, roles: str, up: str, down: str) -> 
     assert {name for name, layout in layouts.items() if layout == "neurons"} == {
         f"blk.{layer}.ffn_{role}.weight" for layer in (0, 1) for role in roles.split()
     }
+
+
+@pytest.mark.parametrize(("dim", "hidden"), [(96, 1184), (544, 1056), (4096, 544)])
+def test_a_reader_of_neurons_in_another_order(tmp_path: Path, dim: int, hidden: int) -> None:
+    """Several clusters, the last one short; pages of 12, of 3 and of one neuron."""
+    model = TinyModel(seed=9, dim=dim, hidden=hidden, layers=1, head_dim=16, config={"hidden_act": "relu"})
+    source = write_gguf(tmp_path / "m.gguf", model, weight_type="Q4_0", types={"ffn_down": "Q8_0"})
+    random = np.random.default_rng(dim)
+    sizes = [min(512, hidden - at) for at in range(0, hidden, 512)]
+    order = np.concatenate([random.permutation(size) for size in sizes]).astype(np.uint16)
+    convert(source, tmp_path / "m.pi2", order={"blk.0.ffn_down.weight": order})
+    reader = compare(source, tmp_path / "m.pi2")
+    (bundles,) = reader.header["bundles"]
+    assert (reader.flags, bundles["order"]) == (2, order.astype("<u2").tobytes())

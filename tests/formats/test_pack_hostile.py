@@ -271,7 +271,7 @@ UNSUPPORTED: dict[str, tuple[bytes, str]] = {
         build(version=2),
         "version: is 2; this pi2rt reads packs of version 1: convert the model again",
     ),
-    "flags": (build(flags=4), "flags: are 0x4; this pi2rt knows 0x1 alone"),
+    "flags": (build(flags=4), "flags: are 0x4; this pi2rt knows 0x3 alone"),
     "type": (tensor(type="Q2_K"), "tensor m: type: is Q2_K; pi2rt reads F32, F16, BF16, Q4_0"),
     "layout": (
         tensor(layout="bundles"),

@@ -56,6 +56,10 @@ class FaultyDisk:
         """Reads fail with this errno: the disk is unplugged."""
         self._tell("fail", error)
 
+    def damage(self, first: int, last: int) -> None:
+        """Reads that overlap bytes ``first`` to ``last`` fail: sectors are broken."""
+        self._tell("damage", first, last)
+
     def come_short(self) -> None:
         """Of more than one block, reads get the first half."""
         self._tell("short")
@@ -206,6 +210,8 @@ class Server:
         mode, first, last = self.mode if flags & DIRECT or self.mode[0] == "hang_wholly" else ("work", 0, 0)
         if mode.startswith("hang") and offset < last and offset + size > first:
             self.hanging.append((number, offset, size))
+        elif mode == "damage" and offset < last and offset + size > first:
+            self.send(number, error=errno.EIO)
         elif mode == "fail":
             self.send(number, error=first)
         else:
