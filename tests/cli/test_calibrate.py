@@ -114,7 +114,7 @@ def test_a_relu_model(pi2rt: Run, packs: dict[str, str], text: str) -> None:
 
 def test_an_order(pi2rt: Run, tmp_path: Path, text: str) -> None:
     """On a text that repeats itself, neurons that fire together lie together; the text made stays."""
-    model = TinyModel("llama", seed=3, dim=4096, hidden=1024, layers=2, heads=2, kv_heads=1, head_dim=64, context=1024,
+    model = TinyModel("llama", seed=3, dim=2560, hidden=544, layers=2, heads=2, kv_heads=1, head_dim=64, context=1024,
                       config={"hidden_act": "relu"})  # fmt: skip
     source, plain, ordered = (str(tmp_path / name) for name in ("m.gguf", "plain.pi2", "ordered.pi2"))
     write_gguf(Path(source), model, weight_type="Q4_0")
@@ -154,8 +154,7 @@ def test_an_order(pi2rt: Run, tmp_path: Path, text: str) -> None:
     assert bench["read_through_bytes_per_token"] == pytest.approx(4096 * bench["read_through_per_token"])
     assert bench["read_through_per_token"] > 0
     # what is found of an ordered pack is of the same neurons, and beside the order that is there it gains nothing
-    assert pi2rt("calibrate", ordered, text, "--json", *FEW).status == 0
-    again = json.loads(pi2rt("calibrate", ordered, text, "--json", "--force", *FEW).output)
+    again = json.loads(pi2rt("calibrate", ordered, text, "--json", *FEW).output)
     assert again["order"]["own"] == again["order"]["ordered"] == found["order"]["ordered"]
     assert again["order"]["blocks"] == 0
     cases = [
