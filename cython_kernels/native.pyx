@@ -440,7 +440,7 @@ cdef class Kernels:
         cdef float *d = <float *>(arranged.address + (k + 511) // 512 * 1024)
         cdef float *s = d + (k // 32 + 15) // 16 * 16
         q, scale_d, scale_s, sums = self.quantize(x, wide=wide)
-        cdef int8_t[::1] qv = q
+        cdef int8_t[::1] qv = q.view(np.int8)
         cdef float[::1] dv = scale_d, sv = scale_s
         out = np.empty(n, np.float32)
         cdef float[::1] o = out

@@ -75,6 +75,7 @@ INLINE void quantize_fine(const float *x, int64_t b, int16_t *q, float *d, float
   d[b] = scale;
   s[b] = scale * (float)i_sum(i_add(i0, i1));
   h[2 * b] = PI2_FINE;
+  h[2 * b + 1] = 0;
 }
 static void quantize16(const float *x, int64_t k, int8_t *out, float *d, float *s, int16_t *h) {
   for (int64_t b = 0; b < k / PI2_BLOCK; b++) quantize_fine(x, b, (int16_t *)out, d, s, h);

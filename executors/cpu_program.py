@@ -71,7 +71,9 @@ class ProgramBuilder:
         predictors: Mapping[str, LoadedPredictor],
     ) -> None:
         self._file, self._model, self._weights, self._options = file, model, weights, options
-        self._mixed = options.activations == "mixed"  # decided over whole rows, so not where parts of one are made
+        self._mixed = (
+            options.activations == "mixed"
+        )  # decided over whole rows, so not where parts of one are made
         self._program = program.Program(
             gang,
             native.kernels_address(options.kernels),
@@ -169,7 +171,9 @@ class ProgramBuilder:
                 expert=expert,
             )
             return
-        q8 = not self._mixed and not self._is_float(block.down)  # then hidden is a multiple of 32
+        # Neurons of ReLU blocks may also be computed one by one (sparse_ffn), without a row of all of them.
+        mixed = self._mixed and block.activation not in ("relu", "relu2")
+        q8 = not mixed and not self._is_float(block.down)  # then hidden is a multiple of 32
         self._program.ffn(
             index,
             self._norm(block.norm),
