@@ -23,6 +23,7 @@ cdef extern from "kernels.h" nogil:
                                      const float *, float *) noexcept nogil
     ctypedef void (*pi2_neuron_columns)(const uint8_t *const *, const int16_t *, int, const uint8_t *, int64_t, float, float,
                                         int64_t, float *) noexcept nogil
+    ctypedef void (*pi2_quantizer)(const float *, int64_t, int8_t *, float *, float *, int16_t *) noexcept nogil
     ctypedef struct pi2_kernels:
         const char *name
         int lanes
@@ -34,8 +35,7 @@ cdef extern from "kernels.h" nogil:
         pi2_gemm_float gemm_float[31]
         pi2_neuron_rows neuron_rows[31]
         pi2_neuron_columns neuron_columns[31]
-        void (*quantize8)(const float *, int64_t, int8_t *, float *, float *, int16_t *) noexcept nogil
-        void (*quantize16)(const float *, int64_t, int8_t *, float *, float *, int16_t *) noexcept nogil
+        pi2_quantizer quantize8, quantize16, quantize_mixed
         void (*rmsnorm)(const float *, const float *, float, float, float *, int64_t) noexcept nogil
         void (*add)(const float *, float *, int64_t) noexcept nogil
         void (*activate)(int, int, const float *, const float *, float *, int64_t) noexcept nogil

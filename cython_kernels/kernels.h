@@ -19,7 +19,7 @@
  *
  * Activations are integers with one float scale per 32 columns (pi2_q8): int16 by default, int8 on request. int8 is what
  * others use and costs half the multiplications, but on SmolLM2-135M it changes the likeliest token at 4 % of positions
- * (docs/performance.md); int16 changes none that float32 would not. In int16 rows the four columns of a group stand in the
+ * (docs/performance.md); int16 changes none that float32 would not, and a mixture of both 1.7 % (pi2_q8). In int16 rows the four columns of a group stand in the
  * order 0, 2, 1, 3: even and odd bytes of a weight register, widened, meet neighbouring pairs.
  *
  * Bit identity. All instruction sets perform the same float operations on the same lanes in the same order (fused
@@ -47,8 +47,12 @@ enum pi2_kv_type { PI2_KV_F16 = 0, PI2_KV_Q8 = 1, PI2_KV_F32 = 2 };
 enum pi2_activation { PI2_NONE = 0, PI2_SILU = 1, PI2_GELU = 2, PI2_GELU_TANH = 3, PI2_RELU = 4, PI2_RELU2 = 5 };
 
 /* n rows of integer activations. Row i: q + i*ldq bytes, k values of int8 or int16; d, s + i*ldb, k/32 values;
- * h + i*2*ldb, k/16 values. value = d[b] * q. s[b] = d[b] * (sum of the block's q); h[2b], h[2b+1] = sums of q over its
- * halves (int8 only). */
+ * h + i*2*ldb, k/16 values. value = d[b] * q. s[b] = d[b] * (sum of the block's q); h[2b], h[2b+1] = sums of an int8
+ * block's q over its halves.
+ * int16 rows: h[2b] is PI2_FINE, or block b is 256 times an int8 block, which stands at 32*b behind the k values of int16,
+ * and whose sums of halves h has. A product may take either: the bits are the same, for 256 is a power of two. */
+#define PI2_FINE INT16_MIN
+#define PI2_FINER 1.5
 typedef struct {
   int8_t *q;
   float *d, *s;
@@ -91,6 +95,8 @@ typedef void (*pi2_neuron_columns)(const uint8_t *const *columns, const int16_t 
  * padded with zeros to whole chunks (bundles.c). */
 void pi2_arrange(const pi2_q8 *x, int wide, int64_t k, int16_t *to, float *d, float *s);
 
+typedef void (*pi2_quantizer)(const float *x, int64_t k, int8_t *q, float *d, float *s, int16_t *h);
+
 typedef struct {
   const char *name;
   int lanes; /* of the widest register, in floats; for reports */
@@ -103,8 +109,7 @@ typedef struct {
   pi2_neuron_rows neuron_rows[PI2_TYPES];
   pi2_neuron_columns neuron_columns[PI2_TYPES];
   /* k multiple of 32. q, d, s, h: one row of pi2_q8. */
-  void (*quantize8)(const float *x, int64_t k, int8_t *q, float *d, float *s, int16_t *h);
-  void (*quantize16)(const float *x, int64_t k, int8_t *q, float *d, float *s, int16_t *h); /* h is not written */
+  pi2_quantizer quantize8, quantize16, quantize_mixed; /* quantize16: all blocks are fine; mixed: some (vector_template.h) */
   /* y = x * rsqrt(mean(x^2) + eps) * (w + offset); y may be x. */
   void (*rmsnorm)(const float *x, const float *w, float offset, float eps, float *y, int64_t n);
   /* y += x */

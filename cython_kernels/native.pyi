@@ -69,7 +69,7 @@ class Kernels:
     name: str
     def __init__(self, name: str | None = None) -> None: ...
     def quantize(
-        self, x: Floats, *, wide: bool = False
+        self, x: Floats, *, wide: bool = False, mixed: bool = False
     ) -> tuple[Any, Floats, Floats, npt.NDArray[np.int16]]: ...
     def neuron_rows(
         self,
@@ -102,6 +102,7 @@ class Kernels:
         x: Floats,
         *,
         wide: bool = False,
+        mixed: bool = False,
         panels: bool = False,
     ) -> Floats: ...
     def rmsnorm(self, x: Floats, w: Floats, offset: float, eps: float) -> Floats: ...

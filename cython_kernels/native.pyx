@@ -352,6 +352,10 @@ def _read(Memory block, name):
     return sum
 
 
+cdef pi2_quantizer quantizer(const pi2_kernels *k, bint wide, bint mixed) noexcept:
+    return k.quantize_mixed if wide and mixed else k.quantize16 if wide else k.quantize8
+
+
 cdef class Kernels:
     """One variant's kernels, callable from Python on numpy arrays. Shapes are checked; speed is not the point."""
 
@@ -364,33 +368,33 @@ cdef class Kernels:
     def name(self):
         return self.k.name.decode()
 
-    def quantize(self, const float[::1] x, *, bint wide=False):
+    def quantize(self, const float[::1] x, *, bint wide=False, bint mixed=False):
         """float32 (n,), n a multiple of 32, to (q int8 or int16 (n,), d, s float32 (n/32,), h int16 (n/16,)). int16
-        values come in the file's order, not in the kernel's; h is of int8 only."""
+        values come in the file's order, not in the kernel's; kernels.h says what h and ``mixed`` are."""
         cdef int64_t n = x.shape[0]
         if n % 32:
             raise ValueError(f"{n} values: not a multiple of 32")
-        q = np.zeros(n, np.int16 if wide else np.int8)
+        q = np.zeros(n * 3 if wide else n, np.int8)
         d = np.empty(n // 32, np.float32)
         s = np.empty(n // 32, np.float32)
         h = np.zeros(n // 16, np.int16)
-        cdef int8_t[::1] qv = q.view(np.int8)
+        cdef int8_t[::1] qv = q
         cdef float[::1] dv = d, sv = s
         cdef int16_t[::1] hv = h
         if n:
-            (self.k.quantize16 if wide else self.k.quantize8)(&x[0], n, &qv[0], &dv[0], &sv[0], &hv[0])
+            quantizer(self.k, wide, mixed)(&x[0], n, &qv[0], &dv[0], &sv[0], &hv[0])
         if wide:
-            q = q.reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(-1)
+            q = q[:2 * n].view(np.int16).reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(-1)
         return q, d, s, h
 
     def gemm(self, type_name, uintptr_t address, int64_t rows, int64_t k, const float[:, ::1] x, *, bint wide=False,
-             bint panels=False):
+             bint mixed=False, bint panels=False):
         """W (rows, k) as row blocks at ``address`` times x float32 (n, k): (n, rows). Where W is quantised, activations
-        become int16 (``wide``) or int8, and row blocks are multiplied several at once (``panels``, as many as the variant
+        become int16 (``wide``, some of 8 bits where also ``mixed``) or int8, and row blocks are multiplied several at once (``panels``, as many as the variant
         takes; what is left one by one) or one by one."""
         cdef int type_id = TYPE_IDS[type_name]
         cdef int64_t n = x.shape[0], size = pi2_row_block_bytes(type_id, k), blocks = (rows + 15) // 16, b
-        cdef int64_t ldq = k * (2 if wide else 1)
+        cdef int64_t ldq = k * (3 if wide else 1)
         cdef bint is_float = self.k.gemm8[type_id] == NULL
         cdef pi2_gemm gemm = self.k.gemm16[type_id] if wide else self.k.gemm8[type_id]
         cdef pi2_panel panel = self.k.panel16[type_id] if wide else self.k.panel8[type_id]
@@ -410,7 +414,7 @@ cdef class Kernels:
             s = np.empty((n, k // 32), np.float32)
             h = np.empty((n, k // 16), np.int16)
             for b in range(n):
-                (self.k.quantize16 if wide else self.k.quantize8)(&x[b, 0], k, &q[b, 0], &d[b, 0], &s[b, 0], &h[b, 0])
+                quantizer(self.k, wide, mixed)(&x[b, 0], k, &q[b, 0], &d[b, 0], &s[b, 0], &h[b, 0])
             q8.q, q8.d, q8.s, q8.h, q8.ldq, q8.ldb = &q[0, 0], &d[0, 0], &s[0, 0], &h[0, 0], ldq, k // 32
         b = 0
         while panels and not is_float and b + self.k.panel <= blocks:

@@ -11,7 +11,7 @@ static void prepare_row(const pi2_program *p, const pi2_op *op, const float *x, 
     p->kernels->rmsnorm(x, op->norm.weight, op->norm.offset, op->norm.eps, floats, k);
     x = floats;
   }
-  if (needs_q8) pi2_quantize(p, x, k, q8);
+  if (needs_q8) (op->kind == PI2_HEAD ? pi2_quantize : pi2_quantize_row)(p, x, k, q8);
 }
 
 pi2_input pi2_prepare(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, int64_t k, const int32_t *row_of,

@@ -130,7 +130,8 @@ static int prepare_ahead(const block *k, const pi2_op *next, int exact, pi2_inpu
     float *floats = scratch->ahead_floats + row * p->dim;
     kernels->rmsnorm(p->x + (row_of ? row_of[row] : row) * p->dim, next->norm.weight, next->norm.offset, next->norm.eps, floats,
                      p->dim);
-    if (!predicted) (exact && p->wide ? kernels->quantize16 : kernels->quantize8)(floats, p->dim, q8.q, q8.d, q8.s, q8.h);
+    if (!predicted && exact) pi2_quantize_row(p, floats, p->dim, &q8);
+    else if (!predicted) kernels->quantize8(floats, p->dim, q8.q, q8.d, q8.s, q8.h);
   }
   *in = (pi2_input){.q8 = scratch->ahead, .floats = scratch->ahead_floats, .ld = p->dim, .narrow = !exact};
   return 1;

@@ -66,15 +66,15 @@ INLINE void panel_unpack(int type, const int wide, const uint8_t *w, int64_t k, 
   }
 }
 
-/* Adds integer sums of a block to the float sums in out. */
-INLINE void panel_add(int type, const int tile, vi dot[PI2_PANEL][4], const vf *dw, const vf *mw, const panel_input *x,
-                      float *out, int64_t ldo) {
+/* Adds integer sums of a block to the float sums in out. `coarse`: they are a 256th of what the scales are for. */
+INLINE void panel_add(int type, const int coarse, const int tile, vi dot[PI2_PANEL][4], const vf *dw, const vf *mw,
+                      const panel_input *x, float *out, int64_t ldo) {
   const float *d = x->d, *s = x->s;
   vf by[PI2_PANEL], plus[PI2_PANEL];
   __asm__ volatile("" : "+r"(out), "+r"(d), "+r"(s) : "r"(dw), "r"(mw) : "memory");
   for (int r = 0; r < PI2_PANEL; r++) by[r] = dw[r], plus[r] = mw[r];
   for (int c = 0; c < tile; c++, out += ldo, d += x->ldb, s += x->ldb) {
-    const vf dc = v_set(*d), sc = v_set(*s); /* read before out is written: the compiler cannot know that they differ */
+    const vf dc = v_set(coarse ? *d * 256.0f : *d), sc = v_set(*s); /* read before out is written: the compiler cannot know that they differ */
     __asm__("" : "+r"(out), "+r"(d), "+r"(s));
     for (int r = 0; r < PI2_PANEL; r++) {
       vf f = v_fma(v_mul(i_to_float(dot[r][c]), dc), by[r], v_load(out + r * PI2_ROWS));
@@ -106,7 +106,7 @@ INLINE void panel16_columns(int type, const int tile, const panel_block *p, cons
         for (int r = 0; r < PI2_PANEL; r++) sum[r][c] = i_madd(sum[r][c], p->pairs[r][step], v);
       }
     }
-    panel_add(type, tile, sum, p->dw[half], p->mw, x, out, ldo);
+    panel_add(type, 0, tile, sum, p->dw[half], p->mw, x, out, ldo);
   }
 }
 
@@ -118,7 +118,7 @@ INLINE int32_t begin_of(int type, int half, const panel_input *x, int c) {
   const int16_t *h = x->h + 2 * c * x->ldb;
   return PI2_SHORT ? 0 : type == PI2_Q6_K ? -32 * h[half] : type == PI2_Q8_0 ? -PI2_BIAS * (h[0] + h[1]) : 0;
 }
-INLINE void panel8_columns(int type, const int tile, const panel_block *p, const panel_input *x, float *out, int64_t ldo) {
+INLINE void panel8_columns(int type, const int coarse, const int tile, const panel_block *p, const panel_input *x, float *out, int64_t ldo) {
   const int parts = parts_of(type), groups = 8 / parts;
   vi dot[PI2_PANEL][4], waiting[PI2_PANEL][4]; /* for the next part, in memory */
 #pragma GCC unroll 4
@@ -153,20 +153,21 @@ INLINE void panel8_columns(int type, const int tile, const panel_block *p, const
     }
     if (part + 1 < parts) __asm__ volatile("" : : "r"(waiting) : "memory");
   }
-  panel_add(type, tile, dot, p->dw[0], p->mw, x, out, ldo);
+  panel_add(type, coarse, tile, dot, p->dw[0], p->mw, x, out, ldo);
 }
 
-INLINE void panel_tile(int type, const int wide, const int tile, const panel_block *p, const pi2_q8 *x, int c, int64_t b,
-                       panel_ahead ahead, float *out, int64_t ldo) {
+/* `coarse`: the columns' blocks stand as int8 `behind` their int16 ones. */
+INLINE void panel_tile(int type, const int wide, const int coarse, const int64_t behind, const int tile, const panel_block *p,
+                       const pi2_q8 *x, int c, int64_t b, panel_ahead ahead, float *out, int64_t ldo) {
   panel_input in = {.d = x->d + c * x->ldb + b, .s = x->s + c * x->ldb + b, .h = x->h + 2 * (c * x->ldb + b), .ldb = x->ldb};
-  const int8_t *q = x->q + c * x->ldq + (b * PI2_BLOCK << wide);
+  const int8_t *q = x->q + c * x->ldq + (coarse ? behind + b * PI2_BLOCK : b * PI2_BLOCK << wide);
   __asm__("" : "+r"(q)); /* one pointer, not one for each column, from tile to tile */
   for (int i = 0; i < tile; i++) in.q[i] = q + i * x->ldq;
   out += c * ldo;
   if (!is_wide(type, wide)) {
     for (int i = 0; ahead.at && i < PI2_STEPS; i++)
       v_prefetch(ahead.at + i % PI2_PANEL * ahead.stride + i / PI2_PANEL * 64);
-    panel8_columns(type, tile, p, &in, out, ldo);
+    panel8_columns(type, coarse, tile, p, &in, out, ldo);
     return;
   }
   const int16_t *y[4];
@@ -182,15 +183,23 @@ INLINE void panel_tile(int type, const int wide, const int tile, const panel_blo
   panel16_columns(type, tile, p, y, &in, ahead, out, ldo);
 }
 
+INLINE int is_coarse(const pi2_q8 *x, int c, int n, int64_t b) {
+  const int16_t *h = x->h + 2 * (c * x->ldb + b);
+  int fine = 0;
+  for (int i = 0; i < n; i++) fine |= h[2 * i * x->ldb] == PI2_FINE;
+  return !fine;
+}
 INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n,
                        float *out, int64_t ldo) {
   const int64_t blocks = k / PI2_BLOCK;
   for (int c = 0; c < n; c++)
     for (int r = 0; r < PI2_PANEL; r++) v_store(out + c * ldo + r * PI2_ROWS, v_zero());
   const uint8_t *quants = w + pi2_scales_bytes_of(type, k);
+  const int mixed = wide && !is_wide(type, 0) && type != PI2_Q6_K; /* which adds its halves in another order */
   for (int64_t b = 0; b < blocks; b++) {
-    panel_block p;
-    for (int r = 0; r < PI2_PANEL; r++) panel_unpack(type, wide, w + r * stride, k, b, r, &p);
+    panel_block p, narrow; /* for int16 blocks and for int8 ones, when a tile of them comes */
+    int has_p = !mixed, has_narrow = 0;
+    for (int r = 0; !mixed && r < PI2_PANEL; r++) panel_unpack(type, wide, w + r * stride, k, b, r, &p);
     /* Four streams and more: the hardware follows too few of them. Behind this panel lies the next. */
     const int64_t soon = b + PI2_AHEAD;
     panel_ahead ahead = {.stride = stride, .at = quants + (soon < blocks ? soon * quants_stride(type)
@@ -198,11 +207,20 @@ INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t strid
     const uint8_t *const end = ahead.at + quants_stride(type);
     int c = 0;
     for (; c + 4 <= n; c += 4) {
-      panel_tile(type, wide, 4, &p, x, c, b, ahead, out, ldo);
+      if (mixed && is_coarse(x, c, 4, b)) {
+        for (int r = 0; !has_narrow && r < PI2_PANEL; r++) panel_unpack(type, 0, w + r * stride, k, b, r, &narrow);
+        has_narrow = 1;
+        panel_tile(type, 0, 1, 2 * k, 4, &narrow, x, c, b, ahead, out, ldo);
+      } else {
+        for (int r = 0; !has_p && r < PI2_PANEL; r++) panel_unpack(type, wide, w + r * stride, k, b, r, &p);
+        has_p = 1;
+        panel_tile(type, wide, 0, 0, 4, &p, x, c, b, ahead, out, ldo);
+      }
       if (ahead.at && (ahead.at += PI2_AHEAD_LINES * 64) >= end) ahead.at = NULL;
     }
     ahead.at = NULL;
-    for (; c < n; c++) panel_tile(type, wide, 1, &p, x, c, b, ahead, out, ldo);
+    for (int r = 0; c < n && !has_p && r < PI2_PANEL; r++) panel_unpack(type, wide, w + r * stride, k, b, r, &p);
+    for (; c < n; c++) panel_tile(type, wide, 0, 0, 1, &p, x, c, b, ahead, out, ldo);
   }
 }
 #define PANEL(T, WIDE, name)                                                                              \

@@ -158,6 +158,7 @@ typedef struct pi2_program {
   pi2_routing routing;
   int pipeline;
   int wide; /* activations are int16, else int8 */
+  int mixed; /* where they come from floats, all but the largest blocks are coarse (pi2_q8); not the head's */
   int traced; /* runs may be: there is room for what they record of waiting */
   int64_t dim, vocab, max_rows, max_slots, context, max_k, hidden, y_columns, attention_columns;
   int threads, max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
@@ -278,6 +279,11 @@ static inline int pi2_take_guided(pi2_run *run, int index, int c, int64_t total,
 static inline int pi2_is_float(int type) { return type == PI2_F32 || type == PI2_F16 || type == PI2_BF16; }
 static inline void pi2_quantize(const pi2_program *p, const float *x, int64_t k, const pi2_q8 *o) {
   (p->wide ? p->kernels->quantize16 : p->kernels->quantize8)(x, k, o->q, o->d, o->s, o->h);
+}
+/* A whole row of the input of a product that is not the head. */
+static inline void pi2_quantize_row(const pi2_program *p, const float *x, int64_t k, const pi2_q8 *o) {
+  if (p->mixed) p->kernels->quantize_mixed(x, k, o->q, o->d, o->s, o->h);
+  else pi2_quantize(p, x, k, o);
 }
 /* Columns [column, column + k) of a row, column a multiple of 32. */
 static inline pi2_q8 pi2_q8_at(const pi2_program *p, const pi2_q8 *x, int64_t row, int64_t column) {

@@ -78,6 +78,7 @@ class Program:
         context: int,
         pages: int,
         wide: bool = True,
+        mixed: bool = False,
         embedding_scale: float = 1,
         logit_softcap: float = 0,
         stream: Stream | None = None,

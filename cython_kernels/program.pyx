@@ -140,7 +140,7 @@ cdef extern from "program.h" nogil:
         pi2_neuron_cache *clusters
         int pipeline
         int64_t dim, vocab, max_rows, max_slots, context
-        int wide, traced, threads, n_ropes, n_ops
+        int wide, mixed, traced, threads, n_ropes, n_ops
         pi2_op *ops
         pi2_rope *ropes
         pi2_matrix embedding
@@ -278,7 +278,8 @@ cdef class Program:
     """A model's operations. Build in order with ``embed``, ``linear``, ``attention``, ``ffn``, ``add``, ``route``, ``head``,
     then ``prepare``; then ``post`` steps and ``result`` them in order.
 
-    ``wide``: activations are int16, else int8. ``stream``: a ``stream.Stream``, which outlives the gang; its units are
+    ``wide``: activations are int16, else int8. ``mixed``: of int16 ones, those of whole rows but the head's are
+    ``quantize_mixed``'s (kernels.h). ``stream``: a ``stream.Stream``, which outlives the gang; its units are
     matrices of the operations, in their order. ``neurons``: a ``neuron_cache.NeuronCache``, which does so too; ``pipeline``:
     a key of PIPELINES, how far reading its neurons overlaps with computing (sparse.h). ``clusters``: another one, whose
     regions are experts' matrices that are not in memory. ``traced``: steps may be posted with ``trace``.
@@ -300,7 +301,7 @@ cdef class Program:
     cdef list busy_ns
 
     def __init__(self, Gang gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
-                 int64_t context, int64_t pages, bint wide=True, float embedding_scale=1, float logit_softcap=0,
+                 int64_t context, int64_t pages, bint wide=True, bint mixed=False, float embedding_scale=1, float logit_softcap=0,
                  stream=None, neurons=None, clusters=None, pipeline="cluster", bint traced=False):
         self.gang, self.pages, self.stream = gang, pages, stream
         self.neurons, self.clusters = neurons, clusters
@@ -310,7 +311,7 @@ cdef class Program:
         p = &self.p
         p.gang, p.threads, p.kernels = gang.gang, gang.gang.n, <const pi2_kernels *>kernels
         p.dim, p.vocab, p.max_rows, p.max_slots, p.context = dim, vocab, max_rows, max_slots, context
-        p.wide, p.traced = wide, traced
+        p.wide, p.mixed, p.traced = wide, mixed, traced
         if stream is not None:
             p.stream = <pi2_stream *><uintptr_t>stream.address
         if neurons is not None:

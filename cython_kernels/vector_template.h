@@ -66,17 +66,51 @@ static void quantize8(const float *x, int64_t k, int8_t *q, float *d, float *s, 
     h[2 * b + 1] = (int16_t)h1;
   }
 }
+INLINE void quantize_fine(const float *x, int64_t b, int16_t *q, float *d, float *s, int16_t *h) {
+  vf x0 = v_load(x + b * 32), x1 = v_load(x + b * 32 + 16);
+  float inverse, scale = block_scale(&x0, &x1, 32767.0f, &inverse);
+  vi i0 = v_to_int(v_mul(x0, v_set(inverse))), i1 = v_to_int(v_mul(x1, v_set(inverse)));
+  i_store_i16_0213(q + b * 32, i0);
+  i_store_i16_0213(q + b * 32 + 16, i1);
+  d[b] = scale;
+  s[b] = scale * (float)i_sum(i_add(i0, i1));
+  h[2 * b] = PI2_FINE;
+  h[2 * b + 1] = 0;
+}
 static void quantize16(const float *x, int64_t k, int8_t *out, float *d, float *s, int16_t *h) {
-  (void)h;
+  for (int64_t b = 0; b < k / PI2_BLOCK; b++) quantize_fine(x, b, (int16_t *)out, d, s, h);
+}
+/* int16, of which all but the largest blocks have 8 bits: those are 256 times what quantize8 makes of them, and stand as
+ * int8 behind the row, too. A block is fine where its largest magnitude exceeds PI2_FINER times the root mean square of
+ * all blocks' largest magnitudes: where most of the error would be (docs/design.md). */
+static void quantize_mixed(const float *x, int64_t k, int8_t *out, float *d, float *s, int16_t *h) {
+  const int64_t blocks = k / PI2_BLOCK;
   int16_t *q = (int16_t *)out;
-  for (int64_t b = 0; b < k / PI2_BLOCK; b++) {
+  int8_t *coarse = out + 2 * k;
+  double squares = 0;
+  for (int64_t b = 0; b < blocks; b++) {
+    d[b] = v_magnitude(v_load(x + b * 32), v_load(x + b * 32 + 16));
+    squares += (double)d[b] * d[b];
+  }
+  const double limit = squares * (PI2_FINER * PI2_FINER) / (double)(blocks ? blocks : 1);
+  for (int64_t b = 0; b < blocks; b++) {
+    /* so small that a 256th of the scale might not be exact: fine, too; and what is not finite, so that it is NaN once */
+    if (!((double)d[b] * d[b] <= limit && d[b] >= 1e-30f)) {
+      quantize_fine(x, b, q, d, s, h);
+      continue;
+    }
     vf x0 = v_load(x + b * 32), x1 = v_load(x + b * 32 + 16);
-    float inverse, scale = block_scale(&x0, &x1, 32767.0f, &inverse);
+    float inverse, scale = block_scale(&x0, &x1, 127.0f, &inverse);
     vi i0 = v_to_int(v_mul(x0, v_set(inverse))), i1 = v_to_int(v_mul(x1, v_set(inverse)));
-    i_store_i16_0213(q + b * 32, i0);
-    i_store_i16_0213(q + b * 32 + 16, i1);
-    d[b] = scale;
-    s[b] = scale * (float)i_sum(i_add(i0, i1));
+    i_store_i8(coarse + b * 32, i0);
+    i_store_i8(coarse + b * 32 + 16, i1);
+    i_store_i16_0213(q + b * 32, v_to_int(v_mul(i_to_float(i0), v_set(256.0f))));
+    i_store_i16_0213(q + b * 32 + 16, v_to_int(v_mul(i_to_float(i1), v_set(256.0f))));
+    const int32_t h0 = i_sum(i0), h1 = i_sum(i1);
+    d[b] = scale / 256.0f;
+    s[b] = scale * (float)(h0 + h1);
+    h[2 * b] = (int16_t)h0;
+    h[2 * b + 1] = (int16_t)h1;
   }
 }
 

@@ -71,6 +71,9 @@ class ProgramBuilder:
         predictors: Mapping[str, LoadedPredictor],
     ) -> None:
         self._file, self._model, self._weights, self._options = file, model, weights, options
+        self._mixed = (
+            options.activations == "mixed"
+        )  # decided over whole rows, so not where parts of one are made
         self._program = program.Program(
             gang,
             native.kernels_address(options.kernels),
@@ -80,7 +83,8 @@ class ProgramBuilder:
             max_slots=options.slots,
             context=options.context,
             pages=options.pages,
-            wide=options.activations == "int16",
+            wide=options.activations != "int8",
+            mixed=options.activations == "mixed",
             embedding_scale=model.embedding_scale,
             logit_softcap=model.logit_softcap or 0.0,
             stream=stream,
@@ -126,7 +130,7 @@ class ProgramBuilder:
                 f"{group} query heads for each KV head; at most 128 are supported",
             )
         # The output is quantised where it is made, if its int8 blocks lie within one KV head's share of it.
-        q8 = not self._is_float(block.out) and group * block.head_dim % 32 == 0
+        q8 = not self._mixed and not self._is_float(block.out) and group * block.head_dim % 32 == 0
         p.linear(
             index, self._norm(block.norm), "x", "y", [self._matrix(m) for m in (block.q, block.k, block.v)]
         )
@@ -167,7 +171,9 @@ class ProgramBuilder:
                 expert=expert,
             )
             return
-        q8 = not self._is_float(block.down)  # then hidden is a multiple of 32
+        # Neurons of ReLU blocks may also be computed one by one (sparse_ffn), without a row of all of them.
+        mixed = self._mixed and block.activation not in ("relu", "relu2")
+        q8 = not mixed and not self._is_float(block.down)  # then hidden is a multiple of 32
         self._program.ffn(
             index,
             self._norm(block.norm),

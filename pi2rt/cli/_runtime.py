@@ -51,9 +51,10 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--activations",
-        choices=("int16", "int8"),
+        choices=("int16", "mixed", "int8"),
         default="int16",
-        help="of products with quantised weights; int8 is faster in prefill and less exact (default: int16)",
+        help="of products with quantised weights; mixed, and more so int8, is faster in prefill and less exact "
+        "(default: int16)",
     )
     group.add_argument(
         "--memory",

@@ -43,8 +43,9 @@ class ExecutorOptions:
     ``slots``: sequences at once; ``pages``: pages of KV cache; ``context``: positions per sequence at most;
     ``max_tokens``: tokens in one step at most. ``cores``: core numbers to run on, in order; () leaves it to
     the executor. ``actor``: name of the actor that owns the executor. ``assistants``: (actor name, cores) of
-    units that share each layer. ``kv_type``: "f16" or "q8". ``activations``: "int16" or "int8", what
-    activations become where they meet quantised weights; int8 is faster in prefill and less exact.
+    units that share each layer. ``kv_type``: "f16" or "q8". ``activations``: "int16", "mixed" or
+    "int8", what activations become where they meet quantised weights; mixed is int8, but int16 for the largest
+    blocks of 32. Both are faster in prefill than int16, and less exact.
     ``exact_floats``: dequantise weights to float32, quantise no activations, keep keys and values in float32
     (for tests; slow). ``kernels``: name of a kernel variant, None for the best.
     ``streamed``: names of the matrices that are not kept but read from the file in every step, through a ring of

@@ -50,7 +50,15 @@ def test_the_same_answer_however_the_prompt_comes(
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--kv", "q8"), ("--activations", "int8"), ("--kernels", "scalar"), ("--threads", "1")]
+    "options",
+    [
+        (),
+        ("--kv", "q8"),
+        ("--activations", "int8"),
+        ("--activations", "mixed"),
+        ("--kernels", "scalar"),
+        ("--threads", "1"),
+    ],
 )
 def test_the_default_executor_with_its_options(pi2rt: Run, model: str, options: tuple[str, ...]) -> None:
     done = pi2rt("run", model, "-p", "Hi", "-n", "4", *options)

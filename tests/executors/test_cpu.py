@@ -82,7 +82,9 @@ async def test_families_are_those_of_transformers(name: str, tmp_path: Path) -> 
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("options", [{}, {"activations": "int8"}, {"kv_type": "q8"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"activations": "mixed"}, {"activations": "int8"}, {"kv_type": "q8"}], ids=str
+)
 async def test_quantised_weights_give_the_logits_of_the_reference(
     options: dict[str, Any], quantised: Path
 ) -> None:
@@ -114,13 +116,15 @@ async def cut_logits(
     return np.concatenate(out)
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "q8"])
-async def test_any_chunking_and_any_batch_give_the_same_bits(kv_type: str, quantised: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"kv_type": "q8"}, {"activations": "mixed"}], ids=str)
+async def test_any_chunking_and_any_batch_give_the_same_bits(
+    options: dict[str, Any], quantised: Path
+) -> None:
     tokens = np.random.RandomState(2).randint(0, 300, 640).astype(np.int32)  # past one split of attention
-    async with opened(CpuExecutor(), quantised, exact_floats=False, kv_type=kv_type) as executor:
+    async with opened(CpuExecutor(), quantised, exact_floats=False, **options) as executor:
         whole = await all_logits(executor, tokens)
     for cuts in ([1, 2, 3, 511, 512, 513, 639], [64, 100, 577], list(range(600, 640))):
-        np.testing.assert_array_equal(await cut_logits(quantised, tokens, cuts, kv_type=kv_type), whole)
+        np.testing.assert_array_equal(await cut_logits(quantised, tokens, cuts, **options), whole)
 
 
 async def test_sliding_windows_survive_any_chunking(tmp_path: Path) -> None:
@@ -142,11 +146,15 @@ async def test_threads_do_not_change_bits(cores: tuple[int, ...], quantised: Pat
     np.testing.assert_array_equal(await cut_logits(quantised, tokens, [50], cores=cores), expected)
 
 
+@pytest.mark.parametrize("activations", ["int16", "mixed", "int8"])
 @pytest.mark.parametrize("kernels", FASTEST_FIRST[1:])
-async def test_instruction_sets_do_not_change_bits(kernels: str, quantised: Path) -> None:
+async def test_instruction_sets_do_not_change_bits(kernels: str, activations: str, quantised: Path) -> None:
     tokens = np.random.RandomState(5).randint(0, 300, 24).astype(np.int32)
-    expected = await cut_logits(quantised, tokens, [20], kernels=FASTEST_FIRST[0])
-    np.testing.assert_array_equal(await cut_logits(quantised, tokens, [20], kernels=kernels), expected)
+    logits = [
+        await cut_logits(quantised, tokens, [20], kernels=each, activations=activations)
+        for each in (FASTEST_FIRST[0], kernels)
+    ]
+    np.testing.assert_array_equal(logits[1], logits[0])
 
 
 async def test_sampling_follows_the_reference(quantised: Path) -> None:
@@ -171,7 +179,12 @@ async def test_stories260k_tells_the_golden_story(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "error", "agreement"),
-    [({}, 0.02, 0.98), ({"exact_floats": True}, 1e-4, 0.999), ({"activations": "int8"}, 0.02, 0.93)],
+    [
+        ({}, 0.02, 0.98),
+        ({"exact_floats": True}, 1e-4, 0.999),
+        ({"activations": "mixed"}, 0.01, 0.97),
+        ({"activations": "int8"}, 0.02, 0.93),
+    ],
     ids=str,
 )
 async def test_smollm2_is_what_transformers_computes(

@@ -67,7 +67,7 @@ def cache_sizes(path: Path) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("kernels", [name for name, runs, _ in native.variants() if runs])
-@pytest.mark.parametrize("activations", ["int16", "int8"])
+@pytest.mark.parametrize("activations", ["int16", "mixed", "int8"])
 async def test_sparse_blocks_are_the_dense_ones_bit_for_bit(
     packs: tuple[Path, Path], kernels: str, activations: str
 ) -> None:

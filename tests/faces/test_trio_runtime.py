@@ -161,7 +161,7 @@ async def test_each_class_of_cores_is_an_actor(tiny: Path) -> None:
         ({"context": 0}, r"^context=0: an integer from 1"),
         ({"max_sequences": True}, r"^max_sequences=True"),
         ({"prefill_chunk": 1.5}, r"^prefill_chunk=1.5"),
-        ({"activations": "int4"}, r"^activations='int4': one of 'int16', 'int8' is needed$"),
+        ({"activations": "int4"}, r"^activations='int4': one of 'int16', 'mixed', 'int8' is needed$"),
         ({"memory": "much"}, r"^'much' is not a size"),
         ({"memory": 0}, r"^memory=0: at least one byte"),
         ({"memory": 1.5}, r"^memory=1.5: a number of bytes or a text"),

@@ -87,24 +87,25 @@ def quantize_cases(rng: np.random.Generator) -> Iterator[Case]:
         usual = wild(rng, 32 * i) if i % 2 else normal(rng, 32 * i, scale=10.0 ** (i - 12))
         x = first[i] if i < len(first) else usual
         yield Case(QUANTIZE, [x], SCALAR.quantize(x), (0,), misalign=4 * (i % 4))
-        q, d, s, _ = SCALAR.quantize(x, wide=True)
-        kernel_order = q.reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(-1)
-        yield Case(QUANTIZE, [x], [kernel_order, d, s], (1,), misalign=4 * (i % 4))
+        for way, mixed in ((1, False), (2, True)):
+            q, d, s, h = SCALAR.quantize(x, wide=True, mixed=mixed)
+            kernel_order = q.reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(-1)
+            yield Case(QUANTIZE, [x], [kernel_order, d, s, h], (way,), misalign=4 * (i % 4))
 
 
 def products(
     type_name: str, raw: Array, x: npt.NDArray[np.float32], offset: int = 0, padding: int = 0
 ) -> Iterator[Case]:
-    """With int8 and with int16 activations, row blocks one by one and several at once. Rows of activations start
+    """With int8, int16 and mixed activations, row blocks one by one and several at once. Rows of activations start
     ``offset`` elements into memory and lie ``padding`` elements apart."""
     rows, k = len(raw), x.shape[1]
     memory = native.Memory(native.matrix_bytes(type_name, rows, k))
     if native.repack(type_name, raw.reshape(-1), rows, k, memory.address) is not None:
         raise ValueError("weights of a case must be finite")
-    ways = ((False, False), (True, False), (False, True), (True, True))
-    for wide, panel in ways[: 1 if type_name in FLOAT_TYPES else 4]:
-        out = SCALAR.gemm(type_name, memory.address, rows, k, x, wide=wide)
-        p = (native.TYPE_IDS[type_name], rows, k, len(x), int(wide), offset, padding, int(panel))
+    ways = tuple(itertools.product((False, True), (0, 1, 2)))
+    for panel, way in ways[: 1 if type_name in FLOAT_TYPES else 6]:
+        out = SCALAR.gemm(type_name, memory.address, rows, k, x, wide=way > 0, mixed=way == 2)
+        p = (native.TYPE_IDS[type_name], rows, k, len(x), way, offset, padding, int(panel))
         yield Case(GEMM, [raw, x], [out], p, misalign=4 * (offset % 4))
     memory.close()
 

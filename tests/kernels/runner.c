@@ -76,12 +76,19 @@ static float *floats(const test *t, int i) { return (float *)t->in[i].data; }
 static int64_t count(const test *t, int i) { return (int64_t)(t->in[i].bytes / 4); }
 static float *out_floats(test *t, int i) { return (float *)t->out[i].data; }
 
-/* p: type, rows, k, n, int16 activations, misalignment of their rows in elements, padding of these in elements, several
+/* How activations become integers. 0: int8, 1: int16, 2: int16 of which most blocks stand as int8 behind them, too. */
+static pi2_quantizer quantizer(const pi2_kernels *kernels, int64_t way) {
+  return way == 2 ? kernels->quantize_mixed : way ? kernels->quantize16 : kernels->quantize8;
+}
+static int64_t row_bytes(int64_t k, int64_t way) { return way == 2 ? 3 * k : way ? 2 * k : k; }
+
+/* p: type, rows, k, n, activations (0 to 2, see quantizer), misalignment of their rows in elements, padding of these in elements, several
  * row blocks at once where the variant does that. in: rows as in a file, x (n, k). out: (n, rows) */
 static void run_gemm(const pi2_kernels *kernels, test *t) {
   const int type = (int)t->p[0];
-  const int wide = (int)t->p[4];
-  const int64_t rows = t->p[1], k = t->p[2], n = t->p[3], misalign = t->p[5] << wide, ldq = (k + t->p[6]) << wide;
+  const int wide = t->p[4] != 0;
+  const int64_t rows = t->p[1], k = t->p[2], n = t->p[3], misalign = t->p[5] << wide;
+  const int64_t ldq = row_bytes(k, t->p[4]) + (t->p[6] << wide);
   const int64_t blocks = (rows + PI2_ROWS - 1) / PI2_ROWS, size = pi2_row_block_bytes(type, k), ldo = blocks * PI2_ROWS;
   uint8_t *w = allocate((uint64_t)(blocks * size));
   pi2_repack(type, t->in[0].data, rows, k, w);
@@ -89,13 +96,13 @@ static void run_gemm(const pi2_kernels *kernels, test *t) {
   const float *x = floats(t, 1);
   const pi2_gemm gemm = (wide ? kernels->gemm16 : kernels->gemm8)[type];
   if (gemm) {
-    int8_t *q = allocate((uint64_t)(misalign + (n ? (n - 1) * ldq + (k << wide) : 0)));
+    int8_t *q = allocate((uint64_t)(misalign + (n ? (n - 1) * ldq + row_bytes(k, t->p[4]) : 0)));
     const uint64_t scales = (uint64_t)(n * k / 32) * 4;
     pi2_q8 x8 = {.q = q + misalign, .d = allocate(scales), .s = allocate(scales), .h = allocate(scales), .ldq = ldq,
                  .ldb = k / 32};
     for (int64_t c = 0; c < n; c++)
-      (wide ? kernels->quantize16 : kernels->quantize8)(x + c * k, k, x8.q + c * ldq, x8.d + c * x8.ldb,
-                                                        x8.s + c * x8.ldb, x8.h + 2 * c * x8.ldb);
+      quantizer(kernels, t->p[4])(x + c * k, k, x8.q + c * ldq, x8.d + c * x8.ldb, x8.s + c * x8.ldb,
+                                  x8.h + 2 * c * x8.ldb);
     int64_t b = 0;
     if (t->p[7])
       for (; b + kernels->panel <= blocks; b += kernels->panel)
@@ -153,7 +160,7 @@ static void run_attention(const pi2_kernels *kernels, test *t) {
 static pi2_q8 quantized(const pi2_kernels *kernels, const float *x, int64_t k, int wide) {
   pi2_q8 q = {.q = allocate((uint64_t)(k << wide)), .d = allocate((uint64_t)k / 8), .s = allocate((uint64_t)k / 8),
               .h = allocate((uint64_t)k / 8), .ldq = k << wide, .ldb = k / 32};
-  (wide ? kernels->quantize16 : kernels->quantize8)(x, k, q.q, q.d, q.s, q.h);
+  quantizer(kernels, wide)(x, k, q.q, q.d, q.s, q.h);
   return q;
 }
 static void free_quantized(pi2_q8 *q) { free(q->q), free(q->d), free(q->s), free(q->h); }
@@ -207,11 +214,14 @@ static void run_neuron_columns(const pi2_kernels *kernels, test *t) {
 static void run(const pi2_kernels *kernels, test *t) {
   const int64_t *p = t->p;
   switch (t->kernel) {
-    case QUANTIZE: /* p: int16. out: q, d, s, with int8 h */
-      (p[0] ? kernels->quantize16 : kernels->quantize8)(floats(t, 0), count(t, 0), (int8_t *)t->out[0].data,
-                                                        out_floats(t, 1), out_floats(t, 2),
-                                                        p[0] ? NULL : (int16_t *)t->out[3].data);
+    case QUANTIZE: { /* p: see quantizer. out: q, d, s, h */
+      const int64_t k = count(t, 0);
+      int8_t *q = allocate((uint64_t)row_bytes(k, p[0]));
+      quantizer(kernels, p[0])(floats(t, 0), k, q, out_floats(t, 1), out_floats(t, 2), (int16_t *)t->out[3].data);
+      memcpy(t->out[0].data, q, (size_t)(p[0] ? 2 * k : k));
+      free(q);
       break;
+    }
     case GEMM:
       run_gemm(kernels, t);
       break;

@@ -133,6 +133,48 @@ def test_several_row_blocks_at_once_have_the_bits_of_one_by_one(type_name: str, 
                 assert_same_bits(got, expected[:n], f"{name}, {n} columns")
 
 
+@pytest.mark.parametrize("type_name", QUANT_TYPES)
+def test_mixed_activations_have_the_same_bits_in_panels_and_one_by_one(type_name: str) -> None:
+    rng = np.random.default_rng(len(type_name))
+    rows, k, most = 150, 512, 21
+    x = rng.standard_normal((most, k)).astype(np.float32)
+    x[:, 64:96] *= 30  # fine blocks that all rows have, and
+    x[::5, 300] = 40  # some that only some rows of a tile have
+    x[7] = floats(rng, k) / np.float32(1e3)
+    x[5, 40] = np.nan
+    x[6] *= np.float32(1e-36)
+    with row_blocks(type_name, random_rows(rng, type_name, rows, k), k) as address:
+        expected = SCALAR.gemm(type_name, address, rows, k, x, wide=True, mixed=True)
+        for name, kernels in KERNELS.items():
+            for n in range(1, most + 1):
+                got = kernels.gemm(type_name, address, rows, k, x[:n], wide=True, mixed=True, panels=True)
+                assert_same_bits(got, expected[:n], f"{name}, {n} columns")
+
+
+@given(seed=seeds, blocks=st.integers(1, 40), outliers=st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_mixed_activations_are_fine_where_they_are_largest(seed: int, blocks: int, outliers: float) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((blocks, 32)).astype(np.float32)
+    x[rng.random(blocks) < outliers] *= np.float32(8)
+    top = np.abs(x).max(1)
+    fine = top.astype(np.float64) ** 2 > 1.5**2 * np.mean(top.astype(np.float64) ** 2)
+    exact_q, exact_d, exact_s, _ = SCALAR.quantize(x.reshape(-1), wide=True)
+    coarse_q, coarse_d, coarse_s, sums = SCALAR.quantize(x.reshape(-1))
+    for name, kernels in KERNELS.items():
+        q, d, s, h = kernels.quantize(x.reshape(-1), wide=True, mixed=True)
+        for b in range(blocks):
+            at = slice(32 * b, 32 * b + 32)
+            if fine[b]:
+                assert h[2 * b] == np.iinfo(np.int16).min, name
+                assert_same_bits(q[at], exact_q[at], name)
+                assert (d[b], s[b]) == (exact_d[b], exact_s[b]), name
+            else:
+                assert_same_bits(q[at], coarse_q[at].astype(np.int16) * np.int16(256), name)
+                assert (d[b] * np.float32(256), s[b]) == (coarse_d[b], coarse_s[b]), name
+                assert_same_bits(h[2 * b : 2 * b + 2], sums[2 * b : 2 * b + 2], name)
+
+
 @pytest.mark.parametrize("wide", [False, True], ids=["int8", "int16"])
 @pytest.mark.parametrize("type_name", QUANT_TYPES)
 @given(
