@@ -306,10 +306,12 @@ class CpuExecutor:
         await trio.lowlevel.checkpoint()
 
     def statistics(self) -> ExecutorStatistics:
-        """``details``: "kernels", the variant that runs; where weights are streamed also "flash_bytes" read, and
-        "flash_stall_ns", for which steps have waited for them, and "flash_io", through what and why; where neurons
-        are read, also the counters of ``neuron_cache.Counters``, "neuron_page_bytes", what one read takes at least,
-        and "neuron_reads_at_once"."""
+        """``details``: "kernels", the variant that runs. Where anything is read from flash, "flash_bytes" read,
+        "flash_reads" of single pages, "flash_stall_ns", for which steps have waited, "flash_io", through what and why,
+        and "flash_reads_from": "a measured curve" or "defaults". Where matrices are streamed, "stream_read_bytes" and
+        "stream_reads_at_once". Where neurons ("neuron_") or matrices of experts ("cluster_") are cached, their
+        "hits", "early", "misses" and "evictions" (``neuron_cache.Counters``), "page_bytes", what one read takes at
+        least, and "reads_at_once"; of neurons also "completed", "read_through" and "read_through_bytes"."""
         held: dict[str, int] = {}
         if self._weights is not None and self._cache is not None and self._program is not None:
             assert self._options is not None
@@ -333,18 +335,10 @@ class CpuExecutor:
             sources.append(pages)
             counters = pages.counters
             held[f"{name}s"] = pages.nbytes
-            details |= {
-                f"{name}_{each}": getattr(counters, each)
-                for each in (
-                    "hits",
-                    "early",
-                    "misses",
-                    "completed",
-                    "evictions",
-                    "read_through",
-                    "read_through_bytes",
-                )
-            }
+            counted = ["hits", "early", "misses", "evictions"]
+            if pages is self._neurons:  # a matrix is read as a whole, its pages side by side
+                counted += ["completed", "read_through", "read_through_bytes"]
+            details |= {f"{name}_{each}": getattr(counters, each) for each in counted}
             details |= {f"{name}_page_bytes": pages.slot_bytes, f"{name}_reads_at_once": pages.depth}
             reads += counters.reads
             flash_bytes += counters.bytes

@@ -22,10 +22,9 @@ from pi2rt.planner.bundling import Bundling
 from pi2rt.planner.convert import convert, verify
 from pi2rt.planner.streaming import plan_streaming
 from pi2rt.runtime.executor import Predictor
-from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from tests.executors.test_experts import planned
 from tests.executors.test_sparse import cache_sizes, one_by_one
-from tests.support.running import NOTHING, all_logits, opened, page_table
+from tests.support.running import all_logits, opened, stopped_steps_leave_nothing
 from tests.support.tiny_models import TinyModel, write_gguf
 
 Floats = npt.NDArray[np.float32]
@@ -216,13 +215,7 @@ async def test_a_step_stopped_between_two_phases_leaves_nothing_behind(
     given = {"exact_floats": False, "neuron_bytes": cluster * size, "two_phase": True}
     async with opened(CpuExecutor(), path, **given, predictors=predictors) as executor:
         expected = await all_logits(executor, TOKENS)
-        for number in range(40):
-            bind = (Bind(1, Sampling(), NOTHING),)
-            executor.submit(Step(1000 + number, (Slice(1, 0, page_table(1), TOKENS, sample=True),), bind))
-            executor.stop(1000 + number)
-            await executor.wait()
-            if number % 5 == 0:
-                np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
+        await stopped_steps_leave_nothing(executor, TOKENS, expected, 40)
 
 
 async def test_two_phases_are_refused_where_there_is_nothing_to_save(packs: tuple[Path, Path]) -> None:

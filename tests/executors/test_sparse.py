@@ -22,7 +22,7 @@ from pi2rt.planner.streaming import least_ring, matrices_in_order
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from tests.executors.conformance import ExecutorConformance
-from tests.support.running import NOTHING, all_logits, opened, page_table
+from tests.support.running import NOTHING, all_logits, opened, page_table, stopped_steps_leave_nothing
 from tests.support.tiny_models import TinyModel, write_gguf
 
 TOKENS = np.arange(3, 60, dtype=np.int32)
@@ -148,13 +148,7 @@ async def test_a_stopped_step_leaves_nothing_behind(packs: tuple[Path, Path]) ->
     given = {"exact_floats": False, "neuron_bytes": cluster * size}
     async with opened(CpuExecutor(), packs[0], **given) as executor:
         expected = await all_logits(executor, TOKENS)
-        for number in range(40):
-            bind = (Bind(1, Sampling(), NOTHING),)
-            executor.submit(Step(1000 + number, (Slice(1, 0, page_table(1), TOKENS, sample=True),), bind))
-            executor.stop(1000 + number)
-            await executor.wait()
-            if number % 5 == 0:
-                np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
+        await stopped_steps_leave_nothing(executor, TOKENS, expected, 40)
 
 
 async def test_exact_floats_are_refused(packs: tuple[Path, Path]) -> None:

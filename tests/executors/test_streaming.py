@@ -20,11 +20,10 @@ from pi2rt.planner.convert import convert
 from pi2rt.planner.streaming import least_ring, matrices_in_order
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads
-from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from pi2rt.runtime.trace import Trace
 from tests.executors.conformance import ExecutorConformance
 from tests.support.native_threads import settles_at
-from tests.support.running import NOTHING, all_logits, opened, page_table
+from tests.support.running import all_logits, opened, stopped_steps_leave_nothing
 from tests.support.tiny_models import TinyModel, write_gguf
 
 MODEL = TinyModel("qwen3", seed=31, dim=256, hidden=512, layers=3, heads=4, kv_heads=2, head_dim=32)
@@ -120,13 +119,7 @@ async def test_a_stopped_step_leaves_nothing_behind(pack: Path) -> None:
     async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
         expected = await all_logits(executor, tokens)
     async with opened(CpuExecutor(), pack, **given) as executor:
-        for number in range(20):
-            bind = (Bind(1, Sampling(), NOTHING),)
-            executor.submit(Step(1000 + number, (Slice(1, 0, page_table(1), tokens, sample=True),), bind))
-            executor.stop(1000 + number)
-            await executor.wait()
-            if number % 5 == 0:
-                np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
+        await stopped_steps_leave_nothing(executor, tokens, expected, 20)
 
 
 async def test_reads_are_in_the_trace(pack: Path, tmp_path: Path) -> None:

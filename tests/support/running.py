@@ -84,3 +84,16 @@ async def greedy(
         assert sampled is not None
         out.append(sampled.token)
     return out
+
+
+async def stopped_steps_leave_nothing(
+    executor: Executor, tokens: npt.NDArray[np.int32], expected: npt.NDArray[np.float32], count: int
+) -> None:
+    """Stops a prefill of ``tokens`` ``count`` times, wherever it is then; after some the logits are ``expected``."""
+    for number in range(count):
+        bind = (Bind(1, Sampling(), NOTHING),)
+        executor.submit(Step(1000 + number, (Slice(1, 0, page_table(1), tokens, sample=True),), bind))
+        executor.stop(1000 + number)
+        await executor.wait()
+        if number % 5 == 0:
+            np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
