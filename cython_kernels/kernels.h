@@ -19,7 +19,7 @@
  *
  * Activations are integers with one float scale per 32 columns (pi2_q8): int16 by default, int8 on request. int8 is what
  * others use and costs half the multiplications, but on SmolLM2-135M it changes the likeliest token at 4 % of positions
- * (docs/performance.md); int16 changes none that float32 would not, and a mixture of both 1.7 % (pi2_q8). In int16 rows the four columns of a group stand in the
+ * (docs/performance.md); int16 changes it at 0.1 %, and a mixture of both at 1.7 % (pi2_q8). In int16 rows the four columns of a group stand in the
  * order 0, 2, 1, 3: even and odd bytes of a weight register, widened, meet neighbouring pairs.
  *
  * Bit identity. All instruction sets perform the same float operations on the same lanes in the same order (fused
