@@ -32,7 +32,8 @@
       .gemm8 = PI2_GEMMS(a8), .gemm16 = PI2_GEMMS(a16),                                             \
       .gemm_float = {[PI2_F32] = gemm_f32, [PI2_F16] = gemm_f16, [PI2_BF16] = gemm_bf16},           \
       .neuron_rows = PI2_NEURONS(neuron_rows), .neuron_columns = PI2_NEURONS(neuron_columns),         \
-      .quantize8 = quantize8, .quantize16 = quantize16, .quantize_mixed = quantize_mixed, .rmsnorm = rmsnorm, .add = add, .activate = activate, .rope = rope,     \
+      .quantize8 = quantize8, .quantize16 = quantize16, .quantize_mixed = quantize_mixed,           \
+      .rmsnorm = rmsnorm, .add = add, .activate = activate, .rope = rope,                           \
       .kv_store = kv_store, .attend = attend, .attend_merge = attend_merge, .scale = scale,         \
       .argmax = argmax, .logsumexp = logsumexp, .softcap = softcap, .read = read_bytes,             \
   };

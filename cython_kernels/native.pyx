@@ -390,8 +390,8 @@ cdef class Kernels:
     def gemm(self, type_name, uintptr_t address, int64_t rows, int64_t k, const float[:, ::1] x, *, bint wide=False,
              bint mixed=False, bint panels=False):
         """W (rows, k) as row blocks at ``address`` times x float32 (n, k): (n, rows). Where W is quantised, activations
-        become int16 (``wide``, some of 8 bits where also ``mixed``) or int8, and row blocks are multiplied several at once (``panels``, as many as the variant
-        takes; what is left one by one) or one by one."""
+        become int16 (``wide``, some of 8 bits where also ``mixed``) or int8, and row blocks are multiplied several at once
+        (``panels``, as many as the variant takes; what is left one by one) or one by one."""
         cdef int type_id = TYPE_IDS[type_name]
         cdef int64_t n = x.shape[0], size = pi2_row_block_bytes(type_id, k), blocks = (rows + 15) // 16, b
         cdef int64_t ldq = k * (3 if wide else 1)

@@ -12,6 +12,8 @@
  * point of Q6_K and for the PI2_BIAS that b_biased added to Q8_0's weights. g_close turns them into 32-bit sums, g_scale
  * into sums times a scale of Q6_K.
  *
+ * int16 activations some of whose blocks have 8 bits (quantize_mixed): tiles of such blocks go the way of int8 ones.
+ *
  * Statements of assembler without an instruction keep the compiler from filling registers with what comes later. */
 
 #define PI2_AHEAD 8 /* blocks of each row block that a panel has asked for when it computes; the next panel's at its end */
@@ -74,7 +76,8 @@ INLINE void panel_add(int type, const int coarse, const int tile, vi dot[PI2_PAN
   __asm__ volatile("" : "+r"(out), "+r"(d), "+r"(s) : "r"(dw), "r"(mw) : "memory");
   for (int r = 0; r < PI2_PANEL; r++) by[r] = dw[r], plus[r] = mw[r];
   for (int c = 0; c < tile; c++, out += ldo, d += x->ldb, s += x->ldb) {
-    const vf dc = v_set(coarse ? *d * 256.0f : *d), sc = v_set(*s); /* read before out is written: the compiler cannot know that they differ */
+    /* read before out is written: the compiler cannot know that they differ */
+    const vf dc = v_set(coarse ? *d * 256.0f : *d), sc = v_set(*s);
     __asm__("" : "+r"(out), "+r"(d), "+r"(s));
     for (int r = 0; r < PI2_PANEL; r++) {
       vf f = v_fma(v_mul(i_to_float(dot[r][c]), dc), by[r], v_load(out + r * PI2_ROWS));
@@ -118,7 +121,8 @@ INLINE int32_t begin_of(int type, int half, const panel_input *x, int c) {
   const int16_t *h = x->h + 2 * c * x->ldb;
   return PI2_SHORT ? 0 : type == PI2_Q6_K ? -32 * h[half] : type == PI2_Q8_0 ? -PI2_BIAS * (h[0] + h[1]) : 0;
 }
-INLINE void panel8_columns(int type, const int coarse, const int tile, const panel_block *p, const panel_input *x, float *out, int64_t ldo) {
+INLINE void panel8_columns(int type, const int coarse, const int tile, const panel_block *p, const panel_input *x, float *out,
+                           int64_t ldo) {
   const int parts = parts_of(type), groups = 8 / parts;
   vi dot[PI2_PANEL][4], waiting[PI2_PANEL][4]; /* for the next part, in memory */
 #pragma GCC unroll 4
@@ -183,6 +187,7 @@ INLINE void panel_tile(int type, const int wide, const int coarse, const int64_t
   panel16_columns(type, tile, p, y, &in, ahead, out, ldo);
 }
 
+/* Whether block b of n columns has 8 bits in all of them. */
 INLINE int is_coarse(const pi2_q8 *x, int c, int n, int64_t b) {
   const int16_t *h = x->h + 2 * (c * x->ldb + b);
   int fine = 0;

@@ -11,7 +11,8 @@ static void *allocate(pi2_program *p, int64_t count, size_t size) {
   return aligned_alloc(64, (size_t)bytes); /* touched on use: the first large batch pays, not the start */
 }
 static int allocate_q8(pi2_program *p, pi2_q8 *q, int64_t rows, int64_t k) {
-  q->ldq = pi2_align(p->wide ? 3 * k : k, 64) + 64; /* off the 4096-byte stride that would map a tile's rows to one cache set */
+  const int64_t row = (k << p->wide) + (p->mixed ? k : 0); /* pi2_q8 */
+  q->ldq = pi2_align(row, 64) + 64; /* off the 4096-byte stride that would map a tile's rows to one cache set */
   q->ldb = k / PI2_BLOCK;
   q->q = allocate(p, rows * q->ldq, 1);
   q->d = allocate(p, rows * q->ldb, 4);

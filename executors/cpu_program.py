@@ -71,9 +71,8 @@ class ProgramBuilder:
         predictors: Mapping[str, LoadedPredictor],
     ) -> None:
         self._file, self._model, self._weights, self._options = file, model, weights, options
-        self._mixed = (
-            options.activations == "mixed"
-        )  # decided over whole rows, so not where parts of one are made
+        # Which of a row's blocks are fine depends on all of the row: it is not quantised where its parts are made.
+        self._mixed = options.activations == "mixed"
         self._program = program.Program(
             gang,
             native.kernels_address(options.kernels),
@@ -84,7 +83,7 @@ class ProgramBuilder:
             context=options.context,
             pages=options.pages,
             wide=options.activations != "int8",
-            mixed=options.activations == "mixed",
+            mixed=self._mixed,
             embedding_scale=model.embedding_scale,
             logit_softcap=model.logit_softcap or 0.0,
             stream=stream,

@@ -83,10 +83,11 @@ def test_a_pack_is_whole_and_says_the_same(files: tuple[Path, Path]) -> None:
         assert set(pack.bundles) == ({block.down.weight for block in blocks} if relu else set())
 
 
-async def test_packs_have_the_logits_of_their_source(files: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("activations", ["int16", "mixed"])
+async def test_packs_have_the_logits_of_their_source(files: tuple[Path, Path], activations: str) -> None:
     logits = []
     for path in files:
-        async with opened(CpuExecutor(), path, exact_floats=False) as executor:
+        async with opened(CpuExecutor(), path, exact_floats=False, activations=activations) as executor:
             logits += [await all_logits(executor, TOKENS), await one_by_one(executor, TOKENS)]
     for each in logits[1:]:
         np.testing.assert_array_equal(each, logits[0])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -120,12 +118,3 @@ def test_the_order_that_there_is_counts() -> None:
     again, same = find_order([fired[:400]], fired[400:], order, 1, 0)
     assert again is None
     assert same.own == same.ordered == found.ordered
-
-
-def test_a_large_block_takes_seconds() -> None:
-    fired = np.random.default_rng(3).random((128, 14336)) < 0.1
-    found = CoActivation(14336)
-    found.add(fired)
-    begin = time.process_time()
-    found.order(1)
-    assert time.process_time() - begin < 5  # 0.2 s, on a machine that has time
