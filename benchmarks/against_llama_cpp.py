@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="rows to run: decode prefill long batch")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prefill row")
-    parser.add_argument("--activations", choices=("int16", "mixed", "int8"), default="int16", help="of pi2rt")
+    parser.add_argument("--activations", choices=("int16", "mixed", "int8"), default="mixed", help="of pi2rt")
     options = parser.parse_args()
     rows: dict[str, tuple[str, dict[str, Any]]] = {
         "decode": ("decode 128 tokens after 64", {"what": "decode", "context": 64, "tokens": 128}),

@@ -5,10 +5,12 @@ cdef extern from "kernels.h" nogil:
     enum: PI2_TYPES, PI2_PAGE, PI2_SPLIT, PI2_ROWS
     ctypedef struct pi2_q8:
         int8_t *q
+        int8_t *high
+        int8_t *low
         float *d
         float *s
         int16_t *h
-        int64_t ldq, ldb
+        int64_t ldq, ldh, ldb
     ctypedef struct pi2_kv:
         const uint8_t *base
         int64_t page_stride
@@ -23,7 +25,7 @@ cdef extern from "kernels.h" nogil:
                                      const float *, float *) noexcept nogil
     ctypedef void (*pi2_neuron_columns)(const uint8_t *const *, const int16_t *, int, const uint8_t *, int64_t, float, float,
                                         int64_t, float *) noexcept nogil
-    ctypedef void (*pi2_quantizer)(const float *, int64_t, int8_t *, float *, float *, int16_t *) noexcept nogil
+    ctypedef void (*pi2_quantizer)(const float *, int64_t, const pi2_q8 *) noexcept nogil
     ctypedef struct pi2_kernels:
         const char *name
         int lanes

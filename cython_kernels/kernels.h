@@ -17,11 +17,10 @@
  *   Q6_K             per 256 columns: 16 x f16 d, 16 x (16 x i8 scale)
  * F32, F16 and BF16 are [k][16 rows]. Every value is the file's, bit for bit (repack.c).
  *
- * Activations are integers with one float scale per 32 columns (pi2_q8): int16 by default, int8 on request. int8 is what
- * others use and costs half the multiplications, but on SmolLM2-135M it changes the likeliest token at 4 % of positions
- * (docs/performance.md); int16 changes it at 0.1 %, and a mixture of both at 1.7 % (pi2_q8). In int16 rows the four
- * columns of a group stand in the order 0, 2, 1, 3: even and odd bytes of a weight register, widened, meet neighbouring
- * pairs.
+ * Activations are integers with one float scale per 32 columns (pi2_q8). int8 is what others use and costs half the
+ * multiplications of int16, but on SmolLM2-135M it changes the likeliest token at 4 % of positions (docs/performance.md);
+ * int16 changes it at 0.1 %, and a mixture of both, the default, at 1.3 %. In int16 rows the four columns of a group
+ * stand in the order 0, 2, 1, 3: even and odd bytes of a weight register, widened, meet neighbouring pairs.
  *
  * Bit identity. All instruction sets perform the same float operations on the same lanes in the same order (fused
  * multiply-add, one fixed reduction tree, one polynomial for exp), and integer sums are exact: so every variant returns
@@ -48,18 +47,19 @@ enum pi2_kv_type { PI2_KV_F16 = 0, PI2_KV_Q8 = 1, PI2_KV_F32 = 2 };
 enum pi2_activation { PI2_NONE = 0, PI2_SILU = 1, PI2_GELU = 2, PI2_GELU_TANH = 3, PI2_RELU = 4, PI2_RELU2 = 5 };
 
 #define PI2_FINE INT16_MIN
-#define PI2_FINER 1.5 /* quantize_mixed: of a fine block's largest value over the root mean square of those of its row */
+#define PI2_FINER 1.25 /* quantize_mixed: of a fine block's largest value over the root mean square of those of its row */
 
 /* n rows of integer activations. Row i: q + i*ldq bytes, k values of int8 or int16; d, s + i*ldb, k/32 values;
  * h + i*2*ldb, k/16 values. value = d[b] * q. s[b] = d[b] * (sum of the block's q); h[2b], h[2b+1] = sums of an int8
  * block's q over its halves.
- * int16 rows: h[2b] is PI2_FINE, or block b is 256 times an int8 block, which stands at 32*b behind the k values of int16,
- * and whose sums of halves h has. A product may take either: the bits are the same, for 256 is a power of two. */
+ * int16 rows may have a second form, `high` not NULL: row i of high and low, `ldh` apart, has k values of int8. Block b is 256
+ * times its high bytes, and its low ones added where h[2b] is PI2_FINE; elsewhere h has the sums of the high bytes. A product
+ * may take either: integer sums are exact, and 256 is a power of two, so the bits are the same. */
 typedef struct {
-  int8_t *q;
+  int8_t *q, *high, *low;
   float *d, *s;
   int16_t *h;
-  int64_t ldq, ldb;
+  int64_t ldq, ldh, ldb;
 } pi2_q8;
 
 /* One KV head's pages. K is [position/16][head_dim][16], V is [position][head_dim], f16, f32 or int8; with int8 a float
@@ -97,7 +97,8 @@ typedef void (*pi2_neuron_columns)(const uint8_t *const *columns, const int16_t 
  * padded with zeros to whole chunks (bundles.c). */
 void pi2_arrange(const pi2_q8 *x, int wide, int64_t k, int16_t *to, float *d, float *s);
 
-typedef void (*pi2_quantizer)(const float *x, int64_t k, int8_t *q, float *d, float *s, int16_t *h);
+/* x (k,), k a multiple of 32, to one row. */
+typedef void (*pi2_quantizer)(const float *x, int64_t k, const pi2_q8 *row);
 
 typedef struct {
   const char *name;
@@ -110,10 +111,7 @@ typedef struct {
   pi2_gemm_float gemm_float[PI2_TYPES]; /* NULL where the type is quantised */
   pi2_neuron_rows neuron_rows[PI2_TYPES];
   pi2_neuron_columns neuron_columns[PI2_TYPES];
-  /* k multiple of 32. q, d, s, h: one row of pi2_q8. */
-  pi2_quantizer quantize8;
-  pi2_quantizer quantize16;     /* all blocks are fine */
-  pi2_quantizer quantize_mixed; /* some are; q has 3*k bytes */
+  pi2_quantizer quantize8, quantize16, quantize_mixed; /* to int8, to int16, to int16 of which some blocks are fine */
   /* y = x * rsqrt(mean(x^2) + eps) * (w + offset); y may be x. */
   void (*rmsnorm)(const float *x, const float *w, float offset, float eps, float *y, int64_t n);
   /* y += x */

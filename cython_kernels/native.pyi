@@ -68,9 +68,7 @@ def read_bandwidth(nbytes: int, threads: int, repeats: int = 3, name: str | None
 class Kernels:
     name: str
     def __init__(self, name: str | None = None) -> None: ...
-    def quantize(
-        self, x: Floats, *, wide: bool = False, mixed: bool = False
-    ) -> tuple[Any, Floats, Floats, npt.NDArray[np.int16]]: ...
+    def quantize(self, x: Floats, *, wide: bool = False, mixed: bool = False) -> tuple[Any, ...]: ...
     def neuron_rows(
         self,
         type_name: str,

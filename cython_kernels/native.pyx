@@ -370,22 +370,27 @@ cdef class Kernels:
 
     def quantize(self, const float[::1] x, *, bint wide=False, bint mixed=False):
         """float32 (n,), n a multiple of 32, to (q int8 or int16 (n,), d, s float32 (n/32,), h int16 (n/16,)). int16
-        values come in the file's order, not in the kernel's; kernels.h says what h and ``mixed`` are."""
+        values come in the file's order, not in the kernel's. ``mixed``: and their high and low bytes, int8 (n,) each;
+        kernels.h says what h and they are."""
         cdef int64_t n = x.shape[0]
         if n % 32:
             raise ValueError(f"{n} values: not a multiple of 32")
-        q = np.zeros(n * 3 if wide else n, np.int8)
+        q = np.zeros(n * 2 if wide else n, np.int8)
+        bytes_of = np.zeros((2, n), np.int8)
         d = np.empty(n // 32, np.float32)
         s = np.empty(n // 32, np.float32)
         h = np.zeros(n // 16, np.int16)
         cdef int8_t[::1] qv = q
         cdef float[::1] dv = d, sv = s
         cdef int16_t[::1] hv = h
+        cdef int8_t[:, ::1] both = bytes_of
+        cdef pi2_q8 row
         if n:
-            quantizer(self.k, wide, mixed)(&x[0], n, &qv[0], &dv[0], &sv[0], &hv[0])
+            row.q, row.d, row.s, row.h, row.high, row.low = &qv[0], &dv[0], &sv[0], &hv[0], &both[0, 0], &both[1, 0]
+            quantizer(self.k, wide, mixed)(&x[0], n, &row)
         if wide:
-            q = q[:2 * n].view(np.int16).reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(-1)
-        return q, d, s, h
+            q = q.view(np.int16).reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(-1)
+        return (q, d, s, h, *bytes_of) if mixed else (q, d, s, h)
 
     def gemm(self, type_name, uintptr_t address, int64_t rows, int64_t k, const float[:, ::1] x, *, bint wide=False,
              bint mixed=False, bint panels=False):
@@ -394,12 +399,12 @@ cdef class Kernels:
         (``panels``, as many as the variant takes; what is left one by one) or one by one."""
         cdef int type_id = TYPE_IDS[type_name]
         cdef int64_t n = x.shape[0], size = pi2_row_block_bytes(type_id, k), blocks = (rows + 15) // 16, b
-        cdef int64_t ldq = k * (3 if wide else 1)
+        cdef int64_t ldq = k * (2 if wide else 1)
         cdef bint is_float = self.k.gemm8[type_id] == NULL
         cdef pi2_gemm gemm = self.k.gemm16[type_id] if wide else self.k.gemm8[type_id]
         cdef pi2_panel panel = self.k.panel16[type_id] if wide else self.k.panel8[type_id]
-        cdef pi2_q8 q8
-        cdef int8_t[:, ::1] q
+        cdef pi2_q8 q8, row
+        cdef int8_t[:, ::1] q, high, low
         cdef float[:, ::1] d, s, o
         cdef int16_t[:, ::1] h
         if x.shape[1] != k:
@@ -413,9 +418,14 @@ cdef class Kernels:
             d = np.empty((n, k // 32), np.float32)
             s = np.empty((n, k // 32), np.float32)
             h = np.empty((n, k // 16), np.int16)
-            for b in range(n):
-                quantizer(self.k, wide, mixed)(&x[b, 0], k, &q[b, 0], &d[b, 0], &s[b, 0], &h[b, 0])
+            high = np.empty((n, k), np.int8)
+            low = np.empty((n, k), np.int8)
             q8.q, q8.d, q8.s, q8.h, q8.ldq, q8.ldb = &q[0, 0], &d[0, 0], &s[0, 0], &h[0, 0], ldq, k // 32
+            q8.high, q8.low, q8.ldh = &high[0, 0] if mixed else NULL, &low[0, 0], k
+            for b in range(n):
+                row.q, row.d, row.s, row.h = &q[b, 0], &d[b, 0], &s[b, 0], &h[b, 0]
+                row.high, row.low = &high[b, 0], &low[b, 0]
+                quantizer(self.k, wide, mixed)(&x[b, 0], k, &row)
         b = 0
         while panels and not is_float and b + self.k.panel <= blocks:
             panel(<const uint8_t *>address + b * size, size, k, &q8, <int>n, &o[0, b * 16], blocks * 16)

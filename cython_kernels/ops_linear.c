@@ -11,7 +11,13 @@ static void prepare_row(const pi2_program *p, const pi2_op *op, const float *x, 
     p->kernels->rmsnorm(x, op->norm.weight, op->norm.offset, op->norm.eps, floats, k);
     x = floats;
   }
-  if (needs_q8) (op->kind == PI2_HEAD ? pi2_quantize : pi2_quantize_row)(p, x, k, q8);
+  if (!needs_q8) return;
+  /* hidden values by clusters, for a sparse block knows no more of them at once */
+  const int64_t part = op->source == PI2_FROM_HIDDEN && op->mixed ? PI2_CLUSTER : k;
+  for (int64_t at = 0; at < k; at += part) {
+    const pi2_q8 o = pi2_q8_at(p, q8, 0, at);
+    pi2_quantize_both(p, op->mixed, x + at, k - at < part ? k - at : part, &o);
+  }
 }
 
 pi2_input pi2_prepare(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, int64_t k, const int32_t *row_of,
@@ -25,6 +31,7 @@ pi2_input pi2_prepare(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, in
   if (!normed && !needs_q8) return in;
   if (!normed && op->q8_in) { /* quantised where it was made */
     in.q8 = op->source == PI2_FROM_ATTENTION ? p->q8_attention : p->q8_hidden;
+    in.q8.high = NULL; /* in parts of rows, so in one form */
     return in;
   }
   if (rows <= PI2_REPLICATED) {
@@ -33,15 +40,18 @@ pi2_input pi2_prepare(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, in
       prepare_row(p, op, source + (row_of ? row_of[i] : i) * ld, k, &q8, s->floats + i * p->max_k, needs_q8);
     }
     in.q8 = s->q8;
+    if (!op->mixed) in.q8.high = NULL;
     if (normed) in.floats = s->floats, in.ld = p->max_k;
     return in;
   }
+  const pi2_q8 *prepared = op->source == PI2_FROM_HIDDEN ? &p->q8_hidden : &p->q8_prepared;
   for (uint32_t i; (i = pi2_take(r, index, 0)) < (uint32_t)rows;) {
-    pi2_q8 q8 = pi2_q8_row(&p->q8_prepared, i);
+    pi2_q8 q8 = pi2_q8_row(prepared, i);
     prepare_row(p, op, source + (row_of ? row_of[i] : (int64_t)i) * ld, k, &q8, p->prepared + i * k, needs_q8);
   }
   *stopped = pi2_barrier(w);
-  in.q8 = p->q8_prepared;
+  in.q8 = *prepared;
+  if (!op->mixed) in.q8.high = NULL;
   if (normed) in.floats = p->prepared, in.ld = k;
   return in;
 }

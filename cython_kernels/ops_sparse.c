@@ -130,10 +130,12 @@ static int prepare_ahead(const block *k, const pi2_op *next, int exact, pi2_inpu
     float *floats = scratch->ahead_floats + row * p->dim;
     kernels->rmsnorm(p->x + (row_of ? row_of[row] : row) * p->dim, next->norm.weight, next->norm.offset, next->norm.eps, floats,
                      p->dim);
-    if (!predicted && exact) pi2_quantize_row(p, floats, p->dim, &q8);
-    else if (!predicted) kernels->quantize8(floats, p->dim, q8.q, q8.d, q8.s, q8.h);
+    if (!predicted && exact) pi2_quantize_both(p, next->mixed, floats, p->dim, &q8);
+    else if (!predicted) kernels->quantize8(floats, p->dim, &q8);
   }
-  *in = (pi2_input){.q8 = scratch->ahead, .floats = scratch->ahead_floats, .ld = p->dim, .narrow = !exact};
+  pi2_q8 ahead = scratch->ahead;
+  if (!next->mixed || !exact) ahead.high = NULL;
+  *in = (pi2_input){.q8 = ahead, .floats = scratch->ahead_floats, .ld = p->dim, .narrow = !exact};
   return 1;
 }
 /* What the predictor's first matrix makes of that, once. */
@@ -344,7 +346,7 @@ static void compute_up(block *k, int c, int chosen) {
       for (int i = 0; i < m; i++) h[list[at + i]] = up[i];
     }
     pi2_q8 q8 = pi2_q8_at(p, &p->q8_hidden, row, first);
-    pi2_quantize(p, h, width, &q8);
+    pi2_quantize_both(p, k->op->mixed_down, h, width, &q8);
   }
 }
 

@@ -12,7 +12,8 @@
  * point of Q6_K and for the PI2_BIAS that b_biased added to Q8_0's weights. g_close turns them into 32-bit sums, g_scale
  * into sums times a scale of Q6_K.
  *
- * int16 activations some of whose blocks have 8 bits (quantize_mixed): tiles of such blocks go the way of int8 ones.
+ * int16 activations of which there are bytes, too (quantize_mixed): the high ones go the way of int8 activations, and
+ * where a column has low ones, the sums with them are added to 256 times those with the high ones.
  *
  * Statements of assembler without an instruction keep the compiler from filling registers with what comes later. */
 
@@ -68,8 +69,8 @@ INLINE void panel_unpack(int type, const int wide, const uint8_t *w, int64_t k, 
   }
 }
 
-/* Adds integer sums of a block to the float sums in out. `coarse`: they are a 256th of what the scales are for. */
-INLINE void panel_add(int type, const int coarse, const int tile, vi dot[PI2_PANEL][4], const vf *dw, const vf *mw,
+/* Adds integer sums of a block to the float sums in out. */
+INLINE void panel_add(int type, const int tile, vi dot[PI2_PANEL][4], const vf *dw, const vf *mw,
                       const panel_input *x, float *out, int64_t ldo) {
   const float *d = x->d, *s = x->s;
   vf by[PI2_PANEL], plus[PI2_PANEL];
@@ -77,7 +78,7 @@ INLINE void panel_add(int type, const int coarse, const int tile, vi dot[PI2_PAN
   for (int r = 0; r < PI2_PANEL; r++) by[r] = dw[r], plus[r] = mw[r];
   for (int c = 0; c < tile; c++, out += ldo, d += x->ldb, s += x->ldb) {
     /* read before out is written: the compiler cannot know that they differ */
-    const vf dc = v_set(coarse ? *d * 256.0f : *d), sc = v_set(*s);
+    const vf dc = v_set(*d), sc = v_set(*s);
     __asm__("" : "+r"(out), "+r"(d), "+r"(s));
     for (int r = 0; r < PI2_PANEL; r++) {
       vf f = v_fma(v_mul(i_to_float(dot[r][c]), dc), by[r], v_load(out + r * PI2_ROWS));
@@ -91,9 +92,22 @@ INLINE void panel_add(int type, const int coarse, const int tile, vi dot[PI2_PAN
  * All at once would fill the line buffers, of which a core has about a dozen, and stop it until memory has answered. */
 #define PI2_AHEAD_LINES (PI2_STEPS / PI2_PANEL)
 typedef struct {
-  const uint8_t *at; /* of the first row block, or NULL */
+  const uint8_t *at, *end; /* of the first row block, or NULL */
   int64_t stride;
 } panel_ahead;
+/* Four streams and more: the hardware follows too few of them. Behind this panel lies the next. */
+INLINE panel_ahead ahead_of(int type, const uint8_t *w, int64_t stride, int64_t k, int64_t b) {
+  const uint8_t *quants = w + pi2_scales_bytes_of(type, k);
+  const int64_t blocks = k / PI2_BLOCK, soon = b + PI2_AHEAD, size = quants_stride(type);
+  quants += soon < blocks ? soon * size : PI2_PANEL * stride + (soon - blocks) * size;
+  return (panel_ahead){quants, quants + size, stride};
+}
+INLINE void go_ahead(panel_ahead *a) {
+  if (a->at && (a->at += PI2_AHEAD_LINES * 64) >= a->end) a->at = NULL;
+}
+INLINE void prefetch_all(panel_ahead a) {
+  for (int i = 0; a.at && i < PI2_STEPS; i++) v_prefetch(a.at + i % PI2_PANEL * a.stride + i / PI2_PANEL * 64);
+}
 
 INLINE void panel16_columns(int type, const int tile, const panel_block *p, const int16_t *const *y, const panel_input *x,
                             panel_ahead ahead, float *out, int64_t ldo) {
@@ -109,7 +123,7 @@ INLINE void panel16_columns(int type, const int tile, const panel_block *p, cons
         for (int r = 0; r < PI2_PANEL; r++) sum[r][c] = i_madd(sum[r][c], p->pairs[r][step], v);
       }
     }
-    panel_add(type, 0, tile, sum, p->dw[half], p->mw, x, out, ldo);
+    panel_add(type, tile, sum, p->dw[half], p->mw, x, out, ldo);
   }
 }
 
@@ -121,10 +135,10 @@ INLINE int32_t begin_of(int type, int half, const panel_input *x, int c) {
   const int16_t *h = x->h + 2 * c * x->ldb;
   return PI2_SHORT ? 0 : type == PI2_Q6_K ? -32 * h[half] : type == PI2_Q8_0 ? -PI2_BIAS * (h[0] + h[1]) : 0;
 }
-INLINE void panel8_columns(int type, const int coarse, const int tile, const panel_block *p, const panel_input *x, float *out,
-                           int64_t ldo) {
+/* The integer sums of a block with `tile` columns of int8. */
+INLINE void panel8_sums(int type, const int tile, const panel_block *p, const panel_input *x, vi dot[PI2_PANEL][4]) {
   const int parts = parts_of(type), groups = 8 / parts;
-  vi dot[PI2_PANEL][4], waiting[PI2_PANEL][4]; /* for the next part, in memory */
+  vi waiting[PI2_PANEL][4]; /* for the next part, in memory */
 #pragma GCC unroll 4
   for (int part = 0; part < parts; part++) {
     const int from = part * groups, half = from / 4;
@@ -157,21 +171,23 @@ INLINE void panel8_columns(int type, const int coarse, const int tile, const pan
     }
     if (part + 1 < parts) __asm__ volatile("" : : "r"(waiting) : "memory");
   }
-  panel_add(type, coarse, tile, dot, p->dw[0], p->mw, x, out, ldo);
+}
+INLINE void panel8_columns(int type, const int tile, const panel_block *p, const panel_input *x, float *out, int64_t ldo) {
+  vi dot[PI2_PANEL][4];
+  panel8_sums(type, tile, p, x, dot);
+  panel_add(type, tile, dot, p->dw[0], p->mw, x, out, ldo);
 }
 
-/* `coarse`: the columns' blocks stand as int8 `behind` their int16 ones. */
-INLINE void panel_tile(int type, const int wide, const int coarse, const int64_t behind, const int tile, const panel_block *p,
-                       const pi2_q8 *x, int c, int64_t b, panel_ahead ahead, float *out, int64_t ldo) {
+INLINE void panel_tile(int type, const int wide, const int tile, const panel_block *p, const pi2_q8 *x, int c, int64_t b,
+                       panel_ahead ahead, float *out, int64_t ldo) {
   panel_input in = {.d = x->d + c * x->ldb + b, .s = x->s + c * x->ldb + b, .h = x->h + 2 * (c * x->ldb + b), .ldb = x->ldb};
-  const int8_t *q = x->q + c * x->ldq + (coarse ? behind + b * PI2_BLOCK : b * PI2_BLOCK << wide);
+  const int8_t *q = x->q + c * x->ldq + (b * PI2_BLOCK << wide);
   __asm__("" : "+r"(q)); /* one pointer, not one for each column, from tile to tile */
   for (int i = 0; i < tile; i++) in.q[i] = q + i * x->ldq;
   out += c * ldo;
   if (!is_wide(type, wide)) {
-    for (int i = 0; ahead.at && i < PI2_STEPS; i++)
-      v_prefetch(ahead.at + i % PI2_PANEL * ahead.stride + i / PI2_PANEL * 64);
-    panel8_columns(type, coarse, tile, p, &in, out, ldo);
+    prefetch_all(ahead);
+    panel8_columns(type, tile, p, &in, out, ldo);
     return;
   }
   const int16_t *y[4];
@@ -187,46 +203,117 @@ INLINE void panel_tile(int type, const int wide, const int coarse, const int64_t
   panel16_columns(type, tile, p, y, &in, ahead, out, ldo);
 }
 
-/* Whether block b of n columns has 8 bits in all of them. */
-INLINE int is_coarse(const pi2_q8 *x, int c, int n, int64_t b) {
-  const int16_t *h = x->h + 2 * (c * x->ldb + b);
-  int fine = 0;
-  for (int i = 0; i < n; i++) fine |= h[2 * i * x->ldb] == PI2_FINE;
-  return !fine;
-}
-INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n,
-                       float *out, int64_t ldo) {
-  const int64_t blocks = k / PI2_BLOCK;
-  for (int c = 0; c < n; c++)
-    for (int r = 0; r < PI2_PANEL; r++) v_store(out + c * ldo + r * PI2_ROWS, v_zero());
-  const uint8_t *quants = w + pi2_scales_bytes_of(type, k);
-  const int mixed = wide && !is_wide(type, 0) && type != PI2_Q6_K; /* which adds its halves in another order */
-  for (int64_t b = 0; b < blocks; b++) {
-    panel_block p, narrow; /* for int16 blocks and for int8 ones, when a tile of them comes */
-    int has_p = !mixed, has_narrow = 0;
-    for (int r = 0; !mixed && r < PI2_PANEL; r++) panel_unpack(type, wide, w + r * stride, k, b, r, &p);
-    /* Four streams and more: the hardware follows too few of them. Behind this panel lies the next. */
-    const int64_t soon = b + PI2_AHEAD;
-    panel_ahead ahead = {.stride = stride, .at = quants + (soon < blocks ? soon * quants_stride(type)
-                                                           : PI2_PANEL * stride + (soon - blocks) * quants_stride(type))};
-    const uint8_t *const end = ahead.at + quants_stride(type);
+INLINE void panel_columns(int type, const int wide, const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n,
+                          float *out, int64_t ldo) {
+  for (int64_t b = 0; b < k / PI2_BLOCK; b++) {
+    panel_block p;
+    for (int r = 0; r < PI2_PANEL; r++) panel_unpack(type, wide, w + r * stride, k, b, r, &p);
+    panel_ahead ahead = ahead_of(type, w, stride, k, b);
     int c = 0;
     for (; c + 4 <= n; c += 4) {
-      if (mixed && is_coarse(x, c, 4, b)) {
-        for (int r = 0; !has_narrow && r < PI2_PANEL; r++) panel_unpack(type, 0, w + r * stride, k, b, r, &narrow);
-        has_narrow = 1;
-        panel_tile(type, 0, 1, 2 * k, 4, &narrow, x, c, b, ahead, out, ldo);
-      } else {
-        for (int r = 0; !has_p && r < PI2_PANEL; r++) panel_unpack(type, wide, w + r * stride, k, b, r, &p);
-        has_p = 1;
-        panel_tile(type, wide, 0, 0, 4, &p, x, c, b, ahead, out, ldo);
-      }
-      if (ahead.at && (ahead.at += PI2_AHEAD_LINES * 64) >= end) ahead.at = NULL;
+      panel_tile(type, wide, 4, &p, x, c, b, ahead, out, ldo);
+      go_ahead(&ahead);
     }
     ahead.at = NULL;
-    for (int r = 0; c < n && !has_p && r < PI2_PANEL; r++) panel_unpack(type, wide, w + r * stride, k, b, r, &p);
-    for (; c < n; c++) panel_tile(type, wide, 0, 0, 1, &p, x, c, b, ahead, out, ldo);
+    for (; c < n; c++) panel_tile(type, wide, 1, &p, x, c, b, ahead, out, ldo);
   }
+}
+
+/* Activations that have a second form. PI2_COLUMNS of them at a time, so that a block's fine ones are bits of a number. */
+#define PI2_COLUMNS 32
+#define PI2_BLOCKS 64
+INLINE void find_fine(const pi2_q8 *x, int c, int n, int64_t b, int blocks, uint32_t *fine) {
+  for (int i = 0; i < blocks; i++) fine[i] = 0;
+  for (int j = 0; j < n; j++) {
+    const int16_t *h = x->h + 2 * ((c + j) * x->ldb + b);
+    const uint32_t bit = (uint32_t)1 << j;
+    for (int i = 0; i < blocks; i++) {
+      uint32_t two; /* the first of them in its low half: so compilers make vectors of it */
+      memcpy(&two, h + 2 * i, 4);
+      fine[i] |= (two & 0xffff) == (uint16_t)PI2_FINE ? bit : 0;
+    }
+  }
+}
+/* The numbers of n columns, the fine ones last: nothing could foresee a branch for each of them. Returns how many are not. */
+INLINE int order_columns(uint32_t fine, int n, uint8_t *order) {
+  static const uint8_t all[PI2_COLUMNS] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                           16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+  memcpy(order, all, sizeof all);
+  const int coarse = n - __builtin_popcount(fine);
+  const uint64_t first = ((uint64_t)1 << coarse) - 1, last = (((uint64_t)1 << n) - 1) & ~first;
+  for (uint64_t from = fine & first, to = ~(uint64_t)fine & last; from; from &= from - 1, to &= to - 1) {
+    const int i = __builtin_ctzll(from), j = __builtin_ctzll(to);
+    order[i] = (uint8_t)j;
+    order[j] = (uint8_t)i;
+  }
+  return coarse;
+}
+
+/* `tile` columns by their high bytes; to the last `fine` of them come the low ones. */
+INLINE void panel_bytes_tile(int type, const int tile, const int fine, const panel_block *p, const pi2_q8 *x, int c,
+                             const uint8_t *order, int64_t b, float *out, int64_t ldo) {
+  panel_input in = {.h = x->h}, one = in;
+  vi dot[PI2_PANEL][4], low[PI2_PANEL][4];
+  for (int i = 0; i < tile; i++) in.q[i] = x->high + (c + order[i]) * x->ldh + b * PI2_BLOCK;
+  panel8_sums(type, tile, p, &in, dot);
+  if (fine) {
+    for (int i = 0; i < tile; i++)
+      for (int r = 0; r < PI2_PANEL; r++) dot[r][i] = i_times256(dot[r][i]);
+    for (int i = tile - fine; i < tile; i++) {
+      one.q[0] = in.q[i] + (x->low - x->high);
+      panel8_sums(type, 1, p, &one, low);
+      for (int r = 0; r < PI2_PANEL; r++) dot[r][i] = i_add(dot[r][i], low[r][0]);
+    }
+  }
+  vf by[PI2_PANEL], plus[PI2_PANEL];
+  __asm__ volatile("" : "+r"(p), "+r"(order), "+r"(out), "+r"(b) : : "memory");
+  for (int r = 0; r < PI2_PANEL; r++) by[r] = p->dw[0][r], plus[r] = p->mw[r];
+  for (int i = 0; i < tile; i++) {
+    const int64_t at = c + order[i];
+    const float d = x->d[at * x->ldb + b];
+    const vf dc = v_set(fine ? d : d * 256.0f), sc = v_set(x->s[at * x->ldb + b]);
+    float *o = out + at * ldo;
+    __asm__("" : "+r"(o));
+    for (int r = 0; r < PI2_PANEL; r++) {
+      vf f = v_fma(v_mul(i_to_float(dot[r][i]), dc), by[r], v_load(o + r * PI2_ROWS));
+      if (has_min(type)) f = v_fma(sc, plus[r], f);
+      v_store(o + r * PI2_ROWS, f);
+    }
+  }
+}
+INLINE void panel_bytes(int type, const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int c, int n, float *out,
+                        int64_t ldo) {
+  const int64_t blocks = k / PI2_BLOCK;
+  uint32_t fine[PI2_BLOCKS];
+  uint8_t order[PI2_COLUMNS];
+  for (int64_t b = 0; b < blocks; b++) {
+    if (b % PI2_BLOCKS == 0) find_fine(x, c, n, b, (int)(blocks - b < PI2_BLOCKS ? blocks - b : PI2_BLOCKS), fine);
+    panel_block p;
+    for (int r = 0; r < PI2_PANEL; r++) panel_unpack(type, 0, w + r * stride, k, b, r, &p);
+    panel_ahead ahead = ahead_of(type, w, stride, k, b);
+    const int coarse = order_columns(fine[b % PI2_BLOCKS], n, order);
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {
+      prefetch_all(ahead);
+      go_ahead(&ahead);
+      if (i + 4 <= coarse) panel_bytes_tile(type, 4, 0, &p, x, c, order + i, b, out, ldo);
+      else panel_bytes_tile(type, 4, i < coarse ? i + 4 - coarse : 4, &p, x, c, order + i, b, out, ldo);
+    }
+    for (; i < n; i++)
+      if (i < coarse) panel_bytes_tile(type, 1, 0, &p, x, c, order + i, b, out, ldo);
+      else panel_bytes_tile(type, 1, 1, &p, x, c, order + i, b, out, ldo);
+  }
+}
+
+INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n,
+                       float *out, int64_t ldo) {
+  for (int c = 0; c < n; c++)
+    for (int r = 0; r < PI2_PANEL; r++) v_store(out + c * ldo + r * PI2_ROWS, v_zero());
+  /* Q6_K adds up its halves in another order, and sums with signed bytes are too large, or need a bias */
+  if (wide && x->high && type != PI2_Q8_0 && type != PI2_Q6_K)
+    for (int c = 0; c < n; c += PI2_COLUMNS)
+      panel_bytes(type, w, stride, k, x, c, n - c < PI2_COLUMNS ? n - c : PI2_COLUMNS, out, ldo);
+  else panel_columns(type, wide, w, stride, k, x, n, out, ldo);
 }
 #define PANEL(T, WIDE, name)                                                                              \
   static void panel_##name(const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n, float *out, \

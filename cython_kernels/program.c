@@ -10,17 +10,24 @@ static void *allocate(pi2_program *p, int64_t count, size_t size) {
   p->activation_bytes += bytes;
   return aligned_alloc(64, (size_t)bytes); /* touched on use: the first large batch pays, not the start */
 }
-static int allocate_q8(pi2_program *p, pi2_q8 *q, int64_t rows, int64_t k) {
-  const int64_t row = (k << p->wide) + (p->mixed ? k : 0); /* pi2_q8 */
-  q->ldq = pi2_align(row, 64) + 64; /* off the 4096-byte stride that would map a tile's rows to one cache set */
+static int64_t stride(int64_t bytes) {
+  return pi2_align(bytes, 64) + 64; /* off the 4096 bytes that would map a tile's rows to one cache set */
+}
+static int allocate_q8(pi2_program *p, pi2_q8 *q, int64_t rows, int64_t k, int mixed) {
+  q->ldq = stride(k << p->wide);
   q->ldb = k / PI2_BLOCK;
   q->q = allocate(p, rows * q->ldq, 1);
+  if (mixed) {
+    q->ldh = stride(k);
+    if (!(q->high = allocate(p, 2 * rows * q->ldh, 1))) return 0;
+    q->low = q->high + rows * q->ldh;
+  }
   q->d = allocate(p, rows * q->ldb, 4);
   q->s = allocate(p, rows * q->ldb, 4);
   q->h = allocate(p, rows * q->ldb * 2, 2);
   return q->q && q->d && q->s && q->h;
 }
-static void free_q8(pi2_q8 *q) { free(q->q); free(q->d); free(q->s); free(q->h); }
+static void free_q8(pi2_q8 *q) { free(q->q); free(q->high); free(q->d); free(q->s); free(q->h); }
 
 static int prepare_run(pi2_program *p, pi2_run *r) {
   const int64_t pages = p->context / PI2_PAGE + 1;
@@ -95,7 +102,7 @@ static int prepare_sparse(pi2_program *p) {
   for (int t = 0; t < p->threads; t++) {
     pi2_scratch *scratch = &p->scratch[t];
     scratch->ahead_floats = allocate(p, 2 * PI2_REPLICATED * p->dim, sizeof *scratch->ahead_floats);
-    if (!scratch->ahead_floats || !allocate_q8(p, &scratch->ahead, PI2_REPLICATED, p->dim)) return 0;
+    if (!scratch->ahead_floats || !allocate_q8(p, &scratch->ahead, PI2_REPLICATED, p->dim, p->mixed)) return 0;
     scratch->arranged = allocate(p, pi2_align(p->dim, 512), sizeof *scratch->arranged);
     scratch->arranged_d = allocate(p, pi2_align(p->dim, 512) / PI2_BLOCK, sizeof *scratch->arranged_d);
     scratch->arranged_s = allocate(p, pi2_align(p->dim, 512) / PI2_BLOCK, sizeof *scratch->arranged_s);
@@ -176,16 +183,16 @@ int pi2_program_prepare(pi2_program *p) {
   if (p->rows) ok &= (p->row_tokens = allocate(p, rows, sizeof *p->row_tokens)) != NULL;
   p->slots = calloc((size_t)p->max_slots, sizeof *p->slots);
   p->scratch = calloc((size_t)p->threads, sizeof *p->scratch);
-  ok &= allocate_q8(p, &p->q8_prepared, rows, p->max_k);
-  ok &= allocate_q8(p, &p->q8_attention, rows, p->attention_columns);
-  ok &= allocate_q8(p, &p->q8_hidden, rows, p->hidden);
+  ok &= allocate_q8(p, &p->q8_prepared, rows, p->max_k, p->mixed);
+  ok &= allocate_q8(p, &p->q8_attention, rows, p->attention_columns, 0);
+  ok &= allocate_q8(p, &p->q8_hidden, rows, p->hidden, p->mixed);
   ok &= p->x && p->y && p->attention && p->hidden_floats && p->prepared && p->logits && p->partial && p->slots &&
         p->scratch;
   if (!ok) return -1;
   const int64_t vectors = p->max_group > 64 ? p->max_group : 64; /* queries of one attention tile */
   for (int t = 0; t < p->threads; t++) {
     pi2_scratch *s = &p->scratch[t];
-    ok &= allocate_q8(p, &s->q8, PI2_REPLICATED, p->max_k);
+    ok &= allocate_q8(p, &s->q8, PI2_REPLICATED, p->max_k, p->mixed);
     s->floats = allocate(p, PI2_REPLICATED * p->max_k, 4);
     s->tile = allocate(p, 2 * PI2_TILE_ROWS * PI2_TILE_BLOCKS * PI2_ROWS, 4);
     s->queries = allocate(p, vectors * p->max_head_dim, 4);

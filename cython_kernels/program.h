@@ -19,7 +19,7 @@
 
 #define PI2_REPLICATED 4 /* rows up to which every thread prepares all inputs itself */
 #define PI2_PANEL_ROWS 8 /* rows from which on several row blocks are multiplied together */
-#define PI2_TILE_ROWS 64 /* rows of a GEMM output tile */
+#define PI2_TILE_ROWS 32 /* rows of a GEMM output tile */
 #define PI2_TILE_BLOCKS 4 /* row blocks of one; even: the pairs of ops_linear.c */
 #define PI2_HEAD_ROWS 32 /* rows of logits at once */
 #define PI2_MATRICES 3   /* of one operation */
@@ -67,6 +67,8 @@ typedef struct {
   const pi2_bundles *bundles; /* SPARSE */
   int next_sparse; /* the operation of the next sparse block, or 0; of an expert's, that of its mixture's next expert */
   int next_route;  /* of an expert's: the operation that routes in the next mixture, or 0 */
+  int mixed;         /* the rows that it quantises become int16 in both forms (pi2_q8) */
+  int mixed_down;    /* SPARSE: so do its hidden values, cluster by cluster */
   int q8_in, q8_out; /* the source is integers already; the next operation wants them: quantise while in cache */
   /* ATTENTION */
   int n_heads, n_kv_heads, head_dim, window; /* window 0: all. kv.head_dim: padded to a multiple of 16 */
@@ -158,7 +160,7 @@ typedef struct pi2_program {
   pi2_routing routing;
   int pipeline;
   int wide; /* activations are int16, else int8 */
-  int mixed; /* where they come from floats, all but the largest blocks are coarse (pi2_q8); not the head's */
+  int mixed; /* some operations' are in both forms (pi2_q8) */
   int traced; /* runs may be: there is room for what they record of waiting */
   int64_t dim, vocab, max_rows, max_slots, context, max_k, hidden, y_columns, attention_columns;
   int threads, max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
@@ -245,6 +247,7 @@ pi2_input pi2_prepare(pi2_run *run, const pi2_op *op, int index, pi2_worker *w, 
 static inline pi2_q8 pi2_q8_row(const pi2_q8 *x, int64_t row) {
   pi2_q8 r = *x;
   r.q += row * r.ldq;
+  if (r.high) r.high += row * r.ldh, r.low += row * r.ldh;
   r.d += row * r.ldb;
   r.s += row * r.ldb;
   r.h += 2 * row * r.ldb;
@@ -278,17 +281,18 @@ static inline int pi2_take_guided(pi2_run *run, int index, int c, int64_t total,
 }
 static inline int pi2_is_float(int type) { return type == PI2_F32 || type == PI2_F16 || type == PI2_BF16; }
 static inline void pi2_quantize(const pi2_program *p, const float *x, int64_t k, const pi2_q8 *o) {
-  (p->wide ? p->kernels->quantize16 : p->kernels->quantize8)(x, k, o->q, o->d, o->s, o->h);
+  (p->wide ? p->kernels->quantize16 : p->kernels->quantize8)(x, k, o);
 }
-/* A whole row of the input of a product that is not the head. */
-static inline void pi2_quantize_row(const pi2_program *p, const float *x, int64_t k, const pi2_q8 *o) {
-  if (p->mixed) p->kernels->quantize_mixed(x, k, o->q, o->d, o->s, o->h);
+/* The same; `mixed`: in both forms. What is fine is decided over all of x. */
+static inline void pi2_quantize_both(const pi2_program *p, int mixed, const float *x, int64_t k, const pi2_q8 *o) {
+  if (mixed) p->kernels->quantize_mixed(x, k, o);
   else pi2_quantize(p, x, k, o);
 }
-/* Columns [column, column + k) of a row, column a multiple of 32. */
+/* A row from a column on, which is a multiple of 32. */
 static inline pi2_q8 pi2_q8_at(const pi2_program *p, const pi2_q8 *x, int64_t row, int64_t column) {
   pi2_q8 r = pi2_q8_row(x, row);
   r.q += column << p->wide;
+  if (r.high) r.high += column, r.low += column;
   r.d += column / 32;
   r.s += column / 32;
   r.h += column / 16;

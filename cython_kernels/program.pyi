@@ -98,6 +98,7 @@ class Program:
         matrices: Sequence[Matrix],
         *,
         q8_in: bool = False,
+        mixed: bool = False,
         expert: int = -1,
     ) -> None: ...
     def ffn(
@@ -110,6 +111,7 @@ class Program:
         up_activation: int,
         *,
         q8_out: bool,
+        mixed: bool = False,
         expert: int = -1,
     ) -> None: ...
     def sparse_ffn(
@@ -122,6 +124,8 @@ class Program:
         activation: int,
         up_activation: int,
         *,
+        mixed: bool = False,
+        mixed_down: bool = False,
         expert: int = -1,
     ) -> None: ...
     def route(self, layer: int, *, n_experts: int, n_used: int, normalized: bool, shared: bool) -> None: ...

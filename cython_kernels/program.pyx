@@ -94,7 +94,7 @@ cdef extern from "program.h" nogil:
         pi2_matrix matrix[3]
         int streamed, last_unit, paged, expert, n_experts, n_used, normalized, shared
         int64_t weight_bytes
-        int activation, up_activation, q8_in, q8_out
+        int activation, up_activation, q8_in, q8_out, mixed, mixed_down
         const pi2_bundles *bundles
         int n_heads, n_kv_heads, head_dim, window
         float scale, softcap
@@ -278,8 +278,8 @@ cdef class Program:
     """A model's operations. Build in order with ``embed``, ``linear``, ``attention``, ``ffn``, ``add``, ``route``, ``head``,
     then ``prepare``; then ``post`` steps and ``result`` them in order.
 
-    ``wide``: activations are int16, else int8. ``mixed``: of int16 ones, those of whole rows but the head's are
-    ``quantize_mixed``'s (kernels.h). ``stream``: a ``stream.Stream``, which outlives the gang; its units are
+    ``wide``: activations are int16, else int8. ``mixed``: int16 in two forms (``pi2_q8`` in kernels.h) in
+    those operations that say so. ``stream``: a ``stream.Stream``, which outlives the gang; its units are
     matrices of the operations, in their order. ``neurons``: a ``neuron_cache.NeuronCache``, which does so too; ``pipeline``:
     a key of PIPELINES, how far reading its neurons overlaps with computing (sparse.h). ``clusters``: another one, whose
     regions are experts' matrices that are not in memory. ``traced``: steps may be posted with ``trace``.
@@ -399,22 +399,24 @@ cdef class Program:
             self.p.rows = <pi2_row_reader *><uintptr_t>rows.address
         self.keep.append(matrix)
 
-    def linear(self, int layer, norm, source, sink, matrices, *, bint q8_in=False, int expert=-1):
+    def linear(self, int layer, norm, source, sink, matrices, *, bint q8_in=False, bint mixed=False,
+               int expert=-1):
         op = self.operation(PI2_LINEAR, layer)
         op.expert = expert
         op.norm = self.norm_of(norm)
-        op.source, op.sink, op.q8_in = SOURCES[source], SINKS[sink], q8_in
+        op.source, op.sink, op.q8_in, op.mixed = SOURCES[source], SINKS[sink], q8_in, mixed
         self.set_matrices(op, matrices)
 
-    def ffn(self, int layer, norm, Matrix up, gate, int activation, int up_activation, *, bint q8_out, int expert=-1):
+    def ffn(self, int layer, norm, Matrix up, gate, int activation, int up_activation, *, bint q8_out, bint mixed=False,
+            int expert=-1):
         op = self.operation(PI2_FFN, layer)
         op.expert = expert
         op.norm = self.norm_of(norm)
-        op.activation, op.up_activation, op.q8_out = activation, up_activation, q8_out
+        op.activation, op.up_activation, op.q8_out, op.mixed = activation, up_activation, q8_out, mixed
         self.set_matrices(op, [up] if gate is None else [up, gate])
 
     def sparse_ffn(self, int layer, norm, sink, decides, Bundles bundles, int activation, int up_activation, *,
-                   int expert=-1):
+                   bint mixed=False, bint mixed_down=False, int expert=-1):
         """A whole feed-forward block whose neurons are read when they fire. ``decides``: gate, or up where there is none.
         Where gates are in the bundles, what of a predictor is applied to the ``linear`` before, whose sink is y; None: all
         neurons are read."""
@@ -424,7 +426,7 @@ cdef class Program:
         op.expert = expert
         op.norm = self.norm_of(norm)
         op.sink, op.bundles = SINKS[sink], &bundles.b
-        op.activation, op.up_activation = activation, up_activation
+        op.activation, op.up_activation, op.mixed, op.mixed_down = activation, up_activation, mixed, mixed_down
         self.set_matrices(op, [] if decides is None else [decides])
         self.keep.append(bundles)
 

@@ -99,6 +99,7 @@ static inline void i_store_i16_0213(int16_t *p, vi a) {
   __m256i both = _mm256_packs_epi32(_mm256_shuffle_epi32(a.l, 0xd8), _mm256_shuffle_epi32(a.h, 0xd8));
   _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(both, 0xd8)); /* packs works in halves */
 }
+static inline vi i_times256(vi a) { return (vi){_mm256_slli_epi32(a.l, 8), _mm256_slli_epi32(a.h, 8)}; }
 static inline vi i_add(vi a, vi b) { return (vi){_mm256_add_epi32(a.l, b.l), _mm256_add_epi32(a.h, b.h)}; }
 static inline int32_t i_sum(vi a) {
   __m256i b = _mm256_add_epi32(a.l, a.h);

@@ -72,6 +72,7 @@ static inline void i_store_i16_0213(int16_t *p, vi a) {
   a = _mm512_shuffle_epi32(a, (_MM_PERM_ENUM)_MM_SHUFFLE(3, 1, 2, 0));
   _mm256_storeu_si256((__m256i *)p, _mm512_cvtsepi32_epi16(a));
 }
+static inline vi i_times256(vi a) { return _mm512_slli_epi32(a, 8); }
 static inline vi i_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 static inline int32_t i_sum(vi a) { return _mm512_reduce_add_epi32(a); }
 static inline vf i_to_float(vi a) { return _mm512_cvtepi32_ps(a); }

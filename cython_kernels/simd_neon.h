@@ -96,6 +96,7 @@ static inline void i_store_i16_0213(int16_t *p, vi a) {
     vst1q_s16(p + 4 * i, vreinterpretq_s16_u8(vqtbl1q_u8(vreinterpretq_u8_s16(both), vld1q_u8(order))));
   }
 }
+static inline vi i_times256(vi a) { QUARTERS a.v[i] = vshlq_n_s32(a.v[i], 8); return a; }
 static inline vi i_add(vi a, vi b) { QUARTERS a.v[i] = vaddq_s32(a.v[i], b.v[i]); return a; }
 static inline int32_t i_sum(vi a) {
   return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3])));

@@ -98,6 +98,7 @@ static inline void i_store_i16_0213(int16_t *p, vi a) {
     p[i] = (int16_t)(v > 32767 ? 32767 : v < -32768 ? -32768 : v);
   }
 }
+static inline vi i_times256(vi a) { LANES a.v[i] *= 256; return a; }
 static inline vi i_add(vi a, vi b) { LANES a.v[i] += b.v[i]; return a; }
 static inline int32_t i_sum(vi a) { int32_t s = 0; LANES s += a.v[i]; return s; }
 static inline vf i_to_float(vi a) { vf r; LANES r.v[i] = (float)a.v[i]; return r; }

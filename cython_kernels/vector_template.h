@@ -52,41 +52,55 @@ INLINE float block_scale(vf *x0, vf *x1, float limit, float *inverse) {
   *x0 = *x1 = v_zero();
   return __builtin_nanf("");
 }
-static void quantize8(const float *x, int64_t k, int8_t *q, float *d, float *s, int16_t *h) {
+static void quantize8(const float *x, int64_t k, const pi2_q8 *o) {
   for (int64_t b = 0; b < k / PI2_BLOCK; b++) {
     vf x0 = v_load(x + b * 32), x1 = v_load(x + b * 32 + 16);
     float inverse, scale = block_scale(&x0, &x1, 127.0f, &inverse);
     vi i0 = v_to_int(v_mul(x0, v_set(inverse))), i1 = v_to_int(v_mul(x1, v_set(inverse)));
-    i_store_i8(q + b * 32, i0);
-    i_store_i8(q + b * 32 + 16, i1);
+    i_store_i8(o->q + b * 32, i0);
+    i_store_i8(o->q + b * 32 + 16, i1);
     int32_t h0 = i_sum(i0), h1 = i_sum(i1);
-    d[b] = scale;
-    s[b] = scale * (float)(h0 + h1);
-    h[2 * b] = (int16_t)h0;
-    h[2 * b + 1] = (int16_t)h1;
+    o->d[b] = scale;
+    o->s[b] = scale * (float)(h0 + h1);
+    o->h[2 * b] = (int16_t)h0;
+    o->h[2 * b + 1] = (int16_t)h1;
   }
 }
-INLINE void quantize_fine(const float *x, int64_t b, int16_t *q, float *d, float *s, int16_t *h) {
+INLINE void quantize_words(const float *x, int64_t b, float limit, const pi2_q8 *o, vi i[2]) {
   vf x0 = v_load(x + b * 32), x1 = v_load(x + b * 32 + 16);
-  float inverse, scale = block_scale(&x0, &x1, 32767.0f, &inverse);
-  vi i0 = v_to_int(v_mul(x0, v_set(inverse))), i1 = v_to_int(v_mul(x1, v_set(inverse)));
-  i_store_i16_0213(q + b * 32, i0);
-  i_store_i16_0213(q + b * 32 + 16, i1);
-  d[b] = scale;
-  s[b] = scale * (float)i_sum(i_add(i0, i1));
-  h[2 * b] = PI2_FINE;
-  h[2 * b + 1] = 0;
+  float inverse, scale = block_scale(&x0, &x1, limit, &inverse);
+  i[0] = v_to_int(v_mul(x0, v_set(inverse))), i[1] = v_to_int(v_mul(x1, v_set(inverse)));
+  i_store_i16_0213((int16_t *)o->q + b * 32, i[0]);
+  i_store_i16_0213((int16_t *)o->q + b * 32 + 16, i[1]);
+  o->d[b] = scale;
+  o->s[b] = scale * (float)i_sum(i_add(i[0], i[1]));
 }
-static void quantize16(const float *x, int64_t k, int8_t *out, float *d, float *s, int16_t *h) {
-  for (int64_t b = 0; b < k / PI2_BLOCK; b++) quantize_fine(x, b, (int16_t *)out, d, s, h);
+static void quantize16(const float *x, int64_t k, const pi2_q8 *o) {
+  for (int64_t b = 0; b < k / PI2_BLOCK; b++) {
+    vi i[2];
+    quantize_words(x, b, 32767.0f, o, i);
+    o->h[2 * b] = o->h[2 * b + 1] = 0;
+  }
 }
-/* int16, of which all but the largest blocks have 8 bits: those are 256 times what quantize8 makes of them, and stand as
- * int8 behind the row, too. A block is fine where its largest magnitude exceeds PI2_FINER times the root mean square of
- * all blocks' largest magnitudes: where most of the error would be (docs/design.md). */
-static void quantize_mixed(const float *x, int64_t k, int8_t *out, float *d, float *s, int16_t *h) {
+INLINE void quantize_both(const float *x, int64_t b, const pi2_q8 *o) {
+  vi i[2];
+  quantize_words(x, b, 32639.0f, o, i); /* 127 * 256 + 127 */
+  for (int half = 0; half < 2; half++) {
+    /* a quarter, so that a half is rounded up, and the low byte is in [-128, 127] */
+    const vf words = i_to_float(i[half]);
+    const vi bytes = v_to_int(v_mul(v_add(words, v_set(0.25f)), v_set(1.0f / 256.0f)));
+    i_store_i8(o->high + b * 32 + half * 16, bytes);
+    i_store_i8(o->low + b * 32 + half * 16, v_to_int(v_fma(i_to_float(bytes), v_set(-256.0f), words)));
+  }
+  o->h[2 * b] = PI2_FINE;
+  o->h[2 * b + 1] = 0;
+}
+/* int16, of which all but the largest blocks have 8 bits: those are 256 times what quantize8 makes of them. A block is fine
+ * where its largest magnitude exceeds PI2_FINER times the root mean square of all blocks' largest magnitudes: where most of
+ * the error would be (docs/design.md). */
+static void quantize_mixed(const float *x, int64_t k, const pi2_q8 *o) {
   const int64_t blocks = k / PI2_BLOCK;
-  int16_t *q = (int16_t *)out;
-  int8_t *coarse = out + 2 * k;
+  float *d = o->d;
   double squares = 0;
   for (int64_t b = 0; b < blocks; b++) {
     d[b] = v_magnitude(v_load(x + b * 32), v_load(x + b * 32 + 16));
@@ -96,21 +110,21 @@ static void quantize_mixed(const float *x, int64_t k, int8_t *out, float *d, flo
   for (int64_t b = 0; b < blocks; b++) {
     /* so small that a 256th of the scale might not be exact: fine, too; and what is not finite, so that it is NaN once */
     if (!((double)d[b] * d[b] <= limit && d[b] >= 1e-30f)) {
-      quantize_fine(x, b, q, d, s, h);
+      quantize_both(x, b, o);
       continue;
     }
-    vf x0 = v_load(x + b * 32), x1 = v_load(x + b * 32 + 16);
-    float inverse, scale = block_scale(&x0, &x1, 127.0f, &inverse);
-    vi i0 = v_to_int(v_mul(x0, v_set(inverse))), i1 = v_to_int(v_mul(x1, v_set(inverse)));
-    i_store_i8(coarse + b * 32, i0);
-    i_store_i8(coarse + b * 32 + 16, i1);
-    i_store_i16_0213(q + b * 32, v_to_int(v_mul(i_to_float(i0), v_set(256.0f))));
-    i_store_i16_0213(q + b * 32 + 16, v_to_int(v_mul(i_to_float(i1), v_set(256.0f))));
+    const float scale = d[b] / 127.0f, inverse = 1.0f / scale; /* as block_scale has them: d[b] is no extreme */
+    const vi i0 = v_to_int(v_mul(v_load(x + b * 32), v_set(inverse)));
+    const vi i1 = v_to_int(v_mul(v_load(x + b * 32 + 16), v_set(inverse)));
+    i_store_i8(o->high + b * 32, i0);
+    i_store_i8(o->high + b * 32 + 16, i1);
+    i_store_i16_0213((int16_t *)o->q + b * 32, i_times256(i0));
+    i_store_i16_0213((int16_t *)o->q + b * 32 + 16, i_times256(i1));
     const int32_t h0 = i_sum(i0), h1 = i_sum(i1);
     d[b] = scale / 256.0f;
-    s[b] = scale * (float)(h0 + h1);
-    h[2 * b] = (int16_t)h0;
-    h[2 * b + 1] = (int16_t)h1;
+    o->s[b] = scale * (float)(h0 + h1);
+    o->h[2 * b] = (int16_t)h0;
+    o->h[2 * b + 1] = (int16_t)h1;
   }
 }
 

@@ -71,8 +71,6 @@ class ProgramBuilder:
         predictors: Mapping[str, LoadedPredictor],
     ) -> None:
         self._file, self._model, self._weights, self._options = file, model, weights, options
-        # Which of a row's blocks are fine depends on all of the row: it is not quantised where its parts are made.
-        self._mixed = options.activations == "mixed"
         self._program = program.Program(
             gang,
             native.kernels_address(options.kernels),
@@ -83,7 +81,7 @@ class ProgramBuilder:
             context=options.context,
             pages=options.pages,
             wide=options.activations != "int8",
-            mixed=self._mixed,
+            mixed=options.activations == "mixed",
             embedding_scale=model.embedding_scale,
             logit_softcap=model.logit_softcap or 0.0,
             stream=stream,
@@ -129,9 +127,16 @@ class ProgramBuilder:
                 f"{group} query heads for each KV head; at most 128 are supported",
             )
         # The output is quantised where it is made, if its int8 blocks lie within one KV head's share of it.
-        q8 = not self._mixed and not self._is_float(block.out) and group * block.head_dim % 32 == 0
+        # Which blocks of a row are fine depends on all of it.
+        mixed = self._is_mixed(block.out)
+        q8 = not mixed and not self._is_float(block.out) and group * block.head_dim % 32 == 0
         p.linear(
-            index, self._norm(block.norm), "x", "y", [self._matrix(m) for m in (block.q, block.k, block.v)]
+            index,
+            self._norm(block.norm),
+            "x",
+            "y",
+            [self._matrix(m) for m in (block.q, block.k, block.v)],
+            mixed=self._is_mixed(block.q, block.k, block.v),
         )
         p.attention(
             index,
@@ -152,12 +157,14 @@ class ProgramBuilder:
             q8_out=q8,
         )
         sink = "x" if block.post_norm is None else "y"
-        p.linear(index, None, "attention", sink, [self._matrix(block.out)], q8_in=q8)
+        p.linear(index, None, "attention", sink, [self._matrix(block.out)], q8_in=q8, mixed=mixed)
         self._close(index, block.post_norm)
 
     def _feed_forward(self, index: int, block: FeedForward, expert: int = -1) -> None:
         """``expert``: the number of one of a mixture's; -1: the block stands by itself."""
         sink = "mix" if expert >= 0 else "x" if block.post_norm is None else "y"
+        mixed = self._is_mixed(block.up, *(() if block.gate is None else (block.gate,)))
+        mixed_down = self._is_mixed(block.down)
         if self._neurons is not None and block.down.weight in self._weights.scales:
             self._program.sparse_ffn(
                 index,
@@ -167,12 +174,12 @@ class ProgramBuilder:
                 self._neurons.block(block, self._weights, self._options.thresholds.get(block.down.weight)),
                 native.ACTIVATIONS[block.activation],
                 native.ACTIVATIONS[block.up_activation],
+                mixed=mixed,
+                mixed_down=mixed_down,
                 expert=expert,
             )
             return
-        # Neurons of ReLU blocks may also be computed one by one (sparse_ffn), without a row of all of them.
-        mixed = self._mixed and block.activation not in ("relu", "relu2")
-        q8 = not mixed and not self._is_float(block.down)  # then hidden is a multiple of 32
+        q8 = not mixed_down and not self._is_float(block.down)  # then hidden is a multiple of 32
         self._program.ffn(
             index,
             self._norm(block.norm),
@@ -181,9 +188,11 @@ class ProgramBuilder:
             native.ACTIVATIONS[block.activation],
             native.ACTIVATIONS[block.up_activation],
             q8_out=q8,
+            mixed=mixed,
             expert=expert,
         )
-        self._program.linear(index, None, "hidden", sink, [self._matrix(block.down)], q8_in=q8, expert=expert)
+        down = [self._matrix(block.down)]
+        self._program.linear(index, None, "hidden", sink, down, q8_in=q8, mixed=mixed_down, expert=expert)
 
     def _deciding(self, index: int, block: FeedForward, expert: int) -> program.Matrix | None:
         """What says which neurons of a block are read. None: all of them."""
@@ -219,6 +228,12 @@ class ProgramBuilder:
         """The block's output is added to the residual stream through its second norm, where it has one."""
         if post_norm is not None:
             self._program.add(index, self._norm(post_norm))
+
+    def _is_mixed(self, *linears: Linear) -> bool:
+        """Whether rows that meet these matrices become int16 in both forms. By the type in the file, whatever form a
+        matrix has here, so that each of them gives the same bits. Products with 6 and 8 bits gain nothing from it."""
+        types = {self._file.tensors[each.weight].type for each in linears}
+        return self._options.activations == "mixed" and not types <= {"Q6_K", "Q8_0", *FLOATS}
 
     def _is_float(self, linear: Linear) -> bool:
         return self._weights.matrices[linear.weight].type in FLOATS

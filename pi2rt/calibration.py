@@ -101,7 +101,7 @@ async def calibrate(
 ) -> Calibration:
     """Finds thresholds for ``sparsity="thresholded"`` by every method, measures the perplexity with each on text
     that was not used for them, and an order of bundles in which neurons that fire together lie together (for
-    ``convert(order=)``), and writes the calibration file.
+    ``convert(calibration=)``), and writes the calibration file.
 
     Statistics are collected in numpy, one block of the model at a time, whose float32 weights are in memory then
     beside a few numbers for each token; measured is with the cpu executor.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,10 @@ import numpy as np
 from pi2rt._errors import ConversionError, ModelFormatError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels import native
 from pi2rt.formats import ModelFile, TensorInfo, open_model_file
-from pi2rt.formats.calibration import open_calibration
 from pi2rt.formats.gguf import GgufFile
 from pi2rt.formats.huggingface import COMPANIONS, MAX_CONFIG_BYTES, HuggingFaceDirectory
 from pi2rt.formats.neuron_bundles import GROUP
 from pi2rt.formats.neuron_bundles import TYPES as BUNDLED_TYPES
-from pi2rt.formats.neuron_order import Order
 from pi2rt.formats.pack import PackFile, model_digest
 from pi2rt.formats.pack_header import (
     CHECKSUM_BYTES,
@@ -49,6 +47,7 @@ from pi2rt.planner.bundling import (
     planned_pages,
     planned_scales,
 )
+from pi2rt.planner.findings import Dense, Findings
 
 Progress: TypeAlias = Callable[[int, int], None]
 """``progress(done, total)``, in bytes. It may raise, which ends the work."""
@@ -65,9 +64,10 @@ def convert(
     *,
     overwrite: bool = False,
     bundles: Bundling = "relu",
-    order: str | os.PathLike[str] | Mapping[str, Order] | None = None,
+    calibration: str | os.PathLike[str] | Findings | None = None,
+    dense_above: float | None = None,
     progress: Progress | None = None,
-) -> None:
+) -> tuple[Dense, ...]:
     """Writes the pack of a model. Blocks: from Trio, call it in a thread, and let ``progress`` raise the cancellation.
 
     Under its name the pack appears whole or not at all. No page of source or pack stays in the page cache.
@@ -78,20 +78,29 @@ def convert(
         overwrite: whether a file that is there already may be replaced.
         bundles: which feed-forward blocks are stored by neuron: "relu", those whose neurons rest by themselves;
             "gates", these with their gates; "all", as thresholds need it; or "off".
-        order: in which order the bundles of each block lie: the calibration of the same model (``pi2rt calibrate``),
-            or, by the names of down tensors, ``neuron_order.Order``; None, or of a block not among them: in that
-            of the neurons. Changes no result.
+        calibration: what was found of the same model (``pi2rt calibrate``): bundles lie in its order, and of ReLU
+            blocks whose neurons rarely rest the matrices stay whole. Changes no result.
+        dense_above: the share of a block's neurons that fire, above which its matrices stay whole; None: where that
+            takes less time, measured on this machine (``crossover``).
         progress: called between pieces, from the calling thread.
 
     Raises:
         ModelNotFoundError, ModelFormatError, UnsupportedModelError: as ``open_model_file`` and ``describe`` do, and
             where a scale or value is NaN or infinite.
-        RequestError: the source is a pack already, or the destination is there or cannot be written to, or the order is
-            not of this model's bundles.
+        RequestError: the source is a pack already, or the destination is there or cannot be written to, or the
+            calibration is not of this model's bundles.
         ConversionError: the disk is full, the source changed meanwhile, or another process writes the same pack.
+
+    Returns:
+        The ReLU blocks whose matrices stay whole because of their calibration.
     """
+    found = calibration
+    if isinstance(found, str | os.PathLike):
+        found = Findings.of(found, dense_above)
     with open_model_file(source_path) as file:
-        convert_file(file, destination, overwrite=overwrite, bundles=bundles, order=order, progress=progress)
+        return convert_file(
+            file, destination, overwrite=overwrite, bundles=bundles, findings=found, progress=progress
+        )
 
 
 def convert_file(
@@ -100,9 +109,9 @@ def convert_file(
     *,
     overwrite: bool = False,
     bundles: Bundling = "relu",
-    order: str | os.PathLike[str] | Mapping[str, Order] | None = None,
+    findings: Findings | None = None,
     progress: Progress | None = None,
-) -> None:
+) -> tuple[Dense, ...]:
     """As ``convert``, of a model that is open. One that is not read from files, but made up as it is read, has metadata
     as GGUF files do, and its pack lists no files as its source."""
     destination = Path(destination)
@@ -110,7 +119,9 @@ def convert_file(
         raise RequestError(f"{file.path} is a pack already")
     if destination.exists() and any(destination.samefile(path) for path in _source_paths(file)):
         raise RequestError(f"{destination} is the model itself; choose another name")
-    _Conversion(file, destination, overwrite, bundles, _Orders.of(order), progress or _ignore).run()
+    work = _Conversion(file, destination, overwrite, bundles, findings or Findings(), progress or _ignore)
+    work.run()
+    return work.dense
 
 
 def source_stamps(file: ModelFile) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -130,30 +141,6 @@ def reading_order(model: ModelDescription) -> Iterator[str]:
             yield from (name for name, shape in tensors if len(shape) == dims)
 
 
-@dataclass(frozen=True, slots=True)
-class _Orders:
-    """``by_down``: by the names of down tensors; ``source``: ``PackFile.source_digest`` of the model they are of, where
-    that is known; ``name``: for messages."""
-
-    by_down: Mapping[str, Order]
-    source: bytes | None = None
-    name: str = "order"
-
-    @classmethod
-    def of(cls, given: str | os.PathLike[str] | Mapping[str, Order] | None) -> Self:
-        if given is None or isinstance(given, Mapping):
-            return cls(given or {})
-        calibration = open_calibration(Path(given))
-        if not calibration.orders():
-            raise RequestError(
-                f"{os.fspath(given)} has no order of neurons; calibrate again (pi2rt calibrate)"
-            )
-        return cls(calibration.orders(), calibration.source, os.fspath(given))
-
-    def refuse(self, problem: str) -> RequestError:
-        return RequestError(f"{self.name}: {problem}")
-
-
 class _Conversion:
     """One run: what goes where, and how far it is."""
 
@@ -163,7 +150,7 @@ class _Conversion:
         destination: Path,
         overwrite: bool,
         bundles: Bundling,
-        orders: _Orders,
+        findings: Findings,
         progress: Progress,
     ) -> None:
         self._file, self._destination, self._overwrite, self._progress = (
@@ -172,7 +159,7 @@ class _Conversion:
             overwrite,
             progress,
         )
-        self._orders = orders
+        self._findings = findings
         model = describe(file)
         self._named = {name for name, _ in iterate_tensors(model)}
         # Vectors that the description does not name may be part of how it is made (factors of the rotation).
@@ -183,16 +170,25 @@ class _Conversion:
         ]
         self._tensors = [*(file.tensors[name] for name in reading_order(model)), *rest]
         try:
-            self._bundled = tuple(bundled_blocks(file, model, bundles, orders.by_down))
+            blocks = tuple(bundled_blocks(file, model, bundles, findings.orders))
         except ValueError as error:
-            raise orders.refuse(str(error)) from None
-        if others := set(orders.by_down) - {each.down.name for each in self._bundled}:
-            raise orders.refuse(
+            raise findings.refuse(str(error)) from None
+        if others := set(findings.orders) - {each.down.name for each in blocks}:
+            raise findings.refuse(
                 f"is of {min(others)}, which of {file.path} is not stored by neuron (--bundles {bundles})"
             )
+        self.dense = (
+            tuple(findings.dense(blocks)) if bundles != "all" else ()
+        )  # thresholds may let neurons rest
+        whole = {each.down for each in self.dense}
+        self._bundled = tuple(each for each in blocks if each.down.name not in whole)
+        if findings.source is not None and not findings.orders and not whole:
+            raise findings.refuse(
+                "has no order of neurons, and no block whose neurons rarely rest: it would change nothing"
+            )
         useless = {
-            "all": not self._bundled,
-            "gates": all(each.gate is None for each in self._bundled),
+            "all": not blocks,
+            "gates": all(each.gate is None for each in blocks),
         }
         if useless.get(bundles):
             what = "feed-forward blocks" if bundles == "all" else "gates of ReLU feed-forward blocks"
@@ -235,7 +231,7 @@ class _Conversion:
                 for name, data in companions.items():
                     writer.write(name, np.frombuffer(data, np.uint8))
                 found_digests = self._await(digests)
-                self._refuse_others_order(found_digests)
+                self._refuse_others(found_digests)
                 source = self._source(container, found_digests)
             finally:
                 stop.set()
@@ -244,10 +240,10 @@ class _Conversion:
                     raise ConversionError(f"{path} changed while it was converted; convert it again")
             writer.finish(source)
 
-    def _refuse_others_order(self, digests: Sequence[bytes]) -> None:
-        """Names and shapes are those of any model of the kind; an order from another one would be worth nothing."""
-        if self._orders.source is not None and digests and self._orders.source != model_digest(digests):
-            raise self._orders.refuse(
+    def _refuse_others(self, digests: Sequence[bytes]) -> None:
+        """Names and shapes are those of any model of the kind; what was found of another one would be worth nothing."""
+        if self._findings.source is not None and digests and self._findings.source != model_digest(digests):
+            raise self._findings.refuse(
                 f"is of another model than {self._file.path}; calibrate again (pi2rt calibrate)"
             )
 

@@ -52,9 +52,9 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--activations",
         choices=("int16", "mixed", "int8"),
-        default="int16",
+        default="mixed",
         help="of products with quantised weights; mixed, and more so int8, is faster in prefill and less exact "
-        "(default: int16)",
+        "(default: mixed)",
     )
     group.add_argument(
         "--memory",
@@ -225,3 +225,14 @@ def kernels(options: argparse.Namespace) -> str | None:
     from pi2rt.cython_kernels import native
 
     return str(native.current(options.kernels))
+
+
+def share(text: str) -> float:
+    """argparse type: above 0 and below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and below 1")
+    return value

@@ -28,14 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="TEXT", help="text in UTF-8, of the kind that the model is for")
     parser.add_argument(
         "--resting",
-        type=_share,
+        type=_runtime.share,
         default=0.5,
         metavar="SHARE",
         help="of all neurons, those that are to rest, such as 0.3 (default: 0.5)",
     )
     parser.add_argument(
         "--recall",
-        type=_share,
+        type=_runtime.share,
         default=0.98,
         metavar="SHARE",
         help="of the neurons that fire, those that predictors are to name; of packs with --bundles gates "
@@ -229,7 +229,7 @@ def _order_lines(found: Calibration) -> Iterator[str]:
     yield (
         f"order: {_change(before.reads, after.reads)} reads per token with nothing in memory, "
         f"{_change(before_half.reads, after_half.reads)} with the half of the pages that fires most "
-        f"(convert --order); {_worth(found, before_half, after_half)}"
+        f"(convert --calibration); {_worth(found, before_half, after_half)}"
     )
 
 
@@ -275,14 +275,3 @@ def _hottest_tenth(block: BlockCalibration, method: Method | None) -> float:
     firing = np.sort(block.firing(method))[::-1]
     total = float(firing.sum())
     return float(firing[: max(1, len(firing) // 10)].sum()) / total if total else 0.0
-
-
-def _share(text: str) -> float:
-    """argparse type: above 0 and below 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and below 1")
-    return value

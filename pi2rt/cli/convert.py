@@ -20,9 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "predicted; all, for --sparsity thresholded; none (default: relu)",
     )
     parser.add_argument(
-        "--order",
-        metavar="CALIBRATION",
-        help="neurons of a block that fire together lie together, as 'pi2rt calibrate' found for this model",
+        "--calibration",
+        metavar="FILE",
+        help="what 'pi2rt calibrate' found for this model: neurons that fire together lie together, and ReLU blocks "
+        "whose neurons rarely rest are not stored by neuron",
+    )
+    parser.add_argument(
+        "--dense-above",
+        type=_runtime.share,
+        metavar="SHARE",
+        help="of neurons that fire, by the calibration: such blocks are not stored by neuron (default: where whole "
+        "matrices take less time, measured on this machine)",
     )
 
 
@@ -35,22 +43,33 @@ def main(options: argparse.Namespace) -> int:
 async def _convert(options: argparse.Namespace) -> int:
     import os
 
+    from pi2rt._errors import RequestError
     from pi2rt.cli._console import Bar, size, work_in_thread
     from pi2rt.cli.pull import fetch
     from pi2rt.planner.convert import convert
 
+    if options.dense_above is not None and options.calibration is None:
+        raise RequestError("--dense-above needs a --calibration, which says how many neurons fire")
     path = await fetch(options.model)
     with Bar("converting") as bar:
-        await work_in_thread(
+        dense = await work_in_thread(
             partial(
                 convert,
                 path,
                 options.pack,
                 overwrite=options.force,
                 bundles=options.bundles,
-                order=options.order,
+                calibration=options.calibration,
+                dense_above=options.dense_above,
             ),
             bar,
+        )
+    if dense:
+        least, most = min(each.firing for each in dense), max(each.firing for each in dense)
+        how = "measured" if options.dense_above is None else "--dense-above"
+        print(
+            f"{len(dense)} feed-forward blocks are not stored by neuron: {least:.0%} to {most:.0%} of their neurons "
+            f"fire, more than {dense[0].above:.0%} ({how})"
         )
     print(f"{options.pack}: {size(os.stat(options.pack).st_size)}")
     return 0

@@ -77,11 +77,11 @@ def estimate_need(
             elif isinstance(block, MixtureOfExperts):
                 # All tokens may choose the same expert: their inputs, its neurons and outputs; and who chose whom.
                 neurons = max(block.hidden, 0 if block.shared is None else block.shared.hidden)
-                widest = max(widest, 2 * neurons + 2 * model.dim + 2 * (block.n_experts + block.n_used))
+                widest = max(widest, 5 * neurons // 2 + 2 * model.dim + 2 * (block.n_experts + block.n_used))
             elif isinstance(block, FeedForward):
                 sparse = block.down.weight in file.bundles  # lists of who fires, and sums of down
-                widest = max(widest, 2 * block.hidden + sparse * (block.hidden // 2 + model.dim))
-    activations = 4 * (max_tokens * (4 * model.dim + widest) + 2 * slots * model.vocab_size)
+                widest = max(widest, 5 * block.hidden // 2 + sparse * (block.hidden // 2 + model.dim))
+    activations = 4 * (max_tokens * (5 * model.dim + widest) + 2 * slots * model.vocab_size)
     return MemoryNeed(weights, math.ceil(row * page_tokens * KV_BYTES[kv_type]), activations)
 
 

@@ -71,7 +71,7 @@ class ExecutorOptions:
     actor: str = "cpu"
     assistants: tuple[tuple[str, tuple[int, ...]], ...] = ()
     kv_type: str = "f16"
-    activations: str = "int16"
+    activations: str = "mixed"
     exact_floats: bool = False
     kernels: str | None = None
     streamed: tuple[str, ...] = ()

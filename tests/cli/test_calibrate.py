@@ -131,7 +131,7 @@ def test_an_order(pi2rt: Run, tmp_path: Path, text: str) -> None:
     assert after["reads_through_gaps"] < after["reads"] < 0.7 * before["reads"]
     assert found["order"]["ordered_half"]["reads"] < found["order"]["own_half"]["reads"]
     calibration = f"{plain}.calibration"
-    assert pi2rt("convert", source, ordered, "--order", calibration).status == 0
+    assert pi2rt("convert", source, ordered, "--calibration", calibration).status == 0
     assert pi2rt("verify", ordered).output == f"{ordered}: whole\n"
     run = ("-p", "Hello", "-n", "12", "--ignore-eos", "--memory", "1G", "--cache", "off")
     expected = pi2rt("run", plain, *run)
@@ -158,17 +158,20 @@ def test_an_order(pi2rt: Run, tmp_path: Path, text: str) -> None:
     assert again["order"]["own"] == again["order"]["ordered"] == found["order"]["ordered"]
     assert again["order"]["blocks"] == 0
     cases = [
-        (("--order", f"{ordered}.calibration"), "has no order of neurons; calibrate again"),
-        (("--order", calibration, "--bundles", "off"), "is not stored by neuron (--bundles off)"),
-        (("--order", plain), "magic: is b'PI2\\x00PACK'"),
-        (("--order", str(tmp_path / "absent")), "cannot be opened"),
+        (
+            ("--calibration", f"{ordered}.calibration"),
+            "has no order of neurons, and no block whose neurons rarely rest",
+        ),
+        (("--calibration", calibration, "--bundles", "off"), "is not stored by neuron (--bundles off)"),
+        (("--calibration", plain), "magic: is b'PI2\\x00PACK'"),
+        (("--calibration", str(tmp_path / "absent")), "cannot be opened"),
     ]
     for arguments, message in cases:
         done = pi2rt("convert", source, str(tmp_path / "x.pi2"), *arguments)
         assert (done.status, done.output) == (2, ""), arguments
         assert message in done.errors
     other = str(write_gguf(tmp_path / "other.gguf", replace(model, seed=4), weight_type="Q4_0"))
-    done = pi2rt("convert", other, str(tmp_path / "x.pi2"), "--order", calibration)
+    done = pi2rt("convert", other, str(tmp_path / "x.pi2"), "--calibration", calibration)
     assert (done.status, done.output) == (2, "")
     assert f"{calibration}: is of another model than {other}; calibrate again" in done.errors
     assert sorted(path.name for path in tmp_path.iterdir() if "x.pi2" in path.name) == []

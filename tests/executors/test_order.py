@@ -15,6 +15,7 @@ from pi2rt.formats.pack import PackFile
 from pi2rt.models import describe
 from pi2rt.planner.bundling import Bundling
 from pi2rt.planner.convert import convert, verify
+from pi2rt.planner.findings import Findings
 from pi2rt.runtime.flash_reads import FlashReads
 from tests.executors import test_experts, test_predicted, test_sparse
 from tests.executors.test_sparse import cache_sizes, one_by_one
@@ -40,7 +41,7 @@ def reordered(source: Path, bundles: Bundling = "relu") -> tuple[Path, Path]:
     """Packs with an order, and without."""
     plain, other = source.with_name("plain.pi2"), source.with_name("ordered.pi2")
     convert(source, plain, bundles=bundles)
-    convert(source, other, bundles=bundles, order=random_orders(plain))
+    convert(source, other, bundles=bundles, calibration=Findings(random_orders(plain)))
     assert verify(other) == ()
     with PackFile(plain) as before, PackFile(other) as after:
         assert before.source_digest == after.source_digest

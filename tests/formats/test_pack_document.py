@@ -16,6 +16,7 @@ import pytest
 from pi2rt.formats import open_model_file
 from pi2rt.formats.quants import TYPES, dequantize
 from pi2rt.planner.convert import convert
+from pi2rt.planner.findings import Findings
 from tests.support.tiny_models import TinyModel, write_gguf
 
 Bytes = npt.NDArray[np.uint8]
@@ -295,7 +296,7 @@ def test_a_reader_of_neurons_in_another_order(tmp_path: Path, dim: int, hidden: 
     random = np.random.default_rng(dim)
     sizes = [min(512, hidden - at) for at in range(0, hidden, 512)]
     order = np.concatenate([random.permutation(size) for size in sizes]).astype(np.uint16)
-    convert(source, tmp_path / "m.pi2", order={"blk.0.ffn_down.weight": order})
+    convert(source, tmp_path / "m.pi2", calibration=Findings({"blk.0.ffn_down.weight": order}))
     reader = compare(source, tmp_path / "m.pi2")
     (bundles,) = reader.header["bundles"]
     assert (reader.flags, bundles["order"]) == (2, order.astype("<u2").tobytes())

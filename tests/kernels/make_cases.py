@@ -88,9 +88,9 @@ def quantize_cases(rng: np.random.Generator) -> Iterator[Case]:
         x = first[i] if i < len(first) else usual
         yield Case(QUANTIZE, [x], SCALAR.quantize(x), (0,), misalign=4 * (i % 4))
         for way, mixed in ((1, False), (2, True)):
-            q, d, s, h = SCALAR.quantize(x, wide=True, mixed=mixed)
+            q, *others = SCALAR.quantize(x, wide=True, mixed=mixed)
             kernel_order = q.reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(-1)
-            yield Case(QUANTIZE, [x], [kernel_order, d, s, h], (way,), misalign=4 * (i % 4))
+            yield Case(QUANTIZE, [x], [kernel_order, *others], (way,), misalign=4 * (i % 4))
 
 
 def products(

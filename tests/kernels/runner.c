@@ -32,7 +32,7 @@ typedef struct {
   uint32_t kernel, libm, inputs, outputs;
   int64_t p[8];
   float f[4];
-  array in[8], expected[4], out[4];
+  array in[8], expected[6], out[6];
 } test;
 
 static void die(const char *why) {
@@ -64,7 +64,7 @@ static int read_test(FILE *f, test *t) {
   if (got == 0) return 0;
   if (got != sizeof head) die("the case file ends early");
   t->kernel = head[0], t->libm = head[1], t->inputs = head[2], t->outputs = head[3];
-  if (t->kernel >= KERNELS || t->inputs > 8 || t->outputs > 4) die("not a case file");
+  if (t->kernel >= KERNELS || t->inputs > 8 || t->outputs > 6) die("not a case file");
   read_exactly(f, t->p, sizeof t->p);
   read_exactly(f, t->f, sizeof t->f);
   for (uint32_t i = 0; i < t->inputs; i++) t->in[i] = read_array(f);
@@ -76,11 +76,10 @@ static float *floats(const test *t, int i) { return (float *)t->in[i].data; }
 static int64_t count(const test *t, int i) { return (int64_t)(t->in[i].bytes / 4); }
 static float *out_floats(test *t, int i) { return (float *)t->out[i].data; }
 
-/* How activations become integers. 0: int8, 1: int16, 2: int16 of which most blocks stand as int8 behind them, too. */
+/* How activations become integers. 0: int8, 1: int16, 2: int16 in two forms. */
 static pi2_quantizer quantizer(const pi2_kernels *kernels, int64_t way) {
   return way == 2 ? kernels->quantize_mixed : way ? kernels->quantize16 : kernels->quantize8;
 }
-static int64_t row_bytes(int64_t k, int64_t way) { return way == 2 ? 3 * k : way ? 2 * k : k; }
 
 /* p: type, rows, k, n, activations (0 to 2, see quantizer), misalignment of their rows in elements, padding of these in elements, several
  * row blocks at once where the variant does that. in: rows as in a file, x (n, k). out: (n, rows) */
@@ -88,7 +87,7 @@ static void run_gemm(const pi2_kernels *kernels, test *t) {
   const int type = (int)t->p[0];
   const int wide = t->p[4] != 0;
   const int64_t rows = t->p[1], k = t->p[2], n = t->p[3], misalign = t->p[5] << wide;
-  const int64_t ldq = row_bytes(k, t->p[4]) + (t->p[6] << wide);
+  const int64_t ldq = (k + t->p[6]) << wide, ldh = k + t->p[6];
   const int64_t blocks = (rows + PI2_ROWS - 1) / PI2_ROWS, size = pi2_row_block_bytes(type, k), ldo = blocks * PI2_ROWS;
   uint8_t *w = allocate((uint64_t)(blocks * size));
   pi2_repack(type, t->in[0].data, rows, k, w);
@@ -96,19 +95,24 @@ static void run_gemm(const pi2_kernels *kernels, test *t) {
   const float *x = floats(t, 1);
   const pi2_gemm gemm = (wide ? kernels->gemm16 : kernels->gemm8)[type];
   if (gemm) {
-    int8_t *q = allocate((uint64_t)(misalign + (n ? (n - 1) * ldq + row_bytes(k, t->p[4]) : 0)));
+    int8_t *q = allocate((uint64_t)(misalign + (n ? (n - 1) * ldq + (k << wide) : 0)));
+    int8_t *high = t->p[4] == 2 ? allocate((uint64_t)(t->p[5] + 2 * n * ldh)) : NULL;
     const uint64_t scales = (uint64_t)(n * k / 32) * 4;
     pi2_q8 x8 = {.q = q + misalign, .d = allocate(scales), .s = allocate(scales), .h = allocate(scales), .ldq = ldq,
-                 .ldb = k / 32};
-    for (int64_t c = 0; c < n; c++)
-      quantizer(kernels, t->p[4])(x + c * k, k, x8.q + c * ldq, x8.d + c * x8.ldb, x8.s + c * x8.ldb,
-                                  x8.h + 2 * c * x8.ldb);
+                 .ldh = ldh, .ldb = k / 32};
+    if (high) x8.high = high + t->p[5], x8.low = x8.high + n * ldh;
+    for (int64_t c = 0; c < n; c++) {
+      pi2_q8 row = {.q = x8.q + c * ldq, .d = x8.d + c * x8.ldb, .s = x8.s + c * x8.ldb, .h = x8.h + 2 * c * x8.ldb};
+      if (high) row.high = x8.high + c * ldh, row.low = x8.low + c * ldh;
+      quantizer(kernels, t->p[4])(x + c * k, k, &row);
+    }
     int64_t b = 0;
     if (t->p[7])
       for (; b + kernels->panel <= blocks; b += kernels->panel)
         (wide ? kernels->panel16 : kernels->panel8)[type](w + b * size, size, k, &x8, (int)n, out + b * PI2_ROWS, ldo);
     for (; b < blocks; b++) gemm(w + b * size, k, &x8, (int)n, out + b * PI2_ROWS, ldo);
     free(q);
+    free(high);
     free(x8.d);
     free(x8.s);
     free(x8.h);
@@ -160,7 +164,7 @@ static void run_attention(const pi2_kernels *kernels, test *t) {
 static pi2_q8 quantized(const pi2_kernels *kernels, const float *x, int64_t k, int wide) {
   pi2_q8 q = {.q = allocate((uint64_t)(k << wide)), .d = allocate((uint64_t)k / 8), .s = allocate((uint64_t)k / 8),
               .h = allocate((uint64_t)k / 8), .ldq = k << wide, .ldb = k / 32};
-  quantizer(kernels, wide)(x, k, q.q, q.d, q.s, q.h);
+  quantizer(kernels, wide)(x, k, &q);
   return q;
 }
 static void free_quantized(pi2_q8 *q) { free(q->q), free(q->d), free(q->s), free(q->h); }
@@ -214,12 +218,10 @@ static void run_neuron_columns(const pi2_kernels *kernels, test *t) {
 static void run(const pi2_kernels *kernels, test *t) {
   const int64_t *p = t->p;
   switch (t->kernel) {
-    case QUANTIZE: { /* p: see quantizer. out: q, d, s, h */
-      const int64_t k = count(t, 0);
-      int8_t *q = allocate((uint64_t)row_bytes(k, p[0]));
-      quantizer(kernels, p[0])(floats(t, 0), k, q, out_floats(t, 1), out_floats(t, 2), (int16_t *)t->out[3].data);
-      memcpy(t->out[0].data, q, (size_t)(p[0] ? 2 * k : k));
-      free(q);
+    case QUANTIZE: { /* p: see quantizer. out: q, d, s, h, and high and low where there are two forms */
+      pi2_q8 row = {.q = (int8_t *)t->out[0].data, .d = out_floats(t, 1), .s = out_floats(t, 2), .h = (int16_t *)t->out[3].data};
+      if (p[0] == 2) row.high = (int8_t *)t->out[4].data, row.low = memset(t->out[5].data, 0, t->out[5].bytes);
+      quantizer(kernels, p[0])(floats(t, 0), count(t, 0), &row);
       break;
     }
     case GEMM:

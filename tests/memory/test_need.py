@@ -36,7 +36,7 @@ def test_experts_count_as_weights_and_one_of_them_as_activations(tmp_path: Path)
     model = TinyModel("qwen2_moe", experts=8, experts_used=3)
     found = need(write_gguf(tmp_path / "tiny.gguf", model))
     assert found.weights == 4 * sum(values.size for values in model.weights().values())
-    activations = 4 * 512 * (4 * model.dim + 2 * model.shared_hidden + 2 * model.dim + 2 * (8 + 3))
+    activations = 4 * 512 * (5 * model.dim + 5 * model.shared_hidden // 2 + 2 * model.dim + 2 * (8 + 3))
     assert found.activations == activations + 4 * 2 * 8 * VOCAB_SIZE
 
 
