@@ -10,8 +10,10 @@ import threading
 import time
 
 import numpy as np
+import numpy.typing as npt
 
-from pi2rt.cython_kernels import block_work, native
+from pi2rt.cython_kernels import native
+from pi2rt.cython_kernels.block_work import BlockWork
 from pi2rt.formats.neuron_bundles import NeuronBundles
 
 EVERY = 2
@@ -21,7 +23,8 @@ fewer that fire, and each costs a little more."""
 WEIGHTS_BYTES = 128 << 20
 """Weights that pass by in one measurement: more than caches keep, as a model's are."""
 
-REPEATS = 5
+REPEATS = 24
+"""Both ways in turn, and the median of what one takes over the other: what disturbs a machine disturbs both."""
 
 
 def crossover(
@@ -42,46 +45,46 @@ def crossover(
         threads: that compute at once, as a runtime's do.
         kernels: name of a variant; None for the best.
     """
-    whole = _seconds(up_type, down_type, dim, bundles, 0, threads, kernels)
-    return EVERY**-1 * whole / _seconds(up_type, down_type, dim, bundles, EVERY, threads, kernels)
+    whole, neurons = (
+        BlockWork(up_type, down_type, dim, bundles.neurons, bundles.layout, every, kernels)
+        for every in (0, EVERY)
+    )
+    seconds = _seconds((whole, neurons), threads)
+    return float(np.median(seconds[:, 0] / seconds[:, 1])) / EVERY
 
 
-def _seconds(
-    up_type: str | None,
-    down_type: str,
-    dim: int,
-    bundles: NeuronBundles,
-    every: int,
-    threads: int,
-    kernels: str | None,
-) -> float:
-    """The least of some repetitions, for one block."""
-    block = block_work.BlockWork(up_type, down_type, dim, bundles.neurons, bundles.layout, every, kernels)
-    copies = max(1, WEIGHTS_BYTES // threads // block.nbytes)
+def _seconds(works: tuple[BlockWork, ...], threads: int) -> npt.NDArray[np.float64]:
+    """Of one block's work each, by so many threads at once: (REPEATS, works)."""
+    copies = [max(1, WEIGHTS_BYTES // threads // work.nbytes) for work in works]
+    size = max(count * work.nbytes for count, work in zip(copies, works, strict=True))
     begin, end = threading.Barrier(threads + 1), threading.Barrier(threads + 1)
-    memories = [native.Memory(copies * block.nbytes) for _ in range(threads)]
+    memories = [native.Memory(size) for _ in range(threads)]
 
-    def work(memory: native.Memory) -> None:
+    def compute(memory: native.Memory) -> None:
         # 1/16 as float16 in every place of a scale, and bytes that are neither 0 nor 255 as quants
         memory.view().view(np.uint16)[:] = np.float16(1 / 16).view(np.uint16)
         for _ in range(REPEATS):
-            begin.wait()
-            block.compute(memory, copies)
-            end.wait()
+            for count, work in zip(copies, works, strict=True):
+                begin.wait()
+                work.compute(memory, count)
+                end.wait()
 
-    workers = [threading.Thread(target=work, args=(memory,), name="pi2rt crossover") for memory in memories]
+    seconds = np.empty((REPEATS, len(works)))
+    workers = [
+        threading.Thread(target=compute, args=(memory,), name="pi2rt crossover") for memory in memories
+    ]
     try:
         for each in workers:
             each.start()
-        best = float("inf")
-        for _ in range(REPEATS):
-            begin.wait()
-            start = time.perf_counter()
-            end.wait()
-            best = min(best, time.perf_counter() - start)
+        for row in seconds:
+            for i, count in enumerate(copies):
+                begin.wait()
+                start = time.perf_counter()
+                end.wait()
+                row[i] = (time.perf_counter() - start) / count / threads
     finally:
         for each in workers:
             each.join()
         for memory in memories:
             memory.close()
-    return best / copies / threads
+    return seconds

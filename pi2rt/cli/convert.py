@@ -68,8 +68,8 @@ async def _convert(options: argparse.Namespace) -> int:
         least, most = min(each.firing for each in dense), max(each.firing for each in dense)
         how = "measured" if options.dense_above is None else "--dense-above"
         print(
-            f"{len(dense)} feed-forward blocks are not stored by neuron: {least:.0%} to {most:.0%} of their neurons "
-            f"fire, more than {dense[0].above:.0%} ({how})"
+            f"feed-forward blocks that stay whole: {len(dense)}; {least:.0%} to {most:.0%} of their neurons fire, "
+            f"more than {dense[0].above:.0%} ({how})"
         )
     print(f"{options.pack}: {size(os.stat(options.pack).st_size)}")
     return 0

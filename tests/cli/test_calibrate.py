@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pi2rt.formats.pack import PackFile
 from tests.cli.conftest import Run
 from tests.support.real_model import smollm2
 from tests.support.tiny_models import TinyModel, write_gguf
@@ -131,7 +132,8 @@ def test_an_order(pi2rt: Run, tmp_path: Path, text: str) -> None:
     assert after["reads_through_gaps"] < after["reads"] < 0.7 * before["reads"]
     assert found["order"]["ordered_half"]["reads"] < found["order"]["own_half"]["reads"]
     calibration = f"{plain}.calibration"
-    assert pi2rt("convert", source, ordered, "--calibration", calibration).status == 0
+    keep = ("--dense-above", "0.99")  # all blocks by neuron
+    assert pi2rt("convert", source, ordered, "--calibration", calibration, *keep).status == 0
     assert pi2rt("verify", ordered).output == f"{ordered}: whole\n"
     run = ("-p", "Hello", "-n", "12", "--ignore-eos", "--memory", "1G", "--cache", "off")
     expected = pi2rt("run", plain, *run)
@@ -167,7 +169,7 @@ def test_an_order(pi2rt: Run, tmp_path: Path, text: str) -> None:
         (("--calibration", str(tmp_path / "absent")), "cannot be opened"),
     ]
     for arguments, message in cases:
-        done = pi2rt("convert", source, str(tmp_path / "x.pi2"), *arguments)
+        done = pi2rt("convert", source, str(tmp_path / "x.pi2"), *arguments, *keep)
         assert (done.status, done.output) == (2, ""), arguments
         assert message in done.errors
     other = str(write_gguf(tmp_path / "other.gguf", replace(model, seed=4), weight_type="Q4_0"))
@@ -175,6 +177,32 @@ def test_an_order(pi2rt: Run, tmp_path: Path, text: str) -> None:
     assert (done.status, done.output) == (2, "")
     assert f"{calibration}: is of another model than {other}; calibrate again" in done.errors
     assert sorted(path.name for path in tmp_path.iterdir() if "x.pi2" in path.name) == []
+
+
+def test_blocks_whose_neurons_rarely_rest(pi2rt: Run, tmp_path: Path, text: str) -> None:
+    """They stay whole matrices, and the text made stays, too."""
+    model = TinyModel("llama", seed=3, dim=544, hidden=1056, layers=2, heads=2, kv_heads=1, head_dim=64, context=1024,
+                      config={"hidden_act": "relu"})  # fmt: skip
+    source, plain, dense = (str(tmp_path / name) for name in ("m.gguf", "plain.pi2", "dense.pi2"))
+    write_gguf(Path(source), model, weight_type="Q4_0")
+    assert pi2rt("convert", source, plain).status == 0
+    found = json.loads(pi2rt("calibrate", plain, text, "--json", *FEW).output)
+    few, many = sorted(block["firing"] for block in found["blocks"])
+    given = ("--calibration", f"{plain}.calibration", "--dense-above")
+    done = pi2rt("convert", source, dense, *given, str((few + many) / 2))
+    assert done.output.startswith(
+        f"feed-forward blocks that stay whole: 1; {many:.0%} to {many:.0%} of their neurons"
+    )
+    with PackFile(Path(plain)) as before, PackFile(Path(dense)) as after:
+        assert (len(before.bundles), len(after.bundles)) == (2, 1)
+    assert pi2rt("verify", dense).status == 0
+    run = ("-p", "Hello", "-n", "12", "--ignore-eos")
+    assert pi2rt("run", dense, *run).output == pi2rt("run", plain, *run).output != ""
+    done = pi2rt("convert", source, dense, "--force", *given[:2])  # measured on this machine
+    assert done.status == 0 or "it would change nothing" in done.errors
+    done = pi2rt("convert", source, dense, "--force", "--dense-above", "0.5")
+    assert (done.status, done.output) == (2, "")
+    assert "--dense-above needs a --calibration" in done.errors
 
 
 def test_predicted(pi2rt: Run, packs: dict[str, str], text: str) -> None:
