@@ -2,7 +2,7 @@
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint64_t
 
 cdef extern from "kernels.h" nogil:
-    enum: PI2_TYPES, PI2_PAGE, PI2_SPLIT, PI2_ROWS
+    enum: PI2_TYPES, PI2_PAGE, PI2_ROWS
     ctypedef struct pi2_q8:
         int8_t *q
         int8_t *high

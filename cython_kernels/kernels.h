@@ -35,7 +35,6 @@
 #define PI2_ROWS 16  /* rows in a row block */
 #define PI2_BLOCK 32 /* columns that share an activation scale */
 #define PI2_PAGE 64  /* positions in a KV page */
-#define PI2_SPLIT 512 /* positions whose attention is one partial sum; fixed, so that bits do not depend on threads */
 
 enum pi2_type { /* ggml's numbers */
   PI2_F32 = 0, PI2_F16 = 1, PI2_Q4_0 = 2, PI2_Q4_1 = 3, PI2_Q5_0 = 6, PI2_Q5_1 = 7, PI2_Q8_0 = 8,

@@ -81,9 +81,10 @@ static void attend_tile(pi2_run *r, const pi2_op *op, const pi2_unit *u, pi2_scr
   float *max2 = s->acc2, *sum2 = max2 + nq, *acc2 = sum2 + nq;
   pi2_kv kv = cache_of(op, u->kv_head, r->slices[u->slice].pages);
   const int64_t from = lo[0], to = hi[nq - 1];
+  const int64_t split = pi2_split(r->position[u->row]);
   int fresh = 1;
-  for (int64_t begin = from / PI2_SPLIT * PI2_SPLIT; begin < to; begin += PI2_SPLIT) {
-    const int64_t first = begin < from ? from : begin, last = begin + PI2_SPLIT < to ? begin + PI2_SPLIT : to;
+  for (int64_t begin = from / split * split; begin < to; begin += split) {
+    const int64_t first = begin < from ? from : begin, last = begin + split < to ? begin + split : to;
     p->kernels->attend(&kv, s->queries, hd, nq, lo, hi, first, last, op->softcap, fresh ? max : max2, fresh ? sum : sum2,
                        fresh ? acc : acc2, s->scores);
     for (int i = 0; i < nq && !fresh; i++)
@@ -99,11 +100,12 @@ static void attend_split(pi2_run *r, const pi2_op *op, const pi2_unit *u, pi2_sc
   const int group = op->n_heads / op->n_kv_heads, hd = op->kv.head_dim;
   int32_t lo[128], hi[128]; /* groups beyond 128 are refused when the program is built */
   const int nq = gather(r, op, u, s->queries, lo, hi);
-  const int first_split = lo[0] / PI2_SPLIT;
+  const int64_t size = pi2_split(r->position[u->row]);
+  const int first_split = (int)(lo[0] / size);
   if (u->split < first_split) return; /* outside the window */
   pi2_kv kv = cache_of(op, u->kv_head, r->slices[u->slice].pages);
   if (u->split == u->splits - 1) store(r, op, u->row, u->kv_head, s->acc2);
-  const int64_t begin = (int64_t)u->split * PI2_SPLIT, end = begin + PI2_SPLIT;
+  const int64_t begin = u->split * size, end = begin + size;
   float *out = partial_of(p, op, u, u->split);
   p->kernels->attend(&kv, s->queries, hd, nq, lo, hi, begin < lo[0] ? lo[0] : begin, end < hi[0] ? end : hi[0],
                      op->softcap, out, out + group, out + 2 * group, s->scores);

@@ -172,7 +172,7 @@ int pi2_program_prepare(pi2_program *p) {
   }
   if (experts) ok &= prepare_routing(p, experts, used);
   ok &= prepare_pages(p);
-  p->partial_splits = (p->context + PI2_SPLIT - 1) / PI2_SPLIT;
+  p->partial_splits = p->context > 4 * PI2_LARGEST_SPLIT ? p->context / PI2_LARGEST_SPLIT + 1 : 4;
   p->x = allocate(p, rows * p->dim, 4);
   p->y = allocate(p, rows * p->y_columns, 4);
   p->attention = allocate(p, rows * p->attention_columns, 4);
@@ -262,17 +262,19 @@ static int make_units(pi2_run *r) {
   for (int i = 0; i < r->n_slices; i++) {
     const pi2_slice *s = &r->slices[i];
     if (s->count == 1) {
-      const int splits = s->start / PI2_SPLIT + 1;
+      const int splits = s->start / pi2_split(s->start) + 1;
       for (int split = splits - 1; split >= 0; split--)
         for (int h = 0; h < p->max_kv_heads; h++)
           if (add_unit(r, (pi2_unit){i, s->row, 1, h, split, splits})) return -1;
     } else {
       const int tile = p->max_group <= 8 ? 8 : p->max_group <= 32 ? 2 : 1; /* at most 64 query vectors, in eights */
-      for (int first = (s->count - 1) / tile * tile; first >= 0; first -= tile)
-        for (int h = 0; h < p->max_kv_heads; h++) {
-          const int rows = s->count - first < tile ? s->count - first : tile;
-          if (add_unit(r, (pi2_unit){i, s->row + first, rows, h, 0, 0})) return -1;
-        }
+      for (int first, last = s->count; last > 0; last = first) { /* rows of a tile are split alike */
+        const int begin = pi2_split_begin(pi2_split(s->start + last - 1)) - s->start;
+        first = (last - 1) / tile * tile;
+        if (first < begin) first = begin;
+        for (int h = 0; h < p->max_kv_heads; h++)
+          if (add_unit(r, (pi2_unit){i, s->row + first, last - first, h, 0, 0})) return -1;
+      }
     }
   }
   return 0;

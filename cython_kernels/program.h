@@ -100,6 +100,17 @@ typedef struct { /* one slice of a step */
 } pi2_slice;
 
 typedef struct { int32_t slice, row, rows, kv_head, split, splits; } pi2_unit;
+/* Positions whose attention is one partial sum, for a row at `position`: a page at least, then a quarter of the context, at
+ * most PI2_LARGEST_SPLIT. For a small model has few KV heads, and a thread for which none is left would idle. It follows from
+ * the position alone, so that bits depend neither on threads nor on chunks and batches. */
+#define PI2_LARGEST_SPLIT 512
+static inline int32_t pi2_split(int32_t position) {
+  int32_t split = PI2_PAGE;
+  while (split < PI2_LARGEST_SPLIT && position >= 4 * split) split *= 2;
+  return split;
+}
+/* The first position that is split so. */
+static inline int32_t pi2_split_begin(int32_t split) { return split > PI2_PAGE ? 2 * split : 0; }
 
 typedef struct { uint64_t begin, end; } pi2_wait; /* ticks */
 

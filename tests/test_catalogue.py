@@ -110,7 +110,7 @@ class Shelf:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pi2rt.cli", *arguments],
+            [sys.executable, "-P", "-m", "pi2rt", *arguments],
             env={**os.environ, **self.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -43,6 +43,8 @@ def room_of(module: str) -> str:
     parts = module.split(".")
     if parts[1:2] == ["_errors"]:
         return "errors"
+    if parts[1:2] == ["__main__"]:  # the command line, where its script is not on the path
+        return "cli"
     if len(parts) > 1 and parts[1] in ROOMS:
         return parts[1]
     return "faces"

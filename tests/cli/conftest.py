@@ -14,7 +14,7 @@ import pytest
 from pi2rt.cli.main import main
 from tests.support.tiny_models import TinyModel, write_gguf
 
-COMMAND = (sys.executable, "-P", "-m", "pi2rt.cli")
+COMMAND = (sys.executable, "-P", "-m", "pi2rt")
 TEMPLATE = (
     "{% for m in messages %}<|bos|>{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|bos|>assistant:{% endif %}"

@@ -87,7 +87,7 @@ def test_the_message_names_the_command(
     arguments = shlex.split(command.removesuffix("'"))
     assert arguments == ["pi2rt", "convert", str(source), "a model.pi2"]
     subprocess.run(
-        [sys.executable, "-P", "-m", "pi2rt.cli", *arguments[1:]],
+        [sys.executable, "-P", "-m", "pi2rt", *arguments[1:]],
         env=environment,
         cwd=tmp_path,
         check=True,

@@ -120,10 +120,12 @@ async def cut_logits(
 async def test_any_chunking_and_any_batch_give_the_same_bits(
     options: dict[str, Any], quantised: Path
 ) -> None:
-    tokens = np.random.RandomState(2).randint(0, 300, 640).astype(np.int32)  # past one split of attention
+    tokens = (
+        np.random.RandomState(2).randint(0, 300, 640).astype(np.int32)
+    )  # three sizes of attention's splits
     async with opened(CpuExecutor(), quantised, exact_floats=False, **options) as executor:
         whole = await all_logits(executor, tokens)
-    for cuts in ([1, 2, 3, 511, 512, 513, 639], [64, 100, 577], list(range(600, 640))):
+    for cuts in ([1, 2, 3, 255, 256, 257, 511, 512, 513, 639], [64, 100, 577], list(range(600, 640))):
         np.testing.assert_array_equal(await cut_logits(quantised, tokens, cuts, **options), whole)
 
 
