@@ -59,6 +59,10 @@ INLINE int quants_stride(int type) {
   return type == PI2_Q4_0 || type == PI2_Q4_1 || type == PI2_Q4_K ? 256
        : type == PI2_Q5_0 || type == PI2_Q5_1 || type == PI2_Q5_K ? 320 : type == PI2_Q6_K ? 384 : 512;
 }
+INLINE int block_bytes(int type) { /* with its part of the scales */
+  return quants_stride(type) + (type == PI2_Q4_1 || type == PI2_Q5_1 ? 64
+                              : type == PI2_Q4_K || type == PI2_Q5_K ? 40 : type == PI2_Q6_K ? 36 : 32);
+}
 INLINE int has_min(int type) { return type != PI2_Q8_0 && type != PI2_Q6_K; }
 
 INLINE int has_super(int type) { return type == PI2_Q4_K || type == PI2_Q5_K; }
@@ -124,9 +128,8 @@ INLINE void gemm_tile(int type, const int wide, const int tile, const uint8_t *w
     if (!straight) unpack_weights(type, quants, b, q);
     if (has_super(type) && b % 8 == 0) unpack_super(scales, b, &super);
     unpack_scales(type, scales, b, &super, &dw, &mw);
-    if (tile == 1) /* memory-bound: pull what the next blocks need */
-      for (int i = 0; i < quants_stride(type); i += 64)
-        v_prefetch(quants + b * quants_stride(type) + PI2_PREFETCH + i);
+    if (tile == 1) /* memory-bound: as many bytes as a block has, in the order of memory, scales and the next rows too */
+      for (int i = 0; i < block_bytes(type); i += 64) v_prefetch(w + b * block_bytes(type) + PI2_PREFETCH + i);
     if (straight) {
       const vi dot = dot_nibbles(quants + b * 256, (const int16_t *)xq[0] + b * PI2_BLOCK);
       sum[0] = v_fma(v_mul(i_to_float(dot), v_set(xd[b])), dw, sum[0]);

@@ -68,12 +68,11 @@ typedef struct { int64_t first, last; int row, rows; } part;
 
 /* The next part of `blocks` row blocks, times `rows` rows. Few rows: parts along the weights, ever smaller. Many rows: tiles of
  * PI2_TILE_BLOCKS row blocks and a pass of rows, in an order that keeps the weights of a tile in the cache. */
-static int take_part(pi2_run *r, int index, int rows, int64_t blocks, int64_t k, int step, part *out) {
-  const pi2_program *p = r->program;
+static int take_part(pi2_run *r, int index, const pi2_worker *w, int rows, int64_t blocks, int64_t k, int step, part *out) {
   if (rows < PI2_PANEL_ROWS) {
     out->row = 0;
     out->rows = rows;
-    return pi2_take_guided(r, index, 1, blocks, step, p->threads, &out->first, &out->last);
+    return pi2_take_near(r, index, blocks, step, w->index, &out->first, &out->last);
   }
   const int pass = pi2_pass_rows(k), passes = (rows + pass - 1) / pass;
   const int64_t unit = pi2_take(r, index, 1);
@@ -106,7 +105,7 @@ int pi2_op_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   if (stopped) return stopped;
   int64_t blocks = 0;
   for (int i = 0; i < op->n_matrices; i++) blocks += row_blocks(&op->matrix[i]);
-  for (part u; take_part(r, index, rows, blocks, op->matrix[0].k, 1, &u);) {
+  for (part u; take_part(r, index, w, rows, blocks, op->matrix[0].k, 1, &u);) {
     int64_t start = 0, column = 0; /* of the matrix: its first global block, its first output */
     for (int i = 0; i < op->n_matrices; i++) {
       const pi2_matrix *m = &op->matrix[i];
@@ -155,7 +154,7 @@ int pi2_op_ffn(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, pi2_row_of(r, op), rows, needs_q8(op), &stopped);
   if (stopped) return stopped;
   const int64_t blocks = row_blocks(&op->matrix[0]);
-  for (part u; take_part(r, index, rows, blocks, op->matrix[0].k, 2, &u);)
+  for (part u; take_part(r, index, w, rows, blocks, op->matrix[0].k, 2, &u);)
     for (int64_t b = u.first; b < u.last; b += PI2_TILE_BLOCKS)
       ffn_tile(r, op, b, b + PI2_TILE_BLOCKS < u.last ? b + PI2_TILE_BLOCKS : u.last, u.row, u.rows, &in,
                p->scratch[w->index].tile);
@@ -179,21 +178,23 @@ static void finish_row(pi2_run *r, int32_t row, float *logits, pi2_worker *w) {
 int pi2_op_head(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
   const pi2_matrix *m = &op->matrix[0];
-  const int64_t blocks = row_blocks(m), unit = PI2_TILE_BLOCKS, ld = PI2_TILE_BLOCKS * PI2_ROWS;
+  const int64_t blocks = row_blocks(m), ld = PI2_TILE_BLOCKS * PI2_ROWS;
   int stopped = 0;
   for (int first = 0; first < r->n_head && !stopped; first += PI2_HEAD_ROWS, index++) {
     const int n = r->n_head - first < PI2_HEAD_ROWS ? r->n_head - first : PI2_HEAD_ROWS;
     pi2_input in = pi2_prepare(r, op, index, w, m->k, r->head_row + first, n, needs_q8(op), &stopped);
     if (stopped) return stopped;
     float *tile = p->scratch[w->index].tile;
-    for (int64_t b; (b = pi2_take(r, index, 1) * unit) < blocks;) {
-      const int64_t begin = b * PI2_ROWS, end = (b + unit) * PI2_ROWS < m->rows ? (b + unit) * PI2_ROWS : m->rows;
-      pi2_multiply(p, m, b, (int)(b + unit < blocks ? unit : blocks - b), &in, 0, n, tile, ld);
-      for (int c = 0; c < n; c++) {
-        if (m->bias) p->kernels->add(m->bias + begin, tile + c * ld, end - begin);
-        memcpy(p->logits + c * p->vocab + begin, tile + c * ld, (size_t)(end - begin) * sizeof *tile);
+    for (part u; take_part(r, index, w, n, blocks, m->k, 1, &u);)
+      for (int64_t b = u.first; b < u.last; b += PI2_TILE_BLOCKS) {
+        const int64_t last = b + PI2_TILE_BLOCKS < u.last ? b + PI2_TILE_BLOCKS : u.last;
+        const int64_t begin = b * PI2_ROWS, end = last * PI2_ROWS < m->rows ? last * PI2_ROWS : m->rows;
+        pi2_multiply(p, m, b, (int)(last - b), &in, u.row, u.rows, tile, ld);
+        for (int c = 0; c < u.rows; c++) {
+          if (m->bias) p->kernels->add(m->bias + begin, tile + c * ld, end - begin);
+          memcpy(p->logits + (u.row + c) * p->vocab + begin, tile + c * ld, (size_t)(end - begin) * sizeof *tile);
+        }
       }
-    }
     stopped = pi2_barrier(w);
     for (uint32_t i; !stopped && (i = pi2_take(r, index, 2)) < (uint32_t)n;)
       finish_row(r, r->head_row[first + i], p->logits + i * p->vocab, w);

@@ -29,6 +29,8 @@ static int allocate_q8(pi2_program *p, pi2_q8 *q, int64_t rows, int64_t k, int m
 }
 static void free_q8(pi2_q8 *q) { free(q->q); free(q->high); free(q->d); free(q->s); free(q->h); }
 
+static int64_t cursors(const pi2_program *p) { return p->n_ops + p->max_rows / PI2_HEAD_ROWS + 1; }
+
 static int prepare_run(pi2_program *p, pi2_run *r) {
   const int64_t pages = p->context / PI2_PAGE + 1;
   r->program = p;
@@ -42,7 +44,8 @@ static int prepare_run(pi2_program *p, pi2_run *r) {
   r->pages = allocate(p, p->max_slots * pages, 4);
   r->targets = allocate(p, p->max_rows, 4);
   r->scores = allocate(p, p->max_rows, 4);
-  r->cursors = allocate(p, 4 * (p->n_ops + p->max_rows / PI2_HEAD_ROWS + 1), 4);
+  r->cursors = allocate(p, 4 * cursors(p), 4);
+  r->shares = allocate(p, p->threads * p->share_stride, 8);
   r->splits_left = allocate(p, p->max_slots * p->max_kv_heads, 4);
   r->busy = allocate(p, p->threads, 8);
   r->op_begin = allocate(p, (int64_t)p->threads * p->n_ops, 8);
@@ -53,11 +56,11 @@ static int prepare_run(pi2_program *p, pi2_run *r) {
     if (!r->waits || !r->n_waits) return 0;
   }
   return r->token && r->position && r->slice_of && r->head_row && r->prefill_row && r->slices && r->pages &&
-         r->targets && r->scores && r->cursors && r->splits_left && r->busy && r->op_begin && r->op_end;
+         r->targets && r->scores && r->cursors && r->shares && r->splits_left && r->busy && r->op_begin && r->op_end;
 }
 static void free_run(pi2_run *r) {
   free(r->token); free(r->position); free(r->slice_of); free(r->head_row); free(r->prefill_row); free(r->slices);
-  free(r->pages); free(r->targets); free(r->scores); free(r->cursors); free(r->splits_left); free(r->busy);
+  free(r->pages); free(r->targets); free(r->scores); free(r->cursors); free(r->shares); free(r->splits_left); free(r->busy);
   free(r->op_begin); free(r->op_end); free(r->units);
   free(r->waits); free(r->n_waits);
 }
@@ -202,6 +205,7 @@ int pi2_program_prepare(pi2_program *p) {
     s->candidates = allocate(p, p->vocab, sizeof(pi2_candidate));
     ok &= s->floats && s->tile && s->queries && s->scores && s->acc && s->acc2 && s->candidates;
   }
+  p->share_stride = pi2_align(cursors(p), 8);
   for (int i = 0; i < PI2_QUEUE; i++) ok &= prepare_run(p, &p->runs[i]);
   if (p->neurons) ok &= prepare_sparse(p);
   return ok ? 0 : -1;
@@ -293,7 +297,8 @@ int pi2_run_post(pi2_run *r) {
     }
   }
   if (make_units(r)) return -1;
-  memset((void *)r->cursors, 0, (size_t)(4 * (p->n_ops + p->max_rows / PI2_HEAD_ROWS + 1)) * 4);
+  memset((void *)r->cursors, 0, (size_t)(4 * cursors(p)) * 4);
+  memset((void *)r->shares, 0, (size_t)(p->threads * p->share_stride) * 8);
   memset((void *)r->splits_left, 0, (size_t)(p->max_slots * p->max_kv_heads) * 4);
   memset(r->busy, 0, (size_t)p->threads * 8);
   if (r->n_waits) memset(r->n_waits, 0, (size_t)p->threads * sizeof *r->n_waits);

@@ -128,6 +128,7 @@ typedef struct pi2_run {
   float *scores;
   _Atomic int stop;
   _Atomic uint32_t *cursors;
+  _Atomic uint64_t *shares;             /* (threads, share_stride) what is taken of a thread's share of an operation */
   _Atomic uint32_t *splits_left;        /* (max_slots, max KV heads): splits done in this layer */
   int stopped;
   _Atomic int64_t neuron_bytes;         /* of neurons that fired, with their scales */
@@ -168,6 +169,7 @@ typedef struct pi2_program {
   const uint8_t **page_table; /* (PI2_MATRICES, max_pages) of the running operation */
   int32_t *page_numbers;      /* (max_pages) 0, 1, ... */
   int64_t max_pages;
+  int64_t share_stride;       /* cursors of an operation and of further tiles of the head, in cache lines */
   pi2_routing routing;
   int pipeline;
   int wide; /* activations are int16, else int8 */
@@ -274,21 +276,33 @@ static inline void pi2_note_wait(pi2_run *run, const pi2_worker *w, uint64_t beg
 static inline uint32_t pi2_take(pi2_run *run, int index, int c) {
   return atomic_fetch_add_explicit(&run->cursors[4 * index + c], 1, memory_order_relaxed);
 }
-/* Next part [*first, *last) of `total` items, a multiple of `step` long (but for the end): half of a thread's even share
- * of what is left, so that there are few parts and the last ones are small. Returns 0 when nothing is left. */
-static inline int pi2_take_guided(pi2_run *run, int index, int c, int64_t total, int step, int threads, int64_t *first,
-                                  int64_t *last) {
-  _Atomic uint32_t *cursor = &run->cursors[4 * index + c];
-  uint32_t at = atomic_load_explicit(cursor, memory_order_relaxed);
-  for (;;) {
-    if (at >= total) return 0;
-    int64_t part = (total - at) / (2 * threads) / step * step;
-    if (part < step) part = step;
-    *first = at;
-    *last = at + part < total ? at + part : total;
-    if (atomic_compare_exchange_weak_explicit(cursor, &at, (uint32_t)*last, memory_order_relaxed, memory_order_relaxed))
+/* Where the share of thread t begins: `total` items cut evenly, in multiples of `step`. */
+static inline int64_t pi2_share(int64_t total, int step, int threads, int t) {
+  return t == threads ? total : total * t / threads / step * step;
+}
+/* Next part [*first, *last) of `total` items, a multiple of `step` long (but for the end), of cursor `index`. A thread goes
+ * through its own share from the front, by halves of what is left, so that it reads memory in one stream; then it helps
+ * the others from the ends of theirs. Returns 0 when nothing is left. */
+static inline int pi2_take_near(pi2_run *run, int index, int64_t total, int step, int me, int64_t *first, int64_t *last) {
+  const int threads = run->program->threads;
+  for (int i = 0; i < threads; i++) {
+    const int t = me + i < threads ? me + i : me + i - threads;
+    const int64_t begin = pi2_share(total, step, threads, t), end = pi2_share(total, step, threads, t + 1);
+    _Atomic uint64_t *share = &run->shares[t * run->program->share_stride + index]; /* taken: front, back << 32 */
+    uint64_t taken = atomic_load_explicit(share, memory_order_relaxed);
+    for (;;) {
+      const int64_t from = begin + (uint32_t)taken, to = end - (int64_t)(taken >> 32);
+      if (from >= to) break;
+      int64_t part = (to - from) / 2 / step * step;
+      if (part < step) part = step < to - from ? step : to - from;
+      const uint64_t now = taken + (i ? (uint64_t)part << 32 : (uint64_t)part);
+      if (!atomic_compare_exchange_weak_explicit(share, &taken, now, memory_order_relaxed, memory_order_relaxed)) continue;
+      *first = i ? to - part : from;
+      *last = *first + part;
       return 1;
+    }
   }
+  return 0;
 }
 static inline int pi2_is_float(int type) { return type == PI2_F32 || type == PI2_F16 || type == PI2_BF16; }
 static inline void pi2_quantize(const pi2_program *p, const float *x, int64_t k, const pi2_q8 *o) {

@@ -290,7 +290,6 @@ static inline void x_widen(const int8_t *x, int16_t *y) {
   }
 }
 #define PI2_PANEL 1 /* 8 sums, 4 activations, 2 weights: 14 of 16 registers */
-static inline void v_prefetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 static inline uint64_t read_256(const uint8_t *p) {
   const __m256i *q = (const __m256i *)p;
   __m256i a = _mm256_setzero_si256();

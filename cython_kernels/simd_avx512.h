@@ -296,7 +296,6 @@ static inline void x_widen(const int8_t *x, int16_t *y) {
 }
 #endif
 #define PI2_PANEL 4 /* 16 sums, 4 activations, 4 weights: 24 of 32 registers */
-static inline void v_prefetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 static inline uint64_t read_256(const uint8_t *p) {
   __m512i a = _mm512_xor_si512(_mm512_load_si512(p), _mm512_load_si512(p + 64));
   __m512i b = _mm512_xor_si512(_mm512_load_si512(p + 128), _mm512_load_si512(p + 192));

@@ -215,7 +215,6 @@ ALWAYS vg g_first(int32_t begin, vb w, vx8 x) { vg a = i_set(begin); g_madd(&a, 
 ALWAYS vi g_close(vg a) { return a; }
 ALWAYS vi g_scale(vg a, const v6scale *s, int half) { QUARTERS a.v[i] = vmulq_s32(a.v[i], s->s[half].v[i]); return a; }
 #define PI2_PANEL 1
-static inline void v_prefetch(const uint8_t *p) { __builtin_prefetch(p); }
 static inline uint64_t read_256(const uint8_t *p) {
   uint8x16_t a = vdupq_n_u8(0), b = a; /* two chains */
   for (int i = 0; i < 256; i += 32) {

@@ -183,7 +183,6 @@ static inline vg g_first(int32_t begin, vb w, vx8 x) { vg a; LANES a.v[i] = begi
 static inline vi g_close(vg a) { return a; }
 static inline vi g_scale(vg a, const v6scale *s, int half) { LANES a.v[i] *= s->s[half][i]; return a; }
 #define PI2_PANEL 1
-static inline void v_prefetch(const uint8_t *p) { (void)p; }
 static inline uint64_t read_256(const uint8_t *p) {
   uint64_t s = 0, w;
   for (int i = 0; i < 256; i += 8) { memcpy(&w, p + i, 8); s ^= w; }
