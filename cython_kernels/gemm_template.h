@@ -22,38 +22,27 @@ static inline vi dot_nibbles(const uint8_t *p, const int16_t *x) {
 }
 #endif
 
+/* Groups g and g + 4 of a block, four columns each, as bytes; g < 4. `block`: its quants. */
+INLINE void unpack_two(int type, const uint8_t *block, int g, vb *low, vb *high) {
+  if (type == PI2_Q8_0) {
+    *low = b_load(block + 64 * g);
+    *high = b_load(block + 64 * (g + 4));
+    return;
+  }
+  const vb both = b_load(block + 64 * g);
+  *low = b_low(both);
+  *high = b_high(both);
+  if (type == PI2_Q5_0 || type == PI2_Q5_1 || type == PI2_Q5_K) {
+    *low = b_fifth(*low, block + 256 + 8 * g);
+    *high = b_fifth(*high, block + 256 + 8 * (g + 4));
+  } else if (type == PI2_Q6_K) {
+    *low = b_sixth(*low, b_load(block + 256), g);
+    *high = b_sixth(*high, b_load(block + 320), g);
+  }
+}
 /* How a block of a type is unpacked: w[8], one register per group of four columns. */
-INLINE void nibbles(const uint8_t *p, vb w[8]) {
-  for (int g = 0; g < 4; g++) {
-    vb both = b_load(p + 64 * g);
-    w[g] = b_low(both);
-    w[g + 4] = b_high(both);
-  }
-}
-INLINE void fifths(const uint8_t *p, vb w[8]) {
-  for (int g = 0; g < 8; g++) w[g] = b_fifth(w[g], p + 8 * g);
-}
-INLINE void unpack_weights(int type, const uint8_t *quants, int64_t b, vb w[8]) {
-  switch (type) {
-    case PI2_Q4_0: case PI2_Q4_1: case PI2_Q4_K:
-      nibbles(quants + b * 256, w);
-      break;
-    case PI2_Q5_0: case PI2_Q5_1: case PI2_Q5_K:
-      nibbles(quants + b * 320, w);
-      fifths(quants + b * 320 + 256, w);
-      break;
-    case PI2_Q6_K: {
-      nibbles(quants + b * 384, w);
-      vb low = b_load(quants + b * 384 + 256), high = b_load(quants + b * 384 + 320);
-      for (int g = 0; g < 4; g++) {
-        w[g] = b_sixth(w[g], low, g);
-        w[g + 4] = b_sixth(w[g + 4], high, g);
-      }
-      break;
-    }
-    default: /* Q8_0 */
-      for (int g = 0; g < 8; g++) w[g] = b_load(quants + b * 512 + 64 * g);
-  }
+INLINE void unpack_weights(int type, const uint8_t *block, vb w[8]) {
+  for (int g = 0; g < 4; g++) unpack_two(type, block, g, &w[g], &w[g + 4]);
 }
 INLINE int quants_stride(int type) {
   return type == PI2_Q4_0 || type == PI2_Q4_1 || type == PI2_Q4_K ? 256
@@ -120,16 +109,17 @@ INLINE void gemm_tile(int type, const int wide, const int tile, const uint8_t *w
   const float *xd = x->d + row * x->ldb, *xs = x->s + row * x->ldb;
   const int16_t *xh = x->h + 2 * row * x->ldb;
   const int64_t ldb = x->ldb, blocks = k / PI2_BLOCK;
+  const uint8_t *ahead = quants + PI2_PREFETCH;
   const int straight = PI2_DOT_NIBBLES && wide && tile == 1 && quants_stride(type) == 256;
   super_scales super = {v_zero(), v_zero()};
   for (int64_t b = 0; b < blocks; b++) {
     vb q[8];
     vf dw, mw, d6[2];
-    if (!straight) unpack_weights(type, quants, b, q);
+    if (!straight) unpack_weights(type, quants + b * quants_stride(type), q);
     if (has_super(type) && b % 8 == 0) unpack_super(scales, b, &super);
     unpack_scales(type, scales, b, &super, &dw, &mw);
     if (tile == 1) /* memory-bound: as many bytes as a block has, in the order of memory, scales and the next rows too */
-      for (int i = 0; i < block_bytes(type); i += 64) v_prefetch(w + b * block_bytes(type) + PI2_PREFETCH + i);
+      for (int i = 0; i < block_bytes(type); i += 64) v_prefetch(ahead + b * block_bytes(type) + i);
     if (straight) {
       const vi dot = dot_nibbles(quants + b * 256, (const int16_t *)xq[0] + b * PI2_BLOCK);
       sum[0] = v_fma(v_mul(i_to_float(dot), v_set(xd[b])), dw, sum[0]);
@@ -166,15 +156,18 @@ INLINE void gemm_tile(int type, const int wide, const int tile, const uint8_t *w
 }
 
 /* Tiles of 8 (where registers allow), 4, 2 and 1 columns make up any n. */
-#define GEMM_TILES(T, WIDE, N) \
-  for (; n - done >= N; done += N) gemm_tile(T, WIDE, N, w, k, x, done, out + done * ldo, ldo);
+#define GEMM_TILES(N) \
+  for (; n - done >= N; done += N) gemm_tile(type, wide, N, w, k, x, done, out + done * ldo, ldo);
+INLINE void gemm_tiles(int type, const int wide, const uint8_t *w, int64_t k, const pi2_q8 *x, int n, float *out, int64_t ldo) {
+  int done = 0;
+  GEMM_TILES(PI2_TILE)
+  GEMM_TILES(4)
+  GEMM_TILES(2)
+  GEMM_TILES(1)
+}
 #define GEMM(T, WIDE, name)                                                                               \
   static void gemm_##name(const uint8_t *w, int64_t k, const pi2_q8 *x, int n, float *out, int64_t ldo) { \
-    int done = 0;                                                                                         \
-    GEMM_TILES(T, WIDE, PI2_TILE)                                                                         \
-    GEMM_TILES(T, WIDE, 4)                                                                                \
-    GEMM_TILES(T, WIDE, 2)                                                                                \
-    GEMM_TILES(T, WIDE, 1)                                                                                \
+    gemm_tiles(T, WIDE, w, k, x, n, out, ldo);                                                            \
   }
 #define GEMMS(T, name) GEMM(T, 0, name##_a8) GEMM(T, 1, name##_a16)
 GEMMS(PI2_Q4_0, q4_0)

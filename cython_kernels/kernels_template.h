@@ -17,11 +17,35 @@ static inline void v_prefetch(const uint8_t *p) {
   __asm__ volatile("");
 }
 
+#ifndef PI2_ACROSS
+#define PI2_ACROSS 0
+#endif
+
 #include "gemm_template.h"
+#if PI2_ACROSS
+#include "bytes_template.h"
+#else
 #include "panel_template.h"
+#endif
 #include "vector_template.h"
 #include "attention_template.h"
 #include "neuron_template.h"
+
+/* PI2_PANEL row blocks and many columns, by gemm_panel of one of the two */
+#define PANEL(T, WIDE, name)                                                                              \
+  static void panel_##name(const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n, float *out, \
+                           int64_t ldo) {                                                                 \
+    gemm_panel(T, WIDE, w, stride, k, x, n, out, ldo);                                                    \
+  }
+#define PANELS(T, name) PANEL(T, 0, name##_a8) PANEL(T, 1, name##_a16)
+PANELS(PI2_Q4_0, q4_0)
+PANELS(PI2_Q4_1, q4_1)
+PANELS(PI2_Q5_0, q5_0)
+PANELS(PI2_Q5_1, q5_1)
+PANELS(PI2_Q8_0, q8_0)
+PANELS(PI2_Q4_K, q4_k)
+PANELS(PI2_Q5_K, q5_k)
+PANELS(PI2_Q6_K, q6_k)
 
 #define PI2_GEMMS(a)                                                                                  \
   {[PI2_Q4_0] = gemm_q4_0_##a, [PI2_Q4_1] = gemm_q4_1_##a, [PI2_Q5_0] = gemm_q5_0_##a,                \

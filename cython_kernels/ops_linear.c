@@ -66,15 +66,16 @@ static int64_t row_blocks(const pi2_matrix *m) { return (m->rows + PI2_ROWS - 1)
 /* Part of an operation: row blocks [first, last), and rows [row, row + rows) of the step. */
 typedef struct { int64_t first, last; int row, rows; } part;
 
-/* The next part of `blocks` row blocks, times `rows` rows. Few rows: parts along the weights, ever smaller. Many rows: tiles of
- * PI2_TILE_BLOCKS row blocks and a pass of rows, in an order that keeps the weights of a tile in the cache. */
+/* The next part of `blocks` row blocks, times `rows` rows. Rows of one pass: parts along the weights, ever smaller. More:
+ * tiles of PI2_TILE_BLOCKS row blocks and a pass of rows, in an order that keeps the weights of a tile in the cache. */
 static int take_part(pi2_run *r, int index, const pi2_worker *w, int rows, int64_t blocks, int64_t k, int step, part *out) {
-  if (rows < PI2_PANEL_ROWS) {
+  const int pass = pi2_pass_rows(k), passes = (rows + pass - 1) / pass;
+  if (passes <= 1) {
     out->row = 0;
     out->rows = rows;
+    if (rows >= PI2_PANEL_ROWS) step = PI2_TILE_BLOCKS;
     return pi2_take_near(r, index, blocks, step, w->index, &out->first, &out->last);
   }
-  const int pass = pi2_pass_rows(k), passes = (rows + pass - 1) / pass;
   const int64_t unit = pi2_take(r, index, 1);
   out->first = unit / passes * PI2_TILE_BLOCKS;
   out->last = out->first + PI2_TILE_BLOCKS < blocks ? out->first + PI2_TILE_BLOCKS : blocks;

@@ -46,7 +46,7 @@ INLINE void panel_unpack(int type, const int wide, const uint8_t *w, int64_t k, 
   vb q[8];
   vf dw;
   super_scales super = {v_zero(), v_zero()};
-  unpack_weights(type, quants, b, q);
+  unpack_weights(type, quants + b * quants_stride(type), q);
   if (has_super(type)) unpack_super(scales, b, &super);
   unpack_scales(type, scales, b, &super, &dw, &p->mw[r]);
   p->dw[0][r] = dw;
@@ -315,17 +315,3 @@ INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t strid
       panel_bytes(type, w, stride, k, x, c, n - c < PI2_COLUMNS ? n - c : PI2_COLUMNS, out, ldo);
   else panel_columns(type, wide, w, stride, k, x, n, out, ldo);
 }
-#define PANEL(T, WIDE, name)                                                                              \
-  static void panel_##name(const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n, float *out, \
-                           int64_t ldo) {                                                                 \
-    gemm_panel(T, WIDE, w, stride, k, x, n, out, ldo);                                                    \
-  }
-#define PANELS(T, name) PANEL(T, 0, name##_a8) PANEL(T, 1, name##_a16)
-PANELS(PI2_Q4_0, q4_0)
-PANELS(PI2_Q4_1, q4_1)
-PANELS(PI2_Q5_0, q5_0)
-PANELS(PI2_Q5_1, q5_1)
-PANELS(PI2_Q8_0, q8_0)
-PANELS(PI2_Q4_K, q4_k)
-PANELS(PI2_Q5_K, q5_k)
-PANELS(PI2_Q6_K, q6_k)

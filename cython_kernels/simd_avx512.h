@@ -239,35 +239,27 @@ static inline vi dot_nibbles(const uint8_t *p, const int16_t *x) {
   sum16 = _mm512_srai_epi32(sum16, 4);
   return _mm512_add_epi32(_mm512_add_epi32(sum, sum16), _mm512_srai_epi32(sum256, 8));
 }
-typedef __m512i vx;
-static inline vx x_load(const int16_t *x) { return broadcast2(x); }
 static inline vi i_zero(void) { return _mm512_setzero_si512(); }
 #ifdef PI2_VNNI
-static inline vi i_madd(vi a, vw w, vx x) { return _mm512_dpwssd_epi32(a, w, x); }
+/* What bytes_template.h takes: bytes of weights, unsigned, times signed ones, four columns of each lane added up */
+#define PI2_ACROSS 8 /* columns: 8 float sums, 8 weights, 2 sums and a few more of 32 registers */
+static inline vi i_set(int32_t a) { return _mm512_set1_epi32(a); }
+static inline vi i_madd4(vi a, vb w, const int8_t *x) { return _mm512_dpbusd_epi32(a, w, broadcast4(x)); }
+static inline vi i_scale6(vi a, v6scale s, int half) { return _mm512_mullo_epi32(a, s.s[half]); }
+static inline vb b_plus128(vb w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
 #else
+typedef __m512i vx;
+static inline vx x_load(const int16_t *x) { return broadcast2(x); }
 static inline vi i_madd(vi a, vw w, vx x) {
   vi product = _mm512_madd_epi16(w, x);
   __asm__("vpaddd %1, %0, %0" : "+v"(a) : "v"(product)); /* in place: gcc copies every sum otherwise */
   return a;
 }
-#endif
 /* A panel's groups with int8 activations: panel_template.h says what PI2_SHORT and the functions g_ are. */
 typedef __m512i vg;
 typedef __m512i vx8;
 #define PI2_X_GROUPS 1 /* whose activations x8_load reads */
 static inline vx8 x8_load(const int8_t *x) { return broadcast4(x); }
-#ifdef PI2_VNNI
-#define PI2_SHORT 0
-#define PI2_BIAS 128
-static inline vb b_biased(vb w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
-static inline vg g_first(int32_t begin, vb w, vx8 x) { return _mm512_dpbusd_epi32(_mm512_set1_epi32(begin), w, x); }
-static inline void g_madd(vg *a, vb w, vx8 x, int g) {
-  (void)g;
-  *a = _mm512_dpbusd_epi32(*a, w, x);
-}
-static inline vi g_close(vg a) { return a; }
-static inline vi g_scale(vg a, const v6scale *s, int half) { return _mm512_mullo_epi32(a, s->s[half]); }
-#else
 #define PI2_SHORT 1
 #define PI2_BIAS 0
 static inline vb b_biased(vb w) { return w; }
@@ -295,7 +287,7 @@ static inline void x_widen(const int8_t *x, int16_t *y) {
   _mm512_store_si512(y, _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(wide, 0xd8), 0xd8));
 }
 #endif
-#define PI2_PANEL 4 /* 16 sums, 4 activations, 4 weights: 24 of 32 registers */
+#define PI2_PANEL 4 /* of panel_template.h: 16 sums, 4 activations, 4 weights, 24 of 32 registers */
 static inline uint64_t read_256(const uint8_t *p) {
   __m512i a = _mm512_xor_si512(_mm512_load_si512(p), _mm512_load_si512(p + 64));
   __m512i b = _mm512_xor_si512(_mm512_load_si512(p + 128), _mm512_load_si512(p + 192));

@@ -1,0 +1,126 @@
+/* Products of many columns of bytes, where one instruction multiplies bytes and adds the products to 32-bit sums (PI2_ACROSS):
+ * one row block times PI2_ACROSS columns. A block of weights is unpacked into eight registers for all of them, and their
+ * float sums stay in registers over PI2_CHUNK_BLOCKS blocks, whose activations have been put side by side, where the first-level
+ * cache keeps them for all row blocks. On Zen 4 a block of Q4_1 takes 64 multiplications of bytes and 24 of floats, one a
+ * cycle: 340 billion operations a second at 3.66 GHz would be all there is.
+ *
+ * Same sums in the same order as gemm_tile, so the same bits. Bytes of weights are unsigned here: a column's sum begins at
+ * what makes up for the zero point of Q6_K, and for the 128 that were added to Q8_0's.
+ *
+ * int16 activations of which there are bytes, too (quantize_mixed): where a column is fine, the low ones are added to 256
+ * times the sum with the high ones. That is a branch, which row block after row block goes the same way. */
+
+#define PI2_CHUNK_BLOCKS 32 /* a multiple of the eight to which Q4_K and Q6_K have one scale */
+
+typedef struct {
+  int8_t high[PI2_CHUNK_BLOCKS * PI2_BLOCK], low[PI2_CHUNK_BLOCKS * PI2_BLOCK];
+  float d[PI2_CHUNK_BLOCKS], s[PI2_CHUNK_BLOCKS]; /* d: of what the sum counts, 256ths where the column is fine */
+  int32_t begin[2 * PI2_CHUNK_BLOCKS];            /* of sums over halves of a block; for Q8_0 and Q6_K */
+  uint32_t fine;                                  /* a bit for each block */
+} __attribute__((aligned(64))) bytes_column;
+
+INLINE int32_t sum_bytes(const int8_t *x, int n) {
+  int32_t sum = 0;
+  for (int i = 0; i < n; i++) sum += x[i];
+  return sum;
+}
+INLINE void gather_column(int type, const int wide, const pi2_q8 *x, int64_t row, int64_t b, int blocks, bytes_column *to) {
+  const int8_t *high = wide ? x->high + row * x->ldh : x->q + row * x->ldq;
+  const float *d = x->d + row * x->ldb + b;
+  const int16_t *h = x->h + 2 * (row * x->ldb + b);
+  const size_t bytes = (size_t)blocks * PI2_BLOCK;
+  memcpy(to->high, high + b * PI2_BLOCK, bytes);
+  memcpy(to->s, x->s + row * x->ldb + b, (size_t)blocks * sizeof *d);
+  uint32_t fine = 0;
+  for (int i = 0; i < blocks; i++) {
+    if (wide) fine |= (uint32_t)(h[2 * i] == PI2_FINE) << i;
+    to->d[i] = !wide || h[2 * i] == PI2_FINE ? d[i] : d[i] * 256.0f;
+  }
+  to->fine = fine;
+  if (fine) memcpy(to->low, x->low + row * x->ldh + b * PI2_BLOCK, bytes);
+  if (type != PI2_Q8_0 && type != PI2_Q6_K) return;
+  for (int i = 0; i < 2 * blocks; i++) {
+    const int32_t sum = fine >> i / 2 & 1 ? 256 * sum_bytes(to->high + 16 * i, 16) + sum_bytes(to->low + 16 * i, 16) : h[i];
+    to->begin[i] = sum * (type == PI2_Q6_K ? -32 : -128);
+  }
+}
+
+/* The sums of a block's halves with one column, [0] and [1] */
+INLINE void bytes_dot(const vb w[8], const int8_t *x, vi sum[2]) {
+  for (int g = 0; g < 4; g++)
+    for (int half = 0; half < 2; half++) sum[half] = i_madd4(sum[half], w[4 * half + g], x + 16 * half + 4 * g);
+}
+
+/* `blocks` blocks of a row block, b the first, times `tile` columns; out[c*ldo + r] is what the blocks before have made. */
+INLINE void bytes_tile(int type, const int wide, const int tile, const uint8_t *w, int64_t k, int64_t b, int blocks,
+                       const bytes_column *x, float *out, int64_t ldo) {
+  const uint8_t *scales = w, *quants = w + pi2_scales_bytes_of(type, k);
+  const uint8_t *ahead = quants + PI2_PREFETCH + b * block_bytes(type);
+  const int corrected = type == PI2_Q8_0 || type == PI2_Q6_K;
+  super_scales super = {v_zero(), v_zero()};
+  vf sum[PI2_ACROSS];
+  for (int c = 0; c < tile; c++) sum[c] = v_load(out + c * ldo);
+  for (int i = 0; i < blocks; i++, b++) {
+    vb q[8];
+    vf dw, mw, d6[2];
+    v6scale s6;
+    unpack_weights(type, quants + b * quants_stride(type), q);
+    if (type == PI2_Q8_0)
+      for (int g = 0; g < 8; g++) q[g] = b_plus128(q[g]);
+    if (has_super(type) && i % 8 == 0) unpack_super(scales, b, &super);
+    unpack_scales(type, scales, b, &super, &dw, &mw);
+    if (type == PI2_Q6_K && wide) six_scales(scales, b, dw, d6);
+    if (type == PI2_Q6_K && !wide) s6 = scale6_load((const int8_t *)scales + (b >> 3) * 288 + 32 + (b & 7) * 32);
+    for (int line = 0; line < block_bytes(type); line += 64) v_prefetch(ahead + i * block_bytes(type) + line);
+#pragma GCC unroll 8
+    for (int c = 0; c < tile; c++) {
+      vi dot[2] = {i_zero(), i_zero()};
+      const int fine = wide && __builtin_expect(x[c].fine >> i & 1, 0);
+      if (corrected && !fine)
+        for (int half = 0; half < 2; half++) dot[half] = i_set(x[c].begin[2 * i + half]);
+      bytes_dot(q, x[c].high + i * PI2_BLOCK, dot);
+      if (fine) {
+        for (int half = 0; half < 2; half++) {
+          dot[half] = i_times256(dot[half]);
+          if (corrected) dot[half] = i_add(dot[half], i_set(x[c].begin[2 * i + half]));
+        }
+        bytes_dot(q, x[c].low + i * PI2_BLOCK, dot);
+      }
+      const vf d = v_set(x[c].d[i]);
+      if (type == PI2_Q6_K && wide) {
+        for (int half = 0; half < 2; half++) sum[c] = v_fma(v_mul(i_to_float(dot[half]), d), d6[half], sum[c]);
+        continue;
+      }
+      const vi all = type == PI2_Q6_K ? i_add(i_scale6(dot[0], s6, 0), i_scale6(dot[1], s6, 1)) : i_add(dot[0], dot[1]);
+      sum[c] = v_fma(v_mul(i_to_float(all), d), dw, sum[c]);
+      if (has_min(type)) sum[c] = v_fma(v_set(x[c].s[i]), mw, sum[c]);
+    }
+  }
+  for (int c = 0; c < tile; c++) v_store(out + c * ldo, sum[c]);
+}
+
+/* PI2_PANEL row blocks times at most PI2_ACROSS columns, first the first; out is zero. */
+INLINE void bytes_columns(int type, const int wide, const int tile, const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x,
+                          int first, float *out, int64_t ldo) {
+  bytes_column columns[PI2_ACROSS];
+  for (int64_t b = 0; b < k / PI2_BLOCK; b += PI2_CHUNK_BLOCKS) {
+    const int blocks = k / PI2_BLOCK - b < PI2_CHUNK_BLOCKS ? (int)(k / PI2_BLOCK - b) : PI2_CHUNK_BLOCKS;
+    for (int c = 0; c < tile; c++) gather_column(type, wide, x, first + c, b, blocks, &columns[c]);
+    for (int r = 0; r < PI2_PANEL; r++)
+      bytes_tile(type, wide, tile, w + r * stride, k, b, blocks, columns, out + first * ldo + r * PI2_ROWS, ldo);
+  }
+}
+INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n,
+                       float *out, int64_t ldo) {
+  /* these gain nothing: products that take none of the corrections, or int16 activations of which there are no bytes */
+  if (wide ? !x->high : type != PI2_Q8_0 && type != PI2_Q6_K) {
+    for (int r = 0; r < PI2_PANEL; r++) gemm_tiles(type, wide, w + r * stride, k, x, n, out + r * PI2_ROWS, ldo);
+    return;
+  }
+  for (int c = 0; c < n; c++)
+    for (int r = 0; r < PI2_PANEL; r++) v_store(out + c * ldo + r * PI2_ROWS, v_zero());
+  int c = 0;
+  for (; c + PI2_ACROSS <= n; c += PI2_ACROSS) bytes_columns(type, wide, PI2_ACROSS, w, stride, k, x, c, out, ldo);
+  for (; c + 4 <= n; c += 4) bytes_columns(type, wide, 4, w, stride, k, x, c, out, ldo);
+  for (; c < n; c++) bytes_columns(type, wide, 1, w, stride, k, x, c, out, ldo);
+}
