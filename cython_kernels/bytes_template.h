@@ -19,29 +19,41 @@ typedef struct {
   uint32_t fine;                                  /* a bit for each block */
 } __attribute__((aligned(64))) bytes_column;
 
-INLINE int32_t sum_bytes(const int8_t *x, int n) {
+INLINE int32_t sum_bytes(const int8_t *x) { /* of half a block */
   int32_t sum = 0;
-  for (int i = 0; i < n; i++) sum += x[i];
+  for (int i = 0; i < 16; i++) sum += x[i];
   return sum;
 }
 INLINE void gather_column(int type, const int wide, const pi2_q8 *x, int64_t row, int64_t b, int blocks, bytes_column *to) {
-  const int8_t *high = wide ? x->high + row * x->ldh : x->q + row * x->ldq;
-  const float *d = x->d + row * x->ldb + b;
+  const int8_t *high = (wide ? x->high + row * x->ldh : x->q + row * x->ldq) + b * PI2_BLOCK;
+  const float *d = x->d + row * x->ldb + b, *s = x->s + row * x->ldb + b;
   const int16_t *h = x->h + 2 * (row * x->ldb + b);
-  const size_t bytes = (size_t)blocks * PI2_BLOCK;
-  memcpy(to->high, high + b * PI2_BLOCK, bytes);
-  memcpy(to->s, x->s + row * x->ldb + b, (size_t)blocks * sizeof *d);
   uint32_t fine = 0;
-  for (int i = 0; i < blocks; i++) {
-    if (wide) fine |= (uint32_t)(h[2 * i] == PI2_FINE) << i;
-    to->d[i] = !wide || h[2 * i] == PI2_FINE ? d[i] : d[i] * 256.0f;
+  int i = 0;
+  for (; i + 16 <= blocks; i += 16) {
+    const uint32_t which = wide ? i_equal_low(h + 2 * i, PI2_FINE) : 0xffff;
+    v_store(to->d + i, v_choose(which, v_load(d + i), v_mul(v_load(d + i), v_set(256.0f))));
+    v_store(to->s + i, v_load(s + i));
+    if (wide) fine |= which << i;
+  }
+  for (; i < blocks; i++) {
+    const int coarse = wide && h[2 * i] != PI2_FINE;
+    to->d[i] = coarse ? d[i] * 256.0f : d[i];
+    to->s[i] = s[i];
+    if (wide) fine |= (uint32_t)!coarse << i;
+  }
+  for (i = 0; i < blocks; i++) memcpy(to->high + i * PI2_BLOCK, high + i * PI2_BLOCK, PI2_BLOCK);
+  for (uint32_t left = fine; left; left &= left - 1) {
+    const int at = __builtin_ctz(left) * PI2_BLOCK;
+    memcpy(to->low + at, high + (x->low - x->high) + at, PI2_BLOCK);
   }
   to->fine = fine;
-  if (fine) memcpy(to->low, x->low + row * x->ldh + b * PI2_BLOCK, bytes);
   if (type != PI2_Q8_0 && type != PI2_Q6_K) return;
-  for (int i = 0; i < 2 * blocks; i++) {
-    const int32_t sum = fine >> i / 2 & 1 ? 256 * sum_bytes(to->high + 16 * i, 16) + sum_bytes(to->low + 16 * i, 16) : h[i];
-    to->begin[i] = sum * (type == PI2_Q6_K ? -32 : -128);
+  const int32_t zero = type == PI2_Q6_K ? -32 : -128;
+  for (i = 0; i < 2 * blocks; i++) to->begin[i] = zero * h[i];
+  for (uint32_t left = fine; left; left &= left - 1) {
+    const int at = 2 * __builtin_ctz(left);
+    for (i = at; i < at + 2; i++) to->begin[i] = zero * (256 * sum_bytes(to->high + 16 * i) + sum_bytes(to->low + 16 * i));
   }
 }
 
