@@ -111,28 +111,28 @@ INLINE void bytes_tile(int type, const int wide, const int tile, const uint8_t *
   for (int c = 0; c < tile; c++) v_store(out + c * ldo, sum[c]);
 }
 
-/* PI2_PANEL row blocks times at most PI2_ACROSS columns, first the first; out is zero. */
-INLINE void bytes_columns(int type, const int wide, const int tile, const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x,
-                          int first, float *out, int64_t ldo) {
+/* `rows` row blocks times `tile` columns, `first` the first; out is zero. */
+INLINE void bytes_columns(int type, const int wide, const int tile, const uint8_t *w, int64_t stride, int rows, int64_t k,
+                          const pi2_q8 *x, int first, float *out, int64_t ldo) {
   bytes_column columns[PI2_ACROSS];
   for (int64_t b = 0; b < k / PI2_BLOCK; b += PI2_CHUNK_BLOCKS) {
     const int blocks = k / PI2_BLOCK - b < PI2_CHUNK_BLOCKS ? (int)(k / PI2_BLOCK - b) : PI2_CHUNK_BLOCKS;
     for (int c = 0; c < tile; c++) gather_column(type, wide, x, first + c, b, blocks, &columns[c]);
-    for (int r = 0; r < PI2_PANEL; r++)
+    for (int r = 0; r < rows; r++)
       bytes_tile(type, wide, tile, w + r * stride, k, b, blocks, columns, out + first * ldo + r * PI2_ROWS, ldo);
   }
 }
-INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n,
+INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int rows, int64_t k, const pi2_q8 *x, int n,
                        float *out, int64_t ldo) {
   /* these gain nothing: products that take none of the corrections, or int16 activations of which there are no bytes */
   if (wide ? !x->high : type != PI2_Q8_0 && type != PI2_Q6_K) {
-    for (int r = 0; r < PI2_PANEL; r++) gemm_tiles(type, wide, w + r * stride, k, x, n, out + r * PI2_ROWS, ldo);
+    for (int r = 0; r < rows; r++) gemm_tiles(type, wide, w + r * stride, k, x, n, out + r * PI2_ROWS, ldo);
     return;
   }
   for (int c = 0; c < n; c++)
-    for (int r = 0; r < PI2_PANEL; r++) v_store(out + c * ldo + r * PI2_ROWS, v_zero());
+    for (int r = 0; r < rows; r++) v_store(out + c * ldo + r * PI2_ROWS, v_zero());
   int c = 0;
-  for (; c + PI2_ACROSS <= n; c += PI2_ACROSS) bytes_columns(type, wide, PI2_ACROSS, w, stride, k, x, c, out, ldo);
-  for (; c + 4 <= n; c += 4) bytes_columns(type, wide, 4, w, stride, k, x, c, out, ldo);
-  for (; c < n; c++) bytes_columns(type, wide, 1, w, stride, k, x, c, out, ldo);
+  for (; c + PI2_ACROSS <= n; c += PI2_ACROSS) bytes_columns(type, wide, PI2_ACROSS, w, stride, rows, k, x, c, out, ldo);
+  for (; c + 4 <= n; c += 4) bytes_columns(type, wide, 4, w, stride, rows, k, x, c, out, ldo);
+  for (; c < n; c++) bytes_columns(type, wide, 1, w, stride, rows, k, x, c, out, ldo);
 }

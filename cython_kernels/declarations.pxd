@@ -19,7 +19,7 @@ cdef extern from "kernels.h" nogil:
         int head_dim
         int type
     ctypedef void (*pi2_gemm)(const uint8_t *, int64_t, const pi2_q8 *, int, float *, int64_t) noexcept nogil
-    ctypedef void (*pi2_panel)(const uint8_t *, int64_t, int64_t, const pi2_q8 *, int, float *, int64_t) noexcept nogil
+    ctypedef void (*pi2_panel)(const uint8_t *, int64_t, int, int64_t, const pi2_q8 *, int, float *, int64_t) noexcept nogil
     ctypedef void (*pi2_gemm_float)(const uint8_t *, int64_t, const float *, int64_t, int, float *, int64_t) noexcept nogil
     ctypedef void (*pi2_neuron_rows)(const uint8_t *const *, const uint8_t *const *, int, int64_t, const int16_t *, const float *,
                                      const float *, float *) noexcept nogil
@@ -33,7 +33,6 @@ cdef extern from "kernels.h" nogil:
         pi2_gemm gemm16[31]
         pi2_panel panel8[31]
         pi2_panel panel16[31]
-        int panel
         pi2_gemm_float gemm_float[31]
         pi2_neuron_rows neuron_rows[31]
         pi2_neuron_columns neuron_columns[31]

@@ -75,8 +75,9 @@ typedef struct {
 /* out[c*ldo + r], c < n columns, r < 16 rows: one row block against n activation rows. w is 64-byte aligned; x.q needs
  * no alignment; k is a multiple of 32 (256 for the K types). out may not alias anything. */
 typedef void (*pi2_gemm)(const uint8_t *w, int64_t k, const pi2_q8 *x, int n, float *out, int64_t ldo);
-/* The same for `panel` row blocks, `stride` bytes apart, at once: out[c*ldo + r], r < 16*panel. Same bits. */
-typedef void (*pi2_panel)(const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n, float *out, int64_t ldo);
+/* The same for `blocks` row blocks, `stride` bytes apart, and many columns: out[c*ldo + r], r < 16*blocks. Same bits. */
+typedef void (*pi2_panel)(const uint8_t *w, int64_t stride, int blocks, int64_t k, const pi2_q8 *x, int n, float *out,
+                          int64_t ldo);
 /* The same with float weights (F32, F16, BF16 by table entry) and float activations x[c*ldx + i]; any k >= 0. */
 typedef void (*pi2_gemm_float)(const uint8_t *w, int64_t k, const float *x, int64_t ldx, int n, float *out, int64_t ldo);
 
@@ -106,7 +107,6 @@ typedef struct {
   pi2_gemm gemm16[PI2_TYPES];           /* int16 activations */
   pi2_panel panel8[PI2_TYPES];          /* many columns of int8 activations */
   pi2_panel panel16[PI2_TYPES];         /* many columns of int16 activations */
-  int panel;                            /* row blocks of panel8 and panel16 */
   pi2_gemm_float gemm_float[PI2_TYPES]; /* NULL where the type is quantised */
   pi2_neuron_rows neuron_rows[PI2_TYPES];
   pi2_neuron_columns neuron_columns[PI2_TYPES];

@@ -35,11 +35,11 @@ static inline void v_prefetch_second(const uint8_t *p) { /* into the second-leve
 #include "attention_template.h"
 #include "neuron_template.h"
 
-/* PI2_PANEL row blocks and many columns, by gemm_panel of one of the two */
+/* Many columns, by gemm_panel of one of the two */
 #define PANEL(T, WIDE, name)                                                                              \
-  static void panel_##name(const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n, float *out, \
-                           int64_t ldo) {                                                                 \
-    gemm_panel(T, WIDE, w, stride, k, x, n, out, ldo);                                                    \
+  static void panel_##name(const uint8_t *w, int64_t stride, int blocks, int64_t k, const pi2_q8 *x, int n, \
+                           float *out, int64_t ldo) {                                                     \
+    gemm_panel(T, WIDE, w, stride, blocks, k, x, n, out, ldo);                                            \
   }
 #define PANELS(T, name) PANEL(T, 0, name##_a8) PANEL(T, 1, name##_a16)
 PANELS(PI2_Q4_0, q4_0)
@@ -63,7 +63,7 @@ PANELS(PI2_Q6_K, q6_k)
 #define PI2_TABLE(symbol, label, width)                                                             \
   const pi2_kernels symbol = {                                                                      \
       .name = label, .lanes = width,                                                                \
-      .panel = PI2_PANEL, .panel8 = PI2_PANELS(a8), .panel16 = PI2_PANELS(a16),                     \
+      .panel8 = PI2_PANELS(a8), .panel16 = PI2_PANELS(a16),                     \
       .gemm8 = PI2_GEMMS(a8), .gemm16 = PI2_GEMMS(a16),                                             \
       .gemm_float = {[PI2_F32] = gemm_f32, [PI2_F16] = gemm_f16, [PI2_BF16] = gemm_bf16},           \
       .neuron_rows = PI2_NEURONS(neuron_rows), .neuron_columns = PI2_NEURONS(neuron_columns),         \

@@ -395,8 +395,8 @@ cdef class Kernels:
     def gemm(self, type_name, uintptr_t address, int64_t rows, int64_t k, const float[:, ::1] x, *, bint wide=False,
              bint mixed=False, bint panels=False):
         """W (rows, k) as row blocks at ``address`` times x float32 (n, k): (n, rows). Where W is quantised, activations
-        become int16 (``wide``, some of 8 bits where also ``mixed``) or int8, and row blocks are multiplied several at once
-        (``panels``, as many as the variant takes; what is left one by one) or one by one."""
+        become int16 (``wide``, some of 8 bits where also ``mixed``) or int8, and row blocks are multiplied all in one call
+        (``panels``) or one by one."""
         cdef int type_id = TYPE_IDS[type_name]
         cdef int64_t n = x.shape[0], size = pi2_row_block_bytes(type_id, k), blocks = (rows + 15) // 16, b
         cdef int64_t ldq = k * (2 if wide else 1)
@@ -427,9 +427,9 @@ cdef class Kernels:
                 row.high, row.low = &high[b, 0], &low[b, 0]
                 quantizer(self.k, wide, mixed)(&x[b, 0], k, &row)
         b = 0
-        while panels and not is_float and b + self.k.panel <= blocks:
-            panel(<const uint8_t *>address + b * size, size, k, &q8, <int>n, &o[0, b * 16], blocks * 16)
-            b += self.k.panel
+        if panels and not is_float:
+            panel(<const uint8_t *>address, size, <int>blocks, k, &q8, <int>n, &o[0, 0], blocks * 16)
+            b = blocks
         for b in range(b, blocks):
             if is_float:
                 self.k.gemm_float[type_id](<const uint8_t *>address + b * size, k, &x[0, 0], k, <int>n, &o[0, b * 16], blocks * 16)

@@ -305,13 +305,18 @@ INLINE void panel_bytes(int type, const uint8_t *w, int64_t stride, int64_t k, c
   }
 }
 
-INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int n,
-                       float *out, int64_t ldo) {
-  for (int c = 0; c < n; c++)
-    for (int r = 0; r < PI2_PANEL; r++) v_store(out + c * ldo + r * PI2_ROWS, v_zero());
-  /* Q6_K adds up its halves in another order, and sums with signed bytes are too large, or need a bias */
-  if (wide && x->high && type != PI2_Q8_0 && type != PI2_Q6_K)
-    for (int c = 0; c < n; c += PI2_COLUMNS)
-      panel_bytes(type, w, stride, k, x, c, n - c < PI2_COLUMNS ? n - c : PI2_COLUMNS, out, ldo);
-  else panel_columns(type, wide, w, stride, k, x, n, out, ldo);
+/* PI2_PANEL row blocks at once, and what is left one by one */
+INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int blocks, int64_t k, const pi2_q8 *x,
+                       int n, float *out, int64_t ldo) {
+  int b = 0;
+  for (; b + PI2_PANEL <= blocks; b += PI2_PANEL, w += PI2_PANEL * stride, out += PI2_PANEL * PI2_ROWS) {
+    for (int c = 0; c < n; c++)
+      for (int r = 0; r < PI2_PANEL; r++) v_store(out + c * ldo + r * PI2_ROWS, v_zero());
+    /* Q6_K adds up its halves in another order, and sums with signed bytes are too large, or need a bias */
+    if (wide && x->high && type != PI2_Q8_0 && type != PI2_Q6_K)
+      for (int c = 0; c < n; c += PI2_COLUMNS)
+        panel_bytes(type, w, stride, k, x, c, n - c < PI2_COLUMNS ? n - c : PI2_COLUMNS, out, ldo);
+    else panel_columns(type, wide, w, stride, k, x, n, out, ldo);
+  }
+  for (; b < blocks; b++, w += stride, out += PI2_ROWS) gemm_tiles(type, wide, w, k, x, n, out, ldo);
 }

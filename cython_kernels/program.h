@@ -18,7 +18,7 @@
 #include "stream.h"
 
 #define PI2_REPLICATED 4 /* rows up to which every thread prepares all inputs itself */
-#define PI2_PANEL_ROWS 8 /* rows from which on several row blocks are multiplied together */
+#define PI2_PANEL_ROWS 8 /* rows from which on row blocks are multiplied together */
 #define PI2_TILE_ROWS 32 /* rows of a GEMM output tile */
 #define PI2_TILE_BLOCKS 4 /* row blocks of one; even: the pairs of ops_linear.c */
 #define PI2_HEAD_ROWS 32 /* rows of logits at once */
@@ -332,16 +332,16 @@ static inline void pi2_multiply_contiguous(const pi2_program *p, const pi2_matri
   const uint8_t *w = m->data ? m->data + block * size : m->page[block / m->page_blocks] + block % m->page_blocks * size;
   const pi2_q8 x = pi2_q8_row(&in->q8, row);
   const int wide = p->wide && !in->narrow;
-  int i = 0;
   if (pi2_is_float(m->type)) {
-    for (; i < count; i++)
+    for (int i = 0; i < count; i++)
       k->gemm_float[m->type](w + i * size, m->k, in->floats + row * in->ld, in->ld, n, tile + 16 * i, ld);
     return;
   }
-  if (n >= PI2_PANEL_ROWS)
-    for (; i + k->panel <= count; i += k->panel)
-      (wide ? k->panel16 : k->panel8)[m->type](w + i * size, size, m->k, &x, n, tile + 16 * i, ld);
-  for (; i < count; i++) (wide ? k->gemm16 : k->gemm8)[m->type](w + i * size, m->k, &x, n, tile + 16 * i, ld);
+  if (n >= PI2_PANEL_ROWS) {
+    (wide ? k->panel16 : k->panel8)[m->type](w, size, count, m->k, &x, n, tile, ld);
+    return;
+  }
+  for (int i = 0; i < count; i++) (wide ? k->gemm16 : k->gemm8)[m->type](w + i * size, m->k, &x, n, tile + 16 * i, ld);
 }
 /* As pi2_multiply_contiguous; the blocks may lie in several pages. */
 static inline void pi2_multiply(const pi2_program *p, const pi2_matrix *m, int64_t block, int count, const pi2_input *in,

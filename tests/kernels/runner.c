@@ -107,9 +107,10 @@ static void run_gemm(const pi2_kernels *kernels, test *t) {
       quantizer(kernels, t->p[4])(x + c * k, k, &row);
     }
     int64_t b = 0;
-    if (t->p[7])
-      for (; b + kernels->panel <= blocks; b += kernels->panel)
-        (wide ? kernels->panel16 : kernels->panel8)[type](w + b * size, size, k, &x8, (int)n, out + b * PI2_ROWS, ldo);
+    if (t->p[7]) {
+      (wide ? kernels->panel16 : kernels->panel8)[type](w, size, (int)blocks, k, &x8, (int)n, out, ldo);
+      b = blocks;
+    }
     for (; b < blocks; b++) gemm(w + b * size, k, &x8, (int)n, out + b * PI2_ROWS, ldo);
     free(q);
     free(high);
