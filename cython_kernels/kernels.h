@@ -52,8 +52,8 @@ enum pi2_activation { PI2_NONE = 0, PI2_SILU = 1, PI2_GELU = 2, PI2_GELU_TANH = 
  * h + i*2*ldb, k/16 values. value = d[b] * q. s[b] = d[b] * (sum of the block's q); h[2b], h[2b+1] = sums of an int8
  * block's q over its halves.
  * int16 rows may have a second form, `high` not NULL: row i of high and low, `ldh` apart, has k values of int8. Block b is 256
- * times its high bytes plus its low ones, which are zeros but where h[2b] is PI2_FINE; elsewhere h has the sums of the high
- * bytes. A product may take either: integer sums are exact, and 256 is a power of two, so the bits are the same. */
+ * times its high bytes, and its low ones added where h[2b] is PI2_FINE; elsewhere h has the sums of the high bytes. A product
+ * may take either: integer sums are exact, and 256 is a power of two, so the bits are the same. */
 typedef struct {
   int8_t *q, *high, *low;
   float *d, *s;

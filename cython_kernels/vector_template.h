@@ -118,7 +118,6 @@ static void quantize_mixed(const float *x, int64_t k, const pi2_q8 *o) {
     const vi i1 = v_to_int(v_mul(v_load(x + b * 32 + 16), v_set(inverse)));
     i_store_i8(o->high + b * 32, i0);
     i_store_i8(o->high + b * 32 + 16, i1);
-    memset(o->low + b * 32, 0, 32);
     i_store_i16_0213((int16_t *)o->q + b * 32, i_times256(i0));
     i_store_i16_0213((int16_t *)o->q + b * 32 + 16, i_times256(i1));
     const int32_t h0 = i_sum(i0), h1 = i_sum(i1);
