@@ -123,6 +123,11 @@ static void attend_split(pi2_run *r, const pi2_op *op, const pi2_unit *u, pi2_sc
   finish(r, op, u, whole + group, whole + 2 * group);
 }
 
+void pi2_op_store(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
+  for (uint32_t row; (row = pi2_take(r, index, 0)) < (uint32_t)r->n_rows;)
+    for (int h = 0; h < op->n_kv_heads; h++) store(r, op, row, h, r->program->scratch[w->index].acc2);
+}
+
 int pi2_op_attention(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
   pi2_scratch *s = &p->scratch[w->index];

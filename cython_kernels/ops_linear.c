@@ -73,7 +73,7 @@ static int take_part(pi2_run *r, int index, const pi2_worker *w, int rows, int64
   if (passes <= 1) {
     out->row = 0;
     out->rows = rows;
-    if (rows >= PI2_PANEL_ROWS) step = PI2_TILE_BLOCKS;
+    if (rows >= PI2_PANEL_ROWS) step = 8; /* of a tile, so that shares stay even */
     return pi2_take_near(r, index, blocks, step, w->index, &out->first, &out->last);
   }
   const int64_t unit = pi2_take(r, index, 1);

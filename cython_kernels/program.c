@@ -138,6 +138,26 @@ static int prepare_pages(pi2_program *p) {
   return 1;
 }
 
+/* What becomes of a row behind the last attention matters only if it needs logits. */
+static void find_tail(pi2_program *p) {
+  int at = p->n_ops - 1;
+  while (at >= 0 && p->ops[at].kind != PI2_ATTENTION) at--;
+  p->tail = at;
+  if (at < 0) return;
+  for (int i = at + 1; i < p->n_ops; i++) {
+    const pi2_op *op = &p->ops[i];
+    if (op->kind == PI2_HEAD) continue;
+    if ((op->kind != PI2_LINEAR && op->kind != PI2_FFN && op->kind != PI2_ADD) || op->expert >= 0 || op->streamed || op->paged) {
+      p->tail = -1;
+      return;
+    }
+  }
+  pi2_op *ffn = &p->ops[at + 2], *down = ffn + 1;
+  if (at + 5 == p->n_ops && ffn->kind == PI2_FFN && down->kind == PI2_LINEAR && down->sink == PI2_ADD_TO_X &&
+      down->source == PI2_FROM_HIDDEN)
+    ffn->head_only = down->head_only = 1;
+}
+
 int pi2_program_prepare(pi2_program *p) {
   const int64_t rows = p->max_rows;
   int64_t experts = 0, used = 0;
@@ -173,6 +193,7 @@ int pi2_program_prepare(pi2_program *p) {
     p->ropes[i].sine = allocate(p, rows * p->ropes[i].half, 4);
     ok &= p->ropes[i].cosine && p->ropes[i].sine;
   }
+  find_tail(p);
   if (experts) ok &= prepare_routing(p, experts, used);
   ok &= prepare_pages(p);
   p->partial_splits = p->context > 4 * PI2_LARGEST_SPLIT ? p->context / PI2_LARGEST_SPLIT + 1 : 4;
@@ -391,7 +412,8 @@ int pi2_run_job(void *context, pi2_worker *w) {
   for (int i = 0; i < p->n_ops && !stopped; i++) {
     const pi2_op *op = &p->ops[i];
     pi2_op streamed;
-    if (op->expert >= 0 && !p->routing.count[op->expert]) { /* nobody chose it */
+    const int behind = p->tail >= 0 && i >= p->tail && !r->n_head; /* of a chunk that is not a prompt's last */
+    if ((op->expert >= 0 && !p->routing.count[op->expert]) || (behind && op->kind != PI2_ATTENTION)) { /* nobody wants it */
       if (w->index == 0) r->skipped_bytes += op->weight_bytes;
       if (r->trace) r->op_begin[w->index * p->n_ops + i] = r->op_end[w->index * p->n_ops + i] = pi2_ticks();
       continue;
@@ -411,7 +433,10 @@ int pi2_run_job(void *context, pi2_worker *w) {
     switch (op->kind) {
       case PI2_EMBED: op_embed(r, i, w); break;
       case PI2_LINEAR: stopped = pi2_op_linear(r, op, i, w); break;
-      case PI2_ATTENTION: stopped = pi2_op_attention(r, op, i, w); break;
+      case PI2_ATTENTION:
+        if (behind) pi2_op_store(r, op, i, w);
+        else stopped = pi2_op_attention(r, op, i, w);
+        break;
       case PI2_FFN: stopped = pi2_op_ffn(r, op, i, w); break;
       case PI2_ADD: op_add(r, op, i); break;
       case PI2_ROUTE: pi2_op_route(r, op, i, w, &stopped); break;

@@ -61,6 +61,7 @@ typedef struct {
   int streamed, last_unit; /* how many of its matrices are, and the last one's unit */
   int paged;               /* how many of its matrices are */
   int expert;              /* whose rows it works on; -1: all rows */
+  int head_only;           /* works on rows that need logits alone: nothing reads what others would become */
   int64_t weight_bytes;    /* of its matrices */
   int n_experts, n_used, normalized, shared; /* ROUTE: from logits in y; a shared one's logit is behind the others */
   int activation, up_activation;
@@ -169,6 +170,7 @@ typedef struct pi2_program {
   const uint8_t **page_table; /* (PI2_MATRICES, max_pages) of the running operation */
   int32_t *page_numbers;      /* (max_pages) 0, 1, ... */
   int64_t max_pages;
+  int tail; /* the last attention, if of what follows it nothing is streamed or in pages: a step without logits ends there; else -1 */
   int64_t share_stride;       /* cursors of an operation and of further tiles of the head, in cache lines */
   pi2_routing routing;
   int pipeline;
@@ -211,6 +213,7 @@ int pi2_run_job(void *run, pi2_worker *worker);
 int pi2_op_linear(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 int pi2_op_ffn(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 int pi2_op_attention(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
+void pi2_op_store(pi2_run *run, const pi2_op *op, int index, pi2_worker *w); /* attention's keys and values alone */
 int pi2_op_sparse(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 void pi2_op_route(pi2_run *run, const pi2_op *op, int index, pi2_worker *w, int *stopped);
 int pi2_op_head(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
@@ -226,12 +229,12 @@ void pi2_pages_release(const pi2_program *p, const pi2_op *op);
 static inline pi2_sparse *pi2_sparse_of(const pi2_run *run, int turn) {
   return run->program->sparse[run->n_rows <= PI2_REPLICATED ? turn : 0];
 }
-/* Rows that an operation works on: of the step, or only those of its expert, which they are then. */
+/* Rows that an operation works on: of the step, or only those of its expert, or that need logits, which they are then. */
 static inline int pi2_rows(const pi2_run *run, const pi2_op *op) {
-  return op->expert < 0 ? run->n_rows : run->program->routing.count[op->expert];
+  return op->head_only ? run->n_head : op->expert < 0 ? run->n_rows : run->program->routing.count[op->expert];
 }
 static inline const int32_t *pi2_row_of(const pi2_run *run, const pi2_op *op) {
-  return op->expert < 0 ? NULL : run->program->routing.row + op->expert * run->program->max_rows;
+  return op->head_only ? run->head_row : op->expert < 0 ? NULL : run->program->routing.row + op->expert * run->program->max_rows;
 }
 /* A row's output, `width` values from column `column` on, in the place that the operation has for it. Overwrites t. */
 static inline void pi2_put(const pi2_run *run, const pi2_op *op, int row, int64_t column, float *t, int64_t width) {
@@ -241,7 +244,7 @@ static inline void pi2_put(const pi2_run *run, const pi2_op *op, int row, int64_
     p->kernels->scale(t, p->routing.weight[at], t, width);
     p->kernels->add(t, p->y + p->routing.row[at] * p->y_columns + column, width);
   } else if (op->sink == PI2_ADD_TO_X) {
-    p->kernels->add(t, p->x + row * p->dim + column, width);
+    p->kernels->add(t, p->x + (op->head_only ? run->head_row[row] : row) * p->dim + column, width);
   } else {
     memcpy(p->y + row * p->y_columns + column, t, (size_t)width * sizeof *t);
   }

@@ -248,7 +248,10 @@ static inline vi i_madd4(vi a, vb w, const int8_t *x) { return _mm512_dpbusd_epi
 static inline vi i_scale6(vi a, v6scale s, int half) { return _mm512_mullo_epi32(a, s.s[half]); }
 static inline uint32_t i_equal_low(const int16_t *pairs, int16_t a) { /* which of 16 pairs begin with a */
   const __m512i low = _mm512_slli_epi32(_mm512_loadu_si512(pairs), 16);
-  return _mm512_cmpeq_epi32_mask(low, _mm512_set1_epi32((int32_t)((uint32_t)(uint16_t)a << 16)));
+  const __mmask16 equal = _mm512_cmpeq_epi32_mask(low, _mm512_set1_epi32((int32_t)((uint32_t)(uint16_t)a << 16)));
+  uint32_t which; /* not _cvtmask16_u32: GCC 12 may keep two bytes of its result on the stack and read back four */
+  __asm__("kmovw %1, %0" : "=r"(which) : "k"(equal));
+  return which;
 }
 static inline vf v_choose(uint32_t mask, vf a, vf b) { return _mm512_mask_mov_ps(b, (__mmask16)mask, a); }
 static inline vb b_plus128(vb w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
