@@ -8,19 +8,27 @@
  * what makes up for the zero point of Q6_K, and for the 128 that were added to Q8_0's.
  *
  * int16 activations of which there are bytes, too (quantize_mixed): where a column is fine, the low ones are added to 256
- * times the sum with the high ones. That is a branch, which row block after row block goes the same way. */
+ * times the sum with the high ones. That is a branch, which row block after row block goes the same way. Of Q6_K the halves
+ * then have a float scale each, as they have in gemm_tile. */
 
 #define PI2_CHUNK_BLOCKS 32 /* a multiple of the eight to which Q4_K and Q6_K have one scale */
 
 typedef struct {
   int8_t high[PI2_CHUNK_BLOCKS * PI2_BLOCK], low[PI2_CHUNK_BLOCKS * PI2_BLOCK];
   float d[PI2_CHUNK_BLOCKS], s[PI2_CHUNK_BLOCKS]; /* d: of what the sum counts, 256ths where the column is fine */
-  int32_t begin[2 * PI2_CHUNK_BLOCKS];            /* of sums over halves of a block, where the type is corrected */
+  int32_t begin[2 * PI2_CHUNK_BLOCKS];            /* of sums over halves of a block, where the type is corrected; */
+  int32_t begin_low[2 * PI2_CHUNK_BLOCKS];        /* of those with low bytes */
   uint32_t fine;                                  /* a bit for each block */
 } __attribute__((aligned(64))) bytes_column;
 
-/* Types whose weights are not unsigned bytes as they are */
+/* Types whose weights are not unsigned bytes as they are, and by how much too large these are */
 INLINE int is_corrected(int type) { return type == PI2_Q8_0 || type == PI2_Q6_K; }
+INLINE int32_t zero_point(int type) { return type == PI2_Q6_K ? 32 : 128; }
+INLINE int32_t sum16(const int8_t *x) {
+  int32_t sum = 0;
+  for (int i = 0; i < 16; i++) sum += x[i];
+  return sum;
+}
 
 INLINE void gather_column(int type, const int wide, const pi2_q8 *x, int64_t row, int64_t b, int blocks, bytes_column *to) {
   const int8_t *high = (wide ? x->high + row * x->ldh : x->q + row * x->ldq) + b * PI2_BLOCK;
@@ -46,8 +54,14 @@ INLINE void gather_column(int type, const int wide, const pi2_q8 *x, int64_t row
     memcpy(to->low + at, high + (x->low - x->high) + at, PI2_BLOCK);
   }
   to->fine = fine;
-  if (is_corrected(type))
-    for (i = 0; i < 2 * blocks; i++) to->begin[i] = (type == PI2_Q6_K ? -32 : -128) * h[i];
+  if (!is_corrected(type)) return;
+  for (i = 0; i < 2 * blocks; i++) to->begin[i] = -zero_point(type) * h[i];
+  for (uint32_t left = fine; wide && left; left &= left - 1) /* there, h has no sums */
+    for (int half = 0; half < 2; half++) {
+      i = 2 * __builtin_ctz(left) + half;
+      to->begin[i] = -zero_point(type) * sum16(to->high + 16 * i);
+      to->begin_low[i] = -zero_point(type) * sum16(to->low + 16 * i);
+    }
 }
 
 /* The sums of a block's halves with one column, [0] and [1] */
@@ -62,18 +76,20 @@ INLINE void bytes_tile(int type, const int wide, const int tile, const uint8_t *
   const uint8_t *scales = w, *quants = w + pi2_scales_bytes_of(type, k);
   const uint8_t *ahead = quants + PI2_PREFETCH + b * block_bytes(type);
   super_scales super = {v_zero(), v_zero()};
+  const int halves = type == PI2_Q6_K && wide ? 2 : 1; /* each with its float scale */
   vf sum[PI2_ACROSS];
   for (int c = 0; c < tile; c++) sum[c] = v_load(out + c * ldo);
   for (int i = 0; i < blocks; i++, b++) {
     vb q[8];
-    vf dw, mw;
+    vf dw, mw, d6[2];
     v6scale s6;
     unpack_weights(type, quants + b * quants_stride(type), q);
     if (type == PI2_Q8_0)
       for (int g = 0; g < 8; g++) q[g] = b_plus128(q[g]);
     if (has_super(type) && i % 8 == 0) unpack_super(scales, b, &super);
     unpack_scales(type, scales, b, &super, &dw, &mw);
-    if (type == PI2_Q6_K) s6 = scale6_load((const int8_t *)scales + (b >> 3) * 288 + 32 + (b & 7) * 32);
+    if (halves == 2) six_scales(scales, b, dw, d6);
+    else if (type == PI2_Q6_K) s6 = scale6_load((const int8_t *)scales + (b >> 3) * 288 + 32 + (b & 7) * 32);
     for (int line = 0; line < block_bytes(type); line += 64) v_prefetch(ahead + i * block_bytes(type) + line);
 #pragma GCC unroll 8
     for (int c = 0; c < tile; c++) {
@@ -83,10 +99,17 @@ INLINE void bytes_tile(int type, const int wide, const int tile, const uint8_t *
         for (int half = 0; half < 2; half++) dot[half] = i_set(x[c].begin[2 * i + half]);
       bytes_dot(q, x[c].high + i * PI2_BLOCK, dot);
       if (fine) {
-        for (int half = 0; half < 2; half++) dot[half] = i_times256(dot[half]);
+        for (int half = 0; half < 2; half++) {
+          dot[half] = i_times256(dot[half]);
+          if (is_corrected(type)) dot[half] = i_add(dot[half], i_set(x[c].begin_low[2 * i + half]));
+        }
         bytes_dot(q, x[c].low + i * PI2_BLOCK, dot);
       }
       const vf d = v_set(x[c].d[i]);
+      if (halves == 2) {
+        for (int half = 0; half < 2; half++) sum[c] = v_fma(v_mul(i_to_float(dot[half]), d), d6[half], sum[c]);
+        continue;
+      }
       const vi all = type == PI2_Q6_K ? i_add(i_scale6(dot[0], s6, 0), i_scale6(dot[1], s6, 1)) : i_add(dot[0], dot[1]);
       sum[c] = v_fma(v_mul(i_to_float(all), d), dw, sum[c]);
       if (has_min(type)) sum[c] = v_fma(v_set(x[c].s[i]), mw, sum[c]);
@@ -108,9 +131,8 @@ INLINE void bytes_columns(int type, const int wide, const int tile, const uint8_
 }
 INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int rows, int64_t k, const pi2_q8 *x, int n,
                        float *out, int64_t ldo) {
-  /* int16 activations of which there are no bytes; what would need corrections of low bytes, too; and int8 where there is
-   * nothing to correct: gemm_tile is as good */
-  if (wide ? !x->high || is_corrected(type) : !is_corrected(type)) {
+  /* int16 activations of which there are no bytes, and int8 where there is nothing to correct: gemm_tile is as good */
+  if (wide ? !x->high : !is_corrected(type)) {
     for (int r = 0; r < rows; r++) gemm_tiles(type, wide, w + r * stride, k, x, n, out + r * PI2_ROWS, ldo);
     return;
   }

@@ -231,9 +231,9 @@ class ProgramBuilder:
 
     def _is_mixed(self, *linears: Linear) -> bool:
         """Whether rows that meet these matrices become int16 in both forms. By the type in the file, whatever form a
-        matrix has here, so that each of them gives the same bits. Products with 6 and 8 bits gain nothing from it."""
+        matrix has here, so that each of them gives the same bits."""
         types = {self._file.tensors[each.weight].type for each in linears}
-        return self._options.activations == "mixed" and not types <= {"Q6_K", "Q8_0", *FLOATS}
+        return self._options.activations == "mixed" and not types <= set(FLOATS)
 
     def _is_float(self, linear: Linear) -> bool:
         return self._weights.matrices[linear.weight].type in FLOATS
