@@ -70,11 +70,13 @@ INLINE void bytes_dot(const vb w[8], const int8_t *x, vi sum[2]) {
     for (int half = 0; half < 2; half++) sum[half] = i_madd4(sum[half], w[4 * half + g], x + 16 * half + 4 * g);
 }
 
-/* `blocks` blocks of a row block, b the first, times `tile` columns; out[c*ldo + r] is what the blocks before have made. */
+/* `blocks` blocks of a row block, b the first, times `tile` columns; out[c*ldo + r] is what the blocks before have made.
+ * `next`: the row block that comes next, from its block `next_b` on. */
 INLINE void bytes_tile(int type, const int wide, const int tile, const uint8_t *w, int64_t k, int64_t b, int blocks,
-                       const bytes_column *x, float *out, int64_t ldo) {
+                       const uint8_t *next, int64_t next_b, const bytes_column *x, float *out, int64_t ldo) {
   const uint8_t *scales = w, *quants = w + pi2_scales_bytes_of(type, k);
-  const uint8_t *ahead = quants + PI2_PREFETCH + b * block_bytes(type);
+  const int scale_bytes = block_bytes(type) - quants_stride(type);
+  const uint8_t *next_quants = next + pi2_scales_bytes_of(type, k) + next_b * quants_stride(type);
   super_scales super = {v_zero(), v_zero()};
   const int halves = type == PI2_Q6_K && wide ? 2 : 1; /* each with its float scale */
   vf sum[PI2_ACROSS];
@@ -90,7 +92,8 @@ INLINE void bytes_tile(int type, const int wide, const int tile, const uint8_t *
     unpack_scales(type, scales, b, &super, &dw, &mw);
     if (halves == 2) six_scales(scales, b, dw, d6);
     else if (type == PI2_Q6_K) s6 = scale6_load((const int8_t *)scales + (b >> 3) * 288 + 32 + (b & 7) * 32);
-    for (int line = 0; line < block_bytes(type); line += 64) v_prefetch(ahead + i * block_bytes(type) + line);
+    v_prefetch(next + (next_b + i) * scale_bytes);
+    for (int line = 0; line < quants_stride(type); line += 64) v_prefetch(next_quants + i * quants_stride(type) + line);
 #pragma GCC unroll 8
     for (int c = 0; c < tile; c++) {
       vi dot[2] = {i_zero(), i_zero()};
@@ -125,8 +128,11 @@ INLINE void bytes_columns(int type, const int wide, const int tile, const uint8_
   for (int64_t b = 0; b < k / PI2_BLOCK; b += PI2_CHUNK_BLOCKS) {
     const int blocks = k / PI2_BLOCK - b < PI2_CHUNK_BLOCKS ? (int)(k / PI2_BLOCK - b) : PI2_CHUNK_BLOCKS;
     for (int c = 0; c < tile; c++) gather_column(type, wide, x, first + c, b, blocks, &columns[c]);
-    for (int r = 0; r < rows; r++)
-      bytes_tile(type, wide, tile, w + r * stride, k, b, blocks, columns, out + first * ldo + r * PI2_ROWS, ldo);
+    for (int r = 0; r < rows; r++) {
+      const int64_t soon = r + 1 < rows ? b : b + blocks < k / PI2_BLOCK ? b + blocks : 0;
+      const uint8_t *next = w + (r + 1 < rows ? r + 1 : soon ? 0 : rows) * stride;
+      bytes_tile(type, wide, tile, w + r * stride, k, b, blocks, next, soon, columns, out + first * ldo + r * PI2_ROWS, ldo);
+    }
   }
 }
 INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int rows, int64_t k, const pi2_q8 *x, int n,

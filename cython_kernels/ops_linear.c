@@ -89,11 +89,10 @@ static void linear_tile(pi2_run *r, const pi2_op *op, const pi2_matrix *m, int64
                         int row, int rows, const pi2_input *in, float *tile) {
   const pi2_program *p = r->program;
   const int64_t begin = first * PI2_ROWS, end = last * PI2_ROWS < m->rows ? last * PI2_ROWS : m->rows, width = end - begin;
-  const int64_t ld = PI2_TILE_BLOCKS * PI2_ROWS;
-  pi2_multiply(p, m, first, (int)(last - first), in, row, rows, tile, ld);
+  pi2_multiply(p, m, first, (int)(last - first), in, row, rows, tile, PI2_TILE_LD);
   for (int c = 0; c < rows; c++) {
-    if (m->bias) p->kernels->add(m->bias + begin, tile + c * ld, width);
-    pi2_put(r, op, row + c, column + begin, tile + c * ld, width);
+    if (m->bias) p->kernels->add(m->bias + begin, tile + c * PI2_TILE_LD, width);
+    pi2_put(r, op, row + c, column + begin, tile + c * PI2_TILE_LD, width);
   }
 }
 
@@ -130,12 +129,11 @@ static void ffn_tile(pi2_run *r, const pi2_op *op, int64_t first, int64_t last, 
   const pi2_matrix *up = &op->matrix[0], *gate = op->n_matrices > 1 ? &op->matrix[1] : NULL;
   const int count = (int)(last - first);
   const int64_t begin = first * PI2_ROWS, end = last * PI2_ROWS < up->rows ? last * PI2_ROWS : up->rows, width = end - begin;
-  const int64_t ld = PI2_TILE_BLOCKS * PI2_ROWS;
-  float *gate_tile = tile + PI2_TILE_ROWS * ld;
-  if (gate) pi2_multiply(p, gate, first, count, in, row, rows, gate_tile, ld);
-  pi2_multiply(p, up, first, count, in, row, rows, tile, ld);
+  float *gate_tile = tile + PI2_TILE_ROWS * PI2_TILE_LD;
+  if (gate) pi2_multiply(p, gate, first, count, in, row, rows, gate_tile, PI2_TILE_LD);
+  pi2_multiply(p, up, first, count, in, row, rows, tile, PI2_TILE_LD);
   for (int c = 0; c < rows; c++) {
-    float *u = tile + c * ld, *g = gate_tile + c * ld;
+    float *u = tile + c * PI2_TILE_LD, *g = gate_tile + c * PI2_TILE_LD;
     if (up->bias) p->kernels->add(up->bias + begin, u, width);
     if (gate && gate->bias) p->kernels->add(gate->bias + begin, g, width);
     p->kernels->activate(op->activation, op->up_activation, gate ? g : NULL, u, u, width);
@@ -179,7 +177,7 @@ static void finish_row(pi2_run *r, int32_t row, float *logits, pi2_worker *w) {
 int pi2_op_head(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
   const pi2_matrix *m = &op->matrix[0];
-  const int64_t blocks = row_blocks(m), ld = PI2_TILE_BLOCKS * PI2_ROWS;
+  const int64_t blocks = row_blocks(m);
   int stopped = 0;
   for (int first = 0; first < r->n_head && !stopped; first += PI2_HEAD_ROWS, index++) {
     const int n = r->n_head - first < PI2_HEAD_ROWS ? r->n_head - first : PI2_HEAD_ROWS;
@@ -190,10 +188,10 @@ int pi2_op_head(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
       for (int64_t b = u.first; b < u.last; b += PI2_TILE_BLOCKS) {
         const int64_t last = b + PI2_TILE_BLOCKS < u.last ? b + PI2_TILE_BLOCKS : u.last;
         const int64_t begin = b * PI2_ROWS, end = last * PI2_ROWS < m->rows ? last * PI2_ROWS : m->rows;
-        pi2_multiply(p, m, b, (int)(last - b), &in, u.row, u.rows, tile, ld);
+        pi2_multiply(p, m, b, (int)(last - b), &in, u.row, u.rows, tile, PI2_TILE_LD);
         for (int c = 0; c < u.rows; c++) {
-          if (m->bias) p->kernels->add(m->bias + begin, tile + c * ld, end - begin);
-          memcpy(p->logits + (u.row + c) * p->vocab + begin, tile + c * ld, (size_t)(end - begin) * sizeof *tile);
+          if (m->bias) p->kernels->add(m->bias + begin, tile + c * PI2_TILE_LD, end - begin);
+          memcpy(p->logits + (u.row + c) * p->vocab + begin, tile + c * PI2_TILE_LD, (size_t)(end - begin) * sizeof *tile);
         }
       }
     stopped = pi2_barrier(w);

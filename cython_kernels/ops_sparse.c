@@ -72,20 +72,20 @@ static void gate_cluster(block *k, int c) {
   const pi2_op *op = k->op;
   const pi2_bundles *b = k->b;
   const pi2_matrix *m = &op->matrix[0];
-  const int64_t first = (int64_t)c * PI2_CLUSTER, end = cluster_end(k, c), ld = PI2_TILE_BLOCKS * PI2_ROWS;
+  const int64_t first = (int64_t)c * PI2_CLUSTER, end = cluster_end(k, c);
   const int pass = pi2_pass_rows(m->k);
   float *tile = p->scratch[k->w->index].tile;
   uint8_t wanted[PI2_CLUSTER] = {0};
   for (int row = 0; row < k->rows; row += pass) {
     const int rows = k->rows - row < pass ? k->rows - row : pass;
     for (int i = 0; i < rows; i++) k->s->n_active[(row + i) * k->s->n_clusters + c] = 0;
-    for (int64_t at = first; at < end; at += ld) {
-      const int64_t width = end - at < ld ? end - at : ld, blocks = (width + PI2_ROWS - 1) / PI2_ROWS;
-      if (op->n_matrices) pi2_multiply(p, m, at / PI2_ROWS, (int)blocks, b->gate_type < 0 ? k->in : &k->predicted, row, rows, tile, ld);
+    for (int64_t at = first; at < end; at += PI2_TILE_WIDTH) {
+      const int64_t width = end - at < PI2_TILE_WIDTH ? end - at : PI2_TILE_WIDTH, blocks = (width + PI2_ROWS - 1) / PI2_ROWS;
+      if (op->n_matrices) pi2_multiply(p, m, at / PI2_ROWS, (int)blocks, b->gate_type < 0 ? k->in : &k->predicted, row, rows, tile, PI2_TILE_LD);
       for (int i = 0; i < rows; i++) {
-        float *g = tile + i * ld, *h = k->s->values + (row + i) * p->hidden + at;
+        float *g = tile + i * PI2_TILE_LD, *h = k->s->values + (row + i) * p->hidden + at;
         uint16_t *list = active(k, row + i, c), *n = &k->s->n_active[(row + i) * k->s->n_clusters + c];
-        uint8_t fires[PI2_TILE_BLOCKS * PI2_ROWS];
+        uint8_t fires[PI2_TILE_WIDTH];
         decide(p, op, at, width, g, fires);
         for (int64_t j = 0; j < width; j++) {
           h[j] = fires[j] ? g[j] : 0;
@@ -188,15 +188,15 @@ static guesses guess(const block *k) {
 static void foresee_cluster(const block *k, const pi2_op *next, int c, const pi2_input *in) {
   const pi2_program *p = k->p;
   const pi2_matrix *m = &next->matrix[0];
-  const int64_t first = (int64_t)c * PI2_CLUSTER, end = cluster_end(k, c), ld = PI2_TILE_BLOCKS * PI2_ROWS;
+  const int64_t first = (int64_t)c * PI2_CLUSTER, end = cluster_end(k, c);
   float *tile = p->scratch[k->w->index].tile;
   int32_t pages[PI2_CLUSTER];
   uint8_t wanted[PI2_CLUSTER];
-  for (int64_t at = first; at < end; at += ld) {
-    const int64_t width = end - at < ld ? end - at : ld;
-    pi2_multiply(p, m, at / PI2_ROWS, (int)((width + PI2_ROWS - 1) / PI2_ROWS), in, 0, k->rows, tile, ld);
-    uint8_t fires[PI2_REPLICATED][PI2_TILE_BLOCKS * PI2_ROWS] = {{0}};
-    for (int row = 0; row < k->rows; row++) decide(p, next, at, width, tile + row * ld, fires[row]);
+  for (int64_t at = first; at < end; at += PI2_TILE_WIDTH) {
+    const int64_t width = end - at < PI2_TILE_WIDTH ? end - at : PI2_TILE_WIDTH;
+    pi2_multiply(p, m, at / PI2_ROWS, (int)((width + PI2_ROWS - 1) / PI2_ROWS), in, 0, k->rows, tile, PI2_TILE_LD);
+    uint8_t fires[PI2_REPLICATED][PI2_TILE_WIDTH] = {{0}};
+    for (int row = 0; row < k->rows; row++) decide(p, next, at, width, tile + row * PI2_TILE_LD, fires[row]);
     for (int64_t j = 0; j < width; j++) {
       int any = 0;
       for (int row = 0; row < k->rows; row++) any |= fires[row][j];

@@ -218,7 +218,7 @@ int pi2_program_prepare(pi2_program *p) {
     pi2_scratch *s = &p->scratch[t];
     ok &= allocate_q8(p, &s->q8, PI2_REPLICATED, p->max_k, p->mixed);
     s->floats = allocate(p, PI2_REPLICATED * p->max_k, 4);
-    s->tile = allocate(p, 2 * PI2_TILE_ROWS * PI2_TILE_BLOCKS * PI2_ROWS, 4);
+    s->tile = allocate(p, 2 * PI2_TILE_ROWS * PI2_TILE_LD, 4);
     s->queries = allocate(p, vectors * p->max_head_dim, 4);
     s->scores = allocate(p, vectors * PI2_PAGE, 4);
     s->acc = allocate(p, vectors * (p->max_head_dim + 2), 4);

@@ -20,7 +20,9 @@
 #define PI2_REPLICATED 4 /* rows up to which every thread prepares all inputs itself */
 #define PI2_PANEL_ROWS 8 /* rows from which on row blocks are multiplied together */
 #define PI2_TILE_ROWS 32 /* rows of a GEMM output tile */
-#define PI2_TILE_BLOCKS 8 /* row blocks of one; even: the pairs of ops_linear.c */
+#define PI2_TILE_BLOCKS 16 /* row blocks of one; even: the pairs of ops_linear.c */
+#define PI2_TILE_WIDTH (PI2_TILE_BLOCKS * PI2_ROWS)
+#define PI2_TILE_LD (PI2_TILE_WIDTH + PI2_ROWS) /* of its floats: rows a power of two apart would meet in few sets of a cache */
 #define PI2_HEAD_ROWS 32 /* rows of logits at once */
 #define PI2_MATRICES 3   /* of one operation */
 #define PI2_WAITS 4096 /* of a thread in a run that are recorded, at most */
