@@ -53,7 +53,8 @@ enum pi2_activation { PI2_NONE = 0, PI2_SILU = 1, PI2_GELU = 2, PI2_GELU_TANH = 
  * block's q over its halves.
  * int16 rows may have a second form, `high` not NULL: row i of high and low, `ldh` apart, has k values of int8. Block b is 256
  * times its high bytes, and its low ones added where h[2b] is PI2_FINE; elsewhere h has the sums of the high bytes. A product
- * may take either: integer sums are exact, and 256 is a power of two, so the bits are the same. */
+ * may take either: integer sums are exact, and 256 is a power of two, so the bits are the same. q is NULL in rows that have
+ * the second form alone. */
 typedef struct {
   int8_t *q, *high, *low;
   float *d, *s;
@@ -103,6 +104,7 @@ typedef void (*pi2_quantizer)(const float *x, int64_t k, const pi2_q8 *row);
 typedef struct {
   const char *name;
   int lanes; /* of the widest register, in floats; for reports */
+  int bytes_alone; /* of rows in two forms, panel16 reads the second alone, so that they need no first */
   pi2_gemm gemm8[PI2_TYPES];            /* int8 activations; NULL where the type is float */
   pi2_gemm gemm16[PI2_TYPES];           /* int16 activations */
   pi2_panel panel8[PI2_TYPES];          /* many columns of int8 activations */

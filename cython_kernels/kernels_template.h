@@ -62,7 +62,7 @@ PANELS(PI2_Q6_K, q6_k)
 #define PI2_NEURONS(f) {[PI2_Q4_0] = f##_q4_0, [PI2_Q4_1] = f##_q4_1, [PI2_Q8_0] = f##_q8_0}
 #define PI2_TABLE(symbol, label, width)                                                             \
   const pi2_kernels symbol = {                                                                      \
-      .name = label, .lanes = width,                                                                \
+      .name = label, .lanes = width, .bytes_alone = PI2_ACROSS > 0,                                 \
       .panel8 = PI2_PANELS(a8), .panel16 = PI2_PANELS(a16),                     \
       .gemm8 = PI2_GEMMS(a8), .gemm16 = PI2_GEMMS(a16),                                             \
       .gemm_float = {[PI2_F32] = gemm_f32, [PI2_F16] = gemm_f16, [PI2_BF16] = gemm_bf16},           \

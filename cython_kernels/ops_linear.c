@@ -44,13 +44,14 @@ pi2_input pi2_prepare(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, in
     if (normed) in.floats = s->floats, in.ld = p->max_k;
     return in;
   }
-  const pi2_q8 *prepared = op->source == PI2_FROM_HIDDEN ? &p->q8_hidden : &p->q8_prepared;
+  pi2_q8 prepared = op->source == PI2_FROM_HIDDEN ? p->q8_hidden : p->q8_prepared;
+  if (op->mixed && p->kernels->bytes_alone && op->kind != PI2_SPARSE) prepared.q = NULL; /* single neurons meet words */
   for (uint32_t i; (i = pi2_take(r, index, 0)) < (uint32_t)rows;) {
-    pi2_q8 q8 = pi2_q8_row(prepared, i);
+    pi2_q8 q8 = pi2_q8_row(&prepared, i);
     prepare_row(p, op, source + (row_of ? row_of[i] : (int64_t)i) * ld, k, &q8, p->prepared + i * k, needs_q8);
   }
   *stopped = pi2_barrier(w);
-  in.q8 = *prepared;
+  in.q8 = prepared;
   if (!op->mixed) in.q8.high = NULL;
   if (normed) in.floats = p->prepared, in.ld = k;
   return in;

@@ -264,7 +264,7 @@ pi2_input pi2_prepare(pi2_run *run, const pi2_op *op, int index, pi2_worker *w, 
                       int rows, int needs_q8, int *stopped);
 static inline pi2_q8 pi2_q8_row(const pi2_q8 *x, int64_t row) {
   pi2_q8 r = *x;
-  r.q += row * r.ldq;
+  if (r.q) r.q += row * r.ldq;
   if (r.high) r.high += row * r.ldh, r.low += row * r.ldh;
   r.d += row * r.ldb;
   r.s += row * r.ldb;
@@ -321,7 +321,7 @@ static inline void pi2_quantize_both(const pi2_program *p, int mixed, const floa
 /* A row from a column on, which is a multiple of 32. */
 static inline pi2_q8 pi2_q8_at(const pi2_program *p, const pi2_q8 *x, int64_t row, int64_t column) {
   pi2_q8 r = pi2_q8_row(x, row);
-  r.q += column << p->wide;
+  if (r.q) r.q += column << p->wide;
   if (r.high) r.high += column, r.low += column;
   r.d += column / 32;
   r.s += column / 32;
@@ -342,7 +342,7 @@ static inline void pi2_multiply_contiguous(const pi2_program *p, const pi2_matri
       k->gemm_float[m->type](w + i * size, m->k, in->floats + row * in->ld, in->ld, n, tile + 16 * i, ld);
     return;
   }
-  if (n >= PI2_PANEL_ROWS) {
+  if (n >= PI2_PANEL_ROWS || !x.q) {
     (wide ? k->panel16 : k->panel8)[m->type](w, size, count, m->k, &x, n, tile, ld);
     return;
   }

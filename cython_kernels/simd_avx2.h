@@ -107,6 +107,12 @@ static inline int32_t i_sum(vi a) {
   c = _mm_add_epi32(c, _mm_shuffle_epi32(c, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
 }
+static inline void i_store_i8_sums(int8_t *p, vi a, vi b, int32_t *sum_a, int32_t *sum_b) {
+  i_store_i8(p, a);
+  i_store_i8(p + 16, b);
+  *sum_a = i_sum(a);
+  *sum_b = i_sum(b);
+}
 static inline vf i_to_float(vi a) { return two(_mm256_cvtepi32_ps(a.l), _mm256_cvtepi32_ps(a.h)); }
 
 static inline vb b_load(const uint8_t *p) {

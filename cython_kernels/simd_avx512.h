@@ -75,6 +75,15 @@ static inline void i_store_i16_0213(int16_t *p, vi a) {
 static inline vi i_times256(vi a) { return _mm512_slli_epi32(a, 8); }
 static inline vi i_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 static inline int32_t i_sum(vi a) { return _mm512_reduce_add_epi32(a); }
+/* 32 bytes of [-128, 127], and the sums of their halves, as sums of what is 128 larger */
+static inline void i_store_i8_sums(int8_t *p, vi a, vi b, int32_t *sum_a, int32_t *sum_b) {
+  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtsepi32_epi8(a)), _mm512_cvtsepi32_epi8(b), 1);
+  _mm256_storeu_si256((__m256i *)p, both);
+  const __m256i eights = _mm256_sad_epu8(_mm256_xor_si256(both, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+  const __m256i sums = _mm256_add_epi32(eights, _mm256_shuffle_epi32(eights, 0x4e));
+  *sum_a = _mm256_extract_epi32(sums, 0) - 16 * 128;
+  *sum_b = _mm256_extract_epi32(sums, 4) - 16 * 128;
+}
 static inline vf i_to_float(vi a) { return _mm512_cvtepi32_ps(a); }
 
 static inline vb b_load(const uint8_t *p) { return _mm512_load_si512(p); }

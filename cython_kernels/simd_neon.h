@@ -101,6 +101,12 @@ static inline vi i_add(vi a, vi b) { QUARTERS a.v[i] = vaddq_s32(a.v[i], b.v[i])
 static inline int32_t i_sum(vi a) {
   return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3])));
 }
+static inline void i_store_i8_sums(int8_t *p, vi a, vi b, int32_t *sum_a, int32_t *sum_b) {
+  i_store_i8(p, a);
+  i_store_i8(p + 16, b);
+  *sum_a = i_sum(a);
+  *sum_b = i_sum(b);
+}
 
 static inline vb b_load(const uint8_t *p) { vb r; QUARTERS r.v[i] = vld1q_u8(p + 16 * i); return r; }
 static inline vb b_low(vb a) { QUARTERS a.v[i] = vandq_u8(a.v[i], vdupq_n_u8(15)); return a; }

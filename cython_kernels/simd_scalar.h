@@ -101,6 +101,12 @@ static inline void i_store_i16_0213(int16_t *p, vi a) {
 static inline vi i_times256(vi a) { LANES a.v[i] *= 256; return a; }
 static inline vi i_add(vi a, vi b) { LANES a.v[i] += b.v[i]; return a; }
 static inline int32_t i_sum(vi a) { int32_t s = 0; LANES s += a.v[i]; return s; }
+static inline void i_store_i8_sums(int8_t *p, vi a, vi b, int32_t *sum_a, int32_t *sum_b) {
+  i_store_i8(p, a);
+  i_store_i8(p + 16, b);
+  *sum_a = i_sum(a);
+  *sum_b = i_sum(b);
+}
 static inline vf i_to_float(vi a) { vf r; LANES r.v[i] = (float)a.v[i]; return r; }
 
 static inline vb b_load(const uint8_t *p) { vb r; memcpy(&r, p, 64); return r; }

@@ -57,9 +57,8 @@ static void quantize8(const float *x, int64_t k, const pi2_q8 *o) {
     vf x0 = v_load(x + b * 32), x1 = v_load(x + b * 32 + 16);
     float inverse, scale = block_scale(&x0, &x1, 127.0f, &inverse);
     vi i0 = v_to_int(v_mul(x0, v_set(inverse))), i1 = v_to_int(v_mul(x1, v_set(inverse)));
-    i_store_i8(o->q + b * 32, i0);
-    i_store_i8(o->q + b * 32 + 16, i1);
-    int32_t h0 = i_sum(i0), h1 = i_sum(i1);
+    int32_t h0, h1;
+    i_store_i8_sums(o->q + b * 32, i0, i1, &h0, &h1);
     o->d[b] = scale;
     o->s[b] = scale * (float)(h0 + h1);
     o->h[2 * b] = (int16_t)h0;
@@ -70,8 +69,10 @@ INLINE void quantize_words(const float *x, int64_t b, float limit, const pi2_q8 
   vf x0 = v_load(x + b * 32), x1 = v_load(x + b * 32 + 16);
   float inverse, scale = block_scale(&x0, &x1, limit, &inverse);
   i[0] = v_to_int(v_mul(x0, v_set(inverse))), i[1] = v_to_int(v_mul(x1, v_set(inverse)));
-  i_store_i16_0213((int16_t *)o->q + b * 32, i[0]);
-  i_store_i16_0213((int16_t *)o->q + b * 32 + 16, i[1]);
+  if (o->q) {
+    i_store_i16_0213((int16_t *)o->q + b * 32, i[0]);
+    i_store_i16_0213((int16_t *)o->q + b * 32 + 16, i[1]);
+  }
   o->d[b] = scale;
   o->s[b] = scale * (float)i_sum(i_add(i[0], i[1]));
 }
@@ -116,11 +117,12 @@ static void quantize_mixed(const float *x, int64_t k, const pi2_q8 *o) {
     const float scale = d[b] / 127.0f, inverse = 1.0f / scale; /* as block_scale has them: d[b] is no extreme */
     const vi i0 = v_to_int(v_mul(v_load(x + b * 32), v_set(inverse)));
     const vi i1 = v_to_int(v_mul(v_load(x + b * 32 + 16), v_set(inverse)));
-    i_store_i8(o->high + b * 32, i0);
-    i_store_i8(o->high + b * 32 + 16, i1);
-    i_store_i16_0213((int16_t *)o->q + b * 32, i_times256(i0));
-    i_store_i16_0213((int16_t *)o->q + b * 32 + 16, i_times256(i1));
-    const int32_t h0 = i_sum(i0), h1 = i_sum(i1);
+    int32_t h0, h1;
+    i_store_i8_sums(o->high + b * 32, i0, i1, &h0, &h1);
+    if (o->q) {
+      i_store_i16_0213((int16_t *)o->q + b * 32, i_times256(i0));
+      i_store_i16_0213((int16_t *)o->q + b * 32 + 16, i_times256(i1));
+    }
     d[b] = scale / 256.0f;
     o->s[b] = scale * (float)(h0 + h1);
     o->h[2 * b] = (int16_t)h0;
