@@ -104,7 +104,7 @@ INLINE void attend_as(const int type, const pi2_kv *kv, const float *q, int64_t 
   for (int i = 0; i < nq; i++) {
     max[i] = -__builtin_inff();
     sum[i] = 0;
-    memset(acc + (int64_t)i * hd, 0, (size_t)hd * sizeof(float));
+    for (int d = 0; d < hd; d += 16) v_store(acc + (int64_t)i * hd + d, v_zero());
   }
   for (int64_t base = begin / PI2_PAGE * PI2_PAGE; base < end; base += PI2_PAGE) {
     const uint8_t *keys = kv->base + kv->pages[base / PI2_PAGE] * kv->page_stride, *values = keys + kv->v_offset;

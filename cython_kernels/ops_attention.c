@@ -16,8 +16,8 @@ static pi2_kv cache_of(const pi2_op *op, int kv_head, const int32_t *pages) {
   return kv;
 }
 static void copy_padded(const float *from, float *to, int n, int padded) {
-  memcpy(to, from, (size_t)n * sizeof *to);
-  memset(to + n, 0, (size_t)(padded - n) * sizeof *to);
+  for (int i = 0; i < n; i++) to[i] = from[i]; /* few: not worth a call */
+  for (int i = n; i < padded; i++) to[i] = 0;
 }
 /* y row: queries of all heads, then keys, then values */
 static void store(pi2_run *r, const pi2_op *op, int64_t row, int kv_head, float *scratch) {
