@@ -118,8 +118,8 @@ INLINE void gemm_tile(int type, const int wide, const int tile, const uint8_t *w
     if (!straight) unpack_weights(type, quants + b * quants_stride(type), q);
     if (has_super(type) && b % 8 == 0) unpack_super(scales, b, &super);
     unpack_scales(type, scales, b, &super, &dw, &mw);
-    if (tile == 1) /* memory-bound: as many bytes as a block has, in the order of memory, scales and the next rows too */
-      for (int i = 0; i < block_bytes(type); i += 64) v_prefetch_second(ahead + b * block_bytes(type) + i);
+    /* few columns wait for memory: as many bytes as a block has, in the order of memory, scales and the next rows too */
+    for (int i = 0; i < block_bytes(type); i += 64) v_prefetch_second(ahead + b * block_bytes(type) + i);
     if (straight) {
       const vi dot = dot_nibbles(quants + b * 256, (const int16_t *)xq[0] + b * PI2_BLOCK);
       sum[0] = v_fma(v_mul(i_to_float(dot), v_set(xd[b])), dw, sum[0]);
