@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any, TypeAlias, Unpack
 import trio
 
 from pi2rt import catalogue
-from pi2rt._errors import MemoryBudgetError, RequestError, UnsupportedModelError
+from pi2rt._errors import RequestError, UnsupportedModelError
 from pi2rt._own_nursery import open_own_nursery
 from pi2rt.engine import (
     Chunk,
@@ -24,31 +23,18 @@ from pi2rt.engine import (
     TokenStream,
 )
 from pi2rt.engine.sampling_params import SamplingKeywords
+from pi2rt.executor_plan import plan_executor
 from pi2rt.formats import ModelFile, open_model_file
-from pi2rt.formats.pack import PackFile
-from pi2rt.memory import MemoryNeed, estimate_need
 from pi2rt.model_info import ModelInfo, model_info
 from pi2rt.models import ModelDescription, describe
-from pi2rt.planner.kept_curve import kept_curve
-from pi2rt.planner.placement import Placement, default_placement
-from pi2rt.planner.read_choice import choose_reads
-from pi2rt.planner.read_curve import Io
-from pi2rt.planner.streaming import (
-    StreamingPlan,
-    all_neurons,
-    least_neurons,
-    plan_streaming,
-    with_records,
-    without_records,
-)
+from pi2rt.planner.placement import default_placement
 from pi2rt.runtime.actor import Actor, ActorStatistics
 from pi2rt.runtime.assistant import assistant_statistics
 from pi2rt.runtime.channel import ChannelStatistics
 from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress
-from pi2rt.runtime.flash_reads import FlashReads
-from pi2rt.runtime.host_memory import available_memory, peak_rss_bytes, rss_bytes
+from pi2rt.runtime.host_memory import peak_rss_bytes
 from pi2rt.runtime.registry import load_executor
-from pi2rt.runtime.step import PAGE_TOKENS, Floats
+from pi2rt.runtime.step import Floats
 from pi2rt.runtime.topology import CoreClass, parse_core_classes, read_topology
 from pi2rt.runtime.trace import Trace
 from pi2rt.runtime_options import MIXED_CHUNK, RuntimeKeywords, RuntimeOptions
@@ -61,13 +47,6 @@ Control tokens spelled out in text or messages become control tokens: mind where
 
 CLOSE_SECONDS = 5.0
 """How long steps in flight may take to stop when a runtime is closed."""
-
-OWN_MEMORY = 14 << 20
-"""Bytes of a memory budget for what is not counted one by one: tokenizer, Python objects, stacks, allocator."""
-
-STREAMED_CHUNK = 128
-"""Prompt tokens in one step at most where weights are read in every step: reading lies under the computing of so
-many already, and what activations of more would take holds weights instead."""
 
 LONG_TEXT = 50_000
 """Characters from which on a prompt is tokenised in a worker thread: below, that takes a few milliseconds."""
@@ -161,15 +140,18 @@ class Runtime:
         return await self._engine.logits(tokens)
 
     async def resize(self, memory: int | str) -> None:
-        """Another memory budget, also while requests run: the neuron cache gives up what no longer fits, or grows and
-        is filled with neurons that were used most of late. Returns when that is done; cancelled while it is filled, it
-        keeps the new size. No text changes.
+        """Another memory budget, also while requests run. Returns when memory is given up, or filled. No text changes.
+
+        Where neurons are in a cache, it gives up what no longer fits, or grows and is filled with neurons that were
+        used most of late; cancelled while it is filled, it keeps the new size. Of other models, the weights are loaded
+        again, as many as have room now, and the others will be read in every step; requests wait for that, and their
+        tokens are computed again. Cancelling this does not end it.
 
         Args:
             memory: what the whole process may take, in bytes or as "2G".
 
         Raises:
-            RequestError: the model was opened without a budget, or as one that has no neurons in a cache.
+            RequestError: the model was opened without a budget, or with exact floats, or the executor cannot do it.
             MemoryBudgetError: too little for what must stay; the message says how much that is.
             ExecutorError, ClosedError: as ``stream``.
         """
@@ -254,7 +236,8 @@ async def open_runtime(
     with await trio.to_thread.run_sync(open_model_file, path) as file:
         description, info = await trio.to_thread.run_sync(_describe, file, chosen.context)
         lossy = await trio.to_thread.run_sync(load_sparsity, file, chosen)
-        executor_options = _executor_options(file, description, chosen, info.context, placement, trace)
+        plan = plan_executor(file, description, chosen, info.context, placement, trace)
+        executor_options = plan.options
         if lossy is not None:
             info = replace(info, sparsity=lossy.label)
             executor_options = replace(
@@ -272,9 +255,6 @@ async def open_runtime(
                 "a memory budget, and a pack with neuron bundles"
             )
 
-        neurons_at_first = executor_options.neuron_bytes or all_neurons(file)
-        beside = chosen.memory_bytes - with_records(file, neurons_at_first)
-
         async def open_executor(executor: Executor) -> None:
             if file.bundles and not getattr(executor, "reads_bundles", False):
                 raise UnsupportedModelError(
@@ -290,26 +270,26 @@ async def open_runtime(
                 )
             await executor.open(file, description, executor_options, chosen.on_load or _ignore)
 
+        resizing = trio.Lock()
+
         async def resize(memory: int) -> None:
             nonlocal executor_options
-            if chosen.memory is None or not file.bundles:
+            if chosen.memory is None or chosen.exact_floats:
                 raise RequestError(
-                    "the memory of this model cannot change while it runs: that takes a memory budget, and a pack with "
-                    "neuron bundles"
+                    "the memory of this model cannot change while it runs: that takes a memory budget, and weights as "
+                    "they are in the file"
                 )
-            neurons = without_records(file, memory - beside)
-            if neurons < least_neurons(file):
-                raise MemoryBudgetError(
-                    f"a memory of {_mib(memory)} is too small; the least that a running model can change to is "
-                    f"{_mib(beside + with_records(file, least_neurons(file)))}"
-                )
-            before = executor_options
-            executor_options = replace(before, neuron_bytes=neurons)  # of an executor that is made again
-            try:
-                await actor.resize(neurons)
-            except RequestError:
-                executor_options = before
-                raise
+            async with resizing:
+                before = executor_options  # the new ones are of an executor that is made again, whatever for
+                executor_options = plan.resized(file, description, before, memory)
+                try:
+                    if file.bundles:
+                        await actor.resize(executor_options.neuron_bytes)
+                    elif executor_options is not before:
+                        await actor.reopen()
+                except RequestError:
+                    executor_options = before
+                    raise
 
         actor = Actor(placement.lead.name, make_executor, open_executor, trace)
         try:
@@ -354,124 +334,6 @@ def _core_classes(cores: Mapping[str, Sequence[int]] | None) -> tuple[CoreClass,
         return ()
     lists = {name: ",".join(map(str, numbers)) for name, numbers in cores.items()}
     return parse_core_classes([f"{name}={numbers}" for name, numbers in lists.items()])
-
-
-def _executor_options(
-    file: ModelFile,
-    description: ModelDescription,
-    chosen: RuntimeOptions,
-    context: int,
-    placement: Placement,
-    trace: Trace | None,
-) -> ExecutorOptions:
-    def need_of(max_tokens: int) -> MemoryNeed:
-        return estimate_need(
-            file,
-            description,
-            page_tokens=PAGE_TOKENS,
-            max_tokens=max_tokens,
-            slots=chosen.max_sequences,
-            kv_type=chosen.kv_type,
-            exact_floats=chosen.exact_floats,
-        )
-
-    tokens, available = chosen.step_tokens, available_memory()
-    need, streaming = need_of(tokens), StreamingPlan()
-    each = -(-context // PAGE_TOKENS)
-    if chosen.memory is not None:
-        own = rss_bytes() + OWN_MEMORY + chosen.read_through_bytes  # where gaps go
-        limit = min(available + own, chosen.memory_bytes)
-        available = limit - own
-        if not chosen.exact_floats:
-            if need.weights + need.activations + each * need.page > available:
-                tokens = min(tokens, max(STREAMED_CHUNK, chosen.max_sequences))
-                need = need_of(tokens)
-            room = available - need.activations - each * need.page
-            streaming = plan_streaming(file, description, room, chosen.cache_bytes)
-            need = replace(need, weights=streaming.nbytes)
-        if own + need.weights + need.activations + each * need.page > limit:
-            packed = None
-            if not chosen.exact_floats and not isinstance(file, PackFile):
-                packed = plan_streaming(file, description, 0, as_pack=True)
-            raise _too_small(file, limit, own, need, streaming, each * need.page, packed)
-    return ExecutorOptions(
-        slots=chosen.max_sequences,
-        pages=need.pages(available, each, each * chosen.max_sequences),
-        context=context,
-        max_tokens=tokens,
-        cores=placement.lead.cores,
-        actor=placement.lead.name,
-        assistants=placement.assistants,
-        kv_type=chosen.kv_type,
-        activations=chosen.activations,
-        exact_floats=chosen.exact_floats,
-        kernels=chosen.kernels,
-        streamed=streaming.streamed,
-        read_by_row=streaming.read_by_row,
-        ring_bytes=streaming.ring_bytes,
-        io=chosen.io,
-        read_deadline=chosen.read_deadline,
-        paged=streaming.paged,
-        cluster_bytes=streaming.cluster_bytes,
-        neuron_bytes=streaming.neuron_bytes,
-        pipeline=chosen.pipeline,
-        two_phase=chosen.two_phase,
-        reads=replace(_reads(file, chosen.io), neuron_gap=chosen.read_through_bytes),
-        trace=trace,
-    )
-
-
-def _reads(file: ModelFile, io: Io) -> FlashReads:
-    """What is read at once: by the curve that ``pi2rt info --measure`` kept of the file's device, if it did."""
-    kept = kept_curve(catalogue.curves_directory(), file.path, io)
-    if kept is None:
-        return FlashReads()
-    page = max((each.page_bytes for each in file.bundles.values()), default=4096)
-    try:
-        return choose_reads(kept.curve, page)
-    except ValueError:  # it has no points for that
-        return FlashReads()
-
-
-def _too_small(
-    file: ModelFile,
-    limit: int,
-    own: int,
-    need: MemoryNeed,
-    streaming: StreamingPlan,
-    kv: int,
-    packed: StreamingPlan | None,
-) -> MemoryBudgetError:
-    """Of a memory budget: the least that would do, and what it is made of. ``packed``: of a file that is no pack,
-    what would be the least of one."""
-    parts = {
-        "interpreter, libraries and tokenizer": own,
-        "weights that stay": streaming.resident_bytes or need.weights,
-        "matrices of an expert that are used together": streaming.cluster_bytes,
-        "neurons that are computed together": streaming.neuron_bytes,
-        "a ring for those that are read in every step": streaming.ring_bytes,
-        "KV cache of one context": kv,
-        "activations": need.activations,
-    }
-    made_of = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items() if size)
-    advice, pack_fits = "", False
-    if packed is not None:
-        least = own + packed.nbytes + need.activations + kv
-        pack_fits = least <= limit
-        advice = f"as a pack the model would need {_mib(least)}; "
-        if pack_fits:
-            source = shlex.quote(os.fspath(file.path))
-            pack = shlex.quote(f"{file.path.resolve().name.removesuffix('.gguf')}.pi2")
-            advice += f"'pi2rt convert {source} {pack}' writes one, --convert makes and keeps one by itself; "
-    return MemoryBudgetError(
-        f"a memory of {_mib(limit)} is too small; the least is {_mib(own + need.weights + need.activations + kv)}: "
-        f"{made_of}; {advice}a smaller context or kv_type='q8' needs less",
-        pack_fits=pack_fits,
-    )
-
-
-def _mib(size: int) -> str:
-    return f"{-(-size // (1 << 20))} MiB"
 
 
 def _engine_options(description: ModelDescription, options: ExecutorOptions) -> EngineOptions:

@@ -26,6 +26,7 @@ from pi2rt.engine.statistics import EngineStatistics
 from pi2rt.engine.token_stream import TokenStream
 from pi2rt.engine.writer import Writer
 from pi2rt.memory import PagePool, PageTable, PrefixIndex
+from pi2rt.runtime.actor import Reopened
 from pi2rt.runtime.step import PAGE_TOKENS, Floats, Sampling, Step, StepResult
 from pi2rt.runtime.trace import Trace
 from pi2rt.tokenizer import StopMatcher, Tokenizer
@@ -180,7 +181,7 @@ class Engine:
                 self._finish(sequence)
 
     async def _recover(self, error: ExecutorError | None, failed: Flight | None) -> None:
-        """The executor was lost and the KV cache with it. The requests in the failed step fail; every other
+        """The executor was lost and the KV cache with it. The requests in a step that failed fail; every other
         one is computed again from the tokens it knows, and its consumer notices only the time."""
         lost = [*self._flights]
         self._flights.clear()
@@ -192,7 +193,7 @@ class Engine:
         for flight in [*lost, failed] if failed is not None else lost:
             for sequence in flight.members:
                 sequence.in_flight -= 1
-        if error is not None and failed is not None:
+        if error is not None and failed is not None and not isinstance(error, Reopened):
             for sequence in failed.members:
                 if sequence.live:
                     self._fail(sequence, _own(error))

@@ -58,6 +58,10 @@ class ActorStatistics:
     executor: ExecutorStatistics
 
 
+class Reopened(ExecutorError):
+    """A step was lost with an executor that was closed to be opened otherwise. Nothing has failed."""
+
+
 class Actor:
     """Owns one executor. ``await nursery.start(actor.run)`` opens it; then ``submit`` and ``result``.
 
@@ -86,7 +90,7 @@ class Actor:
         self._executor: Executor | None = None
         self._capacity = 0  # the executor's max_in_flight
         self._in_flight: deque[Step] = deque()
-        self._lost: deque[tuple[Step, Exception]] = deque()  # to be reported by result, in order
+        self._lost: deque[tuple[Step, Exception | None]] = deque()  # to be reported by result, in order
         self._cause: Exception | None = None  # why the actor is being rebuilt, or is broken
         self._failures: deque[float] = deque()  # Trio time of each
         self._room = trio.lowlevel.ParkingLot()  # submit waits here
@@ -130,9 +134,9 @@ class Actor:
             self._check_usable(step)
             await self._room.park()
             if generation != self._generation and self._state != "closed":
-                self._failed += 1
-                raise ExecutorError(
-                    self.name, step, f"not submitted: the executor failed meanwhile ({_say(self._cause)})"
+                self._failed += self._cause is not None
+                raise self._lost_with(
+                    step, "not submitted: meanwhile the executor", self._cause
                 ) from self._cause
         executor = self._executor
         assert executor is not None  # while ready
@@ -167,9 +171,7 @@ class Actor:
             while True:
                 if self._lost and self._state != "closed":
                     step, cause = self._lost.popleft()
-                    raise ExecutorError(
-                        self.name, step, f"lost with its executor, which failed ({_say(cause)})"
-                    ) from cause
+                    raise self._lost_with(step, "lost with its executor, which", cause) from cause
                 if not self._in_flight:
                     if self._state != "ready":
                         self._check_usable("result")
@@ -192,13 +194,29 @@ class Actor:
 
         Raises:
             RequestError: the executor has none.
-            ActorBrokenError, ClosedError, ExecutorError: as ``submit``.
+            ClosedError, ExecutorError: as ``submit``.
         """
         self._check_usable("resize")
         executor: object = self._executor
         if not isinstance(executor, Resizable):
             raise RequestError(f"the executor of actor {self.name!r} cannot change its memory while it runs")
         await executor.resize(neuron_bytes)
+
+    async def reopen(self) -> None:
+        """Closes the executor and opens another, as ``open_executor`` does it now. Steps in flight are lost, as with an
+        executor that fails, but by ``Reopened``. Cancelling this does not end it.
+
+        Raises:
+            ExecutorError: the other cannot be opened, and the actor is broken; or it was before.
+            ClosedError: as ``submit``.
+        """
+        while self._state in ("opening", "rebuilding"):
+            await self._room.park()
+        self._check_usable("reopen")
+        self._lose_executor(None)
+        while self._state == "rebuilding":
+            await self._room.park()
+        self._check_usable("reopen")
 
     async def aclose(self) -> None:
         """Closes the executor and ends the task. Waiting ``submit`` and ``result`` raise ClosedError.
@@ -323,6 +341,12 @@ class Actor:
             )
         return result
 
+    def _lost_with(self, step: Step, what: str, cause: Exception | None) -> ExecutorError:
+        """The error of a step whose executor is no more."""
+        if cause is None:
+            return Reopened(self.name, step, f"{what} was closed to be opened again")
+        return ExecutorError(self.name, step, f"{what} failed ({_say(cause)})")
+
     def _check_usable(self, item: object) -> None:
         """Raises where waiting would be in vain."""
         if self._state == "broken":
@@ -334,18 +358,20 @@ class Actor:
         if self._state == "new":
             raise ClosedError(f"actor {self.name!r} was not started: await nursery.start(actor.run)")
 
-    def _lose_executor(self, cause: Exception) -> None:
-        """Gives up the executor and everything in flight, and wakes the owner to rebuild it."""
+    def _lose_executor(self, cause: Exception | None) -> None:
+        """Gives up the executor and everything in flight, and wakes the owner to rebuild it. ``cause``: None where
+        nothing failed."""
         if self._in_flight:
             self._busy += trio.current_time() - self._busy_since
         self._state, self._cause = "rebuilding", cause
         self._generation += 1
-        self._failed += len(self._in_flight)
         self._lost.extend((step, cause) for step in self._in_flight)
+        if cause is not None:
+            self._failed += len(self._in_flight)
+            self._failures.append(trio.current_time())
+            if self.track is not None:
+                self.track.instant("failed", time.perf_counter_ns(), cause=_say(cause))
         self._in_flight.clear()
-        self._failures.append(trio.current_time())
-        if self.track is not None:
-            self.track.instant("failed", time.perf_counter_ns(), cause=_say(cause))
         self._attention.set()
         self._wake_all()
 
@@ -369,7 +395,7 @@ class Actor:
         try:
             if old is not None:
                 await self._retire(old)
-            while self._failures[0] <= trio.current_time() - FAILURE_WINDOW:
+            while self._failures and self._failures[0] <= trio.current_time() - FAILURE_WINDOW:
                 self._failures.popleft()
             if len(self._failures) > MAX_FAILURES:
                 raise ExecutorError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ import trio
 import trio.testing
 
 import pi2rt
-from pi2rt._errors import MemoryBudgetError, RequestError
+from pi2rt._errors import ExecutorError, MemoryBudgetError, RequestError
 from pi2rt.cython_kernels.neuron_cache import NeuronCache
 from pi2rt.executors.cpu import CpuExecutor
 from pi2rt.formats import open_model_file
@@ -210,8 +211,102 @@ async def test_too_little_is_refused_and_changes_nothing(pack: Path) -> None:
             await runtime.resize("much")
         assert (await runtime.generate("Once", max_tokens=3, ignore_eos=True)).tokens
     async with pi2rt.open_runtime(pack, context=256) as runtime:
-        with pytest.raises(RequestError, match="takes a memory budget, and a pack with neuron bundles"):
+        with pytest.raises(RequestError, match="takes a memory budget, and weights as they are"):
             await runtime.resize("1G")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resize-dense")
+    model = replace(MODEL, config={"hidden_act": "silu"})
+    convert(write_gguf(folder / "m.gguf", model, weight_type="Q4_0"), folder / "m.pi2")
+    return folder / "m.pi2"
+
+
+def streamed_bytes(runtime: pi2rt.Runtime) -> int:
+    """Of the last step."""
+    recent = runtime.statistics().actors[0].executor.recent
+    return recent[-1].streamed_bytes
+
+
+async def least_of(runtime: pi2rt.Runtime) -> int:
+    """Bytes of the smallest budget that it can change to."""
+    with pytest.raises(MemoryBudgetError, match="the least that a running model can change to is") as caught:
+        await runtime.resize(1 << 20)
+    return int(str(caught.value).rsplit(" is ", 1)[1].split()[0]) << 20
+
+
+async def test_weights_that_no_longer_fit_are_streamed_and_the_text_stays(dense: Path) -> None:
+    """Of a model whose neurons do not rest: some weights are read in every step then, and none at the end."""
+    async with pi2rt.open_runtime(dense, context=256, memory=LARGE) as runtime:
+        expected = (await runtime.generate("Once", max_tokens=60, ignore_eos=True)).tokens
+        held, least = runtime.statistics().memory["weights"], await least_of(runtime)
+        assert streamed_bytes(runtime) == 0
+        random, tokens = np.random.default_rng(6), []
+        async with runtime.stream("Once", max_tokens=60, ignore_eos=True) as stream:
+            async for chunk in stream:
+                tokens.append(chunk.token)
+                if len(tokens) % 6 == 0:
+                    await runtime.resize(int(least + random.integers(0, held)))
+        assert tuple(tokens) == expected
+        await runtime.resize(least)
+        assert (await runtime.generate("Once", max_tokens=60, ignore_eos=True)).tokens == expected
+        assert streamed_bytes(runtime) > 0
+        assert runtime.statistics().memory["weights"] < held
+        await runtime.resize(LARGE)
+        assert (await runtime.generate("Once", max_tokens=60, ignore_eos=True)).tokens == expected
+        assert streamed_bytes(runtime) == 0
+        assert runtime.statistics().memory["weights"] == held
+        assert runtime.statistics().actors[0].failed == 0
+
+
+async def test_requests_do_not_notice_that_weights_are_loaded_again(dense: Path) -> None:
+    """Several at once, sampled, with resizes at the same time, of which one is cancelled."""
+    async with pi2rt.open_runtime(dense, context=256, memory=LARGE, max_sequences=4) as runtime:
+        least = await least_of(runtime)
+        expected: dict[int, object] = {}
+        got: dict[int, object] = {}
+
+        async def ask(seed: int, into: dict[int, object]) -> None:
+            one = await runtime.generate("Once", max_tokens=40, ignore_eos=True, temperature=1, seed=seed)
+            into[seed] = one.tokens
+
+        async with trio.open_nursery() as nursery:
+            for seed in range(4):
+                nursery.start_soon(ask, seed, expected)
+        async with trio.open_nursery() as nursery:
+            for seed in range(4):
+                nursery.start_soon(ask, seed, got)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(runtime.resize, least)
+            nursery.start_soon(runtime.resize, LARGE)
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await runtime.resize(least)
+        assert got == expected
+        await runtime.resize(least)
+        await ask(0, got)
+        assert got == expected
+
+
+async def test_the_same_weights_are_not_loaded_again(dense: Path) -> None:
+    async with pi2rt.open_runtime(dense, context=256, memory=LARGE) as runtime:
+        await runtime.resize(LARGE - (1 << 20))
+        assert runtime.statistics().actors[0].generation == 0
+
+
+async def test_a_pack_that_was_cut_breaks_the_runtime_when_weights_are_loaded_again(
+    dense: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "m.pi2"
+    shutil.copyfile(dense, copy)
+    async with pi2rt.open_runtime(copy, context=256, memory=LARGE) as runtime:
+        least = await least_of(runtime)
+        os.truncate(copy, 1 << 20)
+        with pytest.raises(ExecutorError, match="broken"):
+            await runtime.resize(least)
+        with pytest.raises(ExecutorError, match="broken"):
+            await runtime.generate("Once", max_tokens=1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import trio
 from trio.testing import MockClock
 
 import pi2rt
-from pi2rt import trio_runtime
+from pi2rt import executor_plan
 from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
@@ -186,7 +186,7 @@ async def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 
 
 async def test_a_model_larger_than_the_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trio_runtime, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(executor_plan, "available_memory", lambda: 1 << 20)
     with pytest.raises(pi2rt.MemoryBudgetError, match=r"1\.0 MiB are available, .* too few: weights"):
         async with pi2rt.open_runtime(tiny, executor="simulated"):
             pass
