@@ -280,13 +280,20 @@ async def open_runtime(
                     "they are in the file"
                 )
             async with resizing:
-                before = executor_options  # the new ones are of an executor that is made again, whatever for
-                executor_options = plan.resized(file, description, before, memory)
+                before = executor_options
+                after = plan.resized(file, description, before, memory)
+
+                def change() -> None:  # of the executor, and of any that is made again
+                    nonlocal executor_options
+                    executor_options = after
+
+                if not file.bundles:
+                    if after is not before:
+                        await actor.reopen(change)
+                    return
+                change()
                 try:
-                    if file.bundles:
-                        await actor.resize(executor_options.neuron_bytes)
-                    elif executor_options is not before:
-                        await actor.reopen()
+                    await actor.resize(after.neuron_bytes)
                 except RequestError:
                     executor_options = before
                     raise

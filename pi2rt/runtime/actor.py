@@ -41,8 +41,9 @@ State: TypeAlias = Literal["new", "opening", "ready", "rebuilding", "broken", "c
 class ActorStatistics:
     """A snapshot.
 
-    ``generation``: how often the executor was lost, and all KV contents with it. ``failed``: steps that ended
-    in an error. ``in_flight``: steps accepted whose result was not taken. ``inbox``: the same as a channel.
+    ``generation``: how often the executor was lost, or closed for another, and all KV contents with it.
+    ``failed``: steps that ended in an error. ``in_flight``: steps accepted whose result was not taken.
+    ``inbox``: the same as a channel.
     ``busy``: share of the time since the actor opened during which a step was in flight, 0 to 1.
     """
 
@@ -202,9 +203,12 @@ class Actor:
             raise RequestError(f"the executor of actor {self.name!r} cannot change its memory while it runs")
         await executor.resize(neuron_bytes)
 
-    async def reopen(self) -> None:
-        """Closes the executor and opens another, as ``open_executor`` does it now. Steps in flight are lost, as with an
-        executor that fails, but by ``Reopened``. Cancelling this does not end it.
+    async def reopen(self, change: Callable[[], None]) -> None:
+        """Closes the executor and opens another. Steps in flight are lost, as with an executor that fails, but by
+        ``Reopened``. Cancelling this either does nothing, or ``change`` was called and the rest goes on.
+
+        Args:
+            change: what ``open_executor`` does differently from now on.
 
         Raises:
             ExecutorError: the other cannot be opened, and the actor is broken; or it was before.
@@ -213,6 +217,7 @@ class Actor:
         while self._state in ("opening", "rebuilding"):
             await self._room.park()
         self._check_usable("reopen")
+        change()
         self._lose_executor(None)
         while self._state == "rebuilding":
             await self._room.park()
