@@ -9,7 +9,9 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -40,6 +42,25 @@ const char *pi2_errno_name(int error) { /* strerrorname_np is of glibc 2.32 */
 
 static void count(_Atomic int64_t *counter, int64_t n) { atomic_fetch_add_explicit(counter, n, memory_order_relaxed); }
 static int64_t counted(_Atomic int64_t *counter) { return atomic_load_explicit(counter, memory_order_relaxed); }
+
+/* ---- the thread that reads ---- */
+
+#define READER_NICE (-15)
+#define READER_SLICE_NS 100000 /* the shortest there is */
+
+void pi2_flash_begin_reader(const char *name) {
+  pthread_setname_np(pthread_self(), name);
+  const pid_t me = (pid_t)syscall(SYS_gettid); /* Linux has priorities by thread */
+  if (getpriority(PRIO_PROCESS, (id_t)me) > READER_NICE)
+    setpriority(PRIO_PROCESS, (id_t)me, READER_NICE); /* or not: EACCES */
+#ifdef SYS_sched_setattr
+  struct { uint32_t size, policy; uint64_t flags; int32_t nice; uint32_t priority; uint64_t runtime, deadline, period; } attributes;
+  if (syscall(SYS_sched_getattr, me, &attributes, sizeof attributes, 0) || attributes.policy != 0) return; /* 0: SCHED_OTHER */
+  attributes.runtime = READER_SLICE_NS; /* before 6.12 nobody reads it */
+  attributes.size = sizeof attributes;
+  syscall(SYS_sched_setattr, me, &attributes, 0);
+#endif
+}
 
 /* ---- one read ---- */
 
