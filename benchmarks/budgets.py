@@ -42,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     options.prefill = None
     bandwidth = measure_device(default_placement(read_topology())).read_bandwidth
-    sampling = {"temperature": 1.0, "seed": 1}
+    sampling = {"temperature": 1.0}
     work = {"what": "decode", "context": 16, "tokens": options.tokens, "sampling": sampling}
     peer_work = work | {"tokens": options.peer_tokens}
     print(

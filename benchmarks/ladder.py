@@ -152,7 +152,7 @@ def decode(options: argparse.Namespace) -> None:
         "what": "decode",
         "context": 16,
         "tokens": options.tokens,
-        "sampling": {"temperature": 1.0, "seed": 1},
+        "sampling": {"temperature": 1.0},
     }
     peer_work = work | {"tokens": options.peer_tokens}
     chosen = [RUNGS[number] for number in options.rungs]

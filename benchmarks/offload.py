@@ -37,7 +37,8 @@ def measure(
     command: list[str], limit: int, files: list[str], work: dict[str, Any], rounds: int
 ) -> dict[str, Any]:
     """Runs a child in a group of ``limit`` bytes: first one warming round, then ``rounds``; the
-    warming one counts where there are no others."""
+    warming one counts where there are no others. Where tokens are drawn, each round draws others: a cache may
+    hold all that a text needs which it has seen just before."""
     forget(*files)
     with memory_group(limit) as group:
         process = subprocess.Popen(
@@ -47,9 +48,11 @@ def measure(
         assert process.stdout is not None
         answers = []
         start = process.stdout.readline()
-        for _ in range(rounds + 1):
+        for number in range(rounds + 1):
             if not start:
                 break
+            if "sampling" in work:
+                work = work | {"sampling": work["sampling"] | {"seed": number}}
             process.stdin.write(json.dumps(work) + "\n")
             process.stdin.flush()
             if not (line := process.stdout.readline()):
