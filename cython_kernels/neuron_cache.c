@@ -180,6 +180,17 @@ int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, 
   if (reads) wake_reader(c);
   return asked;
 }
+void pi2_neuron_cache_near(pi2_neuron_cache *c, int region, int32_t first, int n, const float *part) {
+  const int32_t from = c->regions[region].first + first;
+  pthread_mutex_lock(&c->mutex);
+  for (int32_t i = 0; i < n; i++) {
+    if (!(part[i] > 0 && part[i] < 1)) continue;
+    const int32_t slot = atomic_load_explicit(&c->slot_of[from + i], memory_order_relaxed);
+    pi2_use *u = slot < 0 ? &c->use[from + i] : &c->slots[slot].use;
+    *u = (pi2_use){uses(c, u) + part[i], c->step};
+  }
+  pthread_mutex_unlock(&c->mutex);
+}
 void pi2_neuron_cache_complete(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending) {
   const pi2_region *g = &c->regions[region];
   int reads = 0;

@@ -67,6 +67,34 @@ static int pages_of(const pi2_bundles *b, int64_t first, int64_t end, const uint
   return n;
 }
 
+/* Whether what `decide` leaves in the tile are gates, of which those fire that are positive. */
+static int by_sign(const pi2_op *op) {
+  const pi2_bundles *b = op->bundles;
+  return (op->activation == PI2_RELU || op->activation == PI2_RELU2) && b->up_type >= 0 && b->gate_type < 0 && !b->thresholds;
+}
+/* How near neurons were to firing: 1 where the gate was not negative, 0 where it was so by half the root mean square of gates
+ * or more, and what lies between in proportion. The most of what is there and of this row. */
+static void weigh_near(const float *g, int64_t width, float *near) {
+  float squares = 0;
+  for (int64_t j = 0; j < width; j++) squares += g[j] * g[j];
+  const float scale = squares > 0 ? 2 / sqrtf(squares / (float)width) : 0;
+  for (int64_t j = 0; j < width; j++) near[j] = 1 + g[j] * scale > near[j] ? 1 + g[j] * scale : near[j];
+}
+/* Tells the cache, which keeps what will be used soon: a neuron that was near to firing fires for one of the next tokens more
+ * likely than others. */
+static void note_near(const block *k, int64_t first, int64_t end, const uint8_t *wanted, const float *near) {
+  const pi2_bundles *b = k->b;
+  const int32_t from = (int32_t)(first / b->per_page);
+  float part[PI2_CLUSTER + 1] = {0}; /* of a use, by page; the pages that are asked for are used */
+  for (int64_t place = first; place < end; place++) {
+    const int64_t i = neuron_at(b, first, place);
+    float *page = &part[place / b->per_page - from];
+    if (wanted[i]) *page = 1;
+    else if (near[i] > *page) *page = near[i];
+  }
+  pi2_neuron_cache_near(k->cache, b->region, from, (int)((end - 1) / b->per_page - from + 1), part);
+}
+
 /* The deciding matrix of a cluster: who fires, for which rows, on which pages. */
 static void gate_cluster(block *k, int c) {
   const pi2_program *p = k->p;
@@ -77,6 +105,8 @@ static void gate_cluster(block *k, int c) {
   const int pass = pi2_pass_rows(m->k);
   float *tile = p->scratch[k->w->index].tile;
   uint8_t wanted[PI2_CLUSTER] = {0};
+  float near[PI2_CLUSTER] = {0};
+  const int weigh = k->rows <= PI2_REPLICATED && k->cache->n_slots < k->cache->n_pages && by_sign(op);
   for (int row = 0; row < k->rows; row += pass) {
     const int rows = k->rows - row < pass ? k->rows - row : pass;
     for (int i = 0; i < rows; i++) k->s->n_active[(row + i) * k->s->n_clusters + c] = 0;
@@ -85,18 +115,22 @@ static void gate_cluster(block *k, int c) {
       if (op->n_matrices) pi2_multiply(p, m, at / PI2_ROWS, (int)blocks, b->gate_type < 0 ? k->in : &k->predicted, row, rows, tile, PI2_TILE_LD);
       for (int i = 0; i < rows; i++) {
         float *g = tile + i * PI2_TILE_LD, *h = k->s->values + (row + i) * p->hidden + at;
-        uint16_t *list = active(k, row + i, c), *n = &k->s->n_active[(row + i) * k->s->n_clusters + c];
+        uint16_t *list = active(k, row + i, c);
+        int n = n_active(k, row + i, c);
         uint8_t fires[PI2_TILE_WIDTH];
         decide(p, op, at, width, g, fires);
+        if (weigh) weigh_near(g, width, near + at - first);
+        for (int64_t j = 0; j < width; j++) h[j] = fires[j] ? g[j] : 0;
+        for (int64_t j = 0; j < width; j++) wanted[at - first + j] |= fires[j];
         for (int64_t j = 0; j < width; j++) {
-          h[j] = fires[j] ? g[j] : 0;
-          list[*n] = (uint16_t)(at - first + j);
-          *n = (uint16_t)(*n + fires[j]);
-          wanted[at - first + j] |= fires[j];
+          list[n] = (uint16_t)(at - first + j);
+          n += fires[j];
         }
+        k->s->n_active[(row + i) * k->s->n_clusters + c] = (uint16_t)n;
       }
     }
   }
+  if (weigh) note_near(k, first, end, wanted, near);
   pi2_cluster *cluster = &k->s->clusters[c];
   cluster->n_pages = pages_of(b, first, end, wanted, cluster->pages), cluster->asked = 0;
   int64_t bytes = 0;
@@ -203,15 +237,13 @@ static void foresee_cluster(const block *k, const pi2_op *next, int c, const pi2
   float *tile = p->scratch[k->w->index].tile;
   int32_t pages[PI2_CLUSTER];
   uint8_t wanted[PI2_CLUSTER];
-  const int relu = next->activation == PI2_RELU || next->activation == PI2_RELU2;
-  const int by_sign = relu && next->bundles->gate_type < 0 && !next->bundles->thresholds; /* of what is in the tile then */
   for (int64_t at = first; at < end; at += PI2_TILE_WIDTH) {
     const int64_t width = end - at < PI2_TILE_WIDTH ? end - at : PI2_TILE_WIDTH;
     pi2_multiply(p, m, at / PI2_ROWS, (int)((width + PI2_ROWS - 1) / PI2_ROWS), in, 0, k->rows, tile, PI2_TILE_LD);
     uint8_t fires[PI2_REPLICATED][PI2_TILE_WIDTH] = {{0}};
     for (int row = 0; row < k->rows; row++) {
       decide(p, next, at, width, tile + row * PI2_TILE_LD, fires[row]);
-      if (by_sign) drop_doubtful(tile + row * PI2_TILE_LD, width, fires[row]);
+      if (by_sign(next)) drop_doubtful(tile + row * PI2_TILE_LD, width, fires[row]);
     }
     for (int64_t j = 0; j < width; j++) {
       int any = 0;
