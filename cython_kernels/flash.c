@@ -23,6 +23,7 @@
 #endif
 
 enum { EIO_TRIES = 2, PASSING_TRIES = 64 };
+enum { MOST_PIECES = 8192, LEAST_PIECE = 2 << 20 }; /* of registered memory. The kernel's limits are 16,384 of them, and 1 GiB each */
 #define MOST_ASKED (1 << 30) /* the kernel gives at most 2 GiB at a time */
 
 const char *pi2_errno_name(int error) { /* strerrorname_np is of glibc 2.32 */
@@ -345,14 +346,19 @@ pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *erro
   return f;
 }
 
-int pi2_flash_register(pi2_flash *f, void *base, int64_t bytes) {
-  if (bytes <= 0 || (uintptr_t)base % PI2_FLASH_BLOCK || bytes % PI2_FLASH_BLOCK) return EINVAL;
+int pi2_flash_register(pi2_flash *f, void *base, int64_t bytes, int64_t most, int64_t unit) {
+  if (bytes <= 0 || bytes > most || (uintptr_t)base % PI2_FLASH_BLOCK || bytes % PI2_FLASH_BLOCK || unit <= 0 ||
+      unit % PI2_FLASH_BLOCK)
+    return EINVAL;
   if (!f->ring) return EOPNOTSUPP;
-  if (counted(&f->registered_bytes) || f->in_flight) return EBUSY;
-  const int error = pi2_ring_register(f->ring, base, bytes);
-  if (!error) count(&f->registered_bytes, bytes);
+  const int64_t least = most / MOST_PIECES + 1 > LEAST_PIECE ? most / MOST_PIECES + 1 : LEAST_PIECE;
+  int64_t registered = 0;
+  const int error = pi2_ring_register(f->ring, base, bytes, most, (least + unit - 1) / unit * unit, &registered);
+  atomic_store_explicit(&f->registered_bytes, registered, memory_order_relaxed);
   return error;
 }
+
+int64_t pi2_flash_registered(pi2_flash *f) { return counted(&f->registered_bytes); }
 
 int pi2_flash_submit(pi2_flash *f, pi2_read *r) {
   if (f->in_flight == f->depth) return -1;

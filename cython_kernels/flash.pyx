@@ -42,7 +42,7 @@ cdef extern from "flash.h" nogil:
         char *io_reason
         char *direct_reason
     pi2_flash *pi2_flash_open(const char *, pi2_io, int, int *)
-    int pi2_flash_register(pi2_flash *, void *, int64_t)
+    int pi2_flash_register(pi2_flash *, void *, int64_t, int64_t, int64_t)
     int pi2_flash_submit(pi2_flash *, pi2_read *)
     int pi2_flash_reap(pi2_flash *, pi2_read **, int, int64_t)
     void pi2_flash_wake(pi2_flash *)
@@ -226,7 +226,7 @@ cdef class Reader:
         try:
             PyObject_GetBuffer(memory, &slot.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
             slot.held = True
-            error = pi2_flash_register(f, slot.view.buf, slot.view.len)
+            error = pi2_flash_register(f, slot.view.buf, slot.view.len, slot.view.len, PI2_FLASH_BLOCK)
             if error:
                 raise OSError(error, f"registering {slot.view.len} bytes: {os.strerror(error)}")
             self.registered = slot
@@ -350,7 +350,7 @@ def measure(path, int64_t read_bytes, int depth=8, double seconds=0.2, io="auto"
         reads = <pi2_read *>calloc(depth, sizeof(pi2_read))
         if reads == NULL or posix_memalign(&memory, PI2_FLASH_BLOCK, read_bytes * depth):
             raise MemoryError(f"{read_bytes * depth} bytes")
-        pi2_flash_register(f, memory, read_bytes * depth)
+        pi2_flash_register(f, memory, read_bytes * depth, read_bytes * depth, read_bytes)
         return run(f, reads, <uint8_t *>memory, depth, read_bytes, places, step, random, duration, path)
     finally:
         with nogil:

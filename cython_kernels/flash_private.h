@@ -38,7 +38,8 @@ int pi2_done_take(pi2_flash *f, pi2_read **done, int max);
 
 /* NULL and *error. f->fd, depth, wake_fd are set. */
 pi2_ring *pi2_ring_open(pi2_flash *f, int *error);
-int pi2_ring_register(pi2_ring *ring, void *base, int64_t bytes);
+/* As pi2_flash_register, in pieces of `piece` bytes. *registered: how many are. */
+int pi2_ring_register(pi2_ring *ring, void *base, int64_t bytes, int64_t most, int64_t piece, int64_t *registered);
 void pi2_ring_submit(pi2_flash *f, pi2_read *r);
 int pi2_ring_reap(pi2_flash *f, pi2_read **done, int max, int64_t timeout_ns);
 int64_t pi2_ring_close(pi2_flash *f, int64_t patience_ns); /* as pi2_flash_close */

@@ -33,7 +33,6 @@
 /* Waiting with a timeout (5.11); the two rings in one mapping; no completion lost. */
 enum { NEEDED = IORING_FEAT_EXT_ARG | IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP };
 enum { WAKE = 0, CANCEL = 1 }; /* user_data that is no read */
-#define PIECE (INT64_C(1) << 30) /* of registered memory: the kernel's limit */
 
 struct pi2_ring {
   int fd, broken;             /* broken: errno of a system call that the kernel took away */
@@ -44,8 +43,9 @@ struct pi2_ring {
   struct io_uring_cqe *cqes;
   _Atomic uint32_t *sq_head, *sq_tail, *cq_head, *cq_tail; /* shared with the kernel */
   uint32_t sq_mask, cq_mask;
-  uint8_t *base; /* registered, or NULL */
-  int64_t base_bytes;
+  uint8_t *base;              /* of memory that is registered in pieces, or NULL */
+  int64_t most, piece;        /* bytes of all that may be, and of one piece */
+  _Atomic int64_t registered; /* the first bytes that are */
   int live; /* reads that the ring has */
   pi2_read *reads[PI2_FLASH_MOST];
 };
@@ -77,15 +77,17 @@ static void commit_sqe(pi2_ring *g) {
   atomic_store_explicit(g->sq_tail, atomic_load_explicit(g->sq_tail, memory_order_relaxed) + 1, memory_order_release);
 }
 
+static int within_piece(pi2_ring *g, int64_t at, int64_t bytes) {
+  return at >= 0 && bytes <= atomic_load(&g->registered) - at && at / g->piece == (at + bytes - 1) / g->piece;
+}
 static void ask(pi2_flash *f, pi2_read *r) {
   pi2_ring *g = f->ring;
   struct io_uring_sqe *e = next_sqe(g);
   uint8_t *to = r->parts ? NULL : r->to + r->got;
   e->opcode = r->parts ? IORING_OP_READV : IORING_OP_READ;
-  if (to && g->base && to >= g->base && r->asked <= g->base_bytes - (to - g->base) &&
-      (to - g->base) / PIECE == (to - g->base + r->asked - 1) / PIECE) {
+  if (to && g->base && within_piece(g, to - g->base, r->asked)) {
     e->opcode = IORING_OP_READ_FIXED;
-    e->buf_index = (uint16_t)((to - g->base) / PIECE);
+    e->buf_index = (uint16_t)((to - g->base) / g->piece);
   }
   e->fd = g->fixed_file ? 0 : f->fd;
   /* slow: was refused once without waiting; let a kernel thread wait for it */
@@ -280,22 +282,53 @@ pi2_ring *pi2_ring_open(pi2_flash *f, int *error) {
   return g;
 }
 
-int pi2_ring_register(pi2_ring *g, void *base, int64_t bytes) {
-  const int64_t n = (bytes + PIECE - 1) / PIECE;
-  if (n > 1024) return EINVAL;
-  struct iovec *pieces = calloc((size_t)n, sizeof *pieces);
-  if (!pieces) return ENOMEM;
-  for (int64_t i = 0; i < n; i++) {
-    const int64_t rest = bytes - i * PIECE;
-    pieces[i] = (struct iovec){(uint8_t *)base + i * PIECE, (size_t)(rest < PIECE ? rest : PIECE)};
-  }
-  const int error = ring_register(g->fd, IORING_REGISTER_BUFFERS, pieces, (unsigned)n);
-  free(pieces);
-  if (error) return error;
-  g->base = base;
-  g->base_bytes = bytes;
-  return 0;
+#ifdef IORING_RSRC_REGISTER_SPARSE /* kernel headers of 5.19 or later */
+
+/* One of the pieces becomes the first `bytes` of it, or with 0 none of it. Reads in flight keep what they have pinned. */
+static int update_piece(pi2_ring *g, int64_t piece, int64_t bytes) {
+  const struct iovec part = {bytes ? g->base + piece * g->piece : NULL, (size_t)bytes};
+  const struct io_uring_rsrc_update2 update = {
+      .offset = (uint32_t)piece, .data = (uint64_t)(uintptr_t)&part, .nr = 1};
+  return ring_register(g->fd, IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof update);
 }
+/* What of a piece is among the first `bytes`. */
+static int64_t in_piece(const pi2_ring *g, int64_t piece, int64_t bytes) {
+  const int64_t rest = bytes - piece * g->piece;
+  return rest < 0 ? 0 : rest < g->piece ? rest : g->piece;
+}
+int pi2_ring_register(pi2_ring *g, void *base, int64_t bytes, int64_t most, int64_t piece, int64_t *registered) {
+  const int64_t before = atomic_load(&g->registered);
+  *registered = before;
+  if (g->base && (base != g->base || most != g->most || piece != g->piece)) return EBUSY;
+  if (!g->base) {
+    const struct io_uring_rsrc_register all = {.nr = (uint32_t)((most + piece - 1) / piece), .flags = IORING_RSRC_REGISTER_SPARSE};
+    const int error = ring_register(g->fd, IORING_REGISTER_BUFFERS2, &all, sizeof all);
+    if (error) return error == EINVAL ? EOPNOTSUPP : error;
+    g->base = base, g->most = most, g->piece = piece;
+  }
+  const int64_t least = bytes < before ? bytes : before, end = ((bytes > before ? bytes : before) + piece - 1) / piece;
+  int error = 0;
+  atomic_store(&g->registered, least);
+  for (int64_t i = least / piece; i < end && !error; i++) {
+    error = update_piece(g, i, in_piece(g, i, bytes));
+    if (!error && bytes > before) atomic_store(&g->registered, i * piece + in_piece(g, i, bytes));
+  }
+  *registered = atomic_load(&g->registered);
+  return error;
+}
+/* For reads that do not end: what none of them goes to is no longer pinned. */
+static void unpin_all(pi2_ring *g) {
+  for (int64_t i = 0, end = g->base ? (g->most + g->piece - 1) / g->piece : 0; i < end; i++) update_piece(g, i, 0);
+}
+
+#else
+
+int pi2_ring_register(pi2_ring *g, void *base, int64_t bytes, int64_t most, int64_t piece, int64_t *registered) {
+  return (void)g, (void)base, (void)bytes, (void)most, (void)piece, *registered = 0, EOPNOTSUPP;
+}
+static void unpin_all(pi2_ring *g) { (void)g; }
+
+#endif
 
 int64_t pi2_ring_close(pi2_flash *f, int64_t patience_ns) {
   pi2_ring *g = f->ring;
@@ -316,6 +349,7 @@ int64_t pi2_ring_close(pi2_flash *f, int64_t patience_ns) {
     if (patience_ns >= 0 && left <= 0) {
       int64_t bytes = 0;
       for (int i = 0; i < g->live; i++) bytes += g->reads[i]->bytes;
+      unpin_all(g);
       return bytes;
     }
     advance(f, left);
@@ -354,7 +388,9 @@ pi2_ring *pi2_ring_open(pi2_flash *f, int *error) {
   *error = ENOSYS;
   return NULL;
 }
-int pi2_ring_register(pi2_ring *g, void *base, int64_t bytes) { return (void)g, (void)base, (void)bytes, EOPNOTSUPP; }
+int pi2_ring_register(pi2_ring *g, void *base, int64_t bytes, int64_t most, int64_t piece, int64_t *registered) {
+  return (void)g, (void)base, (void)bytes, (void)most, (void)piece, *registered = 0, EOPNOTSUPP;
+}
 void pi2_ring_submit(pi2_flash *f, pi2_read *r) { (void)f, (void)r; }
 int pi2_ring_reap(pi2_flash *f, pi2_read **done, int max, int64_t timeout_ns) {
   return (void)f, (void)done, (void)max, (void)timeout_ns, 0;

@@ -99,6 +99,10 @@ static void unpin(pi2_neuron_cache *c, pi2_page_slot *s) {
   if (s - c->slots < c->n_slots) c->unpinned++;
   else drop(c, s);
 }
+/* Slots are pinned for reads once, where that is permitted. */
+static void pin_memory(pi2_neuron_cache *c) {
+  pi2_flash_register(c->flash, c->memory, atomic_load(&c->n_slots) * c->slot_bytes, c->capacity * c->slot_bytes, c->slot_bytes);
+}
 int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots) {
   int32_t left = 0;
   pthread_mutex_lock(&c->mutex);
@@ -117,6 +121,7 @@ int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots) {
     if (c->hand >= n_slots) c->hand = 0;
   }
   pthread_mutex_unlock(&c->mutex);
+  if (!left) pin_memory(c);
   return left;
 }
 void pi2_neuron_cache_step(pi2_neuron_cache *c) {
@@ -479,6 +484,7 @@ pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *re
   if (c->slot_of && c->slots && c->use && c->queue && c->fetches && c->spare) {
     for (int32_t i = 0; i < n_pages; i++) atomic_init(&c->slot_of[i], -1);
     for (int i = 0; i < depth; i++) c->spare[c->n_spare++] = &c->fetches[i];
+    pin_memory(c);
     *error = pthread_mutex_init(&c->mutex, NULL);
     if (!*error && (*error = pthread_create(&c->thread, NULL, reader_main, c))) pthread_mutex_destroy(&c->mutex);
   }

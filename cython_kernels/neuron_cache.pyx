@@ -18,6 +18,7 @@ cdef extern from "flash.h" nogil:
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
     const char *pi2_flash_io_reason(const pi2_flash *)
     int64_t pi2_flash_close(pi2_flash *, int64_t)
+    int64_t pi2_flash_registered(pi2_flash *)
 
 cdef extern from "neuron_cache.h" nogil:
     enum: PI2_MERGED_BYTES
@@ -25,6 +26,7 @@ cdef extern from "neuron_cache.h" nogil:
         int64_t offset, page_bytes, last_bytes, head_bytes
         int32_t first, pages
     ctypedef struct pi2_neuron_cache:
+        pi2_flash *flash
         int32_t used, n_slots, n_pages, capacity
         uint32_t event
         int64_t hits, early, misses, evictions, completed, gap_pages, gap_bytes
@@ -222,6 +224,11 @@ cdef class NeuronCache:
     @property
     def slots_used(self):
         return 0 if self.cache == NULL else self.cache.used
+
+    @property
+    def pinned_bytes(self):
+        """Of the memory, those that reads through io_uring find pinned; others are pinned by each read."""
+        return 0 if self.cache == NULL else pi2_flash_registered(self.cache.flash)
 
     @property
     def counters(self):

@@ -12,6 +12,7 @@
 
 #include "gang.h"
 
+#define PIECE (16 << 20) /* of the ring: few reads of a megabyte go across two */
 #define LOOK_NS 10000000 /* how often a thread that waits for a unit looks whether its run was stopped */
 
 static void futex_wait(_Atomic uint32_t *word, uint32_t expected, int64_t timeout_ns) { /* < 0: for ever */
@@ -152,7 +153,10 @@ pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, 
     for (int i = 0; s->reads && s->spare && i < depth; i++) s->spare[s->n_spare++] = &s->reads[i];
   }
   *error = ENOMEM;
-  if (s && s->placed && s->reads && s->spare) *error = pthread_create(&s->thread, NULL, reader_main, s);
+  if (s && s->placed && s->reads && s->spare) {
+    pi2_flash_register(flash, ring, ring_bytes, ring_bytes, PIECE); /* pinned once, where that is permitted */
+    *error = pthread_create(&s->thread, NULL, reader_main, s);
+  }
   if (!*error) return s;
   if (s) free(s->placed), free(s->reads), free(s->spare);
   free(s);

@@ -16,6 +16,7 @@ cdef extern from "flash.h" nogil:
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
     const char *pi2_flash_io_reason(const pi2_flash *)
     int64_t pi2_flash_close(pi2_flash *, int64_t)
+    int64_t pi2_flash_registered(pi2_flash *)
 
 cdef extern from "stream.h" nogil:
     enum: PI2_SECTOR
@@ -24,6 +25,7 @@ cdef extern from "stream.h" nogil:
     ctypedef struct pi2_placed:
         int64_t begin_ns, end_ns
     ctypedef struct pi2_stream:
+        pi2_flash *flash
         pi2_placed *placed
         int64_t bytes, busy_ns, stall_ns
     pi2_stream *pi2_stream_create(pi2_flash *, const pi2_extent *, int, int64_t, int, uint8_t *, int64_t, int64_t, int *)
@@ -91,6 +93,11 @@ cdef class Stream:
     def address(self):
         """Of the pi2_stream, for a program."""
         return <uintptr_t>self.stream
+
+    @property
+    def pinned_bytes(self):
+        """Of the ring, those that reads through io_uring find pinned; others are pinned by each read."""
+        return 0 if self.stream == NULL else pi2_flash_registered(self.stream.flash)
 
     @property
     def counters(self):

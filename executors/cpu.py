@@ -308,7 +308,7 @@ class CpuExecutor:
     def statistics(self) -> ExecutorStatistics:
         """``details``: "kernels", the variant that runs. Where anything is read from flash, "flash_bytes" read,
         "flash_reads" of single pages, "flash_stall_ns", for which steps have waited, "flash_io", through what and why,
-        and "flash_reads_from": "a measured curve" or "defaults". Where matrices are streamed, "stream_read_bytes" and
+        "flash_pinned_bytes" of memory that reads need not pin one by one, and "flash_reads_from": "a measured curve" or "defaults". Where matrices are streamed, "stream_read_bytes" and
         "stream_reads_at_once". Where neurons ("neuron_") or matrices of experts ("cluster_") are cached, their
         "hits", "early", "misses" and "evictions" (``neuron_cache.Counters``), "page_bytes", what one read takes at
         least, and "reads_at_once"; of neurons also "completed", "read_through" and "read_through_bytes"."""
@@ -328,7 +328,7 @@ class CpuExecutor:
         if self._predictors is not None and self._predictors.by_down:
             held["predictors"] = self._predictors.nbytes
         sources: list[PageCache | Ring] = []
-        reads = flash_bytes = flash_ns = stall_ns = 0
+        reads = flash_bytes = flash_ns = stall_ns = pinned = 0
         for name, pages in ("neuron", self._neurons), ("cluster", self._clusters):
             if pages is None:
                 continue
@@ -343,11 +343,13 @@ class CpuExecutor:
             reads += counters.reads
             flash_bytes += counters.bytes
             flash_ns += counters.busy_ns
+            pinned += pages.cache.pinned_bytes
             # for neurons any thread may wait, for an expert's matrix one does while the others meet it at a barrier
             stall_ns += counters.stall_ns // (len(self._threads) if pages is self._neurons else 1)
         if self._ring is not None:
             sources.append(self._ring)
             held["ring"] = self._ring.nbytes
+            pinned += self._ring.stream.pinned_bytes
             nbytes, busy_ns, waited_ns = self._ring.stream.counters
             flash_bytes, flash_ns, stall_ns = flash_bytes + nbytes, flash_ns + busy_ns, stall_ns + waited_ns
             details |= {
@@ -362,6 +364,7 @@ class CpuExecutor:
                 "flash_reads": reads,
                 "flash_bytes": flash_bytes,
                 "flash_stall_ns": stall_ns,
+                "flash_pinned_bytes": pinned,
                 "flash_reads_from": "a measured curve" if self._options.reads.measured else "defaults",
             }
             flash = (ThreadStatistics(FLASH, -1, flash_ns),)

@@ -32,8 +32,9 @@ SECTOR = 4096
 LEAST_CLUSTERS = 2
 """The neurons of so many clusters have room at least: one is computed while the next one is read."""
 
-PAGE_RECORDS, SLOT_RECORDS = 12, 48
-"""Bytes that the neuron cache keeps of each page, and of each slot that is used (``cython_kernels/neuron_cache.h``)."""
+PAGE_RECORDS, SLOT_RECORDS, PIN_RECORDS = 12, 48, 16
+"""Bytes that the neuron cache keeps of each page, and of each slot that is used (``cython_kernels/neuron_cache.h``); and
+that the kernel keeps of each sector of memory that is pinned for reads (``pi2_flash_register``)."""
 
 FIRST_NEURONS = 1 / 8
 """Of the synthetic ReLU models as much of the neurons is two thirds of what fires; the next eighth is another tenth."""
@@ -106,13 +107,17 @@ def all_neurons(file: ModelFile) -> int:
 def with_records(file: ModelFile, neuron_bytes: int) -> int:
     """What so many bytes of neurons take with the records of their slots."""
     slot = _slot_bytes(file)
-    return neuron_bytes + (neuron_bytes // slot * SLOT_RECORDS if slot else 0)
+    return neuron_bytes + (neuron_bytes // slot * _slot_records(slot) if slot else 0)
 
 
 def without_records(file: ModelFile, room: int) -> int:
     """The most bytes of neurons that take ``room`` with the records of their slots."""
     slot = _slot_bytes(file)
-    return max(0, room) // (slot + SLOT_RECORDS) * slot
+    return max(0, room) // (slot + _slot_records(slot)) * slot
+
+
+def _slot_records(slot: int) -> int:
+    return SLOT_RECORDS + slot // SECTOR * PIN_RECORDS
 
 
 def _slot_bytes(file: ModelFile) -> int:
@@ -195,7 +200,7 @@ def _plan_experts(
     infos = [info for operation in operations for info in operation]
     slot = max(page_bytes(info.type, *info.shape) for info in infos)
     least = max(sum(map(_pages, operation)) for operation in operations) * slot
-    records = (PAGE_RECORDS + SLOT_RECORDS) * sum(map(_pages, infos)) + _page_records(file)
+    records = (PAGE_RECORDS + _slot_records(slot)) * sum(map(_pages, infos)) + _page_records(file)
     least_of_neurons = least_neurons(file) if file.bundles else 0
     most = max(least_of_neurons, int(all_neurons(file) * FIRST_NEURONS))
     records += with_records(file, most) - most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,28 @@ async def test_memory_is_given_back_and_taken_again(pack: Path) -> None:
         await runtime.generate("Once", max_tokens=5, ignore_eos=True)
         await runtime.resize(LARGE)
         assert runtime.statistics().memory["neurons"] == before
+
+
+async def test_memory_for_reads_is_pinned_once_and_follows_the_size(pack: Path) -> None:
+    least, most = sizes(pack)
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if os.geteuid() != 0 and soft < most:
+        pytest.skip(f"this user may pin {soft} bytes of memory (RLIMIT_MEMLOCK), and the model needs {most}")
+
+    def pinned(runtime: pi2rt.Runtime) -> object:
+        return runtime.statistics().actors[0].executor.details["flash_pinned_bytes"]
+
+    async with pi2rt.open_runtime(pack, context=256, memory=LARGE) as runtime:
+        if not str(runtime.statistics().actors[0].executor.details["flash_io"]).startswith("io_uring"):
+            pytest.skip("io_uring is not permitted here")
+        assert pinned(runtime) == runtime.statistics().memory["neurons"]
+        expected = (await runtime.generate("Once", max_tokens=20, ignore_eos=True)).tokens
+        for budget in (least, (least + most) // 2, least, most):
+            await runtime.resize(LARGE - most + budget)
+            assert pinned(runtime) == runtime.statistics().memory["neurons"]
+            assert (await runtime.generate("Once", max_tokens=20, ignore_eos=True)).tokens == expected
+    async with pi2rt.open_runtime(pack, context=256, memory=LARGE, io="preadv") as runtime:
+        assert pinned(runtime) == 0
 
 
 def cache_of(runtime: pi2rt.Runtime) -> NeuronCache:

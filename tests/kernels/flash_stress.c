@@ -94,7 +94,7 @@ static reader open_reader(const char *path, enum pi2_io io, int depth) {
     r.reads[i].to = r.memory + i * (int64_t)MOST_BLOCKS * PI2_FLASH_BLOCK;
     r.free[r.n_free++] = &r.reads[i];
   }
-  if (below(2)) pi2_flash_register(r.flash, r.memory, bytes); /* may fail: it makes no difference to the bytes */
+  if (below(2)) pi2_flash_register(r.flash, r.memory, bytes, bytes, PI2_FLASH_BLOCK); /* may fail: it makes no difference to the bytes */
   return r;
 }
 static void start(reader *r) {
