@@ -31,6 +31,7 @@ class NeuronCache:
     io_reason: str
     address: int
     slots_used: int
+    pinned_bytes: int
     counters: Counters
     def __init__(
         self,

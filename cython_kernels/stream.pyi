@@ -14,6 +14,7 @@ class Stream:
     io_reason: str
     ring_bytes: int
     address: int
+    pinned_bytes: int
     counters: tuple[int, int, int]
     def __init__(
         self,

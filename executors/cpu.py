@@ -308,10 +308,11 @@ class CpuExecutor:
     def statistics(self) -> ExecutorStatistics:
         """``details``: "kernels", the variant that runs. Where anything is read from flash, "flash_bytes" read,
         "flash_reads" of single pages, "flash_stall_ns", for which steps have waited, "flash_io", through what and why,
-        "flash_pinned_bytes" of memory that reads need not pin one by one, and "flash_reads_from": "a measured curve" or "defaults". Where matrices are streamed, "stream_read_bytes" and
-        "stream_reads_at_once". Where neurons ("neuron_") or matrices of experts ("cluster_") are cached, their
-        "hits", "early", "misses" and "evictions" (``neuron_cache.Counters``), "page_bytes", what one read takes at
-        least, and "reads_at_once"; of neurons also "completed", "read_through" and "read_through_bytes"."""
+        "flash_pinned_bytes" of memory that reads need not pin one by one, and "flash_reads_from": "a measured curve"
+        or "defaults". Where matrices are streamed, "stream_read_bytes" and "stream_reads_at_once". Where neurons
+        ("neuron_") or matrices of experts ("cluster_") are cached, their "hits", "early", "misses" and "evictions"
+        (``neuron_cache.Counters``), "page_bytes", what one read takes at least, and "reads_at_once"; of neurons also
+        "completed", "read_through" and "read_through_bytes"."""
         held: dict[str, int] = {}
         if self._weights is not None and self._cache is not None and self._program is not None:
             assert self._options is not None

@@ -33,8 +33,8 @@ LEAST_CLUSTERS = 2
 """The neurons of so many clusters have room at least: one is computed while the next one is read."""
 
 PAGE_RECORDS, SLOT_RECORDS, PIN_RECORDS = 12, 48, 16
-"""Bytes that the neuron cache keeps of each page, and of each slot that is used (``cython_kernels/neuron_cache.h``); and
-that the kernel keeps of each sector of memory that is pinned for reads (``pi2_flash_register``)."""
+"""Bytes that the neuron cache keeps of each page, and of each slot that is used (``cython_kernels/neuron_cache.h``);
+and that the kernel keeps of each sector of memory that is pinned for reads (``pi2_flash_register``)."""
 
 FIRST_NEURONS = 1 / 8
 """Of the synthetic ReLU models as much of the neurons is two thirds of what fires; the next eighth is another tenth."""
