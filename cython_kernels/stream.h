@@ -54,7 +54,7 @@ typedef struct pi2_stream {
 } pi2_stream;
 
 /* Starts the reader. `units` (n >= 1) and `ring` (aligned to PI2_SECTOR) outlive the stream; the ring has room for the units that are used
- * together and the largest beside them.
+ * together and, where they differ in size, the largest beside them.
  * NULL and *error (an errno) on failure. Reading fails with ETIMEDOUT when reads are in flight and none ends for
  * `deadline_ns` (< 0: never). */
 pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, int64_t read_bytes, int depth, uint8_t *ring,

@@ -41,7 +41,8 @@ cdef class Stream:
     """Reads ``units``, (offset, bytes) in ``path`` in the order of their use, round and round into ``ring``.
 
     A native thread begins at once. ``ring`` (address, ``ring_bytes``) is aligned to SECTOR and outlives the stream; it has
-    room for all units that one operation uses, and for the largest beside them, which may not have fitted before its end.
+    room for all units that one operation uses, and, where units differ in size, for the largest beside them, which may not have
+    fitted before its end.
     ``name``: what errors call the file, where that is not ``path``. ``read_bytes``: size of one read, a multiple of SECTOR;
     ``depth``: reads in flight, at most MOST_DEPTH.
     """
@@ -64,7 +65,7 @@ cdef class Stream:
         largest = max(size for _, size in units)
         if any(offset % PI2_SECTOR or size % PI2_SECTOR or size <= 0 for offset, size in units) or ring % PI2_SECTOR:
             raise InternalError("units and ring of a stream are whole sectors")
-        if ring_bytes < 2 * largest or read_bytes <= 0 or read_bytes % PI2_SECTOR or not 1 <= depth <= MOST_DEPTH:
+        if ring_bytes < largest or read_bytes <= 0 or read_bytes % PI2_SECTOR or not 1 <= depth <= MOST_DEPTH:
             raise InternalError(f"a ring of {ring_bytes} bytes for units of {largest}, reads of {read_bytes}, {depth} at once")
         self.units = <pi2_extent *>malloc(self.n * sizeof(pi2_extent))
         if self.units == NULL:
@@ -84,10 +85,11 @@ cdef class Stream:
 
     def check(self, units):
         """Raises InternalError where these units of one operation cannot be in the ring at once."""
-        largest = max(self.units[i].bytes for i in range(self.n))
+        sizes = {self.units[i].bytes for i in range(self.n)}
+        gap = max(sizes) if len(sizes) > 1 else 0
         together = sum(self.units[i].bytes for i in units)
-        if together + largest > self.ring_bytes:
-            raise InternalError(f"a ring of {self.ring_bytes} bytes for {together} used together beside {largest}")
+        if together + gap > self.ring_bytes:
+            raise InternalError(f"a ring of {self.ring_bytes} bytes for {together} used together, and a gap of {gap}")
 
     @property
     def address(self):

@@ -87,10 +87,10 @@ def matrices_in_order(model: ModelDescription) -> Iterator[tuple[str, bool]]:
 
 def least_ring(file: ModelFile, streamed: Collection[str], model: ModelDescription) -> int:
     """Bytes of the smallest ring through which these matrices can pass: those of any operation together, and a gap
-    before the ring's end where the largest did not fit."""
+    before the end where the largest did not fit, which matrices of one size never leave."""
     size = {name: _sectors(file.tensors[name].nbytes) for name in streamed}
     together = max(sum(size.get(name, 0) for name in names) for names, _ in operations_in_order(model))
-    return together + max(size.values())
+    return together + (max(size.values()) if len(set(size.values())) > 1 else 0)
 
 
 def least_neurons(file: ModelFile) -> int:
