@@ -11,7 +11,17 @@ import pytest
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import describe, iterate_tensors
 from pi2rt.planner.convert import convert
-from pi2rt.planner.streaming import AHEAD_UNITS, SECTOR, least_ring, matrices_in_order, plan_streaming
+from pi2rt.planner.streaming import (
+    AHEAD_UNITS,
+    FIRST_NEURONS,
+    SECTOR,
+    all_neurons,
+    least_neurons,
+    least_ring,
+    matrices_in_order,
+    plan_streaming,
+    with_records,
+)
 from tests.support.tiny_models import TinyModel, write_gguf
 
 
@@ -121,3 +131,36 @@ def test_order_is_that_of_the_program(tmp_path: Path) -> None:
             for name, _ in matrices_in_order(describe(file))
         ]
     assert names == ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_gate", "ffn_down"]
+
+
+def test_the_neurons_that_fire_most_come_before_matrices(tmp_path: Path) -> None:
+    """Where gates and all else do not fit, some matrices are streamed, and an eighth of the neurons has room all the
+    same; less only where all matrices are streamed already."""
+    model = TinyModel(
+        "llama",
+        dim=256,
+        hidden=4096,
+        layers=8,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        config={"hidden_act": "drelu"},
+    )
+    convert(write_gguf(tmp_path / "m.gguf", model, weight_type="Q4_0"), tmp_path / "m.pi2")
+    with open_model_file(tmp_path / "m.pi2") as file:
+        description = describe(file)
+        first = int(all_neurons(file) * FIRST_NEURONS)
+        total = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(description))
+        embedding = file.tensors[description.embedding].nbytes
+        ample = plan_streaming(file, description, total - embedding + 2 * with_records(file, first))
+        assert (ample.streamed, ample.read_by_row) == ((), description.embedding)
+        assert ample.neuron_bytes > first
+        short = plan_streaming(file, description, total - embedding + first // 2)
+        assert short.streamed
+        assert short.neuron_bytes >= first - 2 * SECTOR
+        assert short.nbytes <= total - embedding + first // 2
+        least = plan_streaming(file, description, 0)
+        assert least.neuron_bytes == least_neurons(file)
+        little = plan_streaming(file, description, least.nbytes + first // 2)
+        assert set(little.streamed) == set(least.streamed)
+        assert least.neuron_bytes < little.neuron_bytes < first
