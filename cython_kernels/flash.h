@@ -59,9 +59,9 @@ pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *erro
 
 /* Optional: declares that reads will mostly go to the first `bytes` of the `most` at `base`, which io_uring then pins once instead
  * of at each read: in pieces, multiples of `unit`; a read across two of them is pinned by itself. Again, with the same base, most
- * and unit: to more of them, or to fewer, once no read goes to those that are let go. From any thread, one at a time. 0, or an
- * errno with no harm done, and the first pieces may be pinned: EOPNOTSUPP without io_uring or before Linux 5.19, ENOMEM over
- * RLIMIT_MEMLOCK, EBUSY for another base. The memory must live until close. */
+ * and unit: to more of them, or to fewer, once no read goes to those that are let go. The first time before any read; later from
+ * any thread, one at a time. 0, or an errno with no harm done, and the first pieces may be pinned: EOPNOTSUPP without io_uring or
+ * before Linux 5.19, ENOMEM over RLIMIT_MEMLOCK, EBUSY for another base. The memory must live until close. */
 int pi2_flash_register(pi2_flash *f, void *base, int64_t bytes, int64_t most, int64_t unit);
 int64_t pi2_flash_registered(pi2_flash *f); /* bytes that are pinned */
 

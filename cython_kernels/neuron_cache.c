@@ -121,7 +121,7 @@ int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots) {
     if (c->hand >= n_slots) c->hand = 0;
   }
   pthread_mutex_unlock(&c->mutex);
-  if (!left) pin_memory(c);
+  if (!left && pi2_flash_registered(c->flash)) pin_memory(c); /* else it was not permitted */
   return left;
 }
 void pi2_neuron_cache_step(pi2_neuron_cache *c) {
