@@ -169,7 +169,11 @@ int pi2_program_prepare(pi2_program *p) {
       experts = op->n_experts + op->shared > experts ? op->n_experts + op->shared : experts;
       used = op->n_used + op->shared > used ? op->n_used + op->shared : used;
     }
-    for (int j = 0; j < op->n_matrices; j++) p->max_k = op->matrix[j].k > p->max_k ? op->matrix[j].k : p->max_k;
+    for (int j = 0; j < op->n_matrices; j++) {
+      const int64_t k = op->matrix[j].k;
+      p->max_k = k > p->max_k ? k : p->max_k;
+      if ((op->source != PI2_FROM_HIDDEN || op->norm.weight) && k > p->prepared_k) p->prepared_k = k;
+    }
     if (op->kind == PI2_LINEAR) {
       int64_t columns = 0;
       for (int j = 0; j < op->n_matrices; j++) columns += op->matrix[j].rows;
@@ -201,13 +205,13 @@ int pi2_program_prepare(pi2_program *p) {
   p->y = allocate(p, rows * p->y_columns, 4);
   p->attention = allocate(p, rows * p->attention_columns, 4);
   p->hidden_floats = allocate(p, rows * p->hidden, 4);
-  p->prepared = allocate(p, rows * p->max_k, 4);
+  p->prepared = allocate(p, rows * p->prepared_k, 4);
   p->logits = allocate(p, PI2_HEAD_ROWS * p->vocab, 4);
   p->partial = allocate(p, p->max_slots * p->max_heads * p->partial_splits * (p->max_head_dim + 16), 4);
   if (p->rows) ok &= (p->row_tokens = allocate(p, rows, sizeof *p->row_tokens)) != NULL;
   p->slots = calloc((size_t)p->max_slots, sizeof *p->slots);
   p->scratch = calloc((size_t)p->threads, sizeof *p->scratch);
-  ok &= allocate_q8(p, &p->q8_prepared, rows, p->max_k, p->mixed);
+  ok &= allocate_q8(p, &p->q8_prepared, rows, p->prepared_k, p->mixed);
   ok &= allocate_q8(p, &p->q8_attention, rows, p->attention_columns, 0);
   ok &= allocate_q8(p, &p->q8_hidden, rows, p->hidden, p->mixed);
   ok &= p->x && p->y && p->attention && p->hidden_floats && p->prepared && p->logits && p->partial && p->slots &&

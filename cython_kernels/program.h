@@ -180,6 +180,7 @@ typedef struct pi2_program {
   int mixed; /* some operations' are in both forms (pi2_q8) */
   int traced; /* runs may be: there is room for what they record of waiting */
   int64_t dim, vocab, max_rows, max_slots, context, max_k, hidden, y_columns, attention_columns;
+  int64_t prepared_k; /* the largest k of what `prepared` and q8_prepared take: all but hidden values, which have q8_hidden */
   int threads, max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
   pi2_op *ops;
   pi2_rope *ropes;

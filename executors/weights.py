@@ -14,7 +14,6 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import trio
 
 from pi2rt._errors import ModelFormatError
 from pi2rt.cython_kernels import native
@@ -24,6 +23,7 @@ from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.quants import dequantize
 from pi2rt.models import MixtureOfExperts, ModelDescription, iterate_tensors
 from pi2rt.runtime.executor import Progress
+from pi2rt.runtime.own_nursery import open_own_nursery
 from pi2rt.runtime.step import Floats
 
 PIECE_BYTES = 4 << 20
@@ -155,16 +155,13 @@ class Weights:
                 done += size
                 progress(done, total)
 
-        try:
-            async with trio.open_nursery() as nursery:
-                for _ in range(workers):
-                    nursery.start_soon(worker)
-                for first in range(0, len(self._vector_infos), VECTORS_AT_ONCE):
-                    infos = self._vector_infos[first : first + VECTORS_AT_ONCE]
-                    await work(partial(self._load_vectors, infos))
-            native.trim_heap()
-        except* (ModelFormatError, OSError) as group:
-            raise group.exceptions[0] from None  # every worker may have found one: the first tells enough
+        async with open_own_nursery() as nursery:  # every worker may find an error: the first tells enough
+            for _ in range(workers):
+                nursery.start_soon(worker)
+            for first in range(0, len(self._vector_infos), VECTORS_AT_ONCE):
+                infos = self._vector_infos[first : first + VECTORS_AT_ONCE]
+                await work(partial(self._load_vectors, infos))
+        native.trim_heap()
 
     def _write(self, call: Callable[[], None]) -> None:
         """``call`` in a worker thread, which may go on after ``close``: what it writes to stays until it has ended."""

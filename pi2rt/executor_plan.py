@@ -31,8 +31,8 @@ from pi2rt.runtime.step import PAGE_TOKENS
 from pi2rt.runtime.trace import Trace
 from pi2rt.runtime_options import RuntimeOptions
 
-OWN_MEMORY = 14 << 20
-"""Bytes of a memory budget for what is not counted one by one: tokenizer, Python objects, stacks, allocator."""
+OWN_MEMORY = 4 << 20
+"""Bytes of a memory budget for what is not counted one by one: Python objects, stacks, allocator."""
 
 STREAMED_CHUNK = 128
 """Prompt tokens in one step at most where weights are read in every step: reading lies under the computing of so
@@ -104,6 +104,7 @@ def plan_executor(
             slots=chosen.max_sequences,
             kv_type=chosen.kv_type,
             exact_floats=chosen.exact_floats,
+            threads=placement.threads,
         )
 
     tokens, available, own = chosen.step_tokens, available_memory(), 0

@@ -12,7 +12,7 @@ import trio
 
 from pi2rt import catalogue
 from pi2rt._errors import RequestError, UnsupportedModelError
-from pi2rt._own_nursery import open_own_nursery
+from pi2rt.cython_kernels.native import trim_heap
 from pi2rt.engine import (
     Chunk,
     Completion,
@@ -33,6 +33,7 @@ from pi2rt.runtime.assistant import assistant_statistics
 from pi2rt.runtime.channel import ChannelStatistics
 from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress
 from pi2rt.runtime.host_memory import peak_rss_bytes
+from pi2rt.runtime.own_nursery import open_own_nursery
 from pi2rt.runtime.registry import load_executor
 from pi2rt.runtime.step import Floats
 from pi2rt.runtime.topology import CoreClass, parse_core_classes, read_topology
@@ -236,6 +237,9 @@ async def open_runtime(
     with await trio.to_thread.run_sync(open_model_file, path) as file:
         description, info = await trio.to_thread.run_sync(_describe, file, chosen.context)
         lossy = await trio.to_thread.run_sync(load_sparsity, file, chosen)
+        tokenizer = None
+        if chosen.memory is not None:  # a budget is divided once it is known what that takes, up to 100 MB
+            tokenizer = await trio.to_thread.run_sync(_load_tokenizer, file)
         plan = plan_executor(file, description, chosen, info.context, placement, trace)
         executor_options = plan.options
         if lossy is not None:
@@ -301,7 +305,7 @@ async def open_runtime(
         actor = Actor(placement.lead.name, make_executor, open_executor, trace)
         try:
             async with open_own_nursery() as nursery:
-                tokenizer = await _load(nursery, actor, file)
+                tokenizer = await _load(nursery, actor, file, tokenizer)
                 engine = Engine(actor, tokenizer, _engine_options(description, executor_options), trace)
                 runtime = Runtime(engine, actor, tokenizer, info, resize)
                 await nursery.start(runtime._run)
@@ -316,17 +320,26 @@ async def open_runtime(
                     await trio.to_thread.run_sync(trace.write, chosen.trace)
 
 
-async def _load(nursery: trio.Nursery, actor: Actor, file: ModelFile) -> Tokenizer:
-    """Opens the executor, as a task of ``nursery``, and reads the tokenizer meanwhile."""
-    loaded: list[Tokenizer] = []
+async def _load(
+    nursery: trio.Nursery, actor: Actor, file: ModelFile, tokenizer: Tokenizer | None
+) -> Tokenizer:
+    """Opens the executor, as a task of ``nursery``, and reads the tokenizer meanwhile, if it is not there yet."""
+    loaded = [] if tokenizer is None else [tokenizer]
 
     async def read_tokenizer() -> None:
-        loaded.append(await trio.to_thread.run_sync(load_tokenizer, file))
+        loaded.append(await trio.to_thread.run_sync(_load_tokenizer, file))
 
     async with open_own_nursery() as loading:
-        loading.start_soon(read_tokenizer)
+        if not loaded:
+            loading.start_soon(read_tokenizer)
         await nursery.start(actor.run)
     return loaded[0]
+
+
+def _load_tokenizer(file: ModelFile) -> Tokenizer:
+    tokenizer = load_tokenizer(file)
+    trim_heap()
+    return tokenizer
 
 
 def _describe(file: ModelFile, context: int) -> tuple[ModelDescription, ModelInfo]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pi2rt._errors import MemoryBudgetError
 from pi2rt.formats import ModelFile
-from pi2rt.models import Attention, FeedForward, MixtureOfExperts, ModelDescription
+from pi2rt.models import Attention, MixtureOfExperts, ModelDescription, feed_forwards
 from pi2rt.models.tensors import iterate_tensors
 
 KV_BYTES = {"f16": 2.0, "q8": 1.0 + 2 / 32}
@@ -54,6 +54,7 @@ def estimate_need(
     slots: int,
     kv_type: str,
     exact_floats: bool,
+    threads: int,
 ) -> MemoryNeed:
     """Estimates from shapes and the file's table of tensors; reads none of them.
 
@@ -63,26 +64,67 @@ def estimate_need(
         slots: sequences at once, each of which has its logits.
         kv_type: a key of ``KV_BYTES``.
         exact_floats: weights are float32, whatever the file has.
+        threads: that compute.
     """
     names = {name: math.prod(shape) for name, shape in iterate_tensors(model)}
     weights = sum(4 * size if exact_floats else file.tensors[name].nbytes for name, size in names.items())
     if not exact_floats:
         weights += sum(bundles.nbytes for bundles in file.bundles.values())
-    row = widest = 0
+    row = sum(
+        2 * block.n_kv_heads * block.head_dim
+        for layer in model.layers
+        for block in layer.blocks
+        if isinstance(block, Attention)
+    )
+    activations = _activations(file, model, max_tokens, slots, threads)
+    return MemoryNeed(weights, math.ceil(row * page_tokens * KV_BYTES[kv_type]), activations)
+
+
+def _activations(file: ModelFile, model: ModelDescription, rows: int, slots: int, threads: int) -> int:
+    """Bytes that the CPU executor takes for steps of so many tokens (``cython_kernels/program.c``), and for what
+    sampling knows of each sequence."""
+    dim, vocab = model.dim, model.vocab_size
+    columns = attention = hidden = heads = head_dim = experts = used = halves = blocks = 0
+    sparse = False
     for layer in model.layers:
         for block in layer.blocks:
+            blocks += 1
             if isinstance(block, Attention):
-                row += 2 * block.n_kv_heads * block.head_dim
-                widest = max(widest, (2 * block.n_heads + 2 * block.n_kv_heads) * block.head_dim)
+                heads, head_dim = max(heads, block.n_heads), max(head_dim, block.head_dim)
+                attention = max(attention, block.n_heads * block.head_dim)
+                columns = max(columns, (block.n_heads + 2 * block.n_kv_heads) * block.head_dim)
+                halves = max(halves, block.head_dim)
             elif isinstance(block, MixtureOfExperts):
-                # All tokens may choose the same expert: their inputs, its neurons and outputs; and who chose whom.
-                neurons = max(block.hidden, 0 if block.shared is None else block.shared.hidden)
-                widest = max(widest, 5 * neurons // 2 + 2 * model.dim + 2 * (block.n_experts + block.n_used))
-            elif isinstance(block, FeedForward):
-                sparse = block.down.weight in file.bundles  # lists of who fires, and sums of down
-                widest = max(widest, 5 * block.hidden // 2 + sparse * (block.hidden // 2 + model.dim))
-    activations = 4 * (max_tokens * (5 * model.dim + widest) + 2 * slots * model.vocab_size)
-    return MemoryNeed(weights, math.ceil(row * page_tokens * KV_BYTES[kv_type]), activations)
+                experts = max(experts, block.n_experts + (block.shared is not None))
+                used = max(used, block.n_used + (block.shared is not None))
+            for each in feed_forwards(block):
+                hidden = max(hidden, each.hidden)
+                sparse |= each.down.weight in file.bundles
+    columns, prepared = max(columns, dim), max(attention, dim)
+    each_row = 4 * (dim + columns + attention + hidden + prepared) + 8 * halves
+    each_row += _quantized(prepared) + _quantized(attention) + _quantized(hidden)
+    each_row += 8 * (experts + used) + 8 * _RUNS * 4
+    each_thread = _REPLICATED * (_quantized(max(hidden, prepared)) + 4 * max(hidden, prepared))
+    each_thread += _TILE + 64 * (4 * head_dim + 256 + 8 * (head_dim + 2)) + 8 * vocab
+    if sparse:
+        each_row += 2 * hidden + 4 * (dim + 128)
+        each_thread += _REPLICATED * (_quantized(dim) + 8 * dim) + 4 * (dim + 512)
+        each_thread += _REPLICATED * (6 * hidden + 4 * (dim + 128)) // threads + 24 * hidden // threads
+    sequence = 2 * 4 * vocab + 4 * heads * (head_dim + 16) * max(4, model.context_length // 512 + 1)
+    operations = 5 * blocks + 8 * blocks * experts
+    runs = _RUNS * operations * (16 + 24 * threads)
+    return rows * each_row + threads * each_thread + slots * sequence + runs + _LOGITS * 4 * vocab
+
+
+_REPLICATED, _RUNS, _LOGITS = 4, 8, 32
+_TILE = 2 * 32 * (256 + 16) * 4
+"""As in ``cython_kernels/program.h``: rows that every thread prepares by itself, steps in flight, rows of logits at
+once, and bytes of the tiles of a thread."""
+
+
+def _quantized(columns: int) -> int:
+    """Bytes of a row of quantised activations: words, high and low bytes, and of each 32 a scale, a sum, halves."""
+    return 4 * columns + 12 * columns // 32 + 4 * 128
 
 
 def _mib(size: int) -> str:

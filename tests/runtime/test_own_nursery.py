@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from pi2rt._own_nursery import open_own_nursery
+from pi2rt.runtime.own_nursery import open_own_nursery
 
 
 async def fail(error: BaseException) -> None:
