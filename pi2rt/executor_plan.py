@@ -34,6 +34,9 @@ from pi2rt.runtime_options import RuntimeOptions
 OWN_MEMORY = 4 << 20
 """Bytes of a memory budget for what is not counted one by one: Python objects, stacks, allocator."""
 
+TOKEN_BYTES = 640
+"""Of the tokenizer, for each token, at most: 442 of the 32,000 of Llama, 574 of SmolLM2's 49,152."""
+
 STREAMED_CHUNK = 128
 """Prompt tokens in one step at most where weights are read in every step: reading lies under the computing of so
 many already, and what activations of more would take holds weights instead."""
@@ -80,6 +83,11 @@ def _too_small_for_a_change(memory: int, least: int) -> MemoryBudgetError:
     )
 
 
+def tokenizer_bytes(model: ModelDescription) -> int:
+    """An estimate, before it is loaded."""
+    return TOKEN_BYTES * model.vocab_size
+
+
 def plan_executor(
     file: ModelFile,
     description: ModelDescription,
@@ -87,9 +95,14 @@ def plan_executor(
     context: int,
     placement: Placement,
     trace: Trace | None,
+    *,
+    coming: int = 0,
 ) -> ExecutorPlan:
     """What an executor is opened with: as many weights as have room beside a context's keys and values, and as many of
     these as have room beside the weights.
+
+    Args:
+        coming: bytes that will be taken before it is opened, of which an error tells; else they do not count.
 
     Raises:
         MemoryBudgetError: too little; the message says how much would do, and what it is made of.
@@ -125,7 +138,7 @@ def plan_executor(
             packed = None
             if not chosen.exact_floats and not isinstance(file, PackFile):
                 packed = plan_streaming(file, description, 0, as_pack=True)
-            raise _too_small(file, limit, own, need, streaming, each * need.page, packed)
+            raise _too_small(file, limit, own + coming, need, streaming, each * need.page, packed)
     options = ExecutorOptions(
         slots=chosen.max_sequences,
         pages=need.pages(available, each, each * chosen.max_sequences),

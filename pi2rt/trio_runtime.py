@@ -23,7 +23,7 @@ from pi2rt.engine import (
     TokenStream,
 )
 from pi2rt.engine.sampling_params import SamplingKeywords
-from pi2rt.executor_plan import plan_executor
+from pi2rt.executor_plan import plan_executor, tokenizer_bytes
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.model_info import ModelInfo, model_info
 from pi2rt.models import ModelDescription, describe
@@ -238,7 +238,12 @@ async def open_runtime(
         description, info = await trio.to_thread.run_sync(_describe, file, chosen.context)
         lossy = await trio.to_thread.run_sync(load_sparsity, file, chosen)
         tokenizer = None
-        if chosen.memory is not None:  # a budget is divided once it is known what that takes, up to 100 MB
+        if (
+            chosen.memory is not None
+        ):  # a budget is divided once it is known what the tokenizer takes, up to 100 MB
+            plan_executor(
+                file, description, chosen, info.context, placement, trace, coming=tokenizer_bytes(description)
+            )
             tokenizer = await trio.to_thread.run_sync(_load_tokenizer, file)
         plan = plan_executor(file, description, chosen, info.context, placement, trace)
         executor_options = plan.options
