@@ -31,7 +31,7 @@ from pi2rt.runtime.step import PAGE_TOKENS
 from pi2rt.runtime.trace import Trace
 from pi2rt.runtime_options import RuntimeOptions
 
-OWN_MEMORY = 4 << 20
+OWN_MEMORY = 2 << 20
 """Bytes of a memory budget for what is not counted one by one: Python objects, stacks, allocator."""
 
 TOKEN_BYTES = 640

@@ -85,7 +85,7 @@ def _activations(file: ModelFile, model: ModelDescription, rows: int, slots: int
     sampling knows of each sequence."""
     dim, vocab = model.dim, model.vocab_size
     columns = attention = hidden = heads = head_dim = experts = used = halves = blocks = 0
-    sparse = False
+    sparse, whole_downs = False, [0]
     for layer in model.layers:
         for block in layer.blocks:
             blocks += 1
@@ -99,18 +99,22 @@ def _activations(file: ModelFile, model: ModelDescription, rows: int, slots: int
                 used = max(used, block.n_used + (block.shared is not None))
             for each in feed_forwards(block):
                 hidden = max(hidden, each.hidden)
-                sparse |= each.down.weight in file.bundles
+                if each.down.weight in file.bundles:
+                    sparse = True
+                else:
+                    whole_downs.append(each.hidden)
     columns, prepared = max(columns, dim), max(attention, dim)
     each_row = 4 * (dim + columns + attention + hidden + prepared) + 8 * halves
-    each_row += _quantized(prepared) + _quantized(attention) + _quantized(hidden)
+    each_row += _quantized(prepared) + _quantized(attention, words_alone=True) + _quantized(hidden)
     each_row += 8 * (experts + used) + 8 * _RUNS * 4
-    each_thread = _REPLICATED * (_quantized(max(hidden, prepared)) + 4 * max(hidden, prepared))
+    longest = max(prepared, *whole_downs)
+    each_thread = _REPLICATED * (_quantized(longest) + 4 * longest)
     each_thread += _TILE + 64 * (4 * head_dim + 256 + 8 * (head_dim + 2)) + 8 * vocab
     if sparse:
         each_row += 2 * hidden + 4 * (dim + 128)
         each_thread += _REPLICATED * (_quantized(dim) + 8 * dim) + 4 * (dim + 512)
         each_thread += _REPLICATED * (6 * hidden + 4 * (dim + 128)) // threads + 24 * hidden // threads
-    sequence = 2 * 4 * vocab + 4 * heads * (head_dim + 16) * max(4, model.context_length // 512 + 1)
+    sequence = 4 * vocab + 4 * heads * (head_dim + 16) * max(4, model.context_length // 512 + 1)
     operations = 5 * blocks + 8 * blocks * experts
     runs = _RUNS * operations * (16 + 24 * threads)
     return rows * each_row + threads * each_thread + slots * sequence + runs + _LOGITS * 4 * vocab
@@ -122,9 +126,9 @@ _TILE = 2 * 32 * (256 + 16) * 4
 once, and bytes of the tiles of a thread."""
 
 
-def _quantized(columns: int) -> int:
+def _quantized(columns: int, *, words_alone: bool = False) -> int:
     """Bytes of a row of quantised activations: words, high and low bytes, and of each 32 a scale, a sum, halves."""
-    return 4 * columns + 12 * columns // 32 + 4 * 128
+    return (2 if words_alone else 4) * columns + 12 * columns // 32 + 3 * 128
 
 
 def _mib(size: int) -> str:
