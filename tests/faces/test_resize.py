@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 from dataclasses import replace
@@ -80,6 +81,9 @@ async def test_memory_for_reads_is_pinned_once_and_follows_the_size(pack: Path) 
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if os.geteuid() != 0 and soft < most:
         pytest.skip(f"this user may pin {soft} bytes of memory (RLIMIT_MEMLOCK), and the model needs {most}")
+
+    if tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) < (5, 19):
+        pytest.skip(f"Linux {os.uname().release} cannot register memory in pieces (5.19)")
 
     def pinned(runtime: pi2rt.Runtime) -> object:
         return runtime.statistics().actors[0].executor.details["flash_pinned_bytes"]
