@@ -134,9 +134,11 @@ cdef class NeuronCache:
         if flash == NULL:
             raise open_failure(error, io, self.path)
         self.io_reason = (<bytes>pi2_flash_io_reason(flash)).decode()
-        self.cache = pi2_neuron_cache_create(flash, self.regions, self.n_regions, first, slot_bytes, <uint8_t *>memory,
-                                             slots, max(slots, first), depth,
-                                             -1 if deadline is None else <int64_t>(deadline * 1e9), &error)
+        cdef int32_t most = max(slots, first)
+        cdef int64_t deadline_ns = -1 if deadline is None else <int64_t>(deadline * 1e9)
+        with nogil:  # it touches all of the memory, where that is pinned
+            self.cache = pi2_neuron_cache_create(flash, self.regions, self.n_regions, first, slot_bytes, <uint8_t *>memory,
+                                                 slots, most, depth, deadline_ns, &error)
         if self.cache == NULL:
             pi2_flash_close(flash, -1)
             raise OSError(error, os.strerror(error), os.fspath(self.path))

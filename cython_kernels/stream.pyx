@@ -77,8 +77,10 @@ cdef class Stream:
         if flash == NULL:
             raise open_failure(error, io, self.path)
         self.io_reason = (<bytes>pi2_flash_io_reason(flash)).decode()
-        self.stream = pi2_stream_create(flash, self.units, self.n, read_bytes, depth, <uint8_t *>ring, ring_bytes,
-                                        -1 if deadline is None else <int64_t>(deadline * 1e9), &error)
+        cdef int64_t deadline_ns = -1 if deadline is None else <int64_t>(deadline * 1e9)
+        with nogil:  # it touches all of the ring, where that is pinned
+            self.stream = pi2_stream_create(flash, self.units, self.n, read_bytes, depth, <uint8_t *>ring, ring_bytes,
+                                            deadline_ns, &error)
         if self.stream == NULL:
             pi2_flash_close(flash, -1)
             raise OSError(error, os.strerror(error), os.fspath(path))

@@ -35,7 +35,7 @@ OWN_MEMORY = 2 << 20
 """Bytes of a memory budget for what is not counted one by one: Python objects, stacks, allocator."""
 
 TOKEN_BYTES = 640
-"""Of the tokenizer, for each token, at most: 442 of the 32,000 of Llama, 574 of SmolLM2's 49,152."""
+"""Of the tokenizer, for each token, rounded up: 442 of the 32,000 of Llama, 574 of SmolLM2's 49,152."""
 
 STREAMED_CHUNK = 128
 """Prompt tokens in one step at most where weights are read in every step: reading lies under the computing of so
