@@ -64,41 +64,55 @@ static int needs_q8(const pi2_op *op) {
 }
 static int64_t row_blocks(const pi2_matrix *m) { return (m->rows + PI2_ROWS - 1) / PI2_ROWS; }
 
+#define STREAMED_BLOCKS 8 /* that a thread takes of what has just been read */
+
 /* Part of an operation: row blocks [first, last), and rows [row, row + rows) of the step. */
 typedef struct { int64_t first, last; int row, rows; } part;
 
-/* The next part of `blocks` row blocks, times `rows` rows. Rows of one pass: parts along the weights, ever smaller. More:
- * tiles of PI2_TILE_BLOCKS row blocks and a pass of rows, in an order that keeps the weights of a tile in the cache. */
-static int take_part(pi2_run *r, int index, const pi2_worker *w, int rows, int64_t blocks, int64_t k, int step, part *out) {
+/* The next part of `blocks` row blocks, times `rows` rows. Rows of one pass: parts along the weights, ever smaller, or in their
+ * order where they are streamed. More: tiles of row blocks and a pass of rows, in an order that keeps the weights of a
+ * tile in the cache. */
+static int take_part(pi2_run *r, const pi2_op *op, int index, const pi2_worker *w, int rows, int64_t blocks, int64_t k, int step,
+                     part *out) {
   const int pass = pi2_pass_rows(k), passes = (rows + pass - 1) / pass;
   if (passes <= 1) {
     out->row = 0;
     out->rows = rows;
+    if (op->streamed) {
+      out->first = (int64_t)pi2_take(r, index, 1) * STREAMED_BLOCKS;
+      out->last = out->first + STREAMED_BLOCKS < blocks ? out->first + STREAMED_BLOCKS : blocks;
+      return out->first < blocks;
+    }
     if (rows >= PI2_PANEL_ROWS) step = 8; /* of a tile, so that shares stay even */
     return pi2_take_near(r, index, blocks, step, w->index, &out->first, &out->last);
   }
   const int64_t unit = pi2_take(r, index, 1);
-  out->first = unit / passes * PI2_TILE_BLOCKS;
-  out->last = out->first + PI2_TILE_BLOCKS < blocks ? out->first + PI2_TILE_BLOCKS : blocks;
+  out->first = unit / passes * op->tile_blocks;
+  out->last = out->first + op->tile_blocks < blocks ? out->first + op->tile_blocks : blocks;
   out->row = (int)(unit % passes) * pass;
   out->rows = rows - out->row < pass ? rows - out->row : pass;
   return out->first < blocks;
 }
 
-/* Outputs of at most PI2_TILE_BLOCKS row blocks [first, last) of one matrix. */
-static void linear_tile(pi2_run *r, const pi2_op *op, const pi2_matrix *m, int64_t column, int64_t first, int64_t last,
-                        int row, int rows, const pi2_input *in, float *tile) {
+/* Outputs of at most PI2_TILE_BLOCKS row blocks [first, last) of one matrix, which lie in one piece of it. Returns 0 where they
+ * cannot be read. */
+static int linear_tile(pi2_run *r, const pi2_op *op, const pi2_matrix *m, int64_t column, int64_t first, int64_t last,
+                       int row, int rows, const pi2_input *in, const pi2_worker *w) {
   const pi2_program *p = r->program;
+  float *tile = p->scratch[w->index].tile;
+  const int streamed = pi2_is_streamed(m);
+  if (streamed && !pi2_pieces_get(r, m, w, first, last)) return 0;
   const int64_t begin = first * PI2_ROWS, end = last * PI2_ROWS < m->rows ? last * PI2_ROWS : m->rows, width = end - begin;
   pi2_multiply(p, m, first, (int)(last - first), in, row, rows, tile, PI2_TILE_LD);
   for (int c = 0; c < rows; c++) {
     if (m->bias) p->kernels->add(m->bias + begin, tile + c * PI2_TILE_LD, width);
     pi2_put(r, op, row + c, column + begin, tile + c * PI2_TILE_LD, width);
   }
+  if (streamed) pi2_pieces_release(r, m, first, last, rows);
+  return 1;
 }
 
 int pi2_op_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
-  const pi2_program *p = r->program;
   int stopped = 0;
   const int rows = pi2_rows(r, op);
   pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, op->source == PI2_FROM_X ? pi2_row_of(r, op) : NULL, rows,
@@ -106,15 +120,16 @@ int pi2_op_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   if (stopped) return stopped;
   int64_t blocks = 0;
   for (int i = 0; i < op->n_matrices; i++) blocks += row_blocks(&op->matrix[i]);
-  for (part u; take_part(r, index, w, rows, blocks, op->matrix[0].k, 1, &u);) {
+  for (part u; take_part(r, op, index, w, rows, blocks, op->matrix[0].k, 1, &u);) {
     int64_t start = 0, column = 0; /* of the matrix: its first global block, its first output */
     for (int i = 0; i < op->n_matrices; i++) {
       const pi2_matrix *m = &op->matrix[i];
       const int64_t n = row_blocks(m), from = u.first > start ? u.first - start : 0;
       const int64_t to = u.last - start < n ? u.last - start : n;
-      for (int64_t b = from; b < to; b += PI2_TILE_BLOCKS)
-        linear_tile(r, op, m, column, b, b + PI2_TILE_BLOCKS < to ? b + PI2_TILE_BLOCKS : to, u.row, u.rows, &in,
-                    p->scratch[w->index].tile);
+      for (int64_t b = from, end; b < to; b = end) {
+        end = pi2_tile_end(m, b, to);
+        if (!linear_tile(r, op, m, column, b, end, u.row, u.rows, &in, w)) return 0;
+      }
       start += n;
       column += m->rows;
     }
@@ -123,14 +138,17 @@ int pi2_op_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
 }
 
 /* Hidden values of at most PI2_TILE_BLOCKS row blocks, a whole number of 32s: blocks of integers for the down
- * projection. */
-static void ffn_tile(pi2_run *r, const pi2_op *op, int64_t first, int64_t last, int row, int rows, const pi2_input *in,
-                     float *tile) {
+ * projection. Returns 0 where weights cannot be read. */
+static int ffn_tile(pi2_run *r, const pi2_op *op, int64_t first, int64_t last, int row, int rows, const pi2_input *in,
+                    const pi2_worker *w) {
   const pi2_program *p = r->program;
+  float *tile = p->scratch[w->index].tile;
   const pi2_matrix *up = &op->matrix[0], *gate = op->n_matrices > 1 ? &op->matrix[1] : NULL;
   const int count = (int)(last - first);
   const int64_t begin = first * PI2_ROWS, end = last * PI2_ROWS < up->rows ? last * PI2_ROWS : up->rows, width = end - begin;
   float *gate_tile = tile + PI2_TILE_ROWS * PI2_TILE_LD;
+  for (int i = 0; i < op->n_matrices; i++) /* a piece of each, one behind the other in the ring */
+    if (pi2_is_streamed(&op->matrix[i]) && !pi2_pieces_get(r, &op->matrix[i], w, first, last)) return 0;
   if (gate) pi2_multiply(p, gate, first, count, in, row, rows, gate_tile, PI2_TILE_LD);
   pi2_multiply(p, up, first, count, in, row, rows, tile, PI2_TILE_LD);
   for (int c = 0; c < rows; c++) {
@@ -145,19 +163,23 @@ static void ffn_tile(pi2_run *r, const pi2_op *op, int64_t first, int64_t last, 
       memcpy(p->hidden_floats + (row + c) * p->hidden + begin, u, (size_t)width * sizeof *u);
     }
   }
+  for (int i = 0; i < op->n_matrices; i++)
+    if (pi2_is_streamed(&op->matrix[i])) pi2_pieces_release(r, &op->matrix[i], first, last, rows);
+  return 1;
 }
 
 int pi2_op_ffn(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
-  const pi2_program *p = r->program;
   int stopped = 0;
   const int rows = pi2_rows(r, op);
   pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, pi2_row_of(r, op), rows, needs_q8(op), &stopped);
   if (stopped) return stopped;
   const int64_t blocks = row_blocks(&op->matrix[0]);
-  for (part u; take_part(r, index, w, rows, blocks, op->matrix[0].k, 2, &u);)
-    for (int64_t b = u.first; b < u.last; b += PI2_TILE_BLOCKS)
-      ffn_tile(r, op, b, b + PI2_TILE_BLOCKS < u.last ? b + PI2_TILE_BLOCKS : u.last, u.row, u.rows, &in,
-               p->scratch[w->index].tile);
+  const pi2_matrix *streamed = pi2_is_streamed(&op->matrix[0]) ? &op->matrix[0] : &op->matrix[op->n_matrices - 1];
+  for (part u; take_part(r, op, index, w, rows, blocks, op->matrix[0].k, 2, &u);)
+    for (int64_t b = u.first, end; b < u.last; b = end) {
+      end = pi2_tile_end(streamed, b, u.last); /* where both are, their pieces have as many row blocks */
+      if (!ffn_tile(r, op, b, end, u.row, u.rows, &in, w)) return 0;
+    }
   return 0;
 }
 
@@ -185,7 +207,7 @@ int pi2_op_head(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     pi2_input in = pi2_prepare(r, op, index, w, m->k, r->head_row + first, n, needs_q8(op), &stopped);
     if (stopped) return stopped;
     float *tile = p->scratch[w->index].tile;
-    for (part u; take_part(r, index, w, n, blocks, m->k, 1, &u);)
+    for (part u; take_part(r, op, index, w, n, blocks, m->k, 1, &u);)
       for (int64_t b = u.first; b < u.last; b += PI2_TILE_BLOCKS) {
         const int64_t last = b + PI2_TILE_BLOCKS < u.last ? b + PI2_TILE_BLOCKS : u.last;
         const int64_t begin = b * PI2_ROWS, end = last * PI2_ROWS < m->rows ? last * PI2_ROWS : m->rows;

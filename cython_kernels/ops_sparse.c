@@ -95,7 +95,7 @@ static void note_near(const block *k, int64_t first, int64_t end, const uint8_t 
   pi2_neuron_cache_near(k->cache, b->region, from, (int)((end - 1) / b->per_page - from + 1), part);
 }
 
-/* The deciding matrix of a cluster: who fires, for which rows, on which pages. */
+/* The deciding matrix of a cluster: who fires, for which rows, on which pages. Nothing, where it cannot be read. */
 static void gate_cluster(block *k, int c) {
   const pi2_program *p = k->p;
   const pi2_op *op = k->op;
@@ -107,6 +107,9 @@ static void gate_cluster(block *k, int c) {
   uint8_t wanted[PI2_CLUSTER] = {0};
   float near[PI2_CLUSTER] = {0};
   const int weigh = k->rows <= PI2_REPLICATED && k->cache->n_slots < k->cache->n_pages && by_sign(op);
+  const int streamed = op->n_matrices && pi2_is_streamed(m);
+  const int64_t end_block = (end + PI2_ROWS - 1) / PI2_ROWS;
+  if (streamed && !pi2_pieces_get(k->r, m, k->w, first / PI2_ROWS, end_block)) return;
   for (int row = 0; row < k->rows; row += pass) {
     const int rows = k->rows - row < pass ? k->rows - row : pass;
     for (int i = 0; i < rows; i++) k->s->n_active[(row + i) * k->s->n_clusters + c] = 0;
@@ -130,6 +133,7 @@ static void gate_cluster(block *k, int c) {
       }
     }
   }
+  if (streamed) pi2_pieces_release(k->r, m, first / PI2_ROWS, end_block, k->rows);
   if (weigh) note_near(k, first, end, wanted, near);
   pi2_cluster *cluster = &k->s->clusters[c];
   cluster->n_pages = pages_of(b, first, end, wanted, cluster->pages), cluster->asked = 0;

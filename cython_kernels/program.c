@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static void *allocate(pi2_program *p, int64_t count, size_t size) {
+void *pi2_allocate(pi2_program *p, int64_t count, size_t size) {
   int64_t bytes = pi2_align(count * (int64_t)size + 64, 64);
   p->activation_bytes += bytes;
   return aligned_alloc(64, (size_t)bytes); /* touched on use: the first large batch pays, not the start */
@@ -16,15 +16,15 @@ static int64_t stride(int64_t bytes) {
 static int allocate_q8(pi2_program *p, pi2_q8 *q, int64_t rows, int64_t k, int mixed) {
   q->ldq = stride(k << p->wide);
   q->ldb = k / PI2_BLOCK;
-  q->q = allocate(p, rows * q->ldq, 1);
+  q->q = pi2_allocate(p, rows * q->ldq, 1);
   if (mixed) {
     q->ldh = stride(k);
-    if (!(q->high = allocate(p, 2 * rows * q->ldh, 1))) return 0;
+    if (!(q->high = pi2_allocate(p, 2 * rows * q->ldh, 1))) return 0;
     q->low = q->high + rows * q->ldh;
   }
-  q->d = allocate(p, rows * q->ldb, 4);
-  q->s = allocate(p, rows * q->ldb, 4);
-  q->h = allocate(p, rows * q->ldb * 2, 2);
+  q->d = pi2_allocate(p, rows * q->ldb, 4);
+  q->s = pi2_allocate(p, rows * q->ldb, 4);
+  q->h = pi2_allocate(p, rows * q->ldb * 2, 2);
   return q->q && q->d && q->s && q->h;
 }
 static void free_q8(pi2_q8 *q) { free(q->q); free(q->high); free(q->d); free(q->s); free(q->h); }
@@ -35,24 +35,24 @@ static int prepare_run(pi2_program *p, pi2_run *r) {
   const int64_t pages = p->context / PI2_PAGE + 1;
   r->program = p;
   r->done = 1;
-  r->token = allocate(p, p->max_rows, 4);
-  r->position = allocate(p, p->max_rows, 4);
-  r->slice_of = allocate(p, p->max_rows, 4);
-  r->head_row = allocate(p, p->max_rows, 4);
-  r->prefill_row = allocate(p, p->max_rows, 4);
-  r->slices = allocate(p, p->max_slots, sizeof(pi2_slice));
-  r->pages = allocate(p, p->max_slots * pages, 4);
-  r->targets = allocate(p, p->max_rows, 4);
-  r->scores = allocate(p, p->max_rows, 4);
-  r->cursors = allocate(p, 4 * cursors(p), 4);
-  r->shares = allocate(p, p->threads * p->share_stride, 8);
-  r->splits_left = allocate(p, p->max_slots * p->max_kv_heads, 4);
-  r->busy = allocate(p, p->threads, 8);
-  r->op_begin = allocate(p, (int64_t)p->threads * p->n_ops, 8);
-  r->op_end = allocate(p, (int64_t)p->threads * p->n_ops, 8);
+  r->token = pi2_allocate(p, p->max_rows, 4);
+  r->position = pi2_allocate(p, p->max_rows, 4);
+  r->slice_of = pi2_allocate(p, p->max_rows, 4);
+  r->head_row = pi2_allocate(p, p->max_rows, 4);
+  r->prefill_row = pi2_allocate(p, p->max_rows, 4);
+  r->slices = pi2_allocate(p, p->max_slots, sizeof(pi2_slice));
+  r->pages = pi2_allocate(p, p->max_slots * pages, 4);
+  r->targets = pi2_allocate(p, p->max_rows, 4);
+  r->scores = pi2_allocate(p, p->max_rows, 4);
+  r->cursors = pi2_allocate(p, 4 * cursors(p), 4);
+  r->shares = pi2_allocate(p, p->threads * p->share_stride, 8);
+  r->splits_left = pi2_allocate(p, p->max_slots * p->max_kv_heads, 4);
+  r->busy = pi2_allocate(p, p->threads, 8);
+  r->op_begin = pi2_allocate(p, (int64_t)p->threads * p->n_ops, 8);
+  r->op_end = pi2_allocate(p, (int64_t)p->threads * p->n_ops, 8);
   if (p->traced && p->neurons) {
-    r->waits = allocate(p, (int64_t)p->threads * PI2_WAITS, sizeof *r->waits);
-    r->n_waits = allocate(p, p->threads, sizeof *r->n_waits);
+    r->waits = pi2_allocate(p, (int64_t)p->threads * PI2_WAITS, sizeof *r->waits);
+    r->n_waits = pi2_allocate(p, p->threads, sizeof *r->n_waits);
     if (!r->waits || !r->n_waits) return 0;
   }
   return r->token && r->position && r->slice_of && r->head_row && r->prefill_row && r->slices && r->pages &&
@@ -74,13 +74,13 @@ static pi2_sparse *new_sparse(pi2_program *p, int64_t rows, float *values) {
   s->stride = pi2_align(p->dim, 128);
   s->n_ranges = (int32_t)(s->stride / 128 < 2 * p->threads ? s->stride / 128 : 2 * p->threads);
   if (s->n_ranges > PI2_RANGES) s->n_ranges = PI2_RANGES;
-  s->clusters = allocate(p, s->n_clusters, sizeof *s->clusters);
-  s->active = allocate(p, rows * p->hidden, sizeof *s->active);
-  s->n_active = allocate(p, rows * s->n_clusters, sizeof *s->n_active);
-  s->pages = allocate(p, p->hidden, sizeof *s->pages);
-  s->places = allocate(p, p->hidden, sizeof *s->places);
-  s->values = values ? values : allocate(p, rows * p->hidden, sizeof *s->values);
-  s->sums = allocate(p, rows * s->stride, sizeof *s->sums);
+  s->clusters = pi2_allocate(p, s->n_clusters, sizeof *s->clusters);
+  s->active = pi2_allocate(p, rows * p->hidden, sizeof *s->active);
+  s->n_active = pi2_allocate(p, rows * s->n_clusters, sizeof *s->n_active);
+  s->pages = pi2_allocate(p, p->hidden, sizeof *s->pages);
+  s->places = pi2_allocate(p, p->hidden, sizeof *s->places);
+  s->values = values ? values : pi2_allocate(p, rows * p->hidden, sizeof *s->values);
+  s->sums = pi2_allocate(p, rows * s->stride, sizeof *s->sums);
   if (s->clusters && s->active && s->n_active && s->pages && s->places && s->values && s->sums) {
     for (int c = 0; c < s->n_clusters; c++) s->clusters[c] = (pi2_cluster){.pages = s->pages + c * PI2_CLUSTER};
     pi2_sparse_reset(s);
@@ -104,11 +104,11 @@ static int prepare_sparse(pi2_program *p) {
   }
   for (int t = 0; t < p->threads; t++) {
     pi2_scratch *scratch = &p->scratch[t];
-    scratch->ahead_floats = allocate(p, 2 * PI2_REPLICATED * p->dim, sizeof *scratch->ahead_floats);
+    scratch->ahead_floats = pi2_allocate(p, 2 * PI2_REPLICATED * p->dim, sizeof *scratch->ahead_floats);
     if (!scratch->ahead_floats || !allocate_q8(p, &scratch->ahead, PI2_REPLICATED, p->dim, p->mixed)) return 0;
-    scratch->arranged = allocate(p, pi2_align(p->dim, 512), sizeof *scratch->arranged);
-    scratch->arranged_d = allocate(p, pi2_align(p->dim, 512) / PI2_BLOCK, sizeof *scratch->arranged_d);
-    scratch->arranged_s = allocate(p, pi2_align(p->dim, 512) / PI2_BLOCK, sizeof *scratch->arranged_s);
+    scratch->arranged = pi2_allocate(p, pi2_align(p->dim, 512), sizeof *scratch->arranged);
+    scratch->arranged_d = pi2_allocate(p, pi2_align(p->dim, 512) / PI2_BLOCK, sizeof *scratch->arranged_d);
+    scratch->arranged_s = pi2_allocate(p, pi2_align(p->dim, 512) / PI2_BLOCK, sizeof *scratch->arranged_s);
     if (!scratch->arranged || !scratch->arranged_d || !scratch->arranged_s) return 0;
   }
   return 1;
@@ -117,11 +117,11 @@ static int prepare_sparse(pi2_program *p) {
 static int prepare_routing(pi2_program *p, int64_t experts, int64_t used) {
   pi2_routing *g = &p->routing;
   g->n_experts = (int)experts;
-  g->count = allocate(p, experts, sizeof *g->count);
-  g->row = allocate(p, experts * p->max_rows, sizeof *g->row);
-  g->weight = allocate(p, experts * p->max_rows, sizeof *g->weight);
-  g->chosen = allocate(p, p->max_rows * used, sizeof *g->chosen);
-  g->share = allocate(p, p->max_rows * used, sizeof *g->share);
+  g->count = pi2_allocate(p, experts, sizeof *g->count);
+  g->row = pi2_allocate(p, experts * p->max_rows, sizeof *g->row);
+  g->weight = pi2_allocate(p, experts * p->max_rows, sizeof *g->weight);
+  g->chosen = pi2_allocate(p, p->max_rows * used, sizeof *g->chosen);
+  g->share = pi2_allocate(p, p->max_rows * used, sizeof *g->share);
   return g->count && g->row && g->weight && g->chosen && g->share;
 }
 /* Where the pages of an operation's matrices lie, while it runs. */
@@ -129,8 +129,8 @@ static int prepare_pages(pi2_program *p) {
   if (!p->clusters) return 1;
   for (int i = 0; i < p->clusters->n_regions; i++)
     p->max_pages = p->clusters->regions[i].pages > p->max_pages ? p->clusters->regions[i].pages : p->max_pages;
-  p->page_table = allocate(p, PI2_MATRICES * p->max_pages, sizeof *p->page_table);
-  p->page_numbers = allocate(p, p->max_pages, sizeof *p->page_numbers);
+  p->page_table = pi2_allocate(p, PI2_MATRICES * p->max_pages, sizeof *p->page_table);
+  p->page_numbers = pi2_allocate(p, p->max_pages, sizeof *p->page_numbers);
   if (!p->page_table || !p->page_numbers) return 0;
   for (int64_t i = 0; i < p->max_pages; i++) p->page_numbers[i] = (int32_t)i;
   for (int i = 0; i < p->n_ops; i++)
@@ -164,6 +164,7 @@ int pi2_program_prepare(pi2_program *p) {
   int ok = 1;
   for (int i = 0; i < p->n_ops; i++) {
     const pi2_op *op = &p->ops[i];
+    p->ops[i].tile_blocks = PI2_TILE_BLOCKS;
     if (op->sink == PI2_MIX_INTO_Y) p->y_columns = p->dim > p->y_columns ? p->dim : p->y_columns;
     if (op->kind == PI2_ROUTE) {
       experts = op->n_experts + op->shared > experts ? op->n_experts + op->shared : experts;
@@ -193,22 +194,22 @@ int pi2_program_prepare(pi2_program *p) {
     }
   }
   for (int i = 0; i < p->n_ropes; i++) {
-    p->ropes[i].cosine = allocate(p, rows * p->ropes[i].half, 4);
-    p->ropes[i].sine = allocate(p, rows * p->ropes[i].half, 4);
+    p->ropes[i].cosine = pi2_allocate(p, rows * p->ropes[i].half, 4);
+    p->ropes[i].sine = pi2_allocate(p, rows * p->ropes[i].half, 4);
     ok &= p->ropes[i].cosine && p->ropes[i].sine;
   }
   find_tail(p);
   if (experts) ok &= prepare_routing(p, experts, used);
   ok &= prepare_pages(p);
   p->partial_splits = p->context > 4 * PI2_LARGEST_SPLIT ? p->context / PI2_LARGEST_SPLIT + 1 : 4;
-  p->x = allocate(p, rows * p->dim, 4);
-  p->y = allocate(p, rows * p->y_columns, 4);
-  p->attention = allocate(p, rows * p->attention_columns, 4);
-  p->hidden_floats = allocate(p, rows * p->hidden, 4);
-  p->prepared = allocate(p, rows * p->prepared_k, 4);
-  p->logits = allocate(p, PI2_HEAD_ROWS * p->vocab, 4);
-  p->partial = allocate(p, p->max_slots * p->max_heads * p->partial_splits * (p->max_head_dim + 16), 4);
-  if (p->rows) ok &= (p->row_tokens = allocate(p, rows, sizeof *p->row_tokens)) != NULL;
+  p->x = pi2_allocate(p, rows * p->dim, 4);
+  p->y = pi2_allocate(p, rows * p->y_columns, 4);
+  p->attention = pi2_allocate(p, rows * p->attention_columns, 4);
+  p->hidden_floats = pi2_allocate(p, rows * p->hidden, 4);
+  p->prepared = pi2_allocate(p, rows * p->prepared_k, 4);
+  p->logits = pi2_allocate(p, PI2_HEAD_ROWS * p->vocab, 4);
+  p->partial = pi2_allocate(p, p->max_slots * p->max_heads * p->partial_splits * (p->max_head_dim + 16), 4);
+  if (p->rows) ok &= (p->row_tokens = pi2_allocate(p, rows, sizeof *p->row_tokens)) != NULL;
   p->slots = calloc((size_t)p->max_slots, sizeof *p->slots);
   p->scratch = calloc((size_t)p->threads, sizeof *p->scratch);
   ok &= allocate_q8(p, &p->q8_prepared, rows, p->prepared_k, p->mixed);
@@ -221,15 +222,16 @@ int pi2_program_prepare(pi2_program *p) {
   for (int t = 0; t < p->threads; t++) {
     pi2_scratch *s = &p->scratch[t];
     ok &= allocate_q8(p, &s->q8, PI2_REPLICATED, p->max_k, p->mixed);
-    s->floats = allocate(p, PI2_REPLICATED * p->max_k, 4);
-    s->tile = allocate(p, 2 * PI2_TILE_ROWS * PI2_TILE_LD, 4);
-    s->queries = allocate(p, vectors * p->max_head_dim, 4);
-    s->scores = allocate(p, vectors * PI2_PAGE, 4);
-    s->acc = allocate(p, vectors * (p->max_head_dim + 2), 4);
-    s->acc2 = allocate(p, vectors * (p->max_head_dim + 2), 4);
-    s->candidates = allocate(p, p->vocab, sizeof(pi2_candidate));
+    s->floats = pi2_allocate(p, PI2_REPLICATED * p->max_k, 4);
+    s->tile = pi2_allocate(p, 2 * PI2_TILE_ROWS * PI2_TILE_LD, 4);
+    s->queries = pi2_allocate(p, vectors * p->max_head_dim, 4);
+    s->scores = pi2_allocate(p, vectors * PI2_PAGE, 4);
+    s->acc = pi2_allocate(p, vectors * (p->max_head_dim + 2), 4);
+    s->acc2 = pi2_allocate(p, vectors * (p->max_head_dim + 2), 4);
+    s->candidates = pi2_allocate(p, p->vocab, sizeof(pi2_candidate));
     ok &= s->floats && s->tile && s->queries && s->scores && s->acc && s->acc2 && s->candidates;
   }
+  ok &= pi2_pieces_prepare(p);
   p->share_stride = pi2_align(cursors(p), 8);
   for (int i = 0; i < PI2_QUEUE; i++) ok &= prepare_run(p, &p->runs[i]);
   if (p->neurons) ok &= prepare_sparse(p);
@@ -251,6 +253,7 @@ void pi2_program_free(pi2_program *p) {
     pi2_scratch *s = &p->scratch[t];
     free_q8(&s->q8);
     free(s->floats); free(s->tile); free(s->queries); free(s->scores); free(s->acc); free(s->acc2); free(s->candidates);
+    free((void *)s->pieces);
     free(s->arranged); free(s->arranged_d); free(s->arranged_s);
     free(s->ahead_floats); free_q8(&s->ahead);
   }
@@ -261,7 +264,7 @@ void pi2_program_free(pi2_program *p) {
   free_q8(&p->q8_hidden);
   free(p->x); free(p->y); free(p->attention); free(p->hidden_floats); free(p->prepared); free(p->logits);
   free(p->routing.count); free(p->routing.row); free(p->routing.weight); free(p->routing.chosen); free(p->routing.share);
-  free((void *)p->page_table); free(p->page_numbers);
+  free((void *)p->page_table); free(p->page_numbers); free(p->piece_blocks); free((void *)p->piece_left);
   free(p->partial); free(p->row_tokens); free(p->slots); free(p->scratch); free(p->ops); free(p->ropes);
 }
 
@@ -385,25 +388,11 @@ static void op_add(pi2_run *r, const pi2_op *op, int index) {
   }
 }
 
-/* Waits for the streamed matrices of an operation and fills in where they lie. Returns 0 when reading has failed or the run
- * was stopped, which every thread learns alike. */
-static int fetch(pi2_run *r, pi2_op *op, pi2_worker *w) {
-  pi2_stream *s = r->program->stream;
-  const int64_t begin = pi2_now_ns();
-  for (int i = 0; i < op->n_matrices; i++) {
-    if (op->matrix[i].data) continue;
-    op->matrix[i].data = pi2_stream_get(s, r->base + (uint64_t)op->matrix[i].unit, w->gang->spin_ns, &r->stop);
-    if (!op->matrix[i].data) return 0;
-  }
-  if (w->index == 0) atomic_fetch_add_explicit(&s->stall_ns, pi2_now_ns() - begin, memory_order_relaxed);
-  return 1;
-}
-
 int pi2_run_job(void *context, pi2_worker *w) {
   pi2_run *r = context;
   pi2_program *p = r->program;
   if (w->index == 0) { /* before the others can be at work: kernel time never exceeds the run's */
-    if (p->stream) r->base = pi2_stream_begin(p->stream);
+    if (p->stream) pi2_pieces_begin(r);
     if (p->neurons) pi2_neuron_cache_step(p->neurons), r->before = pi2_neuron_cache_counts(p->neurons);
     if (p->clusters) pi2_neuron_cache_step(p->clusters), r->cluster_bytes = -atomic_load(&p->clusters->bytes);
     r->begin_ns = pi2_now_ns();
@@ -425,11 +414,8 @@ int pi2_run_job(void *context, pi2_worker *w) {
     if (op->streamed) {
       streamed = *op;
       op = &streamed;
-      if (!fetch(r, &streamed, w)) {
-        if (w->index == 0) r->error = atomic_load(&p->stream->error);
-        stopped = 1;
-        break;
-      }
+      for (int j = 0; j < op->n_matrices; j++)
+        if (pi2_is_streamed(&op->matrix[j])) streamed.matrix[j].page = p->scratch[w->index].pieces + j * p->max_pieces;
     }
     if (op->paged && (stopped = pi2_pages_get(r, op, w))) break;
     const uint64_t begin = pi2_ticks();
@@ -461,7 +447,6 @@ int pi2_run_job(void *context, pi2_worker *w) {
       if (op->expert >= 0 && r->n_rows > PI2_REPLICATED && !stopped) stopped = pi2_barrier(w); /* but for this case */
     }
     if (op->paged && w->index == 0 && !stopped) pi2_pages_release(p, op);
-    if (op->streamed && w->index == 0 && !stopped) pi2_stream_release(p->stream, r->base + (uint64_t)op->last_unit);
   }
   r->busy[w->index] = busy;
   if (w->index == 0) {

@@ -30,12 +30,12 @@
 typedef struct {
   int type;
   int64_t rows, k;
-  const uint8_t *data; /* row blocks; NULL: streamed or in pages, and known only while its operation runs */
+  const uint8_t *data; /* row blocks; NULL: in pages or streamed in pieces, and known only while its operation runs */
   const float *bias;   /* (rows) or NULL */
-  int unit;            /* of the stream, where streamed */
+  int unit, stride;    /* of the stream, where streamed: its first piece, and from each to its next */
   int region;          /* of the clusters, where data is NULL and this not -1: the matrix of an expert, in pages */
-  int64_t page_blocks; /* row blocks of a page */
-  const uint8_t **page; /* where each page lies */
+  int64_t page_blocks; /* row blocks of a page or piece */
+  const uint8_t **page; /* where each page or piece lies */
 } pi2_matrix;
 
 typedef struct { /* weight NULL: no norm */
@@ -60,7 +60,7 @@ typedef struct {
   pi2_norm norm;
   int source, sink, n_matrices;
   pi2_matrix matrix[PI2_MATRICES]; /* LINEAR: outputs one after the other. FFN: up, gate. HEAD, SPARSE: one */
-  int streamed, last_unit; /* how many of its matrices are, and the last one's unit */
+  int streamed, tile_blocks; /* how many of its matrices are; row blocks that all rows meet before the next ones do */
   int paged;               /* how many of its matrices are */
   int expert;              /* whose rows it works on; -1: all rows */
   int head_only;           /* works on rows that need logits alone: nothing reads what others would become */
@@ -156,6 +156,7 @@ typedef struct { /* one thread's own */
   pi2_candidate *candidates;
   int16_t *arranged; /* activations in the order of single neurons' rows, and their scales */
   float *arranged_d, *arranged_s;
+  const uint8_t **pieces; /* (PI2_MATRICES, max_pieces) of the running operation, where they have arrived */
   pi2_q8 ahead;     /* (PI2_REPLICATED, dim) what the next sparse block may be computed on */
   float *ahead_floats; /* the same; behind it what a predictor's first matrix makes of it */
   uint64_t waited;  /* ticks in the running operation */
@@ -172,6 +173,9 @@ typedef struct pi2_program {
   const uint8_t **page_table; /* (PI2_MATRICES, max_pages) of the running operation */
   int32_t *page_numbers;      /* (max_pages) 0, 1, ... */
   int64_t max_pages;
+  int64_t *piece_blocks;         /* (units of the stream) row blocks of each */
+  _Atomic int64_t *piece_left;   /* of these, times rows, those that the running step has not computed with yet */
+  int64_t max_pieces;
   int tail; /* the last attention, if of what follows it nothing is streamed or in pages: a step without logits ends there; else -1 */
   int64_t share_stride;       /* cursors of an operation and of further tiles of the head, in cache lines */
   pi2_routing routing;
@@ -202,6 +206,7 @@ typedef struct pi2_program {
 /* Allocates buffers for the ops in place. Returns 0, or -1 out of memory. The program owns ops' and ropes' arrays from
  * then on, not the weights. */
 int pi2_program_prepare(pi2_program *p);
+void *pi2_allocate(pi2_program *p, int64_t count, size_t size); /* counted as activations */
 void pi2_program_free(pi2_program *p);
 
 /* A run to fill (rows, slices), then post. NULL when PI2_QUEUE are unfinished. */
@@ -226,6 +231,22 @@ int pi2_op_head(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 void pi2_largest(const float *value, int n, int wanted, int32_t *chosen); /* of equal ones those that come first */
 int pi2_pages_get(pi2_run *run, const pi2_op *op, pi2_worker *w);
 void pi2_pages_release(const pi2_program *p, const pi2_op *op);
+
+/* ops_streamed.c: pieces of matrices that pass through a ring. */
+static inline int pi2_is_streamed(const pi2_matrix *m) { return !m->data && m->region < 0; }
+int pi2_pieces_prepare(pi2_program *p); /* returns 0 out of memory */
+void pi2_pieces_begin(pi2_run *run);    /* thread 0 */
+/* Waits for those with row blocks [first, last); only then m may be multiplied by these. Returns 0 when reading has failed or the
+ * run was stopped: the operation ends, and its closing barrier tells the other threads. */
+int pi2_pieces_get(pi2_run *run, const pi2_matrix *m, const pi2_worker *w, int64_t first, int64_t last);
+/* These row blocks have met `rows` more rows of the step. */
+void pi2_pieces_release(pi2_run *run, const pi2_matrix *m, int64_t first, int64_t last, int rows);
+/* Where the tile that begins at row block `from` of a matrix ends, before `to`: it lies in one piece. */
+static inline int64_t pi2_tile_end(const pi2_matrix *m, int64_t from, int64_t to) {
+  int64_t end = from + PI2_TILE_BLOCKS < to ? from + PI2_TILE_BLOCKS : to;
+  if (pi2_is_streamed(m) && (from / m->page_blocks + 1) * m->page_blocks < end) end = (from / m->page_blocks + 1) * m->page_blocks;
+  return end;
+}
 
 /* What the sparse block that runs next works on: one that follows another begins while the places of that one are put in
  * order, so they take turns where there are two. */

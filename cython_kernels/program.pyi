@@ -33,7 +33,7 @@ class Matrix:
         address: int,
         bias: Floats | None = None,
         *,
-        unit: int = -1,
+        piece: tuple[int, int] | None = None,
         region: int = -1,
         page_blocks: int = 0,
     ) -> None: ...

@@ -78,7 +78,7 @@ cdef extern from "program.h" nogil:
         int64_t rows, k
         const uint8_t *data
         const float *bias
-        int unit, region
+        int unit, stride, region
         int64_t page_blocks
     ctypedef struct pi2_norm:
         const float *weight
@@ -92,7 +92,7 @@ cdef extern from "program.h" nogil:
         pi2_norm norm
         int source, sink, n_matrices
         pi2_matrix matrix[3]
-        int streamed, last_unit, paged, expert, n_experts, n_used, normalized, shared
+        int streamed, paged, expert, n_experts, n_used, normalized, shared
         int64_t weight_bytes
         int activation, up_activation, q8_in, q8_out, mixed, mixed_down
         const pi2_bundles *bundles
@@ -200,18 +200,20 @@ cdef class Gang:
 
 
 cdef class Matrix:
-    """Row blocks of a weight matrix: ``address`` stays valid as long as the program lives; 0: it is unit ``unit`` of the
-    program's stream, or region ``region`` of its clusters, in pages of ``page_blocks`` row blocks."""
+    """Row blocks of a weight matrix: ``address`` stays valid as long as the program lives; 0: it lies in parts of
+    ``page_blocks`` row blocks, which are pages of region ``region`` of the program's clusters, or units of its stream:
+    ``piece``, the first one's number and from each to the next. Neither: its rows are read by themselves (``embed``)."""
 
     cdef pi2_matrix m
     cdef object bias
 
-    def __init__(self, int type_id, int64_t rows, int64_t k, uintptr_t address, bias=None, *, int unit=-1, int region=-1,
+    def __init__(self, int type_id, int64_t rows, int64_t k, uintptr_t address, bias=None, *, piece=None, int region=-1,
                  int64_t page_blocks=0):
         cdef const float[::1] b
-        if address == 0 and unit < 0 and (region < 0 or page_blocks < 1):
-            raise InternalError("a matrix is in memory, a unit of a stream or a region of the clusters")
-        self.m.unit, self.m.region, self.m.page_blocks = unit, region, page_blocks
+        if (piece is not None or region >= 0) != (page_blocks > 0) or (piece is not None and region >= 0):
+            raise InternalError("a matrix lies in pieces of a stream, or in pages of a region")
+        self.m.unit, self.m.stride = piece or (-1, 0)
+        self.m.region, self.m.page_blocks = region, page_blocks
         self.m.type, self.m.rows, self.m.k, self.m.data = type_id, rows, k, <const uint8_t *>address
         self.m.bias = NULL
         self.bias = bias
@@ -347,6 +349,8 @@ cdef class Program:
 
     cdef int set_matrices(self, pi2_op *op, matrices) except -1:
         cdef Matrix m
+        cdef int pieces
+        units = []
         for i, matrix in enumerate(matrices):
             m = matrix
             op.matrix[i] = m.m
@@ -355,11 +359,11 @@ cdef class Program:
                     raise InternalError(f"a matrix of region {m.m.region} is in no cache")
                 op.paged += 1
             elif m.m.data == NULL:
-                if self.stream is None or not self.next_unit <= m.m.unit < self.stream.n:
-                    raise InternalError(f"unit {m.m.unit} is not the stream's, or out of order")
-                self.next_unit = m.m.unit + 1
+                if self.stream is None or m.m.page_blocks < 1 or op.expert >= 0:
+                    raise InternalError("a matrix that is not in memory, and cannot be streamed")
+                pieces = <int>(((m.m.rows + PI2_ROWS - 1) // PI2_ROWS + m.m.page_blocks - 1) // m.m.page_blocks)
+                units += range(m.m.unit, m.m.unit + pieces * m.m.stride, m.m.stride)
                 op.streamed += 1
-                op.last_unit = m.m.unit
             self.keep.append(m)
             nbytes = (m.m.rows + PI2_ROWS - 1) // PI2_ROWS * pi2_row_block_bytes(m.m.type, m.m.k)
             self.weight_bytes += nbytes
@@ -367,7 +371,13 @@ cdef class Program:
             op.weight_bytes += nbytes
         op.n_matrices = <int>len(matrices)
         if op.streamed:
-            self.stream.check(range(op.last_unit + 1 - op.streamed, op.last_unit + 1))
+            if sorted(units) != list(range(self.next_unit, self.next_unit + len(units))):
+                raise InternalError(f"pieces {min(units)} to {max(units)} are not those that follow {self.next_unit - 1}")
+            self.next_unit += <int>len(units)
+            at_once = op.streamed if op.kind == PI2_FFN else min(op.streamed, 2)  # of a tile that begins in q, and ends in k
+            if op.kind == PI2_SPARSE:  # gates of a cluster, wherever it begins
+                at_once = <int>((PI2_CLUSTER // PI2_ROWS + op.matrix[0].page_blocks - 1) // op.matrix[0].page_blocks) + 1
+            self.stream.check(units, at_once)
         return 0
 
     def rope(self, frequencies, bint interleaved, float magnitude):

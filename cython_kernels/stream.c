@@ -33,8 +33,7 @@ static pi2_placed *placed(pi2_stream *s, uint64_t position) { return &s->placed[
 static const pi2_extent *unit(const pi2_stream *s, uint64_t position) { return &s->units[position % (uint64_t)s->n]; }
 
 /* Frees what is released and no read writes to any more. */
-static void advance_tail(pi2_stream *s) {
-  const uint64_t released = atomic_load(&s->released);
+static void advance_tail(pi2_stream *s, uint64_t released) {
   while (s->tail < s->next && s->tail < released && !placed(s, s->tail)->pending) s->tail++;
   if (s->tail == s->next && s->tail < released) { /* a lap that nobody wants: go on where the next begins */
     s->tail = s->next = released;
@@ -64,12 +63,12 @@ static int place(pi2_stream *s) {
   s->next++;
   return 1;
 }
-/* Hands reads to flash, oldest unit first, until `depth` are in flight or the ring is full. */
-static void submit(pi2_stream *s) {
+/* Hands reads to flash, oldest unit first, until `depth` are in flight. Returns 0 where the ring is full before. */
+static int submit(pi2_stream *s) {
   uint64_t position = s->tail;
   while (s->n_spare && !atomic_load(&s->error)) {
     while (position < s->next && placed(s, position)->submitted == unit(s, position)->bytes) position++;
-    if (position == s->next && !place(s)) return;
+    if (position == s->next && !place(s)) return 0;
     pi2_placed *p = placed(s, position);
     const pi2_extent *u = unit(s, position);
     if (position < atomic_load(&s->released)) { /* not wanted any more: only its reads in flight are waited for */
@@ -89,6 +88,17 @@ static void submit(pi2_stream *s) {
       fail(s, EIO);
     }
   }
+  return 1;
+}
+/* Submits what there is room for. */
+static void advance(pi2_stream *s) {
+  for (;;) {
+    const uint64_t released = atomic_load(&s->released);
+    advance_tail(s, released);
+    if (submit(s)) return;
+    atomic_store(&s->full, 1);
+    if (atomic_load(&s->released) == released) return; /* who releases from now on sees that it is full */
+  }
 }
 static void finish(pi2_stream *s, pi2_read *r) {
   const uint64_t position = (uint64_t)(uintptr_t)r->user;
@@ -101,13 +111,15 @@ static void finish(pi2_stream *s, pi2_read *r) {
   if (!p->pending && p->submitted == unit(s, position)->bytes)
     atomic_store_explicit(&p->end_ns, pi2_now_ns(), memory_order_relaxed);
 }
-/* Tells what has arrived: of this thread alone, but that a run which is stopped may shut it at any time. */
+/* Tells what has arrived. */
 static void advance_ready(pi2_stream *s) {
-  uint64_t before = atomic_load(&s->ready);
-  if (before & PI2_STREAM_SHUT || atomic_load(&s->error)) return; /* every thread must see the same */
+  const uint64_t before = atomic_load(&s->ready);
   uint64_t ready = before > s->tail ? before : s->tail; /* below the tail nothing is wanted */
+  if (atomic_load(&s->error)) return;
   while (ready < s->next && !placed(s, ready)->pending && placed(s, ready)->submitted == unit(s, ready)->bytes) ready++;
-  if (ready != before && atomic_compare_exchange_strong(&s->ready, &before, ready)) tell_ready(s);
+  if (ready == before) return;
+  atomic_store(&s->ready, ready);
+  tell_ready(s);
 }
 static void *reader_main(void *argument) {
   pi2_stream *s = argument;
@@ -116,8 +128,7 @@ static void *reader_main(void *argument) {
   pi2_flash_begin_reader("pi2rt/flash");
   while (!atomic_load(&s->closing)) {
     const uint32_t word = atomic_load(&s->work_word);
-    advance_tail(s);
-    submit(s);
+    advance(s);
     advance_ready(s);
     if (s->n_spare == s->depth) { /* nothing in flight: the ring is full, or reading has failed */
       since = 0;
@@ -179,24 +190,18 @@ int64_t pi2_stream_destroy(pi2_stream *s) {
 
 uint64_t pi2_stream_begin(pi2_stream *s) {
   const uint64_t first = s->laps++ * (uint64_t)s->n;
-  const int shut = (atomic_fetch_and(&s->ready, ~PI2_STREAM_SHUT) & PI2_STREAM_SHUT) != 0;
-  if (atomic_load(&s->released) < first) atomic_store(&s->released, first);
-  else if (!shut) return first;
+  if (atomic_load(&s->released) >= first) return first;
+  atomic_store(&s->released, first);
   wake_reader(s);
   return first;
 }
 const uint8_t *pi2_stream_get(pi2_stream *s, uint64_t position, int64_t spin_ns, const _Atomic int *stop) {
   int64_t deadline = 0;
-  for (uint32_t i = 1;; i++) {
-    const uint64_t ready = atomic_load_explicit(&s->ready, memory_order_acquire);
-    if ((ready & ~PI2_STREAM_SHUT) > position) return placed(s, position)->at;
-    if (ready & PI2_STREAM_SHUT || atomic_load_explicit(&s->error, memory_order_acquire)) break;
+  for (uint32_t i = 1; atomic_load_explicit(&s->ready, memory_order_acquire) <= position; i++) {
+    if (atomic_load_explicit(&s->error, memory_order_acquire)) return NULL;
     if (i % 16 == 0) pi2_pause();
     if (i % 256) continue;
-    if (atomic_load(stop)) {
-      if (!(atomic_fetch_or(&s->ready, PI2_STREAM_SHUT) & PI2_STREAM_SHUT)) tell_ready(s);
-      continue; /* it may have arrived just before */
-    }
+    if (atomic_load(stop)) return NULL;
     const int64_t now = pi2_now_ns();
     if (!deadline) deadline = now + spin_ns;
     else if (now > deadline) {
@@ -206,10 +211,10 @@ const uint8_t *pi2_stream_get(pi2_stream *s, uint64_t position, int64_t spin_ns,
       atomic_fetch_sub(&s->sleepers, 1);
     }
   }
-  /* Arrived before the end counts: so every thread gives the same answer. */
-  return (atomic_load(&s->ready) & ~PI2_STREAM_SHUT) > position ? placed(s, position)->at : NULL;
+  return placed(s, position)->at + unit(s, position)->skip;
 }
-void pi2_stream_release(pi2_stream *s, uint64_t position) {
-  atomic_store(&s->released, position + 1);
-  wake_reader(s);
+int pi2_stream_release(pi2_stream *s, uint64_t position, uint64_t end) {
+  if (!atomic_compare_exchange_strong(&s->released, &position, end)) return 0;
+  if (atomic_exchange(&s->full, 0)) wake_reader(s);
+  return 1;
 }

@@ -1,8 +1,8 @@
 /* The streaming segment: weights that do not fit, read in the order in which a program uses them, round and round.
  *
  * A dense model needs every weight in every step, so a cache of the recently used ones would always miss. Here one thread
- * reads ahead into a ring: unit after unit (a unit is one matrix), over the end of a step into the next, until the ring is
- * full. The threads of the gang wait for a unit where they need it and release it behind the barrier that ends its use.
+ * reads ahead into a ring: unit after unit (a unit is a piece of a matrix), over the end of a step into the next, until the
+ * ring is full. The threads of the gang wait for a unit where they need it, and release units in their order.
  *
  * Positions count units for ever: position p is unit p mod n of lap p div n, and a run uses one lap. A run that was
  * stopped leaves the rest of its lap unread: the next one begins at its own. */
@@ -14,9 +14,11 @@
 
 #include "flash.h"
 
-typedef struct { int64_t offset, bytes; } pi2_extent; /* in the file; multiples of PI2_SECTOR */
 #define PI2_SECTOR 4096
-#define PI2_STREAM_SHUT (UINT64_C(1) << 63) /* in `ready`: a run that was stopped gets nothing more */
+typedef struct {
+  int64_t offset, bytes; /* in the file; multiples of PI2_SECTOR */
+  int64_t skip;          /* of these, bytes before the unit */
+} pi2_extent;
 
 typedef struct { /* a unit on its way or in the ring */
   uint8_t *at;
@@ -42,11 +44,12 @@ typedef struct pi2_stream {
   int n_spare;
   /* shared */
   _Alignas(64) _Atomic uint32_t ready_word; /* futex: changes when `ready` or `error` does */
-  _Atomic uint64_t ready;                   /* positions below it have arrived; with PI2_STREAM_SHUT it stays as it is */
+  _Atomic uint64_t ready;                   /* positions below it have arrived */
   _Atomic int error;                        /* sticky: nothing arrives any more */
   _Atomic int sleepers;
   _Alignas(64) _Atomic uint64_t released;   /* positions below it are not needed */
   _Atomic uint32_t work_word;               /* futex: the reader has something to look at */
+  _Atomic int full;                         /* the reader had no room for the next unit: a release is news to it */
   _Atomic int closing;
   _Atomic int64_t bytes, busy_ns;           /* read; time with a read in flight */
   _Atomic int64_t stall_ns;                 /* that thread 0 has waited for units */
@@ -64,9 +67,10 @@ int64_t pi2_stream_destroy(pi2_stream *s);
 
 /* Thread 0 of a run, before the others look: the position of its first unit. What earlier runs left is dropped. */
 uint64_t pi2_stream_begin(pi2_stream *s);
-/* Waits for a position and returns its address; NULL once reading has failed, or `stop` was set before it arrived. The same
- * answer for every thread, also where it is stopped at the moment of arrival. */
+/* Waits for a position and returns the unit's address; NULL once reading has failed, or where `stop` is set before it has
+ * arrived. */
 const uint8_t *pi2_stream_get(pi2_stream *s, uint64_t position, int64_t spin_ns, const _Atomic int *stop);
-/* Thread 0, behind the barrier after the last use. */
-void pi2_stream_release(pi2_stream *s, uint64_t position);
+/* No thread needs the units of [position, end) any more, and before `position` all are released. Returns 0, and does nothing,
+ * where another thread has released the one at `position`. */
+int pi2_stream_release(pi2_stream *s, uint64_t position, uint64_t end);
 #endif

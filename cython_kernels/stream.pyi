@@ -19,7 +19,7 @@ class Stream:
     def __init__(
         self,
         path: str,
-        units: Sequence[tuple[int, int]],
+        units: Sequence[tuple[int, int, int]],
         ring: int,
         ring_bytes: int,
         *,
@@ -29,6 +29,6 @@ class Stream:
         depth: int = 8,
         deadline: float | None = None,
     ) -> None: ...
-    def check(self, units: Sequence[int]) -> None: ...
+    def check(self, units: Sequence[int], at_once: int) -> None: ...
     def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
     def close(self) -> int: ...

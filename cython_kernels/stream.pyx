@@ -21,7 +21,7 @@ cdef extern from "flash.h" nogil:
 cdef extern from "stream.h" nogil:
     enum: PI2_SECTOR
     ctypedef struct pi2_extent:
-        int64_t offset, bytes
+        int64_t offset, bytes, skip
     ctypedef struct pi2_placed:
         int64_t begin_ns, end_ns
     ctypedef struct pi2_stream:
@@ -38,10 +38,11 @@ MOST_DEPTH = 64
 
 
 cdef class Stream:
-    """Reads ``units``, (offset, bytes) in ``path`` in the order of their use, round and round into ``ring``.
+    """Reads ``units``, (offset, bytes, skip) in ``path`` in the order of their use, round and round into ``ring``. Offset and
+    bytes are whole sectors, of which the first ``skip`` bytes are not the unit's.
 
     A native thread begins at once. ``ring`` (address, ``ring_bytes``) is aligned to SECTOR and outlives the stream; it has
-    room for all units that one operation uses, and, where units differ in size, for the largest beside them, which may not have
+    room for units that are used together, and, where units differ in size, for the largest beside them, which may not have
     fitted before its end.
     ``name``: what errors call the file, where that is not ``path``. ``read_bytes``: size of one read, a multiple of SECTOR;
     ``depth``: reads in flight, at most MOST_DEPTH.
@@ -62,16 +63,16 @@ cdef class Stream:
         cdef int backend = IO[io]
         self.path, self.n, self.ring_bytes = path if name is None else name, <int>len(units), ring_bytes
         self.deadline = deadline
-        largest = max(size for _, size in units)
-        if any(offset % PI2_SECTOR or size % PI2_SECTOR or size <= 0 for offset, size in units) or ring % PI2_SECTOR:
+        largest = max(size for _, size, _ in units)
+        if any(offset % PI2_SECTOR or size % PI2_SECTOR or not 0 <= skip < size for offset, size, skip in units) or ring % PI2_SECTOR:
             raise InternalError("units and ring of a stream are whole sectors")
         if ring_bytes < largest or read_bytes <= 0 or read_bytes % PI2_SECTOR or not 1 <= depth <= MOST_DEPTH:
             raise InternalError(f"a ring of {ring_bytes} bytes for units of {largest}, reads of {read_bytes}, {depth} at once")
         self.units = <pi2_extent *>malloc(self.n * sizeof(pi2_extent))
         if self.units == NULL:
             raise MemoryError("stream")
-        for i, (offset, size) in enumerate(units):
-            self.units[i].offset, self.units[i].bytes = offset, size
+        for i, (offset, size, skip) in enumerate(units):
+            self.units[i].offset, self.units[i].bytes, self.units[i].skip = offset, size, skip
         with nogil:  # it reads: a device may not answer
             flash = pi2_flash_open(file, backend, depth, &error)
         if flash == NULL:
@@ -85,11 +86,11 @@ cdef class Stream:
             pi2_flash_close(flash, -1)
             raise OSError(error, os.strerror(error), os.fspath(path))
 
-    def check(self, units):
-        """Raises InternalError where these units of one operation cannot be in the ring at once."""
+    def check(self, units, int at_once):
+        """Raises InternalError where so many of these units, one behind the other, cannot be in the ring."""
         sizes = {self.units[i].bytes for i in range(self.n)}
         gap = max(sizes) if len(sizes) > 1 else 0
-        together = sum(self.units[i].bytes for i in units)
+        together = at_once * max(self.units[i].bytes for i in units)
         if together + gap > self.ring_bytes:
             raise InternalError(f"a ring of {self.ring_bytes} bytes for {together} used together, and a gap of {gap}")
 

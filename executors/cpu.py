@@ -98,6 +98,7 @@ class CpuExecutor:
             model,
             exact_floats=options.exact_floats,
             streamed=options.streamed,
+            piece_bytes=options.reads.stream_bytes,
             paged=options.paged,
             read_by_row=options.read_by_row,
         )
@@ -109,10 +110,10 @@ class CpuExecutor:
                 "weights", lambda: EmbeddingRows(file, name, options.read_deadline), EmbeddingRows.close
             )
         if options.streamed:
-            extents, ring_bytes, io = self._weights.extents, options.ring_bytes, options.io
+            pieces, ring_bytes, io = self._weights.pieces.pieces, options.ring_bytes, options.io
             deadline = options.read_deadline
             self._ring = await reads.run(
-                "weights", lambda: Ring(file, extents, ring_bytes, io, deadline, options.reads), Ring.close
+                "weights", lambda: Ring(file, pieces, ring_bytes, io, deadline, options.reads), Ring.close
             )
         layouts, page_bytes = cache_layouts(model, kv_type(options))
         self._cache = native.Memory(max(1, options.pages * page_bytes))
@@ -252,7 +253,8 @@ class CpuExecutor:
             read = end > np.maximum(begin, self._traced_reads)
             if read.any():
                 track = self._options.trace.track(FLASH, "reads")
-                reads = tuple(name for name, new in zip(self._options.streamed, read, strict=True) if new)
+                pieces = zip(self._ring.pieces, read, strict=True)
+                reads = tuple(piece.matrix for piece, new in pieces if new)
                 self._options.trace.extend_native(track, reads, begin[read], end[read])
                 self._traced_reads = int(end[read].max())
 

@@ -243,14 +243,16 @@ class ProgramBuilder:
         bias = None if linear.bias is None else self._weights.vectors[linear.bias]
         paged = None if self._clusters is None else self._clusters.matrices.get(linear.weight)
         region, page_blocks = (-1, 0) if paged is None else paged
-        absent = packed.address == 0 and paged is None
+        streamed = self._weights.pieces.matrices.get(linear.weight)
+        if streamed is not None:
+            page_blocks = streamed.blocks
         return program.Matrix(
             native.TYPE_IDS[packed.type],
             packed.rows,
             packed.columns,
             packed.address,
             bias,
-            unit=self._weights.units.get(linear.weight, 0) if absent else -1,
+            piece=None if streamed is None else (streamed.first, streamed.stride),
             region=region,
             page_blocks=page_blocks,
         )

@@ -9,6 +9,7 @@ from pi2rt.cython_kernels import native
 from pi2rt.cython_kernels.stream import Stream
 from pi2rt.executors.late_reads import give_back
 from pi2rt.formats import ModelFile
+from pi2rt.models.stream_pieces import Piece
 from pi2rt.runtime.flash_reads import FlashReads
 
 
@@ -17,7 +18,7 @@ class Ring:
 
     Args:
         file: a pack; stays open as long as this.
-        extents: (offset, bytes) of the streamed matrices, in the order of their use.
+        pieces: of the streamed matrices, in the order of their use.
         nbytes: of memory; see ``Stream``.
         io: "auto", "uring" or "preadv".
         deadline: seconds; see ``Stream``.
@@ -27,18 +28,18 @@ class Ring:
     def __init__(
         self,
         file: ModelFile,
-        extents: Sequence[tuple[int, int]],
+        pieces: Sequence[Piece],
         nbytes: int,
         io: str,
         deadline: float | None,
         reads: FlashReads,
     ) -> None:
-        self.nbytes, self.reads = nbytes, reads
+        self.nbytes, self.reads, self.pieces = nbytes, reads, pieces
         self._memory = native.Memory(nbytes)
         try:
             self.stream = Stream(
                 file.held_path,
-                extents,
+                [(piece.offset, piece.bytes, piece.skip) for piece in pieces],
                 self._memory.address,
                 nbytes,
                 name=os.fspath(file.path),

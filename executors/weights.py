@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from pi2rt._errors import ModelFormatError
 from pi2rt.cython_kernels import native
-from pi2rt.cython_kernels.stream import SECTOR
 from pi2rt.executors.late_reads import LateReads
 from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.quants import dequantize
 from pi2rt.models import MixtureOfExperts, ModelDescription, iterate_tensors
+from pi2rt.models.stream_pieces import cut
 from pi2rt.runtime.executor import Progress
 from pi2rt.runtime.own_nursery import open_own_nursery
 from pi2rt.runtime.step import Floats
@@ -47,7 +47,7 @@ class Weights:
     """Every tensor a description names: matrices as row blocks, vectors as float32.
 
     ``exact_floats``: matrices become float32, dequantised as the format says. Not loaded, with address 0, are
-    ``streamed``: matrices that are read in every step, units of a stream, in this order; ``paged``: those that are read
+    ``streamed``: matrices that are read in every step, in ``pieces`` of ``piece_bytes``; ``paged``: those that are read
     when an expert is chosen; ``read_by_row``: one more.
 
     ``scales``: of matrices whose neurons a pack stores one by one, type and address; ``dim``: of the model.
@@ -60,6 +60,7 @@ class Weights:
         *,
         exact_floats: bool,
         streamed: Sequence[str] = (),
+        piece_bytes: int = 1 << 20,
         paged: Sequence[str] = (),
         read_by_row: str | None = None,
     ) -> None:
@@ -70,7 +71,7 @@ class Weights:
             replace(info, shape=(1, model.dim)) if info.name in routers else info
             for info in (file.tensors[name] for name, _ in iterate_tensors(model))
         ]
-        self.units = {name: unit for unit, name in enumerate(streamed)}
+        self.pieces = cut(file, model, frozenset(streamed), piece_bytes)
         absent = {*streamed, *paged, read_by_row}
         matrices = [info for info in infos if len(info.shape) == 2 and info.name not in absent]
         self._matrix_infos = [info for info in matrices if info.layout != "neurons"]
@@ -96,9 +97,6 @@ class Weights:
         for info in self._scale_infos:
             self.scales[info.name] = (info.type, address)
             address += -(-info.nbytes // 64) * 64
-        self.extents: list[
-            tuple[int, int]
-        ] = []  # of the streamed ones in the file, (offset, bytes), whole sectors
         if read_by_row is not None:
             info = file.tensors[read_by_row]
             rows, columns = info.shape
@@ -107,9 +105,6 @@ class Weights:
             info = file.tensors[name]
             rows, columns = info.shape
             self.matrices[name] = PackedMatrix(info.type, rows, columns, 0)
-        for name in streamed:
-            info = file.tensors[name]
-            self.extents.append((info.offset, -(-info.nbytes // SECTOR) * SECTOR))
 
     def _type(self, info: TensorInfo) -> str:
         return "F32" if self._exact_floats else info.type
@@ -214,7 +209,7 @@ class Weights:
             if info.layout == "blocks16" and not self._exact_floats:
                 at = packed.address - self._memory.address + start
                 self._file.read_into(info, start, self._memory.view()[at : at + size].data)
-                if self.units:  # memory is short
+                if self.pieces.pieces:  # memory is short
                     self._file.forget(info, start, size)
                 continue
             raw = buffer[:size]

@@ -71,7 +71,7 @@ class ExecutorPlan:
                 raise _too_small_for_a_change(memory, beside + with_records(file, least))
             return replace(now, neuron_bytes=neurons)
         room = max(0, min(memory, available_memory() + rss_bytes()) - self.beside)
-        streaming = plan_streaming(file, description, room, self.chosen.cache_bytes)
+        streaming = plan_streaming(file, description, room, self.chosen.cache_bytes, reads=now.reads)
         if streaming.nbytes > room:
             raise _too_small_for_a_change(memory, self.beside + streaming.nbytes)
         return _with(streaming, now)
@@ -123,6 +123,7 @@ def plan_executor(
     tokens, available, own = chosen.step_tokens, available_memory(), 0
     need, streaming = need_of(tokens), StreamingPlan()
     each = -(-context // PAGE_TOKENS)
+    reads = replace(_reads(file, chosen.io), neuron_gap=chosen.read_through_bytes)
     if chosen.memory is not None:
         own = rss_bytes() + OWN_MEMORY + chosen.read_through_bytes  # where gaps go
         limit = min(available + own, chosen.memory_bytes)
@@ -132,12 +133,12 @@ def plan_executor(
                 tokens = min(tokens, max(STREAMED_CHUNK, chosen.max_sequences))
                 need = need_of(tokens)
             room = available - need.activations - each * need.page
-            streaming = plan_streaming(file, description, room, chosen.cache_bytes)
+            streaming = plan_streaming(file, description, room, chosen.cache_bytes, reads=reads)
             need = replace(need, weights=streaming.nbytes)
         if own + need.weights + need.activations + each * need.page > limit:
             packed = None
             if not chosen.exact_floats and not isinstance(file, PackFile):
-                packed = plan_streaming(file, description, 0, as_pack=True)
+                packed = plan_streaming(file, description, 0, reads=reads, as_pack=True)
             raise _too_small(file, limit, own + coming, need, streaming, each * need.page, packed)
     options = ExecutorOptions(
         slots=chosen.max_sequences,
@@ -155,7 +156,7 @@ def plan_executor(
         read_deadline=chosen.read_deadline,
         pipeline=chosen.pipeline,
         two_phase=chosen.two_phase,
-        reads=replace(_reads(file, chosen.io), neuron_gap=chosen.read_through_bytes),
+        reads=reads,
         trace=trace,
     )
     beside = own + need.activations + options.pages * need.page

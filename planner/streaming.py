@@ -2,10 +2,10 @@
 
 A dense model uses every weight once per token, in the same order: whatever is not in memory has to be read again
 for each step, and which matrices those are changes nothing but the rhythm. So they are spread evenly over the
-layers: reading then never pauses for long, and the reads lie under the computing of the layers between. Those that
-make the ring smallest go first: one of each feed-forward operation, and the small ones; attention follows where that is
-not enough. An embedding that is
-not the output head as well goes before all: of it, a step reads one row for each token.
+layers: reading then never pauses for long, and the reads lie under the computing of the layers between. Feed-forward
+ones go first; attention follows where these are not enough, and with its small matrices makes up what a large one would
+exceed. All pass through a ring in pieces of one read (``pi2rt/models/stream_pieces.py``), so that it holds what is on
+its way. An embedding that is not the output head as well goes before all: of it, a step reads one row for each token.
 
 A block whose neurons a pack stores one by one (``formats/neuron_bundles.py``) needs few of them for a token: what its
 gate lets through. Gates and scales stay, and the room that is left is a cache of neurons. Where that leaves less than
@@ -19,13 +19,17 @@ cache. Where experts have neurons of their own beside them (their gates are thos
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pi2rt.cython_kernels.program import CLUSTER
 from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.row_blocks import ROWS, page_blocks, page_bytes
-from pi2rt.models import Attention, FeedForward, MixtureOfExperts, ModelDescription, iterate_tensors
+from pi2rt.models import MixtureOfExperts, ModelDescription, iterate_tensors
+from pi2rt.models.stream_pieces import cut, matrices_in_order
+from pi2rt.runtime.flash_reads import FlashReads
+
+DEFAULT_READS = FlashReads()
 
 SECTOR = 4096
 """Reads and the places in the ring are whole sectors."""
@@ -40,9 +44,10 @@ and that the kernel keeps of each sector of memory that is pinned for reads (``p
 FIRST_NEURONS = 1 / 8
 """Of the synthetic ReLU models as much of the neurons is two thirds of what fires; the next eighth is another tenth."""
 
-AHEAD_UNITS = 1
-"""Matrices of the largest size for which the ring has room beside those of one operation and a gap at its end: what
-is on its way while that operation computes."""
+
+AHEAD_SHARE, LEAST_AHEAD = 16, 2
+"""What the ring has room for beside the pieces that are computed: as many reads as may be in flight, but a sixteenth of
+what a step reads at most, for so many bytes more are read then; and two reads at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,34 +69,6 @@ class StreamingPlan:
     @property
     def nbytes(self) -> int:
         return self.resident_bytes + self.ring_bytes + self.neuron_bytes + self.cluster_bytes
-
-
-def operations_in_order(model: ModelDescription) -> Iterator[tuple[tuple[str, ...], bool]]:
-    """(names, whether of a feed-forward block) of the matrices that one operation of a step uses together, in the
-    order in which a step runs them, without the output head."""
-    for layer in model.layers:
-        for block in layer.blocks:
-            if isinstance(block, Attention):
-                yield (block.q.weight, block.k.weight, block.v.weight), False
-                yield (block.out.weight,), False
-            elif isinstance(block, FeedForward):
-                yield tuple(each.weight for each in (block.up, block.gate) if each is not None), True
-                yield (block.down.weight,), True
-
-
-def matrices_in_order(model: ModelDescription) -> Iterator[tuple[str, bool]]:
-    """(name, whether of a feed-forward block) of each layer's matrices, in the order in which a step uses
-    them."""
-    for names, feed_forward in operations_in_order(model):
-        yield from ((name, feed_forward) for name in names)
-
-
-def least_ring(file: ModelFile, streamed: Collection[str], model: ModelDescription) -> int:
-    """Bytes of the smallest ring through which these matrices can pass: those of any operation together, and a gap
-    before the end where the largest did not fit, which matrices of one size never leave."""
-    size = {name: _sectors(file.tensors[name].nbytes) for name in streamed}
-    together = max(sum(size.get(name, 0) for name in names) for names, _ in operations_in_order(model))
-    return together + (max(size.values()) if len(set(size.values())) > 1 else 0)
 
 
 def least_neurons(file: ModelFile) -> int:
@@ -154,7 +131,13 @@ def _pages(info: TensorInfo) -> int:
 
 
 def plan_streaming(
-    file: ModelFile, model: ModelDescription, room: int, cache: int | None = None, *, as_pack: bool = False
+    file: ModelFile,
+    model: ModelDescription,
+    room: int,
+    cache: int | None = None,
+    *,
+    reads: FlashReads = DEFAULT_READS,
+    as_pack: bool = False,
 ) -> StreamingPlan:
     """Divides the weights so that those in memory and the ring take ``room`` bytes at most; or as few as can be,
     with every layer streamed, where not even that is enough. Where the file's matrices do not lie as they are used,
@@ -162,13 +145,14 @@ def plan_streaming(
 
     Args:
         cache: bytes for neurons at most; None: all that is left.
+        reads: how much of what is streamed is read at once.
         as_pack: what could be done if the file were a pack without bundles.
     """
     experts = [infos for infos in expert_operations(file, model, as_pack=as_pack) if infos]
     if not file.bundles:
-        plan = _plan_matrices(file, model, room, as_pack=as_pack)
+        plan = _plan_matrices(file, model, room, reads, as_pack=as_pack)
         if experts and plan.nbytes > room:
-            return _plan_experts(file, model, room, cache, experts, as_pack=as_pack)
+            return _plan_experts(file, model, room, cache, experts, reads, as_pack=as_pack)
         return plan
     total, neurons = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model)), all_neurons(file)
     everything = total + with_records(file, neurons) + _page_records(file)
@@ -177,10 +161,10 @@ def plan_streaming(
     least = least_neurons(file)
     records = _page_records(file)
     first = max(least, int(min(neurons * FIRST_NEURONS, neurons if cache is None else cache)))
-    plan = _plan_matrices(file, model, room - with_records(file, first) - records, spare=True)
+    plan = _plan_matrices(file, model, room - with_records(file, first) - records, reads, spare=True)
     left = without_records(file, room - records - plan.nbytes)
     if experts and plan.streamed:
-        return _plan_experts(file, model, room, cache, experts)
+        return _plan_experts(file, model, room, cache, experts, reads)
     left = max(least, left)
     if cache is not None:
         left = max(least, min(left, cache))
@@ -194,6 +178,7 @@ def _plan_experts(
     room: int,
     cache: int | None,
     operations: list[tuple[TensorInfo, ...]],
+    reads: FlashReads,
     *,
     as_pack: bool = False,
 ) -> StreamingPlan:
@@ -207,7 +192,7 @@ def _plan_experts(
     records += with_records(file, most) - most
     absent = sum(info.nbytes for info in infos)
     room_of_rest = room - least - least_of_neurons - records
-    plan = _plan_matrices(file, model, room_of_rest, spare=True, as_pack=as_pack, absent=absent)
+    plan = _plan_matrices(file, model, room_of_rest, reads, spare=True, as_pack=as_pack, absent=absent)
     left = room - records - plan.nbytes
     neurons = int(min(most, left / 2))
     neurons = max(least_of_neurons, min(neurons, left if cache is None else cache)) // SECTOR * SECTOR
@@ -224,6 +209,7 @@ def _plan_matrices(
     file: ModelFile,
     model: ModelDescription,
     room: int,
+    reads: FlashReads,
     *,
     spare: bool = False,
     as_pack: bool = False,
@@ -232,11 +218,7 @@ def _plan_matrices(
     """Without neurons. ``spare``: memory is short even where these matrices fit, so rows of the embedding are read one
     by one. ``absent``: bytes of matrices that have a place elsewhere."""
     total = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(model)) - absent
-    operations = [
-        ([info for name in names if (info := file.tensors[name]).layout != "neurons"], feed_forward)
-        for names, feed_forward in operations_in_order(model)
-    ]
-    order = [info for infos, _ in operations for info in infos]
+    order = [info for name, _ in matrices_in_order(model) if (info := file.tensors[name]).layout != "neurons"]
     streamable = as_pack or all(info.layout == "blocks16" for info in order)
     if (total <= room and not spare) or not streamable:
         return StreamingPlan(resident_bytes=total)
@@ -246,69 +228,52 @@ def _plan_matrices(
         total -= file.tensors[embedding].nbytes
     if total <= room:
         return StreamingPlan(read_by_row=embedding, resident_bytes=total)
-    best: tuple[int, int, list[TensorInfo]] | None = None
-    for eligible in _eligible(operations):
-        ring = least_ring(file, [info.name for info in eligible], model)
-        ring += AHEAD_UNITS * max(_sectors(info.nbytes) for info in eligible)
-        missing = total + ring - room
-        chosen = _spread(eligible, missing)
-        if len(eligible) == len(order):  # feed-forward first
-            largest = [info for infos, feed_forward in operations if feed_forward for info in infos]
-            chosen = _spread(largest, missing)
-            chosen |= _spread(
-                [info for info in order if info not in largest],
-                missing - sum(info.nbytes for info in order if info.name in chosen),
-            )
-        streamed = [info for info in order if info.name in chosen]
-        read = sum(info.nbytes for info in streamed)
-        enough = read >= missing or len(eligible) == len(order)
-        if enough and (best is None or read < best[1]):
-            best = ring, read, streamed
-    assert best is not None
-    ring, _, streamed = best
+    pieces = cut(file, model, [info.name for info in order], reads.stream_bytes)
+    ahead = max(LEAST_AHEAD, (total - room) // (AHEAD_SHARE * reads.stream_bytes))
+    ring = pieces.ring + reads.stream_bytes * min(reads.stream_depth, ahead)
+    ring = max(pieces.ring, min(ring, sum(piece.bytes for piece in pieces.pieces)))
+    chosen = _choose(
+        order, {name for name, feed_forward in matrices_in_order(model) if feed_forward}, total + ring - room
+    )
+    streamed = tuple(info.name for info in order if info.name in chosen)
     return StreamingPlan(
-        tuple(info.name for info in streamed),
-        embedding,
-        ring,
-        total - sum(info.nbytes for info in streamed),
+        streamed, embedding, ring, total - sum(file.tensors[name].nbytes for name in streamed)
     )
 
 
-def _eligible(operations: list[tuple[list[TensorInfo], bool]]) -> Iterator[list[TensorInfo]]:
-    """Sets of matrices that may be streamed, in the order of their use, feed-forward ones before others; all of them
-    last. The ring has to hold what an operation uses together, and gaps of the largest: where small ones suffice, one
-    for each operation, the ring is smaller, and so is what is read in every step."""
-    feed_forward = [infos for infos, is_feed_forward in operations if is_feed_forward]
-    for among in (feed_forward, [infos for infos, _ in operations]):
-        for most in sorted({info.nbytes for infos in among for info in infos}):
-            for together in (1, 2):
-                found = [[info for info in infos if info.nbytes <= most][:together] for infos in among]
-                if any(found):
-                    yield [info for infos in found for info in infos]
-    yield [info for infos, _ in operations for info in infos]
-
-
-def _spread(infos: list[TensorInfo], missing: int) -> set[str]:
-    """Evenly over the list, so much of it that ``missing`` bytes are in it, or all."""
-    total = sum(info.nbytes for info in infos)
-    if missing <= 0 or not total:
-        return set()
-    share = min(1.0, missing / total)
+def _choose(order: Sequence[TensorInfo], feed_forward: Collection[str], missing: int) -> set[str]:
+    """Names of matrices of ``missing`` bytes, or all: feed-forward ones before others, spread over the layers, and of
+    what is still left those that exceed it by the least."""
     chosen: set[str] = set()
-    due = taken = 0.0
-    for info in infos:
-        due += share * info.nbytes
-        if due - taken >= info.nbytes / 2 or share == 1.0:
-            chosen.add(info.name)
-            taken += info.nbytes
-    for info in sorted(infos, key=lambda info: -info.nbytes):  # rounding may have left it short
-        if taken >= missing:
+    for infos in (
+        [info for info in order if info.name in feed_forward],
+        [info for info in order if info.name not in feed_forward],
+    ):
+        found = _spread(infos, missing)
+        chosen |= {info.name for info in found}
+        missing -= sum(info.nbytes for info in found)
+        if len(found) < len(infos):
             break
-        if info.name not in chosen:
-            chosen.add(info.name)
-            taken += info.nbytes
+    left = sorted((info for info in order if info.name not in chosen), key=lambda info: info.nbytes)
+    while missing > 0 and left:
+        smaller = [info for info in left if info.nbytes <= missing]
+        info = smaller[-1] if smaller else left[0]
+        left.remove(info)
+        chosen.add(info.name)
+        missing -= info.nbytes
     return chosen
 
 
-def _sectors(nbytes: int) -> int:
-    return -(-nbytes // SECTOR) * SECTOR
+def _spread(infos: Sequence[TensorInfo], most: int) -> list[TensorInfo]:
+    """Evenly over the list, so much of it that there are at most so many bytes."""
+    total = sum(info.nbytes for info in infos)
+    if most >= total:
+        return list(infos)
+    chosen: list[TensorInfo] = []
+    due = taken = 0
+    for info in infos:
+        due += info.nbytes
+        if due * most >= (taken + info.nbytes) * total:
+            chosen.append(info)
+            taken += info.nbytes
+    return chosen

@@ -20,20 +20,22 @@ from pi2rt.formats import open_model_file
 from pi2rt.models import describe
 from pi2rt.planner.streaming import plan_streaming
 from pi2rt.runtime.executor import ExecutorOptions
+from pi2rt.runtime.flash_reads import FlashReads
 from tests.support.running import all_logits
 
 DEADLINE = 0.2
+READS = FlashReads(stream_bytes=16384)  # so that a matrix has many pieces
 TOKENS = np.arange(3, 20, dtype=np.int32)
 
 
 def options_for(path: Path) -> ExecutorOptions:
     """With as little of the model in memory as can be."""
     with open_model_file(path) as file:
-        plan = plan_streaming(file, describe(file), 0)
+        plan = plan_streaming(file, describe(file), 0, reads=READS)
     return ExecutorOptions(
         slots=1, pages=16, context=1024, max_tokens=64, io="preadv", read_deadline=DEADLINE,
         streamed=plan.streamed, ring_bytes=plan.ring_bytes, paged=plan.paged,
-        cluster_bytes=plan.cluster_bytes, neuron_bytes=plan.neuron_bytes,
+        cluster_bytes=plan.cluster_bytes, neuron_bytes=plan.neuron_bytes, reads=READS,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from pi2rt.models import ModelDescription, describe
 from pi2rt.planner.convert import convert, verify
 from pi2rt.planner.streaming import StreamingPlan, expert_operations, plan_streaming
 from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.trace import Trace
 from tests.executors.conformance import ExecutorConformance
 from tests.executors.test_sparse import one_by_one
@@ -53,12 +54,16 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_blocks, "PAGE_BYTES", 16 << 10)
 
 
+READS = FlashReads(stream_bytes=16384)
+"""So that a streamed matrix has many pieces."""
+
+
 def least_plan(path: Path, more: int = 0) -> StreamingPlan:
     """With as little of the experts in memory as can be, and ``more`` bytes."""
     with open_model_file(path) as file:
         model = describe(file)
-        least = plan_streaming(file, model, 0)
-        plan = plan_streaming(file, model, least.nbytes + more)
+        least = plan_streaming(file, model, 0, reads=READS)
+        plan = plan_streaming(file, model, least.nbytes + more, reads=READS)
     assert plan.paged
     return plan
 
@@ -68,6 +73,7 @@ async def planned(path: Path, plan: StreamingPlan, **options: Any) -> AsyncGener
     given = {
         "streamed": plan.streamed, "ring_bytes": plan.ring_bytes, "read_by_row": plan.read_by_row,
         "paged": plan.paged, "cluster_bytes": plan.cluster_bytes, "neuron_bytes": plan.neuron_bytes,
+        "reads": READS,
     }  # fmt: skip
     executor = CpuExecutor()
     async with opened(executor, path, exact_floats=False, **given, **options):

@@ -21,10 +21,11 @@ from pi2rt.cython_kernels.program import CLUSTER
 from pi2rt.executors.cpu import CpuExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.models import describe
+from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.planner.convert import convert
-from pi2rt.planner.streaming import least_ring, matrices_in_order
 from pi2rt.runtime.actor import Actor
 from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from tests.support.faulty_disk import FaultyDisk
 from tests.support.native_threads import settles_at
@@ -67,13 +68,18 @@ def disk(source: Path) -> Iterator[FaultyDisk]:
         assert settles_at(name, 0)
 
 
+READS = FlashReads(stream_bytes=16384)
+"""So that a matrix has many pieces."""
+
+
 def options(path: Path, way: str, **more: Any) -> dict[str, Any]:
     """As little in memory as can be."""
     given: dict[str, Any] = {"exact_floats": False}
     with open_model_file(path) as file:
         if way == "streamed":
             names = tuple(name for name, _ in matrices_in_order(describe(file)))
-            given |= {"streamed": names, "ring_bytes": least_ring(file, names, describe(file))}
+            ring = cut(file, describe(file), names, READS.stream_bytes).ring
+            given |= {"streamed": names, "ring_bytes": ring, "reads": READS}
         elif way == "rows":
             given["read_by_row"] = "token_embd.weight"
         else:

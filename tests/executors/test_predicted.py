@@ -22,7 +22,7 @@ from pi2rt.planner.bundling import Bundling
 from pi2rt.planner.convert import convert, verify
 from pi2rt.planner.streaming import plan_streaming
 from pi2rt.runtime.executor import Predictor
-from tests.executors.test_experts import planned
+from tests.executors.test_experts import READS, planned
 from tests.executors.test_sparse import cache_sizes, one_by_one
 from tests.support.running import all_logits, opened, stopped_steps_leave_nothing
 from tests.support.tiny_models import TinyModel, write_gguf
@@ -281,7 +281,7 @@ async def test_experts_lose_nothing_either(tmp_path: Path, bundles: Bundling) ->
     convert(source, tmp_path / "m.pi2", bundles=bundles)
     with open_model_file(tmp_path / "m.pi2") as file:
         assert len(file.bundles) == 2 * (4 if bundles == "gates" else 5)
-        plan = plan_streaming(file, describe(file), 0)
+        plan = plan_streaming(file, describe(file), 0, reads=READS)
     expected = await logits(tmp_path / "off.pi2")
     np.testing.assert_array_equal(await logits(tmp_path / "m.pi2"), expected)
     async with planned(tmp_path / "m.pi2", plan) as executor:

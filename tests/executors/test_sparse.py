@@ -17,9 +17,10 @@ from pi2rt.cython_kernels.program import CLUSTER
 from pi2rt.executors.cpu import CpuExecutor
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription, describe
+from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.planner.convert import convert
-from pi2rt.planner.streaming import least_ring, matrices_in_order
 from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from tests.executors.conformance import ExecutorConformance
 from tests.support.running import NOTHING, all_logits, opened, page_table, stopped_steps_leave_nothing
@@ -104,6 +105,10 @@ async def test_what_the_cache_holds_changes_no_bit(
         assert details["flash_bytes"] > 0
 
 
+READS = FlashReads(stream_bytes=16384)
+"""So that a matrix has many pieces."""
+
+
 async def test_gates_and_attention_may_be_streamed_beside(packs: tuple[Path, Path]) -> None:
     size, cluster, _ = cache_sizes(packs[0])
     async with opened(CpuExecutor(), packs[0], exact_floats=False) as executor:
@@ -111,12 +116,13 @@ async def test_gates_and_attention_may_be_streamed_beside(packs: tuple[Path, Pat
     with open_model_file(packs[0]) as file:
         model = describe(file)
         names = [name for name, _ in matrices_in_order(model) if file.tensors[name].layout == "blocks16"]
-        ring = least_ring(file, names, model)
+        ring = cut(file, model, names, READS.stream_bytes).ring
     given = {
         "exact_floats": False,
         "neuron_bytes": cluster * size,
         "streamed": tuple(names),
         "ring_bytes": ring,
+        "reads": READS,
     }
     async with opened(CpuExecutor(), packs[0], **given) as executor:
         for _ in range(2):

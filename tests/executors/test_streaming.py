@@ -16,8 +16,8 @@ from pi2rt.executors.cpu import CpuExecutor
 from pi2rt.executors.reference import ReferenceExecutor
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription, describe
+from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.planner.convert import convert
-from pi2rt.planner.streaming import least_ring, matrices_in_order
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.trace import Trace
@@ -45,10 +45,14 @@ def every_matrix(path: Path) -> tuple[str, ...]:
         return tuple(name for name, _ in matrices_in_order(describe(file)))
 
 
-def ring_for(path: Path, names: Sequence[str], more: int = 0) -> int:
+READS = FlashReads(stream_bytes=16384)
+"""So that a matrix has many pieces."""
+
+
+def ring_for(path: Path, names: Sequence[str], more: int = 0, reads: FlashReads = READS) -> int:
     """The least that will do, and ``more`` sectors."""
     with open_model_file(path) as file:
-        return least_ring(file, names, describe(file)) + more * SECTOR
+        return cut(file, describe(file), names, reads.stream_bytes).ring + more * SECTOR
 
 
 class TestStreamedCpu(ExecutorConformance):
@@ -59,7 +63,13 @@ class TestStreamedCpu(ExecutorConformance):
         self.path = pack
         names = every_matrix(pack)
         self.options = ExecutorOptions(
-            slots=4, pages=16, context=256, max_tokens=192, streamed=names, ring_bytes=ring_for(pack, names)
+            slots=4,
+            pages=16,
+            context=256,
+            max_tokens=192,
+            streamed=names,
+            ring_bytes=ring_for(pack, names),
+            reads=READS,
         )
 
     def make_executor(self) -> Executor:
@@ -78,7 +88,7 @@ async def test_streamed_is_resident_bit_for_bit(pack: Path, every: int, more: in
     names = every_matrix(pack)[::every]
     async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
         expected = await all_logits(executor, tokens)
-    given = {"streamed": names, "ring_bytes": ring_for(pack, names, more), "io": io}
+    given = {"streamed": names, "ring_bytes": ring_for(pack, names, more), "reads": READS, "io": io}
     if every > 1:
         given["read_by_row"] = "token_embd.weight"
     async with opened(CpuExecutor(), pack, exact_floats=False, **given) as executor:
@@ -104,7 +114,7 @@ async def test_how_much_is_read_at_once_changes_no_bit(
     async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
         expected = await all_logits(executor, tokens)
     reads = FlashReads(stream_bytes, stream_depth, measured=True)
-    given = {"streamed": names, "ring_bytes": ring_for(pack, names), "reads": reads}
+    given = {"streamed": names, "ring_bytes": ring_for(pack, names, reads=reads), "reads": reads}
     async with opened(CpuExecutor(), pack, exact_floats=False, **given) as executor:
         np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
         details = executor.statistics().details
@@ -115,7 +125,7 @@ async def test_how_much_is_read_at_once_changes_no_bit(
 async def test_a_stopped_step_leaves_nothing_behind(pack: Path) -> None:
     tokens = np.random.RandomState(4).randint(0, 300, 150).astype(np.int32)
     names = every_matrix(pack)
-    given = {"streamed": names, "ring_bytes": ring_for(pack, names, 9), "exact_floats": False}
+    given = {"streamed": names, "ring_bytes": ring_for(pack, names, 9), "reads": READS, "exact_floats": False}
     async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
         expected = await all_logits(executor, tokens)
     async with opened(CpuExecutor(), pack, **given) as executor:
@@ -125,7 +135,13 @@ async def test_a_stopped_step_leaves_nothing_behind(pack: Path) -> None:
 async def test_reads_are_in_the_trace(pack: Path, tmp_path: Path) -> None:
     trace = Trace()
     names = every_matrix(pack)
-    given = {"streamed": names, "ring_bytes": ring_for(pack, names, 9), "exact_floats": False, "trace": trace}
+    given = {
+        "streamed": names,
+        "ring_bytes": ring_for(pack, names, 9),
+        "reads": READS,
+        "exact_floats": False,
+        "trace": trace,
+    }
     async with opened(CpuExecutor(), pack, **given) as executor:
         for _ in range(3):
             await all_logits(executor, np.arange(5, dtype=np.int32))
@@ -146,7 +162,7 @@ async def test_a_file_that_shrinks_fails_the_step_and_not_the_process(pack: Path
     path = tmp_path / "m.pi2"
     shutil.copy(pack, path)
     names = every_matrix(path)
-    given = {"streamed": names, "ring_bytes": ring_for(path, names), "exact_floats": False}
+    given = {"streamed": names, "ring_bytes": ring_for(path, names), "reads": READS, "exact_floats": False}
     async with opened(CpuExecutor(), path, **given) as executor:
         await all_logits(executor, np.arange(5, dtype=np.int32))
         with open_model_file(path) as file:
@@ -165,7 +181,7 @@ async def test_a_file_that_is_replaced_goes_on_being_read(pack: Path, tmp_path: 
         expected = await all_logits(executor, tokens)
     given = ExecutorOptions(
         slots=1, pages=16, context=1024, max_tokens=64, streamed=names, ring_bytes=ring_for(path, names),
-        read_by_row="token_embd.weight",
+        reads=READS, read_by_row="token_embd.weight",
     )  # fmt: skip
     executor = CpuExecutor()
     with open_model_file(path) as file:
@@ -200,11 +216,11 @@ def test_a_stream_that_nobody_takes_from_closes(pack: Path) -> None:
     ring = native.Memory(1 << 20)
     descriptors = len(os.listdir("/proc/self/fd"))
     for _ in range(50):
-        stream = Stream(os.fspath(pack), [(0, 4096), (4096, 8192)], ring.address, ring.nbytes)
+        stream = Stream(os.fspath(pack), [(0, 4096, 0), (4096, 8192, 64)], ring.address, ring.nbytes)
         stream.close()
         stream.close()
     assert settles_at("pi2rt/flash", 0)
     assert len(os.listdir("/proc/self/fd")) == descriptors
     with pytest.raises(FileNotFoundError):
-        Stream(os.fspath(pack) + ".no", [(0, 4096)], ring.address, ring.nbytes)
+        Stream(os.fspath(pack) + ".no", [(0, 4096, 0)], ring.address, ring.nbytes)
     ring.close()

@@ -74,7 +74,7 @@ stress() {
   mkdir -p "$work/$name"
   echo "#define PI2_HAVE_scalar 1" >"$work/$name/variants.h"
   "$compiler" "${common[@]}" "$@" -I"$work/$name" "$here/stress.c" \
-    "$source"/{dispatch,repack,bundles,sampler,gang,flash,flash_uring,stream,rows,neuron_cache,program,ops_linear,ops_attention,ops_sparse,ops_experts,kernels_scalar}.c \
+    "$source"/{dispatch,repack,bundles,sampler,gang,flash,flash_uring,stream,rows,neuron_cache,program,ops_linear,ops_attention,ops_sparse,ops_experts,ops_streamed,kernels_scalar}.c \
     -lm -pthread -o "$work/$name/stress" && (cd "$work" && "$name/stress" "$steps")
 }
 

@@ -241,18 +241,21 @@ static pi2_run *fly(pi2_program *p, flight *f, const step *s, result *r) {
   return run;
 }
 
+#define PIECE_BLOCKS 2 /* row blocks of a piece: activations of 32 rows belong together */
+#define MOST_PIECES 1024
 /* The layers' matrices in a file, to be streamed. */
 typedef struct {
   char path[32];
-  pi2_extent units[7 * LAYERS];
+  pi2_extent units[MOST_PIECES];
   int n;
   uint8_t *ring, *rows;
 } stored;
 
-/* Writes the matrices that the operations use, in their order, and makes units of them; and the embedding before them, of
- * which rows are read. */
+static int pieces_of(const pi2_matrix *w) { return (int)(((w->rows + 15) / 16 + PIECE_BLOCKS - 1) / PIECE_BLOCKS); }
+/* Writes the matrices that the operations use, in their order, and makes units of their pieces, those of up and gate by turns;
+ * and the embedding before them, of which rows are read. */
 static pi2_stream *stream_all(pi2_program *p, stored *f) {
-  int64_t at = 0, largest = 0, together = 0;
+  int64_t at = 0, largest = 0;
   strcpy(f->path, "stress.XXXXXX");
   const int fd = mkstemp(f->path);
   if (fd < 0) die("no file");
@@ -262,7 +265,6 @@ static pi2_stream *stream_all(pi2_program *p, stored *f) {
   at = pi2_align(rows, PI2_SECTOR);
   for (int i = 0; i < p->n_ops; i++) {
     pi2_op *op = &p->ops[i];
-    int64_t sum = 0;
     if (op->kind != PI2_LINEAR && op->kind != PI2_FFN) continue;
     for (int j = 0; j < op->n_matrices; j++) {
       pi2_matrix *w = &op->matrix[j];
@@ -271,22 +273,30 @@ static pi2_stream *stream_all(pi2_program *p, stored *f) {
       memcpy(padded, w->data, (size_t)bytes);
       if (pwrite(fd, padded, (size_t)whole, at) != whole) die("cannot write");
       free(padded);
+      const int turns = op->kind == PI2_FFN, n = pieces_of(w);
       w->data = NULL;
-      w->unit = op->last_unit = f->n;
+      w->region = -1;
+      w->page_blocks = PIECE_BLOCKS;
+      w->stride = turns ? op->n_matrices : 1;
+      w->unit = turns ? f->n + j : f->n;
       op->streamed++;
-      f->units[f->n++] = (pi2_extent){at, whole};
+      if (f->n + n * op->n_matrices > MOST_PIECES) die("more pieces than there is room for");
+      for (int i = 0; i < n; i++) {
+        const int64_t size = PIECE_BLOCKS * pi2_row_block_bytes(w->type, w->k), first = at + i * size;
+        const int64_t last = i + 1 < n ? first + size : at + bytes, offset = first / PI2_SECTOR * PI2_SECTOR;
+        f->units[w->unit + i * w->stride] = (pi2_extent){offset, pi2_align(last - offset, PI2_SECTOR), first - offset};
+        largest = last - offset > largest ? pi2_align(last - offset, PI2_SECTOR) : largest;
+      }
+      if (!turns || j + 1 == op->n_matrices) f->n += n * w->stride;
       at += whole;
-      sum += whole;
-      largest = whole > largest ? whole : largest;
     }
-    together = sum > together ? sum : together;
   }
   if (fsync(fd) || close(fd)) die("cannot write");
-  if (posix_memalign((void **)&f->ring, PI2_SECTOR, (size_t)(together + largest))) die("out of memory");
+  if (posix_memalign((void **)&f->ring, PI2_SECTOR, (size_t)(3 * largest))) die("out of memory");
   int error = 0;
   pi2_flash *flash = pi2_flash_open(f->path, PI2_IO_AUTO, 4, &error);
   if (!flash) die("no flash");
-  pi2_stream *s = pi2_stream_create(flash, f->units, f->n, PI2_SECTOR, 4, f->ring, together + largest, -1, &error);
+  pi2_stream *s = pi2_stream_create(flash, f->units, f->n, PI2_SECTOR, 4, f->ring, 3 * largest, -1, &error);
   if (!s) die("no stream");
   flash = pi2_flash_open(f->path, PI2_IO_PREADV, PI2_ROWS_DEPTH, &error);
   const int64_t bytes = PI2_ROWS_DEPTH * pi2_rows_buffer(e->type, e->k);

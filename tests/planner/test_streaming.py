@@ -10,18 +10,19 @@ import pytest
 
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import describe, iterate_tensors
+from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.planner.convert import convert
 from pi2rt.planner.streaming import (
-    AHEAD_UNITS,
+    AHEAD_SHARE,
     FIRST_NEURONS,
+    LEAST_AHEAD,
     SECTOR,
     all_neurons,
     least_neurons,
-    least_ring,
-    matrices_in_order,
     plan_streaming,
     with_records,
 )
+from pi2rt.runtime.flash_reads import FlashReads
 from tests.support.tiny_models import TinyModel, write_gguf
 
 
@@ -34,17 +35,19 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelFile]:
         yield file
 
 
+READS = FlashReads(stream_bytes=4096, stream_depth=8)
+"""So that a matrix has several pieces."""
+
+
 def sizes(file: ModelFile) -> tuple[int, int, int]:
-    """All weights but the embedding; those of layers' matrices; the ring."""
+    """All weights but the embedding; those of layers' matrices; the ring where all of these are read."""
     description = describe(file)
     names = {name for name, _ in iterate_tensors(description)} - {description.embedding}
     total = sum(file.tensors[name].nbytes for name in names)
-    layers = [file.tensors[name].nbytes for name, _ in matrices_in_order(description)]
-    ring = (
-        least_ring(file, [name for name, _ in matrices_in_order(description)], description)
-        + AHEAD_UNITS * -(-max(layers) // SECTOR) * SECTOR
-    )
-    return total, sum(layers), ring
+    order = [name for name, _ in matrices_in_order(description)]
+    layers = sum(file.tensors[name].nbytes for name in order)
+    ring = cut(file, description, order, READS.stream_bytes).ring
+    return total, layers, ring + READS.stream_bytes * READS.stream_depth
 
 
 def test_what_fits_stays(pack: ModelFile) -> None:
@@ -69,10 +72,10 @@ def test_rows_of_the_embedding_are_read_first(pack: ModelFile, tmp_path: Path) -
 def test_the_room_is_kept_and_nearly_filled(pack: ModelFile, percent: int) -> None:
     total, layers, ring = sizes(pack)
     room = total - layers + ring + layers * percent // 100
-    plan = plan_streaming(pack, describe(pack), room)
+    plan = plan_streaming(pack, describe(pack), room, reads=READS)
     assert plan.nbytes <= room
     largest = max(pack.tensors[name].nbytes for name, _ in matrices_in_order(describe(pack)))
-    assert plan.nbytes > min(total, room) - 2 * largest
+    assert plan.nbytes > min(total, room) - largest
     embedding = 0 if plan.read_by_row else pack.tensors["token_embd.weight"].nbytes
     streamed = sum(pack.tensors[name].nbytes for name in plan.streamed)
     assert plan.resident_bytes + streamed == total + embedding
@@ -80,40 +83,41 @@ def test_the_room_is_kept_and_nearly_filled(pack: ModelFile, percent: int) -> No
 
 def test_streamed_matrices_come_in_order_and_spread_over_the_layers(pack: ModelFile) -> None:
     total, layers, ring = sizes(pack)
-    plan = plan_streaming(pack, describe(pack), total + ring - layers // 4)
+    plan = plan_streaming(pack, describe(pack), total + ring - layers // 4, reads=READS)
     order = [name for name, _ in matrices_in_order(describe(pack))]
     places = [order.index(name) for name in plan.streamed]
     assert places == sorted(places)
-    assert all(".ffn_" in name for name in plan.streamed)
+    large = [place for name, place in zip(plan.streamed, places, strict=True) if ".ffn_" in name]
+    assert len(large) >= len(places) - 5  # the others make up what a large one would exceed
     assert (
-        max(b - a for a, b in itertools.pairwise(places)) <= 14
-    )  # two layers; a quarter of all is to be read
+        max(b - a for a, b in itertools.pairwise(large)) <= 15
+    )  # two layers and one place: a quarter of all is read
 
 
-def test_the_ring_is_as_small_as_what_is_missing_allows(pack: ModelFile) -> None:
-    """While one matrix of each operation is enough, none streams two: the ring is one matrix smaller, and so much less
-    is read in every step. Where all that is streamed has one size, no gap is left before the ring's end."""
+def test_the_ring_has_room_for_what_is_in_flight_but_little_where_little_is_read(pack: ModelFile) -> None:
     total, layers, ring = sizes(pack)
-    plan = plan_streaming(pack, describe(pack), total + ring - layers // 4)
-    assert not any(name.endswith("ffn_gate.weight") for name in plan.streamed)
-    one = max(pack.tensors[name].nbytes for name in plan.streamed)
-    assert len({pack.tensors[name].nbytes for name in plan.streamed}) == 1
-    assert plan.ring_bytes == ring - 2 * -(-one // SECTOR) * SECTOR
-    more = plan_streaming(pack, describe(pack), total + ring - layers * 3 // 4)
-    assert any(name.endswith("ffn_gate.weight") for name in more.streamed)
-    assert more.ring_bytes == ring - -(-one // SECTOR) * SECTOR
+    least = ring - READS.stream_bytes * READS.stream_depth
+    much = plan_streaming(pack, describe(pack), total + ring - layers, reads=READS)
+    assert much.ring_bytes == ring
+    missing = layers // 2
+    little = plan_streaming(pack, describe(pack), total - missing, reads=READS)
+    ahead = missing // (AHEAD_SHARE * READS.stream_bytes)
+    assert LEAST_AHEAD < ahead < READS.stream_depth
+    assert little.ring_bytes == least + ahead * READS.stream_bytes
+    least_of_all = plan_streaming(pack, describe(pack), total - 1, reads=READS)
+    assert least_of_all.ring_bytes == least + LEAST_AHEAD * READS.stream_bytes
 
 
 def test_attention_follows_where_feed_forward_is_not_enough(pack: ModelFile) -> None:
     total, layers, ring = sizes(pack)
-    plan = plan_streaming(pack, describe(pack), total - layers + ring)
+    plan = plan_streaming(pack, describe(pack), total - layers + ring, reads=READS)
     assert list(plan.streamed) == [name for name, _ in matrices_in_order(describe(pack))]
 
 
 def test_the_least_where_nothing_is_enough(pack: ModelFile) -> None:
     total, layers, ring = sizes(pack)
     for room in (total - layers + ring - 1, 0, -5):
-        plan = plan_streaming(pack, describe(pack), room)
+        plan = plan_streaming(pack, describe(pack), room, reads=READS)
         assert plan.nbytes == total - layers + ring
         assert sum(pack.tensors[name].nbytes for name in plan.streamed) == layers
 

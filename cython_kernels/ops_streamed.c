@@ -1,0 +1,72 @@
+/* Matrices that are not in memory: their pieces pass through a ring (stream.h), in the order in which operations use them.
+ *
+ * Threads take the row blocks of such a matrix in order, so that the oldest piece in the ring is always one that somebody
+ * computes with, and what it makes room for is read. A piece is released once all its row blocks have met all rows. Where
+ * rows are so many that they come in several passes, each tile meets all of them before the next one: so it must lie in one
+ * piece, or the passes that are not taken yet would keep a piece in the ring that has room for no other. */
+#include "program.h"
+
+static int64_t pieces(const pi2_matrix *m) {
+  return (((m->rows + PI2_ROWS - 1) / PI2_ROWS) + m->page_blocks - 1) / m->page_blocks;
+}
+
+int pi2_pieces_prepare(pi2_program *p) {
+  const int n = p->stream ? p->stream->n : 0;
+  if (!n) return 1;
+  p->piece_blocks = pi2_allocate(p, n, sizeof *p->piece_blocks);
+  p->piece_left = pi2_allocate(p, n, sizeof *p->piece_left);
+  if (!p->piece_blocks || !p->piece_left) return 0;
+  for (int i = 0; i < p->n_ops; i++)
+    for (int j = 0; j < p->ops[i].n_matrices; j++) {
+      const pi2_matrix *m = &p->ops[i].matrix[j];
+      if (!pi2_is_streamed(m)) continue;
+      while (pieces(m) > 1 && m->page_blocks % p->ops[i].tile_blocks) p->ops[i].tile_blocks /= 2;
+      const int64_t blocks = (m->rows + PI2_ROWS - 1) / PI2_ROWS;
+      p->max_pieces = pieces(m) > p->max_pieces ? pieces(m) : p->max_pieces;
+      for (int64_t piece = 0; piece < pieces(m); piece++) {
+        const int64_t left = blocks - piece * m->page_blocks;
+        p->piece_blocks[m->unit + piece * m->stride] = left < m->page_blocks ? left : m->page_blocks;
+      }
+    }
+  for (int t = 0; t < p->threads; t++)
+    if (!(p->scratch[t].pieces = pi2_allocate(p, PI2_MATRICES * p->max_pieces, sizeof *p->scratch[t].pieces))) return 0;
+  return 1;
+}
+
+void pi2_pieces_begin(pi2_run *r) {
+  const pi2_program *p = r->program;
+  r->base = pi2_stream_begin(p->stream);
+  for (int i = 0; i < p->stream->n; i++) atomic_store_explicit(&p->piece_left[i], p->piece_blocks[i] * r->n_rows, memory_order_relaxed);
+}
+
+int pi2_pieces_get(pi2_run *r, const pi2_matrix *m, const pi2_worker *w, int64_t first, int64_t last) {
+  pi2_stream *s = r->program->stream;
+  const uint64_t begin = pi2_ticks();
+  const int64_t begin_ns = pi2_now_ns();
+  for (int64_t i = first / m->page_blocks; i * m->page_blocks < last; i++) {
+    m->page[i] = pi2_stream_get(s, r->base + (uint64_t)(m->unit + i * m->stride), w->gang->spin_ns, &r->stop);
+    if (m->page[i]) continue;
+    if (atomic_load(&s->error)) r->error = atomic_load(&s->error);
+    atomic_store(&r->stop, 1); /* the closing barrier tells everybody */
+    return 0;
+  }
+  if (w->index == 0) atomic_fetch_add_explicit(&s->stall_ns, pi2_now_ns() - begin_ns, memory_order_relaxed);
+  pi2_note_wait(r, w, begin, pi2_ticks());
+  return 1;
+}
+
+void pi2_pieces_release(pi2_run *r, const pi2_matrix *m, int64_t first, int64_t last, int rows) {
+  const pi2_program *p = r->program;
+  int done = 0;
+  for (int64_t i = first / m->page_blocks; i * m->page_blocks < last; i++) {
+    const int64_t from = i * m->page_blocks, to = from + m->page_blocks;
+    const int64_t n = ((to < last ? to : last) - (from > first ? from : first)) * rows;
+    done |= atomic_fetch_sub(&p->piece_left[m->unit + i * m->stride], n) == n;
+  }
+  for (int moved = !done; !moved;) { /* of two threads that end neighbours at the same time, the later one sees both */
+    const uint64_t at = atomic_load(&p->stream->released);
+    uint64_t end = at;
+    while (end < r->base + (uint64_t)p->stream->n && !atomic_load(&p->piece_left[end - r->base])) end++;
+    moved = end == at || pi2_stream_release(p->stream, at, end);
+  }
+}
