@@ -4,7 +4,11 @@
  * computes with, and what it makes room for is read. A piece is released once all its row blocks have met all rows. Where
  * rows are so many that they come in several passes, each tile meets all of them before the next one: so it must lie in one
  * piece, or the passes that are not taken yet would keep a piece in the ring that has room for no other. */
+#include <sys/mman.h>
+
 #include "program.h"
+
+#define HUGE (2 << 20) /* bytes that may be taken where the first of them is touched */
 
 static int64_t pieces(const pi2_matrix *m) {
   return (((m->rows + PI2_ROWS - 1) / PI2_ROWS) + m->page_blocks - 1) / m->page_blocks;
@@ -33,9 +37,30 @@ int pi2_pieces_prepare(pi2_program *p) {
   return 1;
 }
 
+/* How much of the loan this run leaves alone. Rows of long steps are given back to the system behind them. */
+static int64_t lendable(const pi2_run *r) {
+  pi2_program *p = r->program;
+  for (int i = 0; i < r->n_slices; i++) {
+    const pi2_slice *s = &r->slices[i];
+    for (int page = s->start / PI2_PAGE; page * PI2_PAGE < s->start + s->count; page++) {
+      const int64_t end = (s->pages[page] + 1) * p->kv_page_bytes;
+      p->kv_used = end > p->kv_used ? end : p->kv_used;
+    }
+  }
+  const int few = r->n_rows <= PI2_FEW_ROWS;
+  for (int i = 0; few && p->tails_touched && i < p->n_tails; i++)
+    madvise(p->tail_of[i].base, (size_t)p->tail_of[i].bytes, MADV_DONTNEED);
+  p->tails_touched = !few;
+  int64_t bytes = (int64_t)(p->kv + (uintptr_t)p->kv_bytes - ((p->kv + (uintptr_t)p->kv_used + HUGE - 1) & ~(uintptr_t)(HUGE - 1)));
+  bytes = (bytes > 0 ? bytes : 0) + (few ? p->tail_bytes : 0);
+  return (bytes < p->loan_bytes ? bytes : p->loan_bytes) / PI2_SECTOR * PI2_SECTOR;
+}
+
 void pi2_pieces_begin(pi2_run *r) {
-  const pi2_program *p = r->program;
+  pi2_program *p = r->program;
   r->base = pi2_stream_begin(p->stream);
+  if (p->loan_bytes) pi2_stream_lend(p->stream, lendable(r), &r->stop);
+  r->kept_bytes = atomic_load(&p->stream->kept_bytes);
   for (int i = 0; i < p->stream->n; i++) atomic_store_explicit(&p->piece_left[i], p->piece_blocks[i] * r->n_rows, memory_order_relaxed);
 }
 

@@ -10,17 +10,33 @@ void *pi2_allocate(pi2_program *p, int64_t count, size_t size) {
   p->activation_bytes += bytes;
   return aligned_alloc(64, (size_t)bytes); /* touched on use: the first large batch pays, not the start */
 }
+/* The rows of a buffer that short steps have no use for. */
+static void note_tail(pi2_program *p, const uint8_t *base, int64_t rows, int64_t bytes) {
+  const uintptr_t begin = ((uintptr_t)base + (uintptr_t)(PI2_FEW_ROWS * bytes) + 4095) & ~(uintptr_t)4095;
+  const uintptr_t end = ((uintptr_t)base + (uintptr_t)(rows * bytes)) & ~(uintptr_t)4095;
+  if (!base || end <= begin || p->n_tails == PI2_TAILS) return;
+  p->tail_of[p->n_tails].base = (uint8_t *)begin;
+  p->tail_of[p->n_tails++].bytes = (int64_t)(end - begin);
+  p->tail_bytes += (int64_t)(end - begin);
+}
+static void *allocate_rows(pi2_program *p, int64_t rows, int64_t bytes) {
+  void *base = pi2_allocate(p, rows, (size_t)bytes);
+  note_tail(p, base, rows, bytes);
+  return base;
+}
 static int64_t stride(int64_t bytes) {
   return pi2_align(bytes, 64) + 64; /* off the 4096 bytes that would map a tile's rows to one cache set */
 }
 static int allocate_q8(pi2_program *p, pi2_q8 *q, int64_t rows, int64_t k, int mixed) {
   q->ldq = stride(k << p->wide);
   q->ldb = k / PI2_BLOCK;
-  q->q = pi2_allocate(p, rows * q->ldq, 1);
+  q->q = allocate_rows(p, rows, q->ldq);
   if (mixed) {
     q->ldh = stride(k);
     if (!(q->high = pi2_allocate(p, 2 * rows * q->ldh, 1))) return 0;
     q->low = q->high + rows * q->ldh;
+    note_tail(p, (uint8_t *)q->high, rows, q->ldh);
+    note_tail(p, (uint8_t *)q->low, rows, q->ldh);
   }
   q->d = pi2_allocate(p, rows * q->ldb, 4);
   q->s = pi2_allocate(p, rows * q->ldb, 4);
@@ -75,12 +91,12 @@ static pi2_sparse *new_sparse(pi2_program *p, int64_t rows, float *values) {
   s->n_ranges = (int32_t)(s->stride / 128 < 2 * p->threads ? s->stride / 128 : 2 * p->threads);
   if (s->n_ranges > PI2_RANGES) s->n_ranges = PI2_RANGES;
   s->clusters = pi2_allocate(p, s->n_clusters, sizeof *s->clusters);
-  s->active = pi2_allocate(p, rows * p->hidden, sizeof *s->active);
+  s->active = allocate_rows(p, rows, p->hidden * (int64_t)sizeof *s->active);
   s->n_active = pi2_allocate(p, rows * s->n_clusters, sizeof *s->n_active);
   s->pages = pi2_allocate(p, p->hidden, sizeof *s->pages);
   s->places = pi2_allocate(p, p->hidden, sizeof *s->places);
   s->values = values ? values : pi2_allocate(p, rows * p->hidden, sizeof *s->values);
-  s->sums = pi2_allocate(p, rows * s->stride, sizeof *s->sums);
+  s->sums = allocate_rows(p, rows, s->stride * (int64_t)sizeof *s->sums);
   if (s->clusters && s->active && s->n_active && s->pages && s->places && s->values && s->sums) {
     for (int c = 0; c < s->n_clusters; c++) s->clusters[c] = (pi2_cluster){.pages = s->pages + c * PI2_CLUSTER};
     pi2_sparse_reset(s);
@@ -202,12 +218,12 @@ int pi2_program_prepare(pi2_program *p) {
   if (experts) ok &= prepare_routing(p, experts, used);
   ok &= prepare_pages(p);
   p->partial_splits = p->context > 4 * PI2_LARGEST_SPLIT ? p->context / PI2_LARGEST_SPLIT + 1 : 4;
-  p->x = pi2_allocate(p, rows * p->dim, 4);
-  p->y = pi2_allocate(p, rows * p->y_columns, 4);
-  p->attention = pi2_allocate(p, rows * p->attention_columns, 4);
-  p->hidden_floats = pi2_allocate(p, rows * p->hidden, 4);
-  p->prepared = pi2_allocate(p, rows * p->prepared_k, 4);
-  p->logits = pi2_allocate(p, PI2_HEAD_ROWS * p->vocab, 4);
+  p->x = allocate_rows(p, rows, p->dim * 4);
+  p->y = allocate_rows(p, rows, p->y_columns * 4);
+  p->attention = allocate_rows(p, rows, p->attention_columns * 4);
+  p->hidden_floats = allocate_rows(p, rows, p->hidden * 4);
+  p->prepared = allocate_rows(p, rows, p->prepared_k * 4);
+  p->logits = allocate_rows(p, PI2_HEAD_ROWS, p->vocab * 4);
   p->partial = pi2_allocate(p, p->max_slots * p->max_heads * p->partial_splits * (p->max_head_dim + 16), 4);
   if (p->rows) ok &= (p->row_tokens = pi2_allocate(p, rows, sizeof *p->row_tokens)) != NULL;
   p->slots = calloc((size_t)p->max_slots, sizeof *p->slots);

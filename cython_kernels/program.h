@@ -24,6 +24,8 @@
 #define PI2_TILE_WIDTH (PI2_TILE_BLOCKS * PI2_ROWS)
 #define PI2_TILE_LD (PI2_TILE_WIDTH + PI2_ROWS) /* of its floats: rows a power of two apart would meet in few sets of a cache */
 #define PI2_HEAD_ROWS 32 /* rows of logits at once */
+#define PI2_FEW_ROWS 8   /* rows of a short step: what buffers have for more may be lent meanwhile */
+#define PI2_TAILS 32     /* buffers that have rows */
 #define PI2_MATRICES 3   /* of one operation */
 #define PI2_WAITS 4096 /* of a thread in a run that are recorded, at most */
 
@@ -138,6 +140,7 @@ typedef struct pi2_run {
   int64_t skipped_bytes, cluster_bytes; /* of experts that nobody chose; read of those that are in pages */
   pi2_neuron_counts before, used;       /* before: when it began */
   uint64_t base;                        /* position of the first streamed unit */
+  int64_t kept_bytes;                   /* of streamed ones that needed no reading, when it began */
   _Atomic int error;                    /* errno of a read that failed: the run was stopped by it */
   _Atomic int done;                     /* last to be set: whoever sees it sees the results */
   int64_t begin_ns, end_ns;
@@ -176,6 +179,12 @@ typedef struct pi2_program {
   int64_t *piece_blocks;         /* (units of the stream) row blocks of each */
   _Atomic int64_t *piece_left;   /* of these, times rows, those that the running step has not computed with yet */
   int64_t max_pieces;
+  struct { uint8_t *base; int64_t bytes; } tail_of[PI2_TAILS]; /* rows that short steps have no use for, in whole pages of memory */
+  int n_tails, tails_touched;
+  int64_t tail_bytes;
+  int64_t loan_bytes;                       /* of the stream's, at most: of these rows, and of a KV cache that was never used so far */
+  uintptr_t kv;                             /* where that lies, */
+  int64_t kv_bytes, kv_page_bytes, kv_used; /* all, a page, and from the first one's begin to the end of the last that was used */
   int tail; /* the last attention, if of what follows it nothing is streamed or in pages: a step without logits ends there; else -1 */
   int64_t share_stride;       /* cursors of an operation and of further tiles of the head, in cache lines */
   pi2_routing routing;

@@ -123,7 +123,7 @@ cdef extern from "program.h" nogil:
         float *scores
         int stop
         int stopped, done, error
-        int64_t neuron_bytes, skipped_bytes, cluster_bytes
+        int64_t neuron_bytes, skipped_bytes, cluster_bytes, kept_bytes
         pi2_neuron_counts before, used
         int64_t begin_ns, end_ns
         uint64_t begin_ticks, end_ticks
@@ -147,7 +147,8 @@ cdef extern from "program.h" nogil:
         pi2_row_reader *rows
         float embedding_scale, logit_softcap
         pi2_slot *slots
-        int64_t activation_bytes
+        int64_t activation_bytes, tail_bytes, loan_bytes, kv_bytes, kv_page_bytes
+        uintptr_t kv
     int pi2_program_prepare(pi2_program *)
     void pi2_program_free(pi2_program *)
     pi2_run *pi2_run_new(pi2_program *)
@@ -299,7 +300,7 @@ cdef class Program:
     cdef int capacity, capacity_ropes
     cdef bint prepared
     cdef int64_t pages
-    cdef readonly int64_t weight_bytes, streamed_bytes
+    cdef readonly int64_t weight_bytes
     cdef list busy_ns
 
     def __init__(self, Gang gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
@@ -367,7 +368,6 @@ cdef class Program:
             self.keep.append(m)
             nbytes = (m.m.rows + PI2_ROWS - 1) // PI2_ROWS * pi2_row_block_bytes(m.m.type, m.m.k)
             self.weight_bytes += nbytes
-            self.streamed_bytes += nbytes if m.m.data == NULL and m.m.region < 0 else 0
             op.weight_bytes += nbytes
         op.n_matrices = <int>len(matrices)
         if op.streamed:
@@ -475,6 +475,16 @@ cdef class Program:
     @property
     def activation_bytes(self):
         return self.p.activation_bytes
+
+    @property
+    def rarely_used_bytes(self):
+        """Of these, what steps of a few rows have no use for."""
+        return self.p.tail_bytes
+
+    def lend(self, int64_t nbytes, *, uintptr_t kv, int64_t kv_bytes, int64_t kv_page_bytes):
+        """Lets the stream keep units in ``nbytes`` of the memory that it has borrowed, at most (``Stream.borrow``): instead of
+        what is rarely used, and of a KV cache at ``kv`` of which pages are used in their order. After ``prepare``."""
+        self.p.kv, self.p.kv_bytes, self.p.kv_page_bytes, self.p.loan_bytes = kv, kv_bytes, kv_page_bytes, nbytes
 
     @property
     def thread_ns(self):
@@ -673,6 +683,7 @@ cdef class Program:
             for t in range(self.p.threads):
                 memcpy(<void *><uintptr_t>waits[t].ctypes.data, r.waits + t * PI2_WAITS if r.waits != NULL else NULL, waits[t].nbytes)
             times = to_ns(begin), to_ns(end), [to_ns(each) for each in waits]
+        streamed = 0 if self.stream is None else self.stream.lap_bytes - r.kept_bytes
         neurons = None
         if self.neurons is not None:
             neurons = NeuronUse(r.neuron_bytes, r.used.asked - r.before.asked, r.used.missed - r.before.missed,
@@ -680,7 +691,7 @@ cdef class Program:
                                 r.used.reads - r.before.reads, r.used.read_bytes - r.before.read_bytes,
                                 r.used.gap_pages - r.before.gap_pages, r.used.gap_bytes - r.before.gap_bytes)
         return StepResult(step.id, tuple(sampled), tuple(scores), tuple(logits), False, r.begin_ns, r.end_ns, kernel_ns,
-                          self.weight_bytes - r.skipped_bytes + r.neuron_bytes, self.streamed_bytes + r.cluster_bytes,
+                          self.weight_bytes - r.skipped_bytes + r.neuron_bytes, streamed + r.cluster_bytes,
                           neurons), times
 
     def __dealloc__(self):

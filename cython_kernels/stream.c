@@ -6,6 +6,7 @@
 #include <linux/futex.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -38,28 +39,37 @@ static void advance_tail(pi2_stream *s, uint64_t released) {
   if (s->tail == s->next && s->tail < released) { /* a lap that nobody wants: go on where the next begins */
     s->tail = s->next = released;
   }
-  if (s->tail == s->next) s->head = 0;
 }
-/* Finds room for the next unit: behind the newest, or at the start once the oldest lies behind that. */
+/* Whether a unit's home is in these bytes of the loan. */
+static int has_home(const pi2_extent *u, int64_t lent) { return lent > 0 && u->home >= 0 && u->home + u->bytes <= lent; }
+/* Finds room for the next unit: in its home, or in the ring behind the newest, or at its start once the oldest lies behind
+ * that. */
 static int place(pi2_stream *s) {
-  const int64_t bytes = unit(s, s->next)->bytes;
-  int64_t at = s->head;
-  if (s->next - s->tail >= (uint64_t)s->n) return 0;
-  if (s->tail != s->next) {
-    const int64_t oldest = placed(s, s->tail)->at - s->ring;
-    if (s->head > oldest) {
-      if (at + bytes > s->ring_bytes) at = 0;
-      if (at == 0 && bytes > oldest) return 0;
-    } else if (at + bytes > oldest) {
-      return 0;
-    }
-  }
+  const pi2_extent *u = unit(s, s->next);
   pi2_placed *p = placed(s, s->next);
-  p->at = s->ring + at;
-  p->submitted = 0;
-  p->pending = 0;
-  atomic_store_explicit(&p->begin_ns, pi2_now_ns(), memory_order_relaxed);
-  s->head = at + bytes;
+  if (s->next - s->tail >= (uint64_t)s->n) return 0;
+  p->home = has_home(u, atomic_load_explicit(&s->lent, memory_order_relaxed));
+  if (p->home) {
+    p->at = s->loan + u->home;
+  } else {
+    if (s->oldest < s->tail) s->oldest = s->tail;
+    while (s->oldest < s->next && placed(s, s->oldest)->home) s->oldest++;
+    int64_t at = s->oldest == s->next ? 0 : s->head;
+    if (s->oldest != s->next) {
+      const int64_t oldest = placed(s, s->oldest)->at - s->ring;
+      if (at > oldest) {
+        if (at + u->bytes > s->ring_bytes) at = 0;
+        if (at == 0 && u->bytes > oldest) return 0;
+      } else if (at + u->bytes > oldest) {
+        return 0;
+      }
+    }
+    p->at = s->ring + at;
+    s->head = at + u->bytes;
+  }
+  p->submitted = p->home && p->kept ? u->bytes : 0;
+  p->pending = p->dropped = 0;
+  if (!p->submitted) atomic_store_explicit(&p->begin_ns, pi2_now_ns(), memory_order_relaxed);
   s->next++;
   return 1;
 }
@@ -68,11 +78,15 @@ static int submit(pi2_stream *s) {
   uint64_t position = s->tail;
   while (s->n_spare && !atomic_load(&s->error)) {
     while (position < s->next && placed(s, position)->submitted == unit(s, position)->bytes) position++;
-    if (position == s->next && !place(s)) return 0;
+    if (position == s->next) {
+      if (!place(s)) return 0;
+      continue; /* perhaps it was kept */
+    }
     pi2_placed *p = placed(s, position);
     const pi2_extent *u = unit(s, position);
     if (position < atomic_load(&s->released)) { /* not wanted any more: only its reads in flight are waited for */
       p->submitted = u->bytes;
+      p->dropped = 1;
       continue;
     }
     pi2_read *r = s->spare[--s->n_spare];
@@ -108,8 +122,42 @@ static void finish(pi2_stream *s, pi2_read *r) {
   if (r->error) fail(s, r->error);
   if (atomic_load(&s->error)) return;
   atomic_fetch_add_explicit(&s->bytes, r->bytes, memory_order_relaxed);
-  if (!p->pending && p->submitted == unit(s, position)->bytes)
-    atomic_store_explicit(&p->end_ns, pi2_now_ns(), memory_order_relaxed);
+  if (p->pending || p->submitted != unit(s, position)->bytes) return;
+  atomic_store_explicit(&p->end_ns, pi2_now_ns(), memory_order_relaxed);
+  if (!p->home || p->dropped) return;
+  p->kept = 1;
+  atomic_fetch_add_explicit(&s->kept_bytes, unit(s, position)->bytes, memory_order_relaxed);
+}
+/* Uses no more than `bytes` of the loan any more. Nothing is in flight, and no thread computes: what was read ahead is forgotten
+ * from the first unit on that lies behind these. */
+static void take_back(pi2_stream *s, int64_t bytes) {
+  advance_tail(s, atomic_load(&s->released));
+  uint64_t keep = s->tail;
+  for (; keep < s->next; keep++) {
+    if (placed(s, keep)->home && !has_home(unit(s, keep), bytes)) break;
+    if (!placed(s, keep)->home) s->head = placed(s, keep)->at - s->ring + unit(s, keep)->bytes;
+  }
+  s->next = keep;
+  if (s->oldest > keep) s->oldest = keep;
+  if (atomic_load(&s->ready) > keep) atomic_store(&s->ready, keep);
+  for (int i = 0; i < s->n; i++) {
+    if (!s->placed[i].kept || has_home(&s->units[i], bytes)) continue;
+    s->placed[i].kept = 0;
+    atomic_fetch_sub_explicit(&s->kept_bytes, s->units[i].bytes, memory_order_relaxed);
+  }
+  madvise(s->loan + bytes, (size_t)(atomic_load(&s->lent) - bytes), MADV_DONTNEED);
+}
+/* Returns whether units may be placed: not while memory is to be taken back, which reads in flight still go to. */
+static int follow_lending(pi2_stream *s) {
+  if (atomic_load(&s->wanted) == atomic_load(&s->lent)) return 1;
+  pthread_mutex_lock(&s->lending);
+  const int64_t wanted = atomic_load(&s->wanted);
+  const int less = wanted < atomic_load(&s->lent), idle = s->n_spare == s->depth && !atomic_load(&s->error);
+  if (less && idle) take_back(s, wanted);
+  if (!less || idle) atomic_store(&s->lent, wanted);
+  pthread_mutex_unlock(&s->lending);
+  if (less && idle) tell_ready(s);
+  return !less || idle;
 }
 /* Tells what has arrived. */
 static void advance_ready(pi2_stream *s) {
@@ -128,7 +176,7 @@ static void *reader_main(void *argument) {
   pi2_flash_begin_reader("pi2rt/flash");
   while (!atomic_load(&s->closing)) {
     const uint32_t word = atomic_load(&s->work_word);
-    advance(s);
+    if (follow_lending(s)) advance(s);
     advance_ready(s);
     if (s->n_spare == s->depth) { /* nothing in flight: the ring is full, or reading has failed */
       since = 0;
@@ -158,6 +206,7 @@ pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, 
     memset(s, 0, sizeof *s);
     s->flash = flash, s->units = units, s->n = n, s->read_bytes = read_bytes, s->depth = depth;
     s->ring = ring, s->ring_bytes = ring_bytes, s->deadline_ns = deadline_ns;
+    pthread_mutex_init(&s->lending, NULL);
     s->placed = calloc((size_t)n, sizeof *s->placed);
     s->reads = calloc((size_t)depth, sizeof *s->reads);
     s->spare = calloc((size_t)depth, sizeof *s->spare);
@@ -184,8 +233,35 @@ int64_t pi2_stream_destroy(pi2_stream *s) {
   pthread_join(s->thread, NULL);
   const int64_t left = pi2_flash_close(s->flash, pi2_flash_patience(s->deadline_ns));
   if (left) return left; /* `reads` and the ring are still written to */
+  pthread_mutex_destroy(&s->lending);
   free(s->placed), free(s->reads), free(s->spare), free(s);
   return 0;
+}
+void pi2_stream_loan(pi2_stream *s, uint8_t *loan) {
+  pthread_mutex_lock(&s->lending);
+  s->loan = loan;
+  pthread_mutex_unlock(&s->lending);
+}
+void pi2_stream_lend(pi2_stream *s, int64_t bytes, const _Atomic int *stop) {
+  if (atomic_load(&s->wanted) == bytes && atomic_load(&s->lent) <= bytes) return;
+  pthread_mutex_lock(&s->lending);
+  atomic_store(&s->wanted, bytes);
+  const int less = bytes < atomic_load(&s->lent);
+  pthread_mutex_unlock(&s->lending);
+  if (!less) return; /* the reader sees it where it looks for room */
+  wake_reader(s);
+  while (atomic_load(&s->lent) > bytes) {
+    const uint32_t word = atomic_load(&s->ready_word);
+    if (atomic_load(&s->error) || atomic_load(stop)) { /* what is lent stays so: nothing may be forgotten while others compute */
+      pthread_mutex_lock(&s->lending);
+      atomic_store(&s->wanted, atomic_load(&s->lent));
+      pthread_mutex_unlock(&s->lending);
+      return;
+    }
+    atomic_fetch_add(&s->sleepers, 1);
+    if (atomic_load(&s->lent) > bytes && !atomic_load(&s->error)) futex_wait(&s->ready_word, word, LOOK_NS);
+    atomic_fetch_sub(&s->sleepers, 1);
+  }
 }
 
 uint64_t pi2_stream_begin(pi2_stream *s) {

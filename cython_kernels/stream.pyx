@@ -21,15 +21,16 @@ cdef extern from "flash.h" nogil:
 cdef extern from "stream.h" nogil:
     enum: PI2_SECTOR
     ctypedef struct pi2_extent:
-        int64_t offset, bytes, skip
+        int64_t offset, bytes, skip, home
     ctypedef struct pi2_placed:
         int64_t begin_ns, end_ns
     ctypedef struct pi2_stream:
         pi2_flash *flash
         pi2_placed *placed
-        int64_t bytes, busy_ns, stall_ns
+        int64_t bytes, busy_ns, stall_ns, lent
     pi2_stream *pi2_stream_create(pi2_flash *, const pi2_extent *, int, int64_t, int, uint8_t *, int64_t, int64_t, int *)
     int64_t pi2_stream_destroy(pi2_stream *)
+    void pi2_stream_loan(pi2_stream *, uint8_t *)
 
 IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
 SECTOR = PI2_SECTOR
@@ -44,6 +45,7 @@ cdef class Stream:
     A native thread begins at once. ``ring`` (address, ``ring_bytes``) is aligned to SECTOR and outlives the stream; it has
     room for units that are used together, and, where units differ in size, for the largest beside them, which may not have
     fitted before its end.
+    ``lap_bytes``: of all units.
     ``name``: what errors call the file, where that is not ``path``. ``read_bytes``: size of one read, a multiple of SECTOR;
     ``depth``: reads in flight, at most MOST_DEPTH.
     """
@@ -51,7 +53,7 @@ cdef class Stream:
     cdef pi2_stream *stream
     cdef pi2_extent *units
     cdef readonly int n
-    cdef readonly int64_t ring_bytes
+    cdef readonly int64_t ring_bytes, lap_bytes
     cdef readonly object path, deadline, io_reason
 
     def __cinit__(self, path, units, uintptr_t ring, int64_t ring_bytes, *, name=None, io="auto",
@@ -73,6 +75,8 @@ cdef class Stream:
             raise MemoryError("stream")
         for i, (offset, size, skip) in enumerate(units):
             self.units[i].offset, self.units[i].bytes, self.units[i].skip = offset, size, skip
+            self.units[i].home = -1
+            self.lap_bytes += size
         with nogil:  # it reads: a device may not answer
             flash = pi2_flash_open(file, backend, depth, &error)
         if flash == NULL:
@@ -93,6 +97,20 @@ cdef class Stream:
         together = at_once * max(self.units[i].bytes for i in units)
         if together + gap > self.ring_bytes:
             raise InternalError(f"a ring of {self.ring_bytes} bytes for {together} used together, and a gap of {gap}")
+
+    def borrow(self, uintptr_t address, homes):
+        """Memory at ``address``, whole sectors, that a program lends: there units are kept. ``homes``: of the unit with each
+        number its offset, a multiple of SECTOR. Once, before any is lent; it outlives the stream."""
+        for number, offset in homes.items():
+            if address % PI2_SECTOR or offset % PI2_SECTOR:
+                raise InternalError(f"a home at {offset} of {address}, which is no sector")
+            self.units[<int>number].home = offset
+        pi2_stream_loan(self.stream, <uint8_t *>address)
+
+    @property
+    def lent_bytes(self):
+        """Of the memory that it has borrowed, those that it may use now."""
+        return 0 if self.stream == NULL else self.stream.lent
 
     @property
     def address(self):

@@ -134,6 +134,10 @@ class CpuExecutor:
             self._predictors.by_down,
         )
         self._program = builder.build(self._cache, layouts, page_bytes)
+        if self._ring is not None:
+            lent = self._ring.borrow(self._program.rarely_used_bytes + self._cache.nbytes - page_bytes)
+            kv, kv_bytes = self._cache.address, self._cache.nbytes
+            self._program.lend(lent, kv=kv, kv_bytes=kv_bytes, kv_page_bytes=page_bytes)
         if options.trace is not None and self._neurons is not None:
             trace = ReadTrace(options.trace, FLASH, self._neurons.layers)
             self._read_traces.append((self._neurons.cache, trace))
@@ -311,7 +315,8 @@ class CpuExecutor:
         """``details``: "kernels", the variant that runs. Where anything is read from flash, "flash_bytes" read,
         "flash_reads" of single pages, "flash_stall_ns", for which steps have waited, "flash_io", through what and why,
         "flash_pinned_bytes" of memory that reads need not pin one by one, and "flash_reads_from": "a measured curve"
-        or "defaults". Where matrices are streamed, "stream_read_bytes" and "stream_reads_at_once". Where neurons
+        or "defaults". Where matrices are streamed, "stream_read_bytes" and "stream_reads_at_once", and
+        "stream_lent_bytes": of activations and of a KV cache that are not needed now, and hold pieces. Where neurons
         ("neuron_") or matrices of experts ("cluster_") are cached, their "hits", "early", "misses" and "evictions"
         (``neuron_cache.Counters``), "page_bytes", what one read takes at least, and "reads_at_once"; of neurons also
         "completed", "read_through" and "read_through_bytes"."""
@@ -358,6 +363,7 @@ class CpuExecutor:
             details |= {
                 "stream_read_bytes": self._ring.reads.stream_bytes,
                 "stream_reads_at_once": self._ring.reads.stream_depth,
+                "stream_lent_bytes": self._ring.stream.lent_bytes,
             }
         flash: tuple[ThreadStatistics, ...] = ()
         if sources:

@@ -17,13 +17,15 @@ from pi2rt.cython_kernels import native
 T = TypeVar("T")
 
 
-def give_back(memory: native.Memory, *, late: int, path: str | os.PathLike[str]) -> None:
-    """Closes it, or, where reads of ``late`` bytes have not ended, gives back all but these: what has reached a device
-    cannot be cancelled. Warns with RuntimeWarning then."""
+def give_back(*memories: native.Memory, late: int, path: str | os.PathLike[str]) -> None:
+    """Closes them, or, where reads of ``late`` bytes have not ended, gives back all but these: what has reached a
+    device cannot be cancelled. Warns with RuntimeWarning then."""
     if not late:
-        memory.close()
+        for memory in memories:
+            memory.close()
         return
-    stays = late if memory.abandon() else memory.nbytes
+    whole = [memory for memory in memories if not memory.abandon()]
+    stays = max(late, sum(memory.nbytes for memory in whole))
     warnings.warn(
         f"{os.fspath(path)}: the device does not answer; {stays} bytes that it may write to stay taken until it does",
         RuntimeWarning,

@@ -1,4 +1,10 @@
-"""The memory that streamed weights pass through, and the stream that reads them into it."""
+"""The memory that streamed weights pass through, and the stream that reads them into it.
+
+Some of a budget is for what rarely comes: activations of long steps, pages of the KV cache that no context has reached.
+A step of a few rows lends it to the stream, for pieces that then need not be read again; it is taken back before it is
+needed (``cython_kernels/ops_streamed.c``). Addresses are others, only the memory behind them is lent: so nothing but
+what has to be read depends on who has it.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +42,7 @@ class Ring:
     ) -> None:
         self.nbytes, self.reads, self.pieces = nbytes, reads, pieces
         self._memory = native.Memory(nbytes)
+        self._loan: native.Memory | None = None
         try:
             self.stream = Stream(
                 file.held_path,
@@ -52,6 +59,22 @@ class Ring:
             self._memory.close()
             raise
 
+    def borrow(self, nbytes: int) -> int:
+        """Memory for so many bytes of pieces, spread over the step, which a program may lend. Returns how many have a
+        home there. None of it is taken before."""
+        homes: dict[int, int] = {}
+        used = due = 0
+        total = sum(piece.bytes for piece in self.pieces)
+        for number, piece in enumerate(self.pieces):
+            due += piece.bytes
+            if due * nbytes >= (used + piece.bytes) * total and used + piece.bytes <= nbytes:
+                homes[number] = used
+                used += piece.bytes
+        if homes:
+            self._loan = native.Memory(used, huge_pages=False)  # which would take more than is lent
+            self.stream.borrow(self._loan.address, homes)
+        return used
+
     @property
     def io_reason(self) -> str:
         """How it reads, and why."""
@@ -59,4 +82,5 @@ class Ring:
 
     def close(self) -> None:
         """Joins the reader, then frees the memory that it wrote to. Only after the threads that compute have ended."""
-        give_back(self._memory, late=self.stream.close(), path=self.stream.path)
+        memories = [self._memory, *([] if self._loan is None else [self._loan])]
+        give_back(*memories, late=self.stream.close(), path=self.stream.path)

@@ -22,6 +22,7 @@ from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.trace import Trace
 from tests.executors.conformance import ExecutorConformance
+from tests.executors.test_sparse import one_by_one
 from tests.support.native_threads import settles_at
 from tests.support.running import all_logits, opened, stopped_steps_leave_nothing
 from tests.support.tiny_models import TinyModel, write_gguf
@@ -91,16 +92,49 @@ async def test_streamed_is_resident_bit_for_bit(pack: Path, every: int, more: in
     given = {"streamed": names, "ring_bytes": ring_for(pack, names, more), "reads": READS, "io": io}
     if every > 1:
         given["read_by_row"] = "token_embd.weight"
-    async with opened(CpuExecutor(), pack, exact_floats=False, **given) as executor:
+    async with opened(CpuExecutor(), pack, exact_floats=False, slots=1, **given) as executor:
         for _ in range(3):
             np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
         statistics = executor.statistics()
         with open_model_file(pack) as file:
-            streamed = sum(-(-file.tensors[name].nbytes // SECTOR) * SECTOR for name in names)
+            least = sum(file.tensors[name].nbytes for name in names)
+        assert all(use.streamed_bytes >= least for use in statistics.recent)
         read = statistics.details["flash_bytes"]
         assert isinstance(read, int)
-        assert read >= statistics.steps * streamed
+        assert read >= sum(use.streamed_bytes for use in statistics.recent)
         assert statistics.threads[-1].actor == "flash"
+
+
+async def test_short_steps_keep_pieces_in_memory_that_long_ones_need(pack: Path) -> None:
+    """Pages of the KV cache that no step has reached, and rows of activations: what they hold meanwhile is not read
+    again, and is given back before a step needs it."""
+    tokens = np.random.RandomState(5).randint(0, 300, 200).astype(np.int32)
+    names = every_matrix(pack)
+    async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
+        expected = await all_logits(executor, tokens)
+    given = {"streamed": names, "ring_bytes": ring_for(pack, names, 4), "reads": READS, "exact_floats": False}
+
+    def of_last_step() -> tuple[int, int]:
+        """(bytes read, bytes lent)"""
+        statistics = executor.statistics()
+        lent = statistics.details["stream_lent_bytes"]
+        assert isinstance(lent, int)
+        return statistics.recent[-1].streamed_bytes, lent
+
+    with open_model_file(pack) as file:
+        whole = sum(piece.bytes for piece in cut(file, describe(file), names, READS.stream_bytes).pieces)
+    async with opened(CpuExecutor(), pack, slots=1, context=8192, **given) as executor:
+        for _ in range(3):
+            np.testing.assert_array_equal(await one_by_one(executor, tokens[:20]), expected[:20])
+            assert of_last_step() == (0, whole)  # all that is streamed has room there
+            np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
+            assert 0 < of_last_step()[1] <= whole  # most pages of the cache were never used
+    async with opened(CpuExecutor(), pack, slots=1, context=1024, **given) as executor:  # the last page is
+        for _ in range(3):
+            np.testing.assert_array_equal(await one_by_one(executor, tokens[:20]), expected[:20])
+            assert of_last_step() == (0, whole)
+            np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
+            assert of_last_step() == (whole, 0)
 
 
 @pytest.mark.parametrize(
@@ -152,19 +186,29 @@ async def test_reads_are_in_the_trace(pack: Path, tmp_path: Path) -> None:
     assert names[-1] in text
 
 
+LONG = np.arange(20, dtype=np.int32)
+"""A step that leaves no memory to the stream, where a context has all pages: so everything has to be read."""
+
+
 async def several(executor: Executor) -> None:
     """Steps enough to use up what was read ahead."""
     for _ in range(3):
-        await all_logits(executor, np.arange(5, dtype=np.int32))
+        await all_logits(executor, LONG)
 
 
 async def test_a_file_that_shrinks_fails_the_step_and_not_the_process(pack: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.pi2"
     shutil.copy(pack, path)
     names = every_matrix(path)
-    given = {"streamed": names, "ring_bytes": ring_for(path, names), "reads": READS, "exact_floats": False}
+    given = {
+        "streamed": names,
+        "ring_bytes": ring_for(path, names),
+        "reads": READS,
+        "exact_floats": False,
+        "slots": 1,
+    }
     async with opened(CpuExecutor(), path, **given) as executor:
-        await all_logits(executor, np.arange(5, dtype=np.int32))
+        await all_logits(executor, LONG)
         with open_model_file(path) as file:
             os.truncate(path, file.tensors[names[len(names) // 2]].offset)
         with pytest.raises(OSError, match="reading weights: the file ends too early"):
@@ -198,10 +242,10 @@ async def test_an_embedding_that_cannot_be_read_fails_the_step(pack: Path, tmp_p
     path = tmp_path / "m.pi2"
     shutil.copy(pack, path)
     async with opened(CpuExecutor(), path, exact_floats=False, read_by_row="token_embd.weight") as executor:
-        await all_logits(executor, np.arange(5, dtype=np.int32))
+        await all_logits(executor, LONG)
         os.truncate(path, 4096)
         with pytest.raises(OSError, match=r"reading weights: the file ends too early: .*m.pi2"):
-            await all_logits(executor, np.arange(5, dtype=np.int32))
+            await all_logits(executor, LONG)
 
 
 async def test_the_reference_executor_refuses_to_stream(pack: Path) -> None:

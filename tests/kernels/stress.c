@@ -248,7 +248,7 @@ typedef struct {
   char path[32];
   pi2_extent units[MOST_PIECES];
   int n;
-  uint8_t *ring, *rows;
+  uint8_t *ring, *rows, *loan;
 } stored;
 
 static int pieces_of(const pi2_matrix *w) { return (int)(((w->rows + 15) / 16 + PIECE_BLOCKS - 1) / PIECE_BLOCKS); }
@@ -284,7 +284,7 @@ static pi2_stream *stream_all(pi2_program *p, stored *f) {
       for (int i = 0; i < n; i++) {
         const int64_t size = PIECE_BLOCKS * pi2_row_block_bytes(w->type, w->k), first = at + i * size;
         const int64_t last = i + 1 < n ? first + size : at + bytes, offset = first / PI2_SECTOR * PI2_SECTOR;
-        f->units[w->unit + i * w->stride] = (pi2_extent){offset, pi2_align(last - offset, PI2_SECTOR), first - offset};
+        f->units[w->unit + i * w->stride] = (pi2_extent){offset, pi2_align(last - offset, PI2_SECTOR), first - offset, -1};
         largest = last - offset > largest ? pi2_align(last - offset, PI2_SECTOR) : largest;
       }
       if (!turns || j + 1 == op->n_matrices) f->n += n * w->stride;
@@ -305,6 +305,15 @@ static pi2_stream *stream_all(pi2_program *p, stored *f) {
   if (!p->rows) die("no rows");
   e->data = NULL;
   return s;
+}
+
+/* Every third piece has a home in what long steps and unused pages of the KV cache leave free. */
+static void lend_some(pi2_program *p, stored *f, const uint8_t *cache, int64_t page_bytes) {
+  int64_t used = 0;
+  for (int i = 0; i < f->n; i += 3) f->units[i].home = used, used += f->units[i].bytes;
+  if (posix_memalign((void **)&f->loan, PI2_SECTOR, (size_t)used)) die("out of memory");
+  pi2_stream_loan(p->stream, f->loan);
+  p->kv = (uintptr_t)cache, p->kv_bytes = page_bytes * PAGES * SLOTS, p->kv_page_bytes = page_bytes, p->loan_bytes = used;
 }
 
 /* The neurons of all blocks in a file, and a cache of them. */
@@ -424,6 +433,7 @@ static int play(const model *m, int threads, const step *script, int steps, resu
   if (way == STREAMED) p.stream = stream_all(&p, &file);
   if (way == SPARSE) sparse_all(&p, m, &sparse);
   prepare(&p);
+  if (way == STREAMED) lend_some(&p, &file, cache, m->page_bytes);
   flight f = {.n = 0};
   for (int i = 0; i < steps; i++) {
     if (wild && below(2)) {
@@ -450,7 +460,7 @@ static int play(const model *m, int threads, const step *script, int steps, resu
     pi2_stream_destroy(p.stream);
     pi2_rows_destroy(p.rows);
     unlink(file.path);
-    free(file.ring), free(file.rows);
+    free(file.ring), free(file.rows), free(file.loan);
   }
   pi2_program_free(&p);
   free(cache);
