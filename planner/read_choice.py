@@ -8,7 +8,7 @@ from pi2rt.cython_kernels.stream import MOST_DEPTH
 from pi2rt.planner.read_curve import ReadCurve
 from pi2rt.runtime.flash_reads import FlashReads
 
-STREAM_BUFFER = 16 << 20
+STREAM_BUFFER = 32 << 20
 """Bytes in flight of a stream, at most: the ring that they go to holds the matrices that are computed, too."""
 
 CLUSTER_BUFFER = 32 << 20

@@ -45,8 +45,8 @@ FIRST_NEURONS = 1 / 8
 """Of the synthetic ReLU models as much of the neurons is two thirds of what fires; the next eighth is another tenth."""
 
 
-AHEAD_SHARE, LEAST_AHEAD = 16, 2
-"""What the ring has room for beside the pieces that are computed: as many reads as may be in flight, but a sixteenth of
+AHEAD_SHARE, LEAST_AHEAD = 12, 2
+"""What the ring has room for beside the pieces that are computed: as many reads as may be in flight, but a twelfth of
 what a step reads at most, for so many bytes more are read then; and two reads at least."""
 
 
