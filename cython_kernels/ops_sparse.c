@@ -536,16 +536,17 @@ void pi2_sparse_reset(pi2_sparse *s) {
 static block block_of(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, int turn, const pi2_input *in) {
   const pi2_program *p = r->program;
   return (block){.r = r, .p = p, .op = op, .b = op->bundles, .s = pi2_sparse_of(r, turn), .cache = p->neurons, .w = w, .in = in,
-                 .predicted = {.floats = p->y, .ld = p->y_columns},
+                 .predicted = {.floats = p->reduced, .ld = p->reduced_columns},
                  .index = index, .rows = pi2_rows(r, op), .arranged = -1,
                  .n_clusters = (int)((op->bundles->neurons + PI2_CLUSTER - 1) / PI2_CLUSTER)};
 }
-/* The next expert of the same mixture, for a few rows: its gates can be computed while this one waits. NULL: there is none. */
+/* The next expert of the same mixture, for a few rows: its gates can be computed while this one waits. NULL: there is none, or its
+ * gates are in the bundles. */
 static const pi2_op *next_expert(const pi2_run *r, const pi2_op *op) {
   const pi2_program *p = r->program;
   int next = op->expert < 0 || p->pipeline != PI2_PIPELINE_CLUSTER || r->n_rows > PI2_REPLICATED ? 0 : op->next_sparse;
   while (next && !pi2_rows(r, &p->ops[next])) next = p->ops[next].next_sparse;
-  return next ? &p->ops[next] : NULL;
+  return next && p->ops[next].bundles->gate_type < 0 ? &p->ops[next] : NULL;
 }
 /* The next gates of a block, if any are left. */
 static int take_gates(block *k) {

@@ -194,7 +194,8 @@ int pi2_program_prepare(pi2_program *p) {
     if (op->kind == PI2_LINEAR) {
       int64_t columns = 0;
       for (int j = 0; j < op->n_matrices; j++) columns += op->matrix[j].rows;
-      p->y_columns = columns > p->y_columns ? columns : p->y_columns;
+      int64_t *most = op->sink == PI2_TO_REDUCED ? &p->reduced_columns : &p->y_columns;
+      *most = columns > *most ? columns : *most;
     } else if (op->kind == PI2_FFN || op->kind == PI2_SPARSE) {
       if (op->kind == PI2_SPARSE && op->sink == PI2_TO_Y) p->y_columns = p->dim > p->y_columns ? p->dim : p->y_columns;
       const int64_t hidden = op->kind == PI2_SPARSE ? op->bundles->neurons : op->matrix[0].rows;
@@ -220,6 +221,7 @@ int pi2_program_prepare(pi2_program *p) {
   p->partial_splits = p->context > 4 * PI2_LARGEST_SPLIT ? p->context / PI2_LARGEST_SPLIT + 1 : 4;
   p->x = allocate_rows(p, rows, p->dim * 4);
   p->y = allocate_rows(p, rows, p->y_columns * 4);
+  p->reduced = allocate_rows(p, rows, p->reduced_columns * 4);
   p->attention = allocate_rows(p, rows, p->attention_columns * 4);
   p->hidden_floats = allocate_rows(p, rows, p->hidden * 4);
   p->prepared = allocate_rows(p, rows, p->prepared_k * 4);
@@ -231,7 +233,7 @@ int pi2_program_prepare(pi2_program *p) {
   ok &= allocate_q8(p, &p->q8_prepared, rows, p->prepared_k, p->mixed);
   ok &= allocate_q8(p, &p->q8_attention, rows, p->attention_columns, 0);
   ok &= allocate_q8(p, &p->q8_hidden, rows, p->hidden, p->mixed);
-  ok &= p->x && p->y && p->attention && p->hidden_floats && p->prepared && p->logits && p->partial && p->slots &&
+  ok &= p->x && p->y && p->reduced && p->attention && p->hidden_floats && p->prepared && p->logits && p->partial && p->slots &&
         p->scratch;
   if (!ok) return -1;
   const int64_t vectors = p->max_group > 64 ? p->max_group : 64; /* queries of one attention tile */
@@ -278,7 +280,7 @@ void pi2_program_free(pi2_program *p) {
   free_q8(&p->q8_prepared);
   free_q8(&p->q8_attention);
   free_q8(&p->q8_hidden);
-  free(p->x); free(p->y); free(p->attention); free(p->hidden_floats); free(p->prepared); free(p->logits);
+  free(p->x); free(p->y); free(p->reduced); free(p->attention); free(p->hidden_floats); free(p->prepared); free(p->logits);
   free(p->routing.count); free(p->routing.row); free(p->routing.weight); free(p->routing.chosen); free(p->routing.share);
   free((void *)p->page_table); free(p->page_numbers); free(p->piece_blocks); free((void *)p->piece_left);
   free(p->partial); free(p->row_tokens); free(p->slots); free(p->scratch); free(p->ops); free(p->ropes);

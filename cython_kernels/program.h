@@ -54,7 +54,8 @@ typedef struct {
 
 enum pi2_op_kind { PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD, PI2_HEAD, PI2_SPARSE, PI2_ROUTE };
 enum pi2_source { PI2_FROM_X, PI2_FROM_ATTENTION, PI2_FROM_HIDDEN };
-enum pi2_sink { PI2_TO_Y, PI2_ADD_TO_X, PI2_MIX_INTO_Y }; /* mix: times the expert's weight, added */
+enum pi2_sink { PI2_TO_Y, PI2_ADD_TO_X, PI2_MIX_INTO_Y, PI2_TO_REDUCED }; /* mix: times the expert's weight, added; reduced: what a
+                                                                              predictor's second matrix is multiplied by */
 
 typedef struct {
   int kind, layer;
@@ -193,6 +194,7 @@ typedef struct pi2_program {
   int mixed; /* some operations' are in both forms (pi2_q8) */
   int traced; /* runs may be: there is room for what they record of waiting */
   int64_t dim, vocab, max_rows, max_slots, context, max_k, hidden, y_columns, attention_columns;
+  int64_t reduced_columns; /* of what predictors' first matrices make */
   int64_t prepared_k; /* the largest k of what `prepared` and q8_prepared take: all but hidden values, which have q8_hidden */
   int threads, max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
   pi2_op *ops;
@@ -201,7 +203,7 @@ typedef struct pi2_program {
   pi2_row_reader *rows;  /* through this, or NULL */
   int32_t *row_tokens;  /* (max_rows) which, in the running step */
   float embedding_scale, logit_softcap;
-  float *x, *y, *attention, *hidden_floats, *prepared, *logits;
+  float *x, *y, *reduced, *attention, *hidden_floats, *prepared, *logits;
   pi2_q8 q8_prepared, q8_attention, q8_hidden;
   float *partial; /* attention of one row split along the context */
   int64_t partial_splits;
@@ -278,6 +280,8 @@ static inline void pi2_put(const pi2_run *run, const pi2_op *op, int row, int64_
     p->kernels->add(t, p->y + p->routing.row[at] * p->y_columns + column, width);
   } else if (op->sink == PI2_ADD_TO_X) {
     p->kernels->add(t, p->x + (op->head_only ? run->head_row[row] : row) * p->dim + column, width);
+  } else if (op->sink == PI2_TO_REDUCED) {
+    memcpy(p->reduced + row * p->reduced_columns + column, t, (size_t)width * sizeof *t);
   } else {
     memcpy(p->y + row * p->y_columns + column, t, (size_t)width * sizeof *t);
   }

@@ -156,7 +156,7 @@ cdef extern from "program.h" nogil:
 
 MOST_IN_FLIGHT = PI2_QUEUE
 SOURCES = {"x": 0, "attention": 1, "hidden": 2}
-SINKS = {"y": 0, "x": 1, "mix": 2}
+SINKS = {"y": 0, "x": 1, "mix": 2, "reduced": 3}
 CLUSTER = PI2_CLUSTER  # neurons that are asked for together
 PIPELINES = {"none": PI2_PIPELINE_NONE, "matrix": PI2_PIPELINE_MATRIX, "cluster": PI2_PIPELINE_CLUSTER}
 
@@ -428,8 +428,8 @@ cdef class Program:
     def sparse_ffn(self, int layer, norm, sink, decides, Bundles bundles, int activation, int up_activation, *,
                    bint mixed=False, bint mixed_down=False, int expert=-1):
         """A whole feed-forward block whose neurons are read when they fire. ``decides``: gate, or up where there is none.
-        Where gates are in the bundles, what of a predictor is applied to the ``linear`` before, whose sink is y; None: all
-        neurons are read."""
+        Where gates are in the bundles, what of a predictor is applied to the ``linear`` before, whose sink is "reduced";
+        None: all neurons are read."""
         if self.neurons is None or not 0 <= bundles.b.region < self.neurons.n_regions:
             raise InternalError(f"neurons of region {bundles.b.region} are in no cache")
         op = self.operation(PI2_SPARSE, layer)

@@ -200,9 +200,9 @@ class ProgramBuilder:
         if decides.weight not in self._weights.scales:
             return self._matrix(decides)
         predictor = self._predictors.get(block.down.weight)
-        if predictor is None or expert >= 0:  # y, where its first product would go, holds the router's
+        if predictor is None:
             return None
-        self._program.linear(index, self._norm(block.norm), "x", "y", [predictor.first])
+        self._program.linear(index, self._norm(block.norm), "x", "reduced", [predictor.first], expert=expert)
         return predictor.second
 
     def _mixture(self, index: int, block: MixtureOfExperts) -> None:

@@ -1,7 +1,8 @@
 """A model's forward pass over many texts at once, block by block, in plain numpy float32.
 
 Where ``reference.py`` takes one text through all layers, this takes all texts through one block after another. So one
-block's weights are in memory at a time, whatever the size of the model, beside the residual streams of all texts.
+block's weights are in memory at a time, and one expert's of a mixture, whatever the size of the model, beside the
+residual streams of all texts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pi2rt.executors.reference_model import ReferenceModel
 from pi2rt.executors.weights import to_floats
 from pi2rt.formats import ModelFile, TensorInfo, neuron_order
 from pi2rt.formats.quants import dequantize
-from pi2rt.models import FeedForward, ModelDescription
+from pi2rt.models import Block, FeedForward, MixtureOfExperts, ModelDescription
 from pi2rt.models.tensors import block_tensors
 from pi2rt.runtime.step import PAGE_TOKENS, Floats, Int32s
 
@@ -28,9 +29,10 @@ PIECE_ROWS = 1024
 
 
 class Factors(NamedTuple):
-    """Of a text what a block's hidden values are made of, float32 (tokens, hidden): the activated ``gate`` and
-    ``up`` after its own activation; or, without gate, the activated up as ``gate`` and None. ``product``: of a block
-    with gate its ``input``, (tokens, dim), and what the gate made of it, (tokens, hidden)."""
+    """Of a text what a block's hidden values are made of, float32 (tokens, hidden); of an expert's those of the tokens
+    that chose it, of which there may be none. The activated ``gate`` and ``up`` after its own activation; or, without
+    gate, the activated up as ``gate`` and None. ``product``: of a block with gate its input, (tokens, dim), and what
+    the gate made of it, (tokens, hidden)."""
 
     gate: Floats
     up: Floats | None
@@ -49,15 +51,15 @@ def walk(
     observe: Observer,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Runs all layers over ``texts``, each by itself from position 0, and shows every feed-forward block to
-    ``observe``. Blocks: for a worker thread.
+    """Runs all layers over ``texts``, each by itself from position 0, and shows every feed-forward block and every
+    expert to ``observe``. Blocks: for a worker thread.
 
     Args:
         file: the model's, with neuron bundles or without.
         model: what is in it.
         texts: token ids, int32 (tokens,).
         observe: is given an iterator that it must exhaust: what it yields is computed meanwhile.
-        progress: ``progress(done, total)``, in blocks; may raise, which ends the work.
+        progress: ``progress(done, total)``, in blocks and experts; may raise, which ends the work.
 
     Raises:
         ModelFormatError: a tensor holds NaN or infinity.
@@ -66,10 +68,16 @@ def walk(
     longest = max(len(text) for text in texts)
     pages = np.arange(-(-longest // PAGE_TOKENS), dtype=np.int32)
     streams = [weights.rows(model.embedding, text) * np.float32(model.embedding_scale) for text in texts]
-    total, done = sum(len(layer.blocks) for layer in model.layers), 0
+    total, done = sum(_parts(block) for layer in model.layers for block in layer.blocks), 0
     for index, layer in enumerate(model.layers):
         for number, block in enumerate(layer.blocks):
             progress(done, total)
+            if isinstance(block, MixtureOfExperts):
+                reference = ReferenceModel(model, weights, len(pages))
+                for _ in _mixture(reference, weights, index, block, streams, observe):
+                    done += 1
+                    progress(done, total)
+                continue
             weights.load(name for name, _ in block_tensors(block, model.dim))
             reference = ReferenceModel(model, weights, len(pages))  # its cache is touched where it is used
             if isinstance(block, FeedForward):
@@ -81,11 +89,61 @@ def walk(
     progress(done, total)
 
 
+def _parts(block: Block) -> int:
+    return sum(1 for _ in block.experts()) if isinstance(block, MixtureOfExperts) else 1
+
+
+def _mixture(
+    reference: ReferenceModel,
+    weights: _BlockWeights,
+    index: int,
+    block: MixtureOfExperts,
+    streams: list[Floats],
+    observe: Observer,
+) -> Iterator[None]:
+    """Expert after expert, in the order in which their outputs are added."""
+    dim = reference.model.dim
+    weights.load(_around(block))
+    inputs = [reference.normalized(block, x) for x in streams]
+    routes = [reference.route(block, x) for x in inputs]
+    outputs = [np.zeros_like(x) for x in streams]
+
+    def factors(expert: FeedForward, number: int) -> Iterator[Factors]:
+        for x, (chosen, shares), out in zip(inputs, routes, outputs, strict=True):
+            tokens, places = np.nonzero(chosen == number)
+            mine = x[tokens]
+            gate, up = reference.factors(expert, mine)
+            yield Factors(gate, up, partial(reference.gate_product, expert, mine))
+            y = reference.down(expert, gate if up is None else gate * up)
+            out[tokens] += shares[tokens, places, None] * y
+
+    for number, expert in enumerate(block.experts()):
+        weights.load(name for name, _ in block_tensors(expert, dim))
+        observe(index, expert, weights, factors(expert, number))
+        yield
+    weights.load(_around(block))
+    for i, x in enumerate(streams):
+        streams[i] = reference.add(block, x, outputs[i])
+
+
+def _around(block: MixtureOfExperts) -> Iterator[str]:
+    """Tensors of a mixture that are none of an expert's matrices."""
+    yield block.norm.weight
+    yield block.router.weight
+    if block.router.bias is not None:
+        yield block.router.bias
+    if block.shared is not None:
+        yield block.shared.router
+    if block.post_norm is not None:
+        yield block.post_norm.weight
+
+
 def _feed_forward(reference: ReferenceModel, block: FeedForward, streams: list[Floats]) -> Iterator[Factors]:
     for i, x in enumerate(streams):
-        gate, up = reference.activations(block, x)
-        yield Factors(gate, up, partial(reference.gate_product, block, x))
-        streams[i] = reference.add_hidden(block, x, gate if up is None else gate * up)
+        mine = reference.normalized(block, x)
+        gate, up = reference.factors(block, mine)
+        yield Factors(gate, up, partial(reference.gate_product, block, mine))
+        streams[i] = reference.add(block, x, reference.down(block, gate if up is None else gate * up))
 
 
 class _BlockWeights(Mapping[str, Floats]):

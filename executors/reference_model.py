@@ -95,28 +95,55 @@ class ReferenceModel:
     def behind(self, layer: int, number: int, x: Floats, start: int, pages: Int32s) -> Floats:
         """The residual stream (t, dim) behind a block, from the one before it. Arguments as ``forward``."""
         block = self.model.layers[layer].blocks[number]
+        y = self.normalized(block, x)
         if isinstance(block, FeedForward):
-            gate, up = self.activations(block, x)
-            return self.add_hidden(block, x, gate if up is None else gate * up)
-        y = self._norm(block.norm, x)
+            return self.add(block, x, self._feed_forward(block, y))
         if isinstance(block, Attention):
-            return self._add(block, x, self._attention(block, y, start, pages, self._caches[layer, number]))
-        return self._add(block, x, self._mixture(block, y))
+            return self.add(block, x, self._attention(block, y, start, pages, self._caches[layer, number]))
+        return self.add(block, x, self._mixture(block, y))
 
-    def activations(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
-        """Of the stream (t, dim) before a block the two factors of its hidden values, (t, hidden) each: the
-        activated gate and up after its own activation; or, without gate, the activated up and None."""
-        return self._factors(block, self._norm(block.norm, x))
+    def normalized(self, block: Block, x: Floats) -> Floats:
+        """A block's input, of the stream (t, dim) before it."""
+        return self._norm(block.norm, x)
+
+    def factors(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
+        """Of a block's input (t, dim) the two factors of its hidden values, (t, hidden) each: the activated gate and up
+        after its own activation; or, without gate, the activated up and None."""
+        up = self._linear(block.up, x)  # (t, hidden)
+        if block.gate is None:
+            return activate(block.activation, up), None
+        if block.up_activation is not None:
+            up = activate(block.up_activation, up)
+        return activate(block.activation, self._linear(block.gate, x)), up
 
     def gate_product(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats]:
-        """Of the stream before a gated block, the block's input (t, dim), and the gate's product (t, hidden)."""
+        """A gated block's input, (t, dim), and what the gate makes of it, (t, hidden)."""
         assert block.gate is not None
-        y = self._norm(block.norm, x)
-        return y, self._linear(block.gate, y)
+        return x, self._linear(block.gate, x)
 
-    def add_hidden(self, block: FeedForward, x: Floats, hidden: Floats) -> Floats:
-        """The stream behind a block, from the one before it and the block's hidden values."""
-        return self._add(block, x, self._linear(block.down, hidden))
+    def down(self, block: FeedForward, hidden: Floats) -> Floats:
+        """A block's output, (t, dim), of its hidden values."""
+        return self._linear(block.down, hidden)
+
+    def route(self, block: MixtureOfExperts, x: Floats) -> tuple[npt.NDArray[np.intp], Floats]:
+        """The experts that each token of a block's input chooses, and their weights: (t, n) each, of which the last
+        column is the shared expert's, number ``n_experts``, where there is one."""
+        logits = self._linear(block.router, x)  # (t, n_experts)
+        chosen = np.argsort(-logits, axis=-1, kind="stable")[:, : block.n_used]  # (t, n_used)
+        weights: Floats  # (t, n_used)
+        if block.normalized:
+            weights = _softmax(np.take_along_axis(logits, chosen, axis=-1))
+        else:
+            weights = np.take_along_axis(_softmax(logits), chosen, axis=-1)
+        if block.shared is not None:
+            weight = _sigmoid(x @ self.weights[block.shared.router].reshape(-1, 1))  # (t, 1)
+            weights = np.concatenate([weights, weight], axis=-1)
+            chosen = np.concatenate([chosen, np.full((len(x), 1), block.n_experts)], axis=-1)
+        return chosen, weights
+
+    def add(self, block: Block, x: Floats, y: Floats) -> Floats:
+        """The stream behind a block, from the one before it and the block's output."""
+        return x + (y if block.post_norm is None else self._norm(block.post_norm, y))
 
     def logits(self, x: Floats) -> Floats:
         """(t, dim) to (t, vocab_size)."""
@@ -128,9 +155,6 @@ class ReferenceModel:
         return out
 
     # -- blocks
-
-    def _add(self, block: Block, x: Floats, y: Floats) -> Floats:
-        return x + (y if block.post_norm is None else self._norm(block.post_norm, y))
 
     def _attention(self, block: Attention, x: Floats, start: int, pages: Int32s, cache: Floats) -> Floats:
         """``cache``: keys and values, (2, pages, PAGE_TOKENS, g, d)."""
@@ -163,36 +187,17 @@ class ReferenceModel:
             out[:, head] = weights @ values[:, head // group]
         return self._linear(block.out, out.reshape(t, -1))
 
-    def _factors(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
-        """See ``activations``; ``x``: normalised."""
-        up = self._linear(block.up, x)  # (t, hidden)
-        if block.gate is None:
-            return activate(block.activation, up), None
-        if block.up_activation is not None:
-            up = activate(block.up_activation, up)
-        return activate(block.activation, self._linear(block.gate, x)), up
-
     def _feed_forward(self, block: FeedForward, x: Floats) -> Floats:
-        gate, up = self._factors(block, x)
+        gate, up = self.factors(block, x)
         return self._linear(block.down, gate if up is None else gate * up)
 
     def _mixture(self, block: MixtureOfExperts, x: Floats) -> Floats:
-        logits = self._linear(block.router, x)  # (t, n_experts)
-        chosen = np.argsort(-logits, axis=-1, kind="stable")[:, : block.n_used]  # (t, n_used)
-        weights: Floats  # (t, n_used)
-        if block.normalized:
-            weights = _softmax(np.take_along_axis(logits, chosen, axis=-1))
-        else:
-            weights = np.take_along_axis(_softmax(logits), chosen, axis=-1)
+        chosen, weights = self.route(block, x)
         out = np.zeros_like(x)
-        for expert in np.unique(chosen):
-            tokens, places = np.nonzero(chosen == expert)
-            y = self._feed_forward(block.expert(int(expert)), x[tokens])
-            out[tokens] += weights[tokens, places, None] * y
-        shared = block.shared_expert()
-        if block.shared is not None and shared is not None:
-            weight = _sigmoid(x @ self.weights[block.shared.router].reshape(-1, 1))  # (t, 1)
-            out += weight * self._feed_forward(shared, x)
+        for number, expert in enumerate(block.experts()):
+            tokens, places = np.nonzero(chosen == number)
+            if len(tokens):
+                out[tokens] += weights[tokens, places, None] * self._feed_forward(expert, x[tokens])
         return out
 
     def _linear(self, linear: Linear, x: Floats) -> Floats:

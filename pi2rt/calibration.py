@@ -15,11 +15,12 @@ import numpy as np
 import trio
 
 from pi2rt import catalogue
-from pi2rt._errors import RequestError, UnsupportedModelError
+from pi2rt._errors import RequestError
 from pi2rt._perplexity import Perplexity, cut, perplexity
 from pi2rt.executors.layer_walk import Factors, walk
 from pi2rt.formats import open_model_file
 from pi2rt.formats.calibration import (
+    MAX_BYTES,
     METHODS,
     BlockCalibration,
     Calibration,
@@ -32,11 +33,11 @@ from pi2rt.formats.calibration import (
 )
 from pi2rt.formats.neuron_order import bundle_order, encode_order
 from pi2rt.formats.pack import PackFile
-from pi2rt.models import FeedForward, MixtureOfExperts, ModelDescription, describe
+from pi2rt.models import FeedForward, ModelDescription, describe
 from pi2rt.planner.bundling import rests
 from pi2rt.planner.coactivation import find_order
-from pi2rt.planner.predictors import Quality, default_rank, measure, train
-from pi2rt.planner.thresholds import Activations, calibrate_block
+from pi2rt.planner.predictors import Quality, ask_for_all, default_rank, measure, train
+from pi2rt.planner.thresholds import Activations, calibrate_block, exact_block
 from pi2rt.runtime.executor import Predictor
 from pi2rt.runtime.step import Floats
 from pi2rt.runtime_options import RuntimeKeywords
@@ -48,6 +49,9 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 """``progress(stage, done, total)``."""
 
 MOST_PERPLEXITY = 1e30
+
+LEAST_TOKENS = 64
+"""Of an expert that fewer tokens have chosen, all neurons are asked for: too little is known to predict them."""
 
 GAP_BYTES = 16 << 10
 """Of gaps, what is told of orders: a device that gives 50,000 reads/s and 1 GB/s breaks even at 20 KB."""
@@ -125,7 +129,6 @@ async def calibrate(
 
     Raises:
         RequestError: the model is no such pack, the text is too short, or the output cannot be written.
-        UnsupportedModelError: the model is a mixture of experts.
         Others: as ``open_runtime``.
     """
     if not 0 < resting < 1:
@@ -141,7 +144,6 @@ async def calibrate(
     with await trio.to_thread.run_sync(open_model_file, path) as file:
         pack = calibratable(file, "calibrate")
         description = describe(pack)
-        _refuse_experts(pack, description)
         tokenizer = await trio.to_thread.run_sync(load_tokenizer, pack)
         ids = await trio.to_thread.run_sync(tokenizer.encode, text)
         size = min(sample.chunk, description.context_length)
@@ -149,6 +151,7 @@ async def calibrate(
         texts = [np.array(chunk, np.int32) for chunk in looked_at]
         others = [np.array(chunk, np.int32) for chunk in held_out]
         has_gates = [name for name, each in pack.bundles.items() if each.gate is not None]
+        _refuse_large(pack, default_rank(description.dim) if rank is None else rank)
         collector = _Collector(pack, description, resting, recall, rank, len(texts))
 
         def collect() -> tuple[BlockCalibration, ...]:
@@ -225,7 +228,11 @@ class _Collector:
     ) -> None:
         """See ``executors.layer_walk.Observer``."""
         bundles = self._pack.bundles.get(block.down.weight)
-        predicts = bundles is not None and bundles.gate is not None
+        if bundles is None:
+            for _ in factors:  # later blocks need them
+                pass
+            return
+        predicts = bundles.gate is not None
         inputs: list[Floats] = []
         products: list[Floats] = []
 
@@ -239,29 +246,36 @@ class _Collector:
 
         texts = watched()
         activations = Activations.of(itertools.islice(texts, self._used))
-        if bundles is None:
-            for _ in texts:  # later blocks need them
-                pass
-            return
-        found = calibrate_block(layer, block.down.weight, activations, self._resting)
+        name = block.down.weight
+        if activations.gates:
+            found = calibrate_block(layer, name, activations, self._resting)
+        else:
+            found = exact_block(layer, name, bundles.neurons)
         # of a block whose neurons do not rest by themselves, those that fire with thresholds
         least = np.zeros(1, np.float32) if rests(block) else found.vector("chess")
-        order, readings = find_order(
-            [gate > least for gate in activations.gates],
-            np.concatenate([np.abs(gate) > least for gate, _ in texts]),
-            bundle_order(bundles),
-            bundles.neurons_per_page,
-            GAP_BYTES // bundles.page_bytes,
-        )
-        found = msgspec.structs.replace(
-            found, order=None if order is None else encode_order(order), readings=readings
-        )
+        held_out = np.concatenate([np.abs(gate) > least for gate, _ in texts])
+        if activations.gates and len(held_out):
+            order, readings = find_order(
+                [gate > least for gate in activations.gates],
+                held_out,
+                bundle_order(bundles),
+                bundles.neurons_per_page,
+                GAP_BYTES // bundles.page_bytes,
+            )
+            found = msgspec.structs.replace(
+                found, order=None if order is None else encode_order(order), readings=readings
+            )
         if predicts and block.gate is not None:
+            weight = weights[block.gate.weight]
             bias = None if block.gate.bias is None else weights[block.gate.bias]
-            used = slice(self._used)
-            predictor = train(products[used], weights[block.gate.weight], bias, self._rank, self._recall)
-            held_out = slice(self._used, None)
-            quality = measure(predictor, inputs[held_out], products[held_out])
+            if sum(map(len, products[: self._used])) < LEAST_TOKENS:
+                predictor = ask_for_all(*weight.shape)
+            else:
+                predictor = train(products[: self._used], weight, bias, self._rank, self._recall)
+            first = (
+                self._used if len(held_out) else 0
+            )  # the text itself, where no other token chose this expert
+            quality = measure(predictor, inputs[first:], products[first:])
             found = msgspec.structs.replace(found, predictor=_recorded(predictor, quality))
         self.blocks.append(found)
 
@@ -286,8 +300,9 @@ def _resting(blocks: Sequence[BlockCalibration], method: Method) -> float:
 
 
 def _average(blocks: Sequence[BlockCalibration], share: Callable[[BlockCalibration], float]) -> float:
-    """A share of the neurons of all blocks together."""
-    shares = np.average([share(block) for block in blocks], weights=[block.neurons for block in blocks])
+    """A share of the neurons of all blocks together, for all tokens that met them."""
+    weights = [block.neurons * (1 if block.tokens is None else block.tokens) for block in blocks]
+    shares = np.average([share(block) for block in blocks], weights=weights)
     return float(np.clip(shares, 0, 1))
 
 
@@ -296,10 +311,16 @@ def _bounded(found: Perplexity) -> float:
     return min(max(found.value, 1.0), MOST_PERPLEXITY)
 
 
-def _refuse_experts(pack: PackFile, model: ModelDescription) -> None:
-    if any(isinstance(block, MixtureOfExperts) for layer in model.layers for block in layer.blocks):
-        raise UnsupportedModelError(
-            pack.path, "experts", "calibration of a mixture of experts is not there yet"
+def _refuse_large(pack: PackFile, rank: int) -> None:
+    """Raises RequestError where predictors of this rank, a half of each number, have no room in a calibration."""
+    gates = [pack.tensors[each.gate].shape for each in pack.bundles.values() if each.gate is not None]
+    size = sum(2 * min(rank, *shape) * sum(shape) for shape in gates)
+    room = MAX_BYTES * 9 // 10  # the rest is for what else it has
+    if size > room:
+        most = room // sum(2 * sum(shape) for shape in gates)
+        raise RequestError(
+            f"rank={rank}: the predictors of {len(gates)} blocks would take {size / 2**20:.0f} MiB, and a calibration "
+            f"has room for {room / 2**20:.0f} MiB; a rank of {most} or less (--rank) would do"
         )
 
 

@@ -48,7 +48,7 @@ class Findings:
         if dense_above is not None and not 0 < dense_above < 1:
             raise RequestError(f"dense_above={dense_above!r}: a share above 0 and below 1 is needed")
         found = open_calibration(Path(path))
-        firing = {block.down: float(block.firing().mean()) for block in found.blocks}
+        firing = {block.down: float(block.firing().mean()) for block in found.blocks if block.tokens != 0}
         return cls(found.orders(), firing, dense_above, found.source, os.fspath(path))
 
     def dense(self, blocks: Iterable[Bundled]) -> Iterator[Dense]:

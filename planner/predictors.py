@@ -76,8 +76,14 @@ def train(
     )
 
 
+def ask_for_all(neurons: int, dim: int) -> Predictor:
+    """Of an expert about which nothing is known: every neuron may fire."""
+    nothing = np.zeros((1, dim), np.float16), np.zeros((neurons, 1), np.float16)
+    return Predictor(*nothing, np.ones(neurons, np.float32))
+
+
 def measure(predictor: Predictor, inputs: Sequence[Floats], products: Sequence[Floats]) -> Quality:
-    """How good it is.
+    """How good it is. Where nothing fires, all that does is found.
 
     Args:
         predictor: of one block.
@@ -93,7 +99,7 @@ def measure(predictor: Predictor, inputs: Sequence[Floats], products: Sequence[F
         firing += int(np.count_nonzero(fires))
         asked += int(np.count_nonzero(foreseen))
         total += foreseen.size
-    return Quality(found / max(1, firing), found / max(1, asked), asked / total)
+    return Quality(found / firing if firing else 1.0, found / max(1, asked), asked / total if total else 1.0)
 
 
 def _subspace(values: Floats, rank: int) -> Floats:

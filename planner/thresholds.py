@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pi2rt.formats.calibration import BlockCalibration, Floats, Method, recorded, recorded_shares
+from pi2rt.formats.calibration import METHODS, BlockCalibration, Floats, Method, recorded, recorded_shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,16 @@ class Activations:
 
     @classmethod
     def of(cls, factors: Iterable[tuple[Floats, Floats | None]]) -> Activations:
-        """From what ``executors.layer_walk`` shows of a block. At least one text."""
+        """From what ``executors.layer_walk`` shows of a block; no gates where no text has tokens."""
         gates, sums, tokens = [], np.zeros(1), 0
         for gate, up in factors:
+            if not len(gate):  # of an expert that no token of this text has chosen
+                continue
             gates.append(np.abs(gate))
             tokens += len(gate)
             sums = sums + (len(gate) if up is None else np.abs(up).sum(0, dtype=np.float64))
+        if not gates:
+            return cls((), np.ones(0, np.float32))
         means = np.broadcast_to(sums / tokens, gates[0].shape[1:])
         return cls(tuple(gates), np.ascontiguousarray(means, np.float32))
 
@@ -75,7 +79,15 @@ def calibrate_block(layer: int, down: str, activations: Activations, wanted: flo
         len(activations.up),
         recorded_shares(activations.firing(np.zeros(1, np.float32))),
         {method: recorded(each, activations.firing(each)) for method, each in values.items()},
+        tokens=sum(map(len, activations.gates)),
     )
+
+
+def exact_block(layer: int, down: str, neurons: int) -> BlockCalibration:
+    """The record of an expert that no token has chosen: of its neurons none rests but by itself."""
+    every, none = np.ones(neurons, np.float32), np.zeros(1, np.float32)
+    thresholds = {method: recorded(none, every) for method in METHODS}
+    return BlockCalibration(layer, down, neurons, recorded_shares(every), thresholds, tokens=0)
 
 
 def _quantile(values: Floats, share: float) -> float:

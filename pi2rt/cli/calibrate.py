@@ -141,6 +141,7 @@ def _document(found: Calibration) -> dict[str, Any]:
                 "layer": block.layer,
                 "down": block.down,
                 "neurons": block.neurons,
+                "tokens": block.tokens,
                 "firing": float(block.firing().mean()),
                 "hottest_tenth": _hottest_tenth(block, None),
                 "methods": {
@@ -175,13 +176,14 @@ def _lines(found: Calibration, path: Path) -> Iterator[str]:
 
     methods = list(found.costs)
     groups = [f"{name + ': rest':>15} {'threshold':>9} {'hottest tenth':>13}" for name in methods]
-    yield f"{'layer':>5} {'neurons':>7} {'fire':>6} " + " ".join(groups)
+    header, names = _names(found)
+    yield f"{header} {'neurons':>7} {'fire':>6} " + " ".join(groups)
     for block in found.blocks:
         cells = [
             f"{block.resting(method):>15.1%} {_median(block, method):>9.4f} {_hottest_tenth(block, method):>13.1%}"
             for method in methods
         ]
-        yield f"{block.layer:>5} {block.neurons:>7} {block.firing().mean():>6.1%} " + " ".join(cells)
+        yield f"{names[block.down]} {block.neurons:>7} {_fire(block)} " + " ".join(cells)
     yield from _predictor_lines(found)
     yield from _order_lines(found)
     yield f"exact: perplexity {found.exact:.4f} over {found.scored} held-out tokens"
@@ -204,6 +206,24 @@ def _lines(found: Calibration, path: Path) -> Iterator[str]:
     yield f"{path}: {size(path.stat().st_size)}"
 
 
+def _names(found: Calibration) -> tuple[str, dict[str, str]]:
+    """The first columns of a table, and what stands there for each block: its layer, and of a mixture's the expert."""
+    layers = [block.layer for block in found.blocks]
+    several = {layer for layer in layers if layers.count(layer) > 1}
+    if not several:
+        return f"{'layer':>5}", {block.down: f"{block.layer:>5}" for block in found.blocks}
+    numbers = [layers[:at].count(layer) if layer in several else "" for at, layer in enumerate(layers)]
+    names = {
+        block.down: f"{block.layer:>5} {number:>6}"
+        for block, number in zip(found.blocks, numbers, strict=True)
+    }
+    return f"{'layer':>5} {'expert':>6}", names
+
+
+def _fire(block: BlockCalibration) -> str:
+    return f"{'unused':>6}" if block.tokens == 0 else f"{block.firing().mean():>6.1%}"
+
+
 def _reading(found: Reading) -> dict[str, float]:
     """For a token, means over the held-out text."""
     return {"pages": found.pages, "reads": found.reads, "reads_through_gaps": found.through}
@@ -216,10 +236,11 @@ def _order_lines(found: Calibration) -> Iterator[str]:
     if not any(block.readings for block in found.blocks):
         return
     kinds = ("nothing in memory", f"gaps of {size(found.gap)}", "half in memory", "half, gaps")
-    yield f"{'layer':>5} {'reads per token:':>16} " + " ".join(f"{kind:>18}" for kind in kinds)
-    rows = [(str(block.layer), block.readings) for block in found.blocks if block.readings is not None]
+    header, names = _names(found)
+    yield f"{header} {'reads per token:':>16} " + " ".join(f"{kind:>18}" for kind in kinds)
+    rows = [(names[block.down], block.readings) for block in found.blocks if block.readings is not None]
     for name, each in rows:
-        yield f"{name:>5} {'':>16} " + " ".join(
+        yield f"{name} {'':>16} " + " ".join(
             f"{f'{before:.1f} -> {after:.1f}':>18}"
             for old, new in ((each.own, each.ordered), (each.own_half, each.ordered_half))
             for before, after in ((old.reads, new.reads), (old.through, new.through))
@@ -251,10 +272,11 @@ def _predictor_lines(found: Calibration) -> Iterator[str]:
     records = [(block, block.predictor) for block in found.blocks if block.predictor is not None]
     if not records:
         return
-    yield f"{'layer':>5} {'fire':>6} {'predictor: rank':>16} {'size':>10} {'recall':>7} {'precision':>9} {'asked':>6}"
+    header, names = _names(found)
+    yield f"{header} {'fire':>6} {'predictor: rank':>16} {'size':>10} {'recall':>7} {'precision':>9} {'asked':>6}"
     for block, each in records:
         yield (
-            f"{block.layer:>5} {block.firing().mean():>6.1%} {each.rank:>16} {size(each.nbytes):>10} "
+            f"{names[block.down]} {_fire(block)} {each.rank:>16} {size(each.nbytes):>10} "
             f"{each.recall:>7.2%} {each.precision:>9.1%} {each.asked:>6.1%}"
         )
     short = sum(each.recall < 0.98 for _, each in records)

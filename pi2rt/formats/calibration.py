@@ -101,7 +101,8 @@ class BlockCalibration(msgspec.Struct, frozen=True):
     """A feed-forward block. ``down``: name of its down tensor; ``frequency``: for each neuron, float16, little endian,
     the share of the calibration text's tokens for which its activated gate was not zero; ``order``: that of bundles in
     which neurons that fire together lie together, for ``neuron_order.decode_order``, None where it gains nothing;
-    ``readings``: what it is worth."""
+    ``readings``: what it is worth; ``tokens`` of the calibration text that it computed, where that is known: of an
+    expert those that chose it. Where these are 0, nothing is known, and the rest says only that."""
 
     layer: _Count
     down: _Name
@@ -111,6 +112,7 @@ class BlockCalibration(msgspec.Struct, frozen=True):
     predictor: PredictorRecord | None = None
     order: bytes | None = None
     readings: Readings | None = None
+    tokens: _Count | None = None
 
     def firing(self, method: Method | None = None) -> Floats:
         """Frequencies with thresholds of that method, or exactly: float32 (neurons,)."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pi2rt import calibration
 from pi2rt.formats.pack import PackFile
 from tests.cli.conftest import Run
 from tests.support.real_model import smollm2
@@ -70,6 +71,47 @@ def test_calibrate_and_run(pi2rt: Run, packs: dict[str, str], text: str) -> None
         r"^pi2rt: lossy: thresholded \((cats|chess): \d+% of neurons rest, perplexity [+-]\d+\.\d% on held-out text\)$",
         lossy.errors,
         re.MULTILINE,
+    )
+
+
+def test_experts_are_calibrated_each_by_itself(pi2rt: Run, tmp_path: Path, text: str) -> None:
+    model = TinyModel("mixtral", seed=4, context=1024, config={"hidden_act": "relu"})
+    source, pack = tmp_path / "m.gguf", str(tmp_path / "m.pi2")
+    write_gguf(source, model, weight_type="Q4_0")
+    assert pi2rt("convert", str(source), pack, "--bundles", "gates").status == 0
+    done = pi2rt("calibrate", pack, text, "--json", "--resting", "0.7", *FEW)
+    assert (done.status, done.errors) == (0, "")
+    found = json.loads(done.output)
+    with PackFile(pack) as file:
+        assert [block["down"] for block in found["blocks"]] == list(file.bundles)
+    assert len(found["blocks"]) > 2 * model.layers
+    chosen = sum(block["tokens"] for block in found["blocks"])
+    assert chosen == found["tokens"] * model.layers * 2  # two experts for each token
+    asked = {block["tokens"] >= 64: block["predictor"]["asked"] for block in found["blocks"]}
+    assert asked[True] < 1
+    assert asked.get(False, 1) == 1  # too little is known of those
+    assert 0 < found["predicted"]["not_read"] < 1
+    table = pi2rt("calibrate", pack, text, "--force", *FEW)
+    assert table.output.splitlines()[0].split()[:3] == ["layer", "expert", "neurons"]
+    for mode in "thresholded", "predicted":
+        lossy = pi2rt("run", pack, "-p", "Hello", "-n", "8", "--ignore-eos", "--sparsity", mode)
+        assert lossy.status == 0
+        assert f"lossy: {mode}" in lossy.errors
+    # an order of each expert's own, and text that does not depend on it
+    ordered = str(tmp_path / "o.pi2")
+    assert pi2rt("convert", str(source), ordered, "--calibration", f"{pack}.calibration").status == 0
+    texts = {pi2rt("run", each, "-p", "Hello", "-n", "8", "--ignore-eos").output for each in (pack, ordered)}
+    assert len(texts) == 1
+
+
+def test_predictors_that_have_no_room_are_refused_before_the_work(
+    pi2rt: Run, packs: dict[str, str], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "MAX_BYTES", 10_000)
+    done = pi2rt("calibrate", packs["gates"], text, *FEW)
+    assert (done.status, done.output) == (2, "")
+    assert re.search(
+        r"rank=16: the predictors of 3 blocks would take 0 MiB, .* a rank of \d+ or less", done.errors
     )
 
 

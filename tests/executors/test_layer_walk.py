@@ -14,7 +14,7 @@ from pi2rt.executors.layer_walk import Factors, walk
 from pi2rt.executors.reference_model import ReferenceModel, activate
 from pi2rt.formats import open_model_file
 from pi2rt.formats.quants import dequantize
-from pi2rt.models import FeedForward, describe
+from pi2rt.models import FeedForward, describe, feed_forwards
 from pi2rt.models.tensors import iterate_tensors
 from pi2rt.planner.bundling import Bundling
 from pi2rt.planner.convert import convert
@@ -28,21 +28,23 @@ MODELS = {
     "gemma": TinyModel("gemma3_text", seed=6),
     "without gate": TinyModel(seed=7, gated=False, config={"hidden_act": "relu2", "mlp_bias": True}),
     "dReLU": TinyModel(seed=8, config={"hidden_act": "drelu"}),
+    "experts": TinyModel("mixtral", seed=9, config={"hidden_act": "drelu"}),
+    "shared expert": TinyModel("qwen2_moe", seed=10, expert_hidden=64, shared_hidden=96),
 }
 
 
 class Watched(ReferenceModel):
     """Remembers what its feed-forward blocks were computed from."""
 
-    seen: list[tuple[Floats, Floats | None]]
+    seen: dict[str, tuple[Floats, Floats | None]]
 
-    def activations(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
-        self.seen.append(super().activations(block, x))
-        return self.seen[-1]
+    def factors(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
+        self.seen[block.down.weight] = super().factors(block, x)
+        return self.seen[block.down.weight]
 
 
-def expected(path: Path) -> list[list[tuple[Floats, Floats | None]]]:
-    """For each text and block."""
+def expected(path: Path) -> list[dict[str, tuple[Floats, Floats | None]]]:
+    """For each text, of each block and of each expert that it chose."""
     with open_model_file(path) as file:
         model = describe(file)
         weights = {
@@ -52,7 +54,7 @@ def expected(path: Path) -> list[list[tuple[Floats, Floats | None]]]:
     out = []
     for text in TEXTS:
         reference = Watched(model, weights, 2)
-        reference.seen = []
+        reference.seen = {}
         reference.forward(text, 0, np.arange(2, dtype=np.int32))
         out.append(reference.seen)
     return out
@@ -60,14 +62,18 @@ def expected(path: Path) -> list[list[tuple[Floats, Floats | None]]]:
 
 @pytest.mark.parametrize(
     ("name", "bundles"),
-    [*((name, bundles) for name in MODELS for bundles in (None, "off", "all")), ("dReLU", "gates")],
+    [
+        *((name, bundles) for name in MODELS for bundles in (None, "off", "all")),
+        ("dReLU", "gates"),
+        ("experts", "gates"),
+    ],
 )
 def test_the_same_activations(tmp_path: Path, name: str, bundles: Bundling | None) -> None:
     source = path = write_gguf(tmp_path / "m.gguf", MODELS[name], weight_type="Q4_0")
     if bundles is not None:
         path = tmp_path / "m.pi2"
         convert(source, path, bundles=bundles)
-    found: list[list[tuple[Floats, Floats | None]]] = []
+    found: dict[str, list[tuple[Floats, Floats | None]]] = {}
     layers: list[int] = []
     reports: list[tuple[int, int]] = []
 
@@ -76,21 +82,32 @@ def test_the_same_activations(tmp_path: Path, name: str, bundles: Bundling | Non
     ) -> None:
         layers.append(layer)
         assert block.down.weight in weights
-        found.append([])
+        mine = found.setdefault(block.down.weight, [])
         for each in factors:
-            found[-1].append((each.gate, each.up))
+            mine.append((each.gate, each.up))
             if block.gate is not None:
                 x, product = each.product()
                 np.testing.assert_allclose(x @ weights[block.gate.weight].T, product, rtol=1e-3, atol=1e-4)
                 np.testing.assert_array_equal(activate(block.activation, product), each.gate)
 
     with open_model_file(path) as file:
-        walk(file, describe(file), TEXTS, observe, lambda done, total: reports.append((done, total)))
-    assert layers == list(range(MODELS[name].layers))
-    assert reports[0] == (0, 2 * len(layers))
-    assert reports[-1] == (2 * len(layers), 2 * len(layers))
+        model = describe(file)
+        walk(file, model, TEXTS, observe, lambda done, total: reports.append((done, total)))
+    blocks = [
+        (number, each.down.weight)
+        for number, layer in enumerate(model.layers)
+        for block in layer.blocks
+        for each in feed_forwards(block)
+    ]
+    assert layers == [number for number, _ in blocks]
+    assert list(found) == [name for _, name in blocks]
+    total = len(model.layers) + len(blocks)  # attention, and these
+    assert reports[0] == (0, total)
+    assert reports[-1] == (total, total)
     for number, text in enumerate(expected(source)):
-        for block, (gate, up) in enumerate(text):
+        for block in found.keys() - text.keys():  # an expert that no token of this text chose
+            assert len(found[block][number][0]) == 0
+        for block, (gate, up) in text.items():
             np.testing.assert_allclose(found[block][number][0], gate, rtol=1e-4, atol=1e-5)
             if up is None:
                 assert found[block][number][1] is None

@@ -20,6 +20,7 @@ from pi2rt.models import FeedForward, describe
 from pi2rt.models.tensors import iterate_tensors
 from pi2rt.planner.bundling import Bundling
 from pi2rt.planner.convert import convert, verify
+from pi2rt.planner.predictors import ask_for_all
 from pi2rt.planner.streaming import plan_streaming
 from pi2rt.runtime.executor import Predictor
 from tests.executors.test_experts import READS, planned
@@ -36,6 +37,8 @@ MODELS = {
                         config={"hidden_act": "drelu"}), {}),
     "reglu": (TinyModel("gemma3_text", seed=12, dim=96, hidden=544, layers=3, heads=2, kv_heads=1, head_dim=64,
                         config={"hidden_activation": "relu"}), {"ffn_gate": "Q8_0", "ffn_down": "Q4_1"}),
+    "experts": (TinyModel("mixtral", seed=15, dim=256, hidden=640, layers=2, heads=4, kv_heads=2, head_dim=64,
+                          config={"hidden_act": "drelu"}), {}),
     "relu2 with biases": (TinyModel("llama", seed=13, dim=256, hidden=640, layers=2, heads=4, kv_heads=2, head_dim=64,
                                     config={"hidden_act": "relu2", "mlp_bias": True}), {"ffn_up": "Q4_1"}),
 }  # fmt: skip
@@ -64,13 +67,16 @@ class Predicted(ReferenceModel):
 
     found: dict[str, Predictor]
 
-    def activations(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
-        gate, up = super().activations(block, x)
+    def factors(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
+        gate, up = super().factors(block, x)
         random = np.random.default_rng(len(self.found))
         first = (random.standard_normal((RANK, x.shape[1])) / 16).astype(np.float16)
         second = random.standard_normal((gate.shape[1], RANK)).astype(np.float16)
         y, _ = self.gate_product(block, x)
         scores = (y @ first.T.astype(np.float32)) @ second.T.astype(np.float32)
+        if len(scores) < 8:  # of an expert that few tokens chose: all of it
+            self.found[block.down.weight] = ask_for_all(gate.shape[1], x.shape[1])
+            return gate, up
         order = np.sort(scores, axis=0)[len(scores) // 4 : -len(scores) // 4]
         widest = np.argmax(np.diff(order, axis=0), axis=0)
         bias = -np.take_along_axis(order, np.stack([widest, widest + 1]), axis=0).mean(0)
@@ -98,7 +104,7 @@ async def logits(path: Path, **options: object) -> Floats:
 
 def test_a_neuron_is_all_together(source: Path, packs: tuple[Path, Path]) -> None:
     with PackFile(packs[0]) as file, open_model_file(source) as original:
-        assert len(file.bundles) == len(describe(original).layers)
+        assert len(file.bundles) == len(list(describe(original).feed_forwards()))
         for each in file.bundles.values():
             assert each.gate is not None
             assert each.up is not None

@@ -58,8 +58,8 @@ class Thresholded(ReferenceModel):
 
     found: dict[str, Floats]
 
-    def activations(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
-        gate, up = super().activations(block, x)
+    def factors(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
+        gate, up = super().factors(block, x)
         order = np.sort(np.abs(gate), axis=0)[len(gate) // 4 : -len(gate) // 4]
         widest = np.argmax(np.diff(order, axis=0), axis=0)
         both = np.take_along_axis(order, np.stack([widest, widest + 1]), axis=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pi2rt.planner.predictors import default_rank, measure, train
+from pi2rt.planner.predictors import ask_for_all, default_rank, measure, train
 
 RANDOM = np.random.default_rng(3)
 DIM, NEURONS = 64, 192
@@ -69,7 +69,14 @@ def test_neurons_that_never_fire_and_texts_that_are_short() -> None:
     assert np.isfinite(predictor.second).all()
     assert np.isfinite(predictor.bias).all()
     quality = measure(predictor, texts(1, 8, 1.0), products[:1])
-    assert (quality.recall, quality.asked) == (0, 0)
+    assert (quality.recall, quality.asked) == (1, 0)
+
+
+def test_of_what_is_not_known_everything_is_asked_for() -> None:
+    inputs = texts(2, 8, 1.0)
+    quality = measure(ask_for_all(NEURONS, DIM), inputs, [x @ gate(DIM).T for x in inputs])
+    assert (quality.recall, quality.asked) == (1, 1)
+    assert measure(ask_for_all(NEURONS, DIM), [], []).asked == 1
 
 
 def test_half_precision_holds_large_weights() -> None:
