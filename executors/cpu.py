@@ -120,7 +120,10 @@ class CpuExecutor:
         pinned = [core for _, core in self._threads]
         spin = SPIN_NS if len(set(pinned)) == len(pinned) else 0  # two on one core would spin for each other
         self._gang = program.Gang(pinned, spin_ns=spin)
-        self._predictors = LoadedPredictors(file, options.predictors)
+        wanted = options.predictors
+        self._predictors = await reads.run(
+            "weights", lambda: LoadedPredictors(file, wanted), LoadedPredictors.close
+        )
         builder = ProgramBuilder(
             file,
             model,

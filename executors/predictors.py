@@ -37,36 +37,43 @@ class LoadedPredictors:
     """
 
     def __init__(self, file: ModelFile, predictors: Mapping[str, Predictor]) -> None:
-        for name, each in predictors.items():
-            bundles = file.bundles.get(name)
-            if bundles is None or bundles.gate is None:
-                raise RequestError(f"{file.path}: the gates of {name} are not in bundles: nothing to predict")
-            shapes = [each.first.shape, each.second.shape, each.bias.shape]
-            rank, (neurons, dim) = len(each.first), file.tensors[bundles.gate].shape
-            if shapes != [(rank, dim), (neurons, rank), (neurons,)]:
-                raise RequestError(
-                    f"{file.path}: a predictor of shapes {shapes} for {neurons} x {dim} of {name}"
-                )
-        sizes = {name: [_bytes(each.first), _bytes(each.second)] for name, each in predictors.items()}
-        self.nbytes = sum(map(sum, sizes.values())) + sum(each.bias.nbytes for each in predictors.values())
-        self._memory = native.Memory(max(1, sum(map(sum, sizes.values()))))
-        address = self._memory.address
         self.by_down: dict[str, LoadedPredictor] = {}
-        for name, each in predictors.items():
-            matrices = []
-            for values, bias in ((each.first, None), (each.second, each.bias)):
-                rows, columns = values.shape
-                raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-                if native.repack(TYPE, raw, rows, columns, address) is not None:
-                    raise RequestError(f"{file.path}: the predictor of {name} holds NaN or infinity")
-                matrices.append(program.Matrix(native.TYPE_IDS[TYPE], rows, columns, address, bias))
-                address += _bytes(values)
-            self.by_down[name] = LoadedPredictor(*matrices)
+        self._memories: list[native.Memory] = []
+        self.nbytes = 0
+        try:
+            for name in predictors:
+                self._load(file, name, predictors[name])
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, file: ModelFile, name: str, predictor: Predictor) -> None:
+        bundles = file.bundles.get(name)
+        if bundles is None or bundles.gate is None:
+            raise RequestError(f"{file.path}: the gates of {name} are not in bundles: nothing to predict")
+        shapes = [predictor.first.shape, predictor.second.shape, predictor.bias.shape]
+        rank, (neurons, dim) = len(predictor.first), file.tensors[bundles.gate].shape
+        if shapes != [(rank, dim), (neurons, rank), (neurons,)]:
+            raise RequestError(f"{file.path}: a predictor of shapes {shapes} for {neurons} x {dim} of {name}")
+        memory = native.Memory(_bytes(predictor.first) + _bytes(predictor.second))
+        self._memories.append(memory)
+        self.nbytes += memory.nbytes + predictor.bias.nbytes
+        matrices, address = [], memory.address
+        for values, bias in ((predictor.first, None), (predictor.second, predictor.bias)):
+            rows, columns = values.shape
+            raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+            if native.repack(TYPE, raw, rows, columns, address) is not None:
+                raise RequestError(f"{file.path}: the predictor of {name} holds NaN or infinity")
+            matrices.append(program.Matrix(native.TYPE_IDS[TYPE], rows, columns, address, bias))
+            address += _bytes(values)
+        self.by_down[name] = LoadedPredictor(*matrices)
 
     def close(self) -> None:
         """Only after the threads that compute have ended."""
-        self._memory.close()
         self.by_down.clear()
+        for memory in self._memories:
+            memory.close()
+        self._memories.clear()
 
 
 def _bytes(values: npt.NDArray[np.float16]) -> int:

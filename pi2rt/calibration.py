@@ -285,9 +285,9 @@ def _recorded(predictor: Predictor, quality: Quality) -> PredictorRecord:
     return PredictorRecord(
         rank,
         dim,
-        np.ascontiguousarray(predictor.first, "<f2").tobytes(),
-        np.ascontiguousarray(predictor.second, "<f2").tobytes(),
-        np.ascontiguousarray(predictor.bias, "<f4").tobytes(),
+        memoryview(np.ascontiguousarray(predictor.first, "<f2").tobytes()),
+        memoryview(np.ascontiguousarray(predictor.second, "<f2").tobytes()),
+        memoryview(np.ascontiguousarray(predictor.bias, "<f4").tobytes()),
         quality.recall,
         quality.precision,
         quality.asked,

@@ -96,12 +96,14 @@ def plan_executor(
     placement: Placement,
     trace: Trace | None,
     *,
+    predictors: int = 0,
     coming: int = 0,
 ) -> ExecutorPlan:
     """What an executor is opened with: as many weights as have room beside a context's keys and values, and as many of
     these as have room beside the weights.
 
     Args:
+        predictors: bytes that an executor takes for them.
         coming: bytes that will be taken before it is opened, of which an error tells; else they do not count.
 
     Raises:
@@ -125,7 +127,7 @@ def plan_executor(
     each = -(-context // PAGE_TOKENS)
     reads = replace(_reads(file, chosen.io), neuron_gap=chosen.read_through_bytes)
     if chosen.memory is not None:
-        own = rss_bytes() + OWN_MEMORY + chosen.read_through_bytes  # where gaps go
+        own = rss_bytes() + OWN_MEMORY + chosen.read_through_bytes + predictors  # read through: where gaps go
         limit = min(available + own, chosen.memory_bytes)
         available = limit - own
         if not chosen.exact_floats:
@@ -139,7 +141,7 @@ def plan_executor(
             packed = None
             if not chosen.exact_floats and not isinstance(file, PackFile):
                 packed = plan_streaming(file, description, 0, reads=reads, as_pack=True)
-            raise _too_small(file, limit, own + coming, need, streaming, each * need.page, packed)
+            raise _too_small(file, limit, own + coming, predictors, need, streaming, each * need.page, packed)
     options = ExecutorOptions(
         slots=chosen.max_sequences,
         pages=need.pages(available, each, each * chosen.max_sequences),
@@ -186,6 +188,7 @@ def _too_small(
     file: ModelFile,
     limit: int,
     own: int,
+    predictors: int,
     need: MemoryNeed,
     streaming: StreamingPlan,
     kv: int,
@@ -194,7 +197,8 @@ def _too_small(
     """Of a memory budget: the least that would do, and what it is made of. ``packed``: of a file that is no pack,
     what would be the least of one."""
     parts = {
-        "interpreter, libraries and tokenizer": own,
+        "interpreter, libraries and tokenizer": own - predictors,
+        "predictors": predictors,
         "weights that stay": streaming.resident_bytes or need.weights,
         "matrices of an expert that are used together": streaming.cluster_bytes,
         "neurons that are computed together": streaming.neuron_bytes,

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pi2rt._errors import RequestError
+from pi2rt._errors import ModelFormatError, RequestError
 from pi2rt.formats import ModelFile
-from pi2rt.formats.calibration import Calibration, calibration_path, read_calibration
+from pi2rt.formats.calibration import (
+    Calibration,
+    PredictorRecord,
+    calibration_path,
+    predictor_arrays,
+    read_calibration,
+)
 from pi2rt.formats.pack import PackFile
+from pi2rt.formats.regular_file import RegularFile
+from pi2rt.formats.row_blocks import matrix_bytes
 from pi2rt.runtime.executor import Predictor
 from pi2rt.runtime.step import Floats
 from pi2rt.runtime_options import RuntimeOptions
@@ -22,7 +30,56 @@ class Lossy:
 
     label: str
     thresholds: Mapping[str, Floats] = field(default_factory=dict)
-    predictors: Mapping[str, Predictor] = field(default_factory=dict)
+    predictors: StoredPredictors | None = None
+
+
+class StoredPredictors(Mapping[str, Predictor]):
+    """Predictors of a calibration by the name of the down tensor, each read from its file when it is asked for: an
+    executor has them in a form of its own, and memory for both would be wasted.
+
+    Args:
+        path: of the calibration.
+        records: as they were read from it just now.
+
+    Raises:
+        ModelFormatError: by access, where the file is another than it was.
+        ModelNotFoundError: by access, where it is gone.
+    """
+
+    def __init__(self, path: Path, records: Mapping[str, PredictorRecord]) -> None:
+        self._path = path
+        self._places = {name: (each.rank, each.dim, each.extents) for name, each in records.items()}
+        self._written = _written(path)
+        sizes = [
+            matrix_bytes("F16", rank, dim) + matrix_bytes("F16", bias // 4, rank) + bias
+            for rank, dim, (_, _, (_, bias)) in self._places.values()
+        ]
+        self.nbytes = sum(sizes) + 2 * max(sizes)
+        """What they take in an executor, and two more of them on their way there."""
+
+    def __getitem__(self, name: str) -> Predictor:
+        rank, dim, extents = self._places[name]
+        file = RegularFile(self._path)
+        try:
+            if _written(self._path) != self._written:
+                raise ModelFormatError(
+                    self._path, "file", "has changed since it was opened; open the model again"
+                )
+            parts = [file.read(offset, size) for offset, size in extents]
+        finally:
+            file.close()
+        return Predictor(*predictor_arrays(rank, dim, *parts))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _written(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def load_sparsity(file: ModelFile, chosen: RuntimeOptions) -> Lossy | None:
@@ -64,7 +121,7 @@ def _predicted(pack: PackFile, path: Path, calibration: Calibration) -> Lossy:
         raise RequestError(
             f"sparsity='predicted': {path} has no predictors, for its gates were in memory; calibrate this pack"
         )
-    predictors = {name: Predictor(*records[name].arrays) for name in wanted}
+    predictors = StoredPredictors(path, {name: records[name] for name in wanted})
     return Lossy(calibration.summary("predicted"), predictors=predictors)
 
 

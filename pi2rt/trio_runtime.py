@@ -237,20 +237,31 @@ async def open_runtime(
     with await trio.to_thread.run_sync(open_model_file, path) as file:
         description, info = await trio.to_thread.run_sync(_describe, file, chosen.context)
         lossy = await trio.to_thread.run_sync(load_sparsity, file, chosen)
+        predictors = None if lossy is None else lossy.predictors
+        predictor_bytes = 0 if predictors is None else predictors.nbytes
         tokenizer = None
         if (
             chosen.memory is not None
         ):  # a budget is divided once it is known what the tokenizer takes, up to 100 MB
             plan_executor(
-                file, description, chosen, info.context, placement, trace, coming=tokenizer_bytes(description)
+                file,
+                description,
+                chosen,
+                info.context,
+                placement,
+                trace,
+                predictors=predictor_bytes,
+                coming=tokenizer_bytes(description),
             )
             tokenizer = await trio.to_thread.run_sync(_load_tokenizer, file)
-        plan = plan_executor(file, description, chosen, info.context, placement, trace)
+        plan = plan_executor(
+            file, description, chosen, info.context, placement, trace, predictors=predictor_bytes
+        )
         executor_options = plan.options
         if lossy is not None:
             info = replace(info, sparsity=lossy.label)
             executor_options = replace(
-                executor_options, thresholds=lossy.thresholds, predictors=lossy.predictors
+                executor_options, thresholds=lossy.thresholds, predictors=predictors or {}
             )
         for_neurons = (
             chosen.cache is not None

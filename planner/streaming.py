@@ -47,7 +47,8 @@ FIRST_NEURONS = 1 / 8
 
 AHEAD_SHARE, LEAST_AHEAD = 12, 2
 """What the ring has room for beside the pieces that are computed: as many reads as may be in flight, but a twelfth of
-what a step reads at most, for so many bytes more are read then; and two reads at least."""
+what a step reads at most, for so many bytes more are read then, and no more than there is room for; two reads at
+least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +230,9 @@ def _plan_matrices(
     if total <= room:
         return StreamingPlan(read_by_row=embedding, resident_bytes=total)
     pieces = cut(file, model, [info.name for info in order], reads.stream_bytes)
-    ahead = max(LEAST_AHEAD, (total - room) // (AHEAD_SHARE * reads.stream_bytes))
-    ring = pieces.ring + reads.stream_bytes * min(reads.stream_depth, ahead)
+    left = room - pieces.ring - (total - sum(info.nbytes for info in order))  # where all of them are streamed
+    ahead = min((total - room) // AHEAD_SHARE, left) // reads.stream_bytes
+    ring = pieces.ring + reads.stream_bytes * min(reads.stream_depth, max(LEAST_AHEAD, ahead))
     ring = max(pieces.ring, min(ring, sum(piece.bytes for piece in pieces.pieces)))
     chosen = _choose(
         order, {name for name, feed_forward in matrices_in_order(model) if feed_forward}, total + ring - room

@@ -44,6 +44,12 @@ _Perplexity = Annotated[float, msgspec.Meta(ge=1, le=1e30)]
 _Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 
 
+Raw: TypeAlias = bytes | bytearray | memoryview
+
+Extent: TypeAlias = tuple[int, int]
+"""(offset, bytes)"""
+
+
 class Thresholds(msgspec.Struct, frozen=True):
     """Of one block by one method. ``values``: float32, little endian, one for all neurons or one for each;
     ``frequency``: as ``BlockCalibration`` has it, of firing with these thresholds."""
@@ -59,9 +65,9 @@ class PredictorRecord(msgspec.Struct, frozen=True):
 
     rank: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     dim: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-    first: bytes
-    second: bytes
-    bias: bytes
+    first: memoryview
+    second: memoryview
+    bias: memoryview
     recall: _Share
     precision: _Share
     asked: _Share
@@ -73,9 +79,15 @@ class PredictorRecord(msgspec.Struct, frozen=True):
     @property
     def arrays(self) -> tuple[Halves, Halves, Floats]:
         """``first`` (rank, dim), ``second`` (neurons, rank) and ``bias`` (neurons,)."""
-        first, second = (np.frombuffer(raw, "<f2").astype(np.float16) for raw in (self.first, self.second))
-        bias = np.frombuffer(self.bias, "<f4").astype(np.float32)
-        return first.reshape(self.rank, self.dim), second.reshape(-1, self.rank), bias
+        return predictor_arrays(self.rank, self.dim, self.first, self.second, self.bias)
+
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        """Of one that was read from a file, where ``first``, ``second`` and ``bias`` lie in it."""
+        return tuple(
+            (PREAMBLE.size + _address(part) - _address(part.obj), part.nbytes)
+            for part in (self.first, self.second, self.bias)
+        )
 
 
 class Reading(msgspec.Struct, frozen=True):
@@ -334,6 +346,19 @@ def _check(path: Path, calibration: Calibration) -> None:
                     f"{field}: thresholds of {method}",
                     f"are not 1 or {block.neurons} finite numbers (float32) of at least 0",
                 )
+
+
+def predictor_arrays(
+    rank: int, dim: int, first: Raw, second: Raw, bias: Raw
+) -> tuple[Halves, Halves, Floats]:
+    """From a predictor's bytes to (rank, dim), (neurons, rank) and (neurons,), without copies where possible."""
+    down, up = (np.frombuffer(raw, "<f2").astype(np.float16, copy=False) for raw in (first, second))
+    floats = np.frombuffer(bias, "<f4").astype(np.float32, copy=False)
+    return down.reshape(rank, dim), up.reshape(-1, rank), floats
+
+
+def _address(buffer: Raw) -> int:
+    return int(np.frombuffer(buffer, np.uint8).ctypes.data)
 
 
 def _check_predictor(path: Path, field: str, block: BlockCalibration) -> None:

@@ -97,7 +97,8 @@ def predictor(neurons: int, rank: int = 3, dim: int = 64) -> PredictorRecord:
     random = np.random.default_rng(rank)
     first, second = (random.random(shape).astype("<f2") for shape in ((rank, dim), (neurons, rank)))
     bias = random.random(neurons).astype("<f4")
-    return PredictorRecord(rank, dim, first.tobytes(), second.tobytes(), bias.tobytes(), 0.985, 0.4, 0.25)
+    parts = (memoryview(each.tobytes()) for each in (first, second, bias))
+    return PredictorRecord(rank, dim, *parts, 0.985, 0.4, 0.25)
 
 
 def test_predictors(tmp_path: Path, pack: Path) -> None:

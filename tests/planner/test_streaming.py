@@ -115,10 +115,16 @@ def test_attention_follows_where_feed_forward_is_not_enough(pack: ModelFile) -> 
 
 
 def test_the_least_where_nothing_is_enough(pack: ModelFile) -> None:
+    """A ring with room for the fewest reads then, and for as many more as there is memory."""
     total, layers, ring = sizes(pack)
-    for room in (total - layers + ring - 1, 0, -5):
+    least = ring - (READS.stream_depth - LEAST_AHEAD) * READS.stream_bytes
+    for more, ahead in ((-1, 0), (0, 0), (READS.stream_bytes - 1, 0), (READS.stream_bytes, 1)):
+        plan = plan_streaming(pack, describe(pack), total - layers + least + more, reads=READS)
+        assert plan.ring_bytes == least + ahead * READS.stream_bytes
+        assert sum(pack.tensors[name].nbytes for name in plan.streamed) == layers
+    for room in (0, -5):
         plan = plan_streaming(pack, describe(pack), room, reads=READS)
-        assert plan.nbytes == total - layers + ring
+        assert plan.nbytes == total - layers + least
         assert sum(pack.tensors[name].nbytes for name in plan.streamed) == layers
 
 
