@@ -119,11 +119,11 @@ class _Recorder(ReferenceModel):
     fired: list[npt.NDArray[np.bool_]]
     rms: list[float]
 
-    def activations(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
+    def factors(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
         y, product = self.gate_product(block, x)
         self.fired.append(product > 0)
         self.rms.append(float(np.mean(1 / y[:, 0])))  # the constant 1, normalised
-        return super().activations(block, x)
+        return super().factors(block, x)
 
 
 def _summary(fired: npt.NDArray[np.bool_], rms: float) -> LayerActivity:

@@ -374,7 +374,7 @@ cdef class Program:
             if sorted(units) != list(range(self.next_unit, self.next_unit + len(units))):
                 raise InternalError(f"pieces {min(units)} to {max(units)} are not those that follow {self.next_unit - 1}")
             self.next_unit += <int>len(units)
-            at_once = op.streamed if op.kind == PI2_FFN else min(op.streamed, 2)  # of a tile that begins in q, and ends in k
+            at_once = op.streamed if op.kind == PI2_FFN else min(op.n_matrices, 2)  # of a tile that begins in q, and ends in k
             if op.kind == PI2_SPARSE:  # gates of a cluster, wherever it begins
                 at_once = <int>((PI2_CLUSTER // PI2_ROWS + op.matrix[0].page_blocks - 1) // op.matrix[0].page_blocks) + 1
             self.stream.check(units, at_once)

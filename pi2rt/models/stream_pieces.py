@@ -100,7 +100,7 @@ def cut(
                 matrices[info.name] = StreamedMatrix(first + i, len(infos), blocks)
             at_once = len(infos)
         else:
-            at_once = min(2, len(infos))  # of a tile that begins in q, and ends in k
+            at_once = min(2, len(names))  # of a tile that begins in q, and ends in k
             for info in infos:
                 blocks = _blocks(info, piece_bytes)
                 matrices[info.name] = StreamedMatrix(len(pieces), 1, blocks)
