@@ -84,8 +84,10 @@ class PredictorRecord(msgspec.Struct, frozen=True):
     @property
     def extents(self) -> tuple[Extent, ...]:
         """Of one that was read from a file, where ``first``, ``second`` and ``bias`` lie in it."""
+        body = self.first.obj
+        assert isinstance(body, bytes)  # that it was decoded from
         return tuple(
-            (PREAMBLE.size + _address(part) - _address(part.obj), part.nbytes)
+            (PREAMBLE.size + _address(part) - _address(body), part.nbytes)
             for part in (self.first, self.second, self.bias)
         )
 
