@@ -8,7 +8,7 @@
 
 #include "program.h"
 
-#define HUGE (2 << 20) /* bytes that may be taken where the first of them is touched */
+#define HUGE_PAGE (2 << 20) /* bytes that may be taken where the first of them is touched */
 
 static int64_t pieces(const pi2_matrix *m) {
   return (((m->rows + PI2_ROWS - 1) / PI2_ROWS) + m->page_blocks - 1) / m->page_blocks;
@@ -17,6 +17,8 @@ static int64_t pieces(const pi2_matrix *m) {
 int pi2_pieces_prepare(pi2_program *p) {
   const int n = p->stream ? p->stream->n : 0;
   if (!n) return 1;
+  for (int i = 0; i < p->n_tails; i++) /* or the first rows might bring them along, where the system prefers huge pages */
+    madvise(p->tail_of[i].base, (size_t)p->tail_of[i].bytes, MADV_NOHUGEPAGE);
   p->piece_blocks = pi2_allocate(p, n, sizeof *p->piece_blocks);
   p->piece_left = pi2_allocate(p, n, sizeof *p->piece_left);
   if (!p->piece_blocks || !p->piece_left) return 0;
@@ -51,7 +53,7 @@ static int64_t lendable(const pi2_run *r) {
   for (int i = 0; few && p->tails_touched && i < p->n_tails; i++)
     madvise(p->tail_of[i].base, (size_t)p->tail_of[i].bytes, MADV_DONTNEED);
   p->tails_touched = !few;
-  int64_t bytes = (int64_t)(p->kv + (uintptr_t)p->kv_bytes - ((p->kv + (uintptr_t)p->kv_used + HUGE - 1) & ~(uintptr_t)(HUGE - 1)));
+  int64_t bytes = (int64_t)(p->kv + (uintptr_t)p->kv_bytes - ((p->kv + (uintptr_t)p->kv_used + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1)));
   bytes = (bytes > 0 ? bytes : 0) + (few ? p->tail_bytes : 0);
   return (bytes < p->loan_bytes ? bytes : p->loan_bytes) / PI2_SECTOR * PI2_SECTOR;
 }
