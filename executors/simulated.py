@@ -204,25 +204,25 @@ class SimulatedExecutor:
                 break
         self._queue.popleft()
         self._free_at = head.ends
-        spent_ns = round((head.ends - head.starts) * 1e9)
+        started_ns, finished_ns = (self._epoch_ns + round(at * 1e9) for at in (head.starts, head.ends))
+        spent_ns = (
+            finished_ns - started_ns
+        )  # and not rounded by itself, or this step could end after the next begins
         self._steps += 1
         self._tokens += head.step.tokens
         self._busy_ns += spent_ns
         if head.step.id in self._faults.raise_in_wait:
             raise SimulatedFault(f"injected into wait for {head.step}")
-        started_ns = self._epoch_ns + round(head.starts * 1e9)
-        self._finished_ns = started_ns + spent_ns
+        self._finished_ns = finished_ns
         if head.stopped:
-            return StepResult(
-                head.step.id, stopped=True, started_ns=started_ns, finished_ns=self._finished_ns
-            )
+            return StepResult(head.step.id, stopped=True, started_ns=started_ns, finished_ns=finished_ns)
         return StepResult(
             head.step.id,
             sampled=tuple(head.sampled),
             scores=tuple(head.scores),
             logits=tuple(head.logits),
             started_ns=started_ns,
-            finished_ns=self._finished_ns,
+            finished_ns=finished_ns,
             kernel_ns=spent_ns,
         )
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,28 +19,11 @@ from pi2rt.runtime.trace import Trace
 from tests.executors.test_sparse import TOKENS, cache_sizes, one_by_one
 from tests.support.running import all_logits, opened
 from tests.support.tiny_models import TinyModel, write_gguf
-
-Event = dict[str, Any]
-
-
-def written(trace: Trace, folder: Path) -> list[Event]:
-    trace.write(folder / "trace.json")
-    events: list[Event] = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    tracks = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    for event in events:
-        if event["ph"] == "X":
-            event["track"] = tracks[event["pid"], event["tid"]]
-    return events
+from tests.support.trace_events import Event, assert_no_overlap, events_of, within
 
 
 def batches(events: list[Event]) -> list[Event]:
     return [e for e in events if e["ph"] == "X" and e["name"].endswith("neurons")]
-
-
-def assert_no_overlap(events: list[Event]) -> None:
-    for track in {e["track"] for e in events}:
-        mine = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["track"] == track)
-        assert all(a[1] <= b[0] + 1e-3 for a, b in pairwise(mine)), track
 
 
 def records(rows: list[tuple[int, int, int, int, int]]) -> npt.NDArray[np.void]:
@@ -60,18 +41,18 @@ def test_a_pause_ends_a_batch_and_what_is_foreseen_has_a_lane(tmp_path: Path) ->
         (
             e["track"],
             e["name"],
-            e["ts"],
-            e["dur"],
+            e["begin"],
+            e["end"] - e["begin"],
             e["args"]["reads"],
             e["args"]["pages"],
             e["args"]["foreseen"],
         )
-        for e in batches(written(trace, tmp_path))
+        for e in batches(events_of(trace, tmp_path))
     ]
     assert sorted(found) == [
-        ("neurons", "layer 3 neurons", 0.0, 200.0, 3, 4, 0),
-        ("neurons", "layer 3 neurons", 400.0, 100.0, 1, 1, 0),
-        ("neurons ahead", "layer 5 neurons", 5.0, 35.0, 1, 3, 3),
+        ("neurons", "layer 3 neurons", 0, 200_000, 3, 4, 0),
+        ("neurons", "layer 3 neurons", 400_000, 100_000, 1, 1, 0),
+        ("neurons ahead", "layer 5 neurons", 5_000, 35_000, 1, 3, 3),
     ]
 
 
@@ -108,12 +89,12 @@ def test_however_reads_come_in_parts_all_are_drawn(
         unfinished = rest["begin"][rest["begin"] <= now]
         draw.draw(reads[first:last], min([now, *unfinished.tolist()]))
     draw.draw(reads[:0], int(ends.max()) + 2 * SAMPLE_NS)
-    events = written(trace, tmp_path_factory.mktemp("trace"))
+    events = events_of(trace, tmp_path_factory.mktemp("trace"))
     drawn = batches(events)
     assert sum(e["args"]["reads"] for e in drawn) == count
     assert sum(e["args"]["foreseen"] for e in drawn) == foreseen.sum()
     assert_no_overlap(drawn)
-    curve = [(e["ts"], e["args"]["value"]) for e in events if e["ph"] == "C"]
+    curve = [(e["begin"], e["args"]["value"]) for e in events if e["ph"] == "C"]
     assert curve[-1][1] == 0
     most = max(int(((begins <= at) & (ends > at)).sum()) for at in begins.tolist())
     assert most <= max(value for _, value in curve) < most + 4
@@ -134,7 +115,7 @@ async def test_a_traced_model_shows_each_read_and_each_wait(tmp_path: Path, pipe
         np.testing.assert_array_equal(await one_by_one(executor, TOKENS), expected)
         await all_logits(executor, TOKENS)
         after = executor.statistics().details
-    events = written(trace, tmp_path)
+    events = events_of(trace, tmp_path)
     drawn = batches(events)
     assert {e["name"] for e in drawn} == {f"layer {layer} neurons" for layer in range(3)}
     reads = sum(e["args"]["reads"] for e in drawn)
@@ -149,12 +130,7 @@ async def test_a_traced_model_shows_each_read_and_each_wait(tmp_path: Path, pipe
     blocks = [e for e in events if e["ph"] == "X" and e["name"].endswith("ffn")]
     assert waits
     for wait in waits:
-        assert any(
-            block["track"] == wait["track"]
-            and block["ts"] - 1e-3 <= wait["ts"]
-            and wait["ts"] + wait["dur"] <= block["ts"] + block["dur"] + 1e-3
-            for block in blocks
-        )
+        assert any(within(wait, block) for block in blocks)
 
 
 async def test_without_a_trace_no_read_is_recorded(tmp_path: Path) -> None:
