@@ -73,7 +73,7 @@ def convert(
     Under its name the pack appears whole or not at all. No page of source or pack stays in the page cache.
 
     Args:
-        source_path: a GGUF file or a Hugging Face directory.
+        source_path: a GGUF file (or a part of a model in several) or a Hugging Face directory.
         destination: the file to write.
         overwrite: whether a file that is there already may be replaced.
         bundles: which feed-forward blocks are stored by neuron: "relu", those whose neurons rest by themselves;
@@ -166,7 +166,7 @@ class _Conversion:
         rest = [
             info
             for info in file.tensors.values()
-            if info.name not in self._named and len(info.shape) == 1 and info.nbytes
+            if info.name not in self._named and len(info.shape) == 1 and info.type in TYPES and info.nbytes
         ]
         self._tensors = [*(file.tensors[name] for name in reading_order(model)), *rest]
         try:
@@ -208,7 +208,7 @@ class _Conversion:
         file = self._file
         container: Container = "huggingface" if isinstance(file, HuggingFaceDirectory) else "gguf"
         config = file.read_companion("config.json", MAX_CONFIG_BYTES) if container == "huggingface" else None
-        metadata = encode_metadata(file.metadata if config is None else config.decode())
+        metadata = encode_metadata(file.metadata if config is None else config.decode("utf-8-sig"))
         found = {name: file.read_companion(name, _COMPANION_BYTES) for name in COMPANIONS}
         companions = {name: data for name, data in found.items() if data is not None}
         plan = list(self._planned())
@@ -376,7 +376,7 @@ class _Dropper:
 def _source_paths(file: ModelFile) -> list[Path]:
     """Every file that is read of a model."""
     if isinstance(file, GgufFile):
-        return [file.path]
+        return [*file.paths]
     if not isinstance(file, HuggingFaceDirectory):
         return []
     names = ("config.json", "model.safetensors.index.json", *COMPANIONS)

@@ -45,7 +45,7 @@ def read_text(path: str) -> str:
     from pi2rt._errors import RequestError
 
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return file.read().removesuffix("\n")
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror}") from error

@@ -1,207 +1,140 @@
-"""GGUF, versions 2 and 3, little endian.
+"""GGUF models: one file, or several parts that ``llama-gguf-split`` made of one.
 
-Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader is our own because it
-stands on the load path in front of files from anywhere: it checks everything, and it opens a model in
-milliseconds.
+Parts are called ``NAME-00001-of-00003.gguf`` and so on. Each is a GGUF file with tensors of its own; the first one has
+the metadata of the model, and all of them say which part of how many they are (``split.no``, ``split.count``).
 """
 
 from __future__ import annotations
 
-import math
+import re
 from pathlib import Path
 from typing import Any
 
-from pi2rt._errors import ModelFormatError, UnsupportedModelError
-from pi2rt.formats.gguf_header import MAX_KEY_BYTES, GgufHeader
-from pi2rt.formats.model_file import ModelFile, TensorInfo, printable, refuse_overlap
-from pi2rt.formats.quants import BY_GGML_ID, GGML_NAMES, TYPES
-from pi2rt.formats.regular_file import RegularFile
+from pi2rt._errors import ModelFormatError, ModelNotFoundError
+from pi2rt.formats.gguf_part import GgufPart
+from pi2rt.formats.model_file import ModelFile, TensorInfo, printable
 from pi2rt.formats.stacked_experts import split_experts
 
-MAX_KEYS = 1 << 16
-MAX_TENSORS = 1 << 17
-MAX_TENSOR_NAME_BYTES = 255  # ggml itself stops at 63
-MAX_VOCABULARY = 1 << 20  # the largest known has 262,144
-MAX_DIMS = 4
+MAX_PARTS = 4096  # each of them stays open
 
-_SMALLEST_KEY = 8 + 1 + 4 + 1
-_SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8
+_PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.DOTALL)
 
 
 class GgufFile(ModelFile):
-    """An open GGUF file.
+    """An open GGUF model.
 
-    ``metadata`` values are int, float, bool, str, list[str], or read-only one-dimensional numpy arrays
-    (arrays of numbers). ``tensors`` are in the order of the file, each expert's matrix by itself (``stacked_experts``).
+    ``metadata`` is that of the first part. ``tensors`` are in the order of the parts, and of each file, and each
+    expert's matrix is one by itself (``stacked_experts``).
 
     Args:
-        path: the file.
+        path: the file; of a model in parts, any of them. ``self.path`` is the first one.
 
     Raises:
-        ModelNotFoundError: it cannot be opened.
-        ModelFormatError: it is malformed; the message names the field.
-        UnsupportedModelError: it is big endian, of another version, one part of several, or has a tensor of
-            a type that pi2rt does not have.
+        ModelNotFoundError: it cannot be opened, or a part is missing.
+        ModelFormatError: it is malformed, or the parts are not those of one model; the message names the field.
+        UnsupportedModelError: it is big endian or of another version.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        self._file = RegularFile(self.path)
+        self._parts: dict[Path, GgufPart] = {}
         try:
-            header = GgufHeader(self._file)
-            tensor_count, key_count = self._preamble(header)
-            self.metadata: dict[str, Any] = self._read_metadata(header, key_count)
-            self.architecture: str = self._required_string("general.architecture")
-            self.tensors: dict[str, TensorInfo] = split_experts(self._read_tensors(header, tensor_count))
+            opened = self._open(Path(path))
+            count = _split_number(opened, "split.count", 1)
+            if count > 1:
+                self._open_parts(opened, count)
+            first, *others = self._parts.values()
+            self.path = first.path
+            self.metadata: dict[str, Any] = first.metadata
+            self.architecture: str = self._architecture()
+            tensors = dict(first.tensors)
+            for part in others:
+                for name, info in part.tensors.items():
+                    if name in tensors:
+                        problem = f"is in {tensors[name].path.name}, too"
+                        raise ModelFormatError(part.path, f"tensor {printable(name)}", problem)
+                    tensors[name] = info
+            expected = _split_number(first, "split.tensors.count", len(tensors))
+            if expected != len(tensors):
+                raise ModelFormatError(
+                    self.path,
+                    "metadata split.tensors.count",
+                    f"is {expected}, but the parts have {len(tensors)}",
+                )
+            self.tensors: dict[str, TensorInfo] = split_experts(tensors)
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files of the model, in order."""
+        return tuple(self._parts)
+
     def read_into(self, tensor: TensorInfo, start: int, buffer: memoryview) -> None:
-        if tensor.path != self.path or start < 0 or start + buffer.nbytes > tensor.nbytes:
+        part = self._parts.get(tensor.path)
+        if part is None or start < 0 or start + buffer.nbytes > tensor.nbytes:
             raise ValueError(
                 f"{buffer.nbytes} bytes from byte {start} on are not inside tensor {tensor.name!r} "
                 f"({tensor.nbytes} bytes) of {self.path}"
             )
-        self._file.read_into(tensor.offset + start, buffer)
+        part.file.read_into(tensor.offset + start, buffer)
 
     def close(self) -> None:
-        """Closes the file; again is nothing. No read may be running."""
-        self._file.close()
+        """Closes the files; again is nothing. No read may be running."""
+        for part in self._parts.values():
+            part.file.close()
 
-    def _preamble(self, header: GgufHeader) -> tuple[int, int]:
-        """Magic, version and counts; returns (tensors, metadata keys)."""
-        magic = header.u32("magic")
-        if magic == int.from_bytes(b"FUGG", "little"):
-            raise UnsupportedModelError(
-                self.path, "magic", "is byte-swapped: big-endian GGUF is not supported"
-            )
-        if magic != int.from_bytes(b"GGUF", "little"):
-            found = magic.to_bytes(4, "little")
-            raise ModelFormatError(self.path, "magic", f"is {found!r}, not b'GGUF': this is not a GGUF file")
-        version = header.u32("version")
-        if version and version & 0xFFFF == 0:
-            raise UnsupportedModelError(
-                self.path,
-                "version",
-                "is written big endian; convert the file to little endian (gguf-convert-endian)",
-            )
-        if version not in (2, 3):
-            raise UnsupportedModelError(
-                self.path, "version", f"is {version}; pi2rt reads GGUF versions 2 and 3"
-            )
-        counts = header.u64("tensor count"), header.u64("metadata key count")
-        smallest = _SMALLEST_TENSOR, _SMALLEST_KEY
-        for count, size, limit, field in zip(
-            counts, smallest, (MAX_TENSORS, MAX_KEYS), ("tensor count", "metadata key count"), strict=True
-        ):
-            if count > limit:
-                raise ModelFormatError(self.path, field, f"is {count}; at most {limit} are allowed")
-            if count * size > header.remaining:
-                raise ModelFormatError(
-                    self.path,
-                    field,
-                    f"is {count}, at least {count * size} bytes, but {header.remaining} bytes are left",
-                )
-        return counts
+    def _open(self, path: Path) -> GgufPart:
+        part = self._parts[path] = GgufPart(path)
+        return part
 
-    def _read_metadata(self, header: GgufHeader, count: int) -> dict[str, Any]:
-        metadata: dict[str, Any] = {}
-        for i in range(count):
-            key = header.name(f"metadata key {i} of {count}", MAX_KEY_BYTES)
-            if key in metadata:
-                raise ModelFormatError(self.path, f"metadata {printable(key)}", "is there twice")
-            metadata[key] = header.value(f"metadata {printable(key)}")
-        vocabulary = metadata.get("tokenizer.ggml.tokens", ())
-        if isinstance(vocabulary, list) and len(vocabulary) > MAX_VOCABULARY:
+    def _open_parts(self, opened: GgufPart, count: int) -> None:
+        """Opens the other parts; then ``_parts`` has all of them in order."""
+        if count > MAX_PARTS:
             raise ModelFormatError(
-                self.path,
-                "metadata tokenizer.ggml.tokens",
-                f"has {len(vocabulary)} tokens; at most {MAX_VOCABULARY} are allowed",
+                opened.path, "metadata split.count", f"is {count}; at most {MAX_PARTS} parts are allowed"
             )
-        parts = metadata.get("split.count", 1)
-        if parts not in (0, 1):
-            raise UnsupportedModelError(
-                self.path,
-                "metadata split.count",
-                f"is {parts!r}: this is one part of several; merge them first (llama-gguf-split --merge)",
+        name = _PART_NAME.fullmatch(opened.path.name)
+        number = _split_number(opened, "split.no", 0) + 1
+        if name is None or (int(name[2]), int(name[3])) != (number, count):
+            raise ModelFormatError(
+                opened.path,
+                "name",
+                f"this is part {number} of {count}; the others are found by their names, so it has to be called "
+                f"NAME-{number:05}-of-{count:05}.gguf",
             )
-        return metadata
+        self._parts.clear()
+        for k in range(1, count + 1):
+            path = opened.path.with_name(f"{name[1]}-{k:05}-of-{count:05}{name[4]}")
+            if path == opened.path:
+                self._parts[path] = opened
+                continue
+            if not path.exists():
+                opened.file.close()
+                raise ModelNotFoundError(
+                    f"{path}: no such file; it is part {k} of {count} of the model that {opened.path.name} belongs "
+                    f"to, and all parts are needed, in one directory"
+                )
+            part = self._open(path)
+            for key, right in ("split.count", count), ("split.no", k - 1):
+                if (found := _split_number(part, key, -1)) != right:
+                    raise ModelFormatError(
+                        path, f"metadata {key}", f"is {found}, but {opened.path.name} says {right}"
+                    )
 
-    def _required_string(self, key: str) -> str:
-        value = self.metadata.get(key)
+    def _architecture(self) -> str:
+        value = self.metadata.get("general.architecture")
         if not isinstance(value, str) or not value:
             problem = (
                 "is missing" if value is None else f"is {type(value).__name__}, not a string with text in it"
             )
-            raise ModelFormatError(self.path, f"metadata {key}", problem)
+            raise ModelFormatError(self.path, "metadata general.architecture", problem)
         return value
 
-    def _alignment(self) -> int:
-        value = self.metadata.get("general.alignment", 32)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value & (value - 1):
-            shown = value if isinstance(value, (int, float)) else f"a {type(value).__name__}"
-            raise ModelFormatError(self.path, "metadata general.alignment", f"is {shown}, not a power of two")
-        return value
 
-    def _read_tensors(self, header: GgufHeader, count: int) -> dict[str, TensorInfo]:
-        alignment = self._alignment()
-        size = header.position + header.remaining
-        relative: dict[str, TensorInfo] = {}
-        for i in range(count):
-            name = header.name(f"name of tensor {i} of {count}", MAX_TENSOR_NAME_BYTES)
-            if name in relative:
-                raise ModelFormatError(self.path, f"tensor {printable(name)}", "is there twice")
-            relative[name] = self._read_tensor(header, name, alignment, size)
-        start = -(-header.position // alignment) * alignment
-        if relative and start > size:
-            raise ModelFormatError(
-                self.path, "tensor data", f"begins at byte {start}, but the file ends at byte {size}"
-            )
-        tensors: dict[str, TensorInfo] = {}
-        for name, t in relative.items():
-            if start + t.offset + t.nbytes > size:
-                raise ModelFormatError(
-                    self.path,
-                    f"tensor {printable(name)}: offset",
-                    f"{t.offset} and {t.nbytes} bytes from there reach byte {start + t.offset + t.nbytes}, "
-                    f"but the file ends at byte {size}; it is truncated or was written wrongly",
-                )
-            tensors[name] = TensorInfo(name, t.type, t.shape, self.path, start + t.offset, t.nbytes)
-        refuse_overlap(tensors)
-        return tensors
-
-    def _read_tensor(self, header: GgufHeader, name: str, alignment: int, size: int) -> TensorInfo:
-        """One entry of the table. Its ``offset`` counts from the beginning of the tensor data, which is not
-        known before the table has ended."""
-        field = f"tensor {printable(name)}"
-        dims = header.u32(f"{field}: number of dimensions")
-        if not 1 <= dims <= MAX_DIMS:
-            raise ModelFormatError(
-                self.path, f"{field}: number of dimensions", f"is {dims}; 1 to {MAX_DIMS} are allowed"
-            )
-        shape = header.u64s(dims, f"{field}: dimensions")[::-1]
-        number = header.u32(f"{field}: type")
-        offset = header.u64(f"{field}: offset")
-        kind = BY_GGML_ID.get(number)
-        if kind is None:
-            known = GGML_NAMES.get(number)
-            raise UnsupportedModelError(
-                self.path,
-                f"{field}: type",
-                f"is {known or 'unknown'} (number {number}); pi2rt reads {', '.join(TYPES)}",
-            )
-        problem = None
-        if min(shape) < 1:
-            problem = "have a zero"
-        elif math.prod(shape) // kind.block_elements > size:
-            problem = f"are more than a file of {size} bytes can hold"
-        elif shape[-1] % kind.block_elements:
-            problem = f"have rows of {shape[-1]}, not whole blocks of {kind.block_elements} ({kind.name})"
-        if problem:
-            raise ModelFormatError(self.path, f"{field}: dimensions", f"{list(shape)} {problem}")
-        if offset % alignment:
-            raise ModelFormatError(
-                self.path, f"{field}: offset", f"{offset} is not a multiple of the alignment {alignment}"
-            )
-        return TensorInfo(name, kind.name, shape, self.path, offset, kind.nbytes(math.prod(shape)))
+def _split_number(part: GgufPart, key: str, default: int) -> int:
+    """One of the numbers that parts carry. 0 parts, as some writers have it, are one file."""
+    value = part.metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ModelFormatError(part.path, f"metadata {key}", f"is a {type(value).__name__}, not an integer")
+    return value

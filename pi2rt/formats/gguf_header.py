@@ -82,22 +82,21 @@ class GgufHeader:
         at = self._take(8 * count, field)
         return struct.unpack_from(f"<{count}Q", self._data, at)
 
-    def string(self, field: str, limit: int = MAX_HEADER_BYTES) -> str:
-        """A length and as many bytes of UTF-8."""
+    def string(self, field: str, limit: int = MAX_HEADER_BYTES, errors: str = "replace") -> str:
+        """A length and as many bytes of UTF-8; what is not UTF-8 becomes U+FFFD. Such bytes are found in descriptions
+        and in tokens that no text has, and are no reason to refuse a model."""
         length = self.u64(field)
         if limit < length <= self.remaining:
             raise ModelFormatError(
                 self._file.path, field, f"is {length} bytes long; at most {limit} are allowed"
             )
         at = self._take(length, field)
-        try:
-            return self._data[at : at + length].decode()
-        except UnicodeDecodeError as error:
-            raise ModelFormatError(self._file.path, field, f"is not UTF-8: {error.reason}") from None
+        return self._data[at : at + length].decode(errors=errors)
 
     def name(self, field: str, limit: int) -> str:
-        """A string that is not empty and at most ``limit`` bytes long."""
-        text = self.string(field, limit)
+        """A string that is not empty and at most ``limit`` bytes long. Names that differ stay different: bytes that are
+        not UTF-8 are spelled as escapes."""
+        text = self.string(field, limit, "backslashreplace")
         if not text:
             raise ModelFormatError(self._file.path, field, "is empty")
         return text
@@ -176,22 +175,19 @@ class GgufHeader:
                 continue
             whole = self._whole_strings(min(slow, count - len(out)))
             out += whole
-            if len(whole) < slow and len(out) < count:  # the next one leaves the window, or is malformed
+            if len(whole) < slow and len(out) < count:  # the next one leaves the window
                 out.append(self.string(f"{field}[{len(out)}]"))
             slow = min(2 * slow, _MOST_SLOW_STRINGS)
         return out
 
     def _whole_strings(self, count: int) -> list[str]:
-        """The next ``count`` strings, one by one; fewer where one is not UTF-8 or not all in the window."""
+        """The next ``count`` strings, one by one; fewer where one is not all in the window."""
         out: list[str] = []
         data, at, end = self._data, self._pos, len(self._data)
         for _ in range(count):
             if end - at < 8 or end - at - 8 < (length := _U64.unpack_from(data, at)[0]):
                 break
-            try:
-                out.append(data[at + 8 : at + 8 + length].decode())
-            except UnicodeDecodeError:
-                break
+            out.append(data[at + 8 : at + 8 + length].decode(errors="replace"))
             at += 8 + length
         self._pos = at
         return out
@@ -226,7 +222,7 @@ class GgufHeader:
         text[lengths_at[:strings]] = 0
         try:
             decoded = text[keep].tobytes().decode()
-        except UnicodeDecodeError:  # the loop will name the string
+        except UnicodeDecodeError:  # the loop takes these strings one by one
             return []
         self._pos += end
         strings_read: list[str] = decoded.split("\0")[1:]

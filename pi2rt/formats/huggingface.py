@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,7 +94,7 @@ class HuggingFaceDirectory(ModelFile):
     def _read_config(self) -> dict[str, Any]:
         text = self._read_json(_CONFIG, MAX_CONFIG_BYTES)
         try:
-            config = json.loads(text.decode())
+            config = json.loads(text.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:  # ValueError: also not UTF-8, or endless digits
             raise ModelFormatError(self.path / _CONFIG, "file", f"is not JSON: {error}") from None
         if not isinstance(config, dict):
@@ -119,7 +120,9 @@ class HuggingFaceDirectory(ModelFile):
             raise ModelFormatError(self.path, "weights", f"neither {_SINGLE} nor {_INDEX} is there")
         index_path = self.path / _INDEX
         try:
-            index = msgspec.json.decode(self._read_json(_INDEX, MAX_INDEX_BYTES), type=_Index)
+            index = msgspec.json.decode(
+                self._read_json(_INDEX, MAX_INDEX_BYTES).removeprefix(BOM_UTF8), type=_Index
+            )
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ModelFormatError(index_path, "file", f"is not a safetensors index: {error}") from None
         names = dict.fromkeys(index.weight_map.values())

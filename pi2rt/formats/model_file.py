@@ -14,8 +14,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from pi2rt._errors import ModelFormatError, ModelNotFoundError
+from pi2rt._errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
 from pi2rt.formats.neuron_bundles import NeuronBundles
+from pi2rt.formats.quants import TYPES
 from pi2rt.formats.regular_file import RegularFile
 
 _NO_BUNDLES: Mapping[str, NeuronBundles] = MappingProxyType({})
@@ -23,8 +24,9 @@ _NO_BUNDLES: Mapping[str, NeuronBundles] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies. ``shape`` is numpy's, rows first; ``type`` is a name in
-    ``pi2rt.formats.quants.TYPES`` ("F32", "Q4_K").
+    """Where a tensor is. ``shape`` is numpy's, rows first; ``type`` is a name in
+    ``pi2rt.formats.quants.TYPES`` ("F32", "Q4_K"), or, of a tensor that pi2rt cannot read, the container's name of its
+    type, with ``nbytes`` 0: files may have such tensors as long as the model does not use them.
 
     ``layout``: "rows", as model files have them, contiguous, ``nbytes / shape[0]`` each; or, in a pack only,
     "blocks16", the row blocks that kernels read (``pi2rt.formats.row_blocks``), or "neurons": its quants are in the
@@ -71,8 +73,13 @@ class ModelFile(ABC):
     def close(self) -> None: ...
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
-        """The raw bytes of a tensor, as uint8 (nbytes,)."""
+        """The raw bytes of a tensor, as uint8 (nbytes,).
+
+        Raises:
+            UnsupportedModelError: it has a type that pi2rt does not have.
+        """
         tensor = self.tensors[name]
+        check_type(tensor)
         out = np.empty(tensor.nbytes, np.uint8)
         self.read_into(tensor, 0, out.data)
         return out
@@ -111,6 +118,16 @@ def printable(name: str) -> str:
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
+def check_type(tensor: TensorInfo) -> None:
+    """Raises UnsupportedModelError where a tensor that the model uses has a type that pi2rt does not have."""
+    if tensor.type not in TYPES:
+        raise UnsupportedModelError(
+            tensor.path,
+            f"tensor {printable(tensor.name)}: type",
+            f"is {printable(tensor.type)}; pi2rt reads {', '.join(TYPES)}",
+        )
+
+
 def refuse_overlap(tensors: Mapping[str, TensorInfo]) -> None:
     """Raises ModelFormatError where two tensors of one file share bytes."""
     order = sorted((t for t in tensors.values() if t.nbytes), key=lambda t: t.offset)
@@ -124,7 +141,8 @@ def refuse_overlap(tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
-    """Opens a GGUF file, a pack, or a Hugging Face directory (config.json, *.safetensors, tokenizer.json).
+    """Opens a GGUF file (or all parts of a model in several), a pack, or a Hugging Face directory (config.json,
+    *.safetensors, tokenizer.json).
 
     Raises:
         ModelNotFoundError: nothing is there.

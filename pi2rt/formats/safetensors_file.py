@@ -16,7 +16,7 @@ from typing import Annotated
 
 import msgspec
 
-from pi2rt._errors import ModelFormatError, UnsupportedModelError
+from pi2rt._errors import ModelFormatError
 from pi2rt.formats.model_file import TensorInfo, printable, refuse_overlap
 from pi2rt.formats.quants import TYPES
 from pi2rt.formats.regular_file import RegularFile
@@ -36,7 +36,8 @@ class _Entry(msgspec.Struct):
 
 
 class SafetensorsFile:
-    """An open safetensors file; every entry was held against the file.
+    """An open safetensors file; every entry was held against the file. A tensor that is neither F32 nor F16 nor BF16
+    is listed with the name of its dtype and no bytes: the model may not need it.
 
     Args:
         path: the file.
@@ -44,7 +45,6 @@ class SafetensorsFile:
     Raises:
         ModelNotFoundError: it cannot be opened.
         ModelFormatError: it is malformed; the message names the field.
-        UnsupportedModelError: a tensor is neither F32 nor F16 nor BF16.
     """
 
     __slots__ = ("file", "tensors")
@@ -89,14 +89,6 @@ class SafetensorsFile:
             entry = decoder.decode(raw)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ModelFormatError(path, field, f"has a malformed entry: {error}") from None
-        if entry.dtype not in _DTYPES:
-            raise UnsupportedModelError(
-                path,
-                f"{field}: dtype",
-                f"is {printable(entry.dtype)}; from safetensors pi2rt reads {', '.join(_DTYPES)} "
-                f"(for quantised models use GGUF)",
-            )
-        kind = TYPES[_DTYPES[entry.dtype]]
         begin, end = entry.data_offsets
         if not begin <= end <= size:
             raise ModelFormatError(
@@ -105,6 +97,9 @@ class SafetensorsFile:
                 f"{begin} to {end} are not inside the {size} bytes of tensor data",
             )
         shape = tuple(entry.shape)
+        if entry.dtype not in _DTYPES:
+            return TensorInfo(name, f"{entry.dtype} of safetensors", shape, path, data + begin, 0)
+        kind = TYPES[_DTYPES[entry.dtype]]
         if math.prod(shape) * kind.block_bytes != end - begin:
             raise ModelFormatError(
                 path,

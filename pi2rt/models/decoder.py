@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pi2rt._errors import ModelFormatError
 from pi2rt.formats.model_file import printable
 from pi2rt.models.checkpoint import Checkpoint
 from pi2rt.models.description import Activation, Attention, FeedForward, Layer, ModelDescription, Rope
@@ -117,5 +118,11 @@ def model(
 
 
 def _vocab_size(c: Checkpoint, embedding: str) -> int:
-    rows = c.file.tensors[embedding].shape[0] if embedding in c.file.tensors else None
-    return c.integer("vocab_size", "vocab_size", default=rows, high=1 << 24)
+    """The rows of the embedding. The key ``vocab_size`` is often stale (tokens were added, rows were padded), and
+    nothing is computed with it."""
+    found = c.file.tensors.get(embedding)
+    if found is None or len(found.shape) != 2:
+        raise ModelFormatError(
+            c.file.path, f"tensor {embedding}", "missing, or no matrix: it embeds the tokens"
+        )
+    return found.shape[0]

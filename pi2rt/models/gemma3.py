@@ -21,7 +21,6 @@ from pi2rt.models.description import Layer, ModelDescription
 from pi2rt.models.rope import plain_rope, read_rope
 
 _DEFAULTS = {
-    "vocab_size": 262208,
     "hidden_size": 2304,
     "intermediate_size": 9216,
     "num_hidden_layers": 26,

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
-from pi2rt.formats.model_file import ModelFile, printable
+from pi2rt.formats.model_file import ModelFile, check_type, printable
 from pi2rt.models.checkpoint import layer_prefix
 from pi2rt.models.description import ModelDescription
 from pi2rt.models.gemma3 import describe_gemma3
@@ -78,6 +78,7 @@ def _check_tensors(file: ModelFile, model: ModelDescription) -> None:
             raise ModelFormatError(file.path, f"tensor {name}", f"missing; shape {shape} expected")
         if found.shape != shape:
             raise ModelFormatError(file.path, f"tensor {name}", f"shape {found.shape}, {shape} expected")
+        check_type(found)
         used.add(name)
     # A tensor of a layer that nothing reads means that the model computes something we do not.
     prefix = layer_prefix(file)

@@ -172,7 +172,6 @@ def test_unknown_architecture_names_it_and_the_known_ones(tmp_path: Path) -> Non
         ),
         ("attention.layer_norm_rms_epsilon", -1.0, "layer_norm_rms_epsilon: -1.0 is not a number above 0"),
         ("rope.freq_base", float("inf"), "rope.freq_base: inf is not a number"),
-        ("vocab_size", 321, r"tensor token_embd.weight: shape \(320, 64\), \(321, 64\) expected"),
         ("hidden_activation", "mish", "activation 'mish' .known: silu, .* is not supported"),
     ],
 )
@@ -195,7 +194,6 @@ def test_gguf_hyperparameters_that_make_no_sense(
         ({"hidden_act": "x" * 10_000}, "activation 'xxx"),
         ({"hidden_act": ["silu"]}, r"hidden_act: \['silu'\] is not a name"),
         ({"hidden_act": "fatrelu", "hidden_act_param": 0.01}, "FATReLU threshold other than 0"),
-        ({"tie_word_embeddings": True, "vocab_size": 1}, "tensor model.embed_tokens.weight: shape"),
         (
             {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None},
             "64 is not divisible by 5 heads",
@@ -224,6 +222,45 @@ def test_missing_qwen2_bias(tmp_path: Path) -> None:
     message = r"tensor model.layers.1.self_attn.k_proj.bias: missing; shape \(32,\) expected"
     with open_model_file(tmp_path) as file, pytest.raises(ModelFormatError, match=message):
         describe(file)
+
+
+@pytest.mark.parametrize("stale", [1, 321, 10**30])
+def test_the_rows_of_the_embedding_decide_about_the_vocabulary(tmp_path: Path, stale: int) -> None:
+    assert _huggingface(tmp_path, vocab_size=stale).vocab_size == 320
+    if stale < 2**32:
+        assert _gguf(tmp_path, llama__vocab_size=stale).vocab_size == 320
+
+
+def test_a_window_in_the_config_of_a_llama_is_not_applied(tmp_path: Path) -> None:
+    model = _huggingface(tmp_path, sliding_window=8, layer_types=["sliding_attention"] * 3)
+    assert [_attention(model, layer).window for layer in range(3)] == [None] * 3
+    assert _attention(_huggingface(tmp_path, TinyModel("mistral"), sliding_window=8)).window == 8
+
+
+def test_a_byte_order_mark_before_config_json(tmp_path: Path) -> None:
+    write_huggingface(tmp_path, TinyModel())
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with open_model_file(tmp_path) as file:
+        assert len(describe(file).layers) == 3
+
+
+def test_types_that_cannot_be_read_are_refused_where_the_model_needs_them(tmp_path: Path) -> None:
+    write_huggingface(tmp_path, model := TinyModel())
+    weights = model.weights()
+    ids = np.arange(8)
+    write_safetensors(tmp_path / "model.safetensors", {**weights, "model.position_ids": ids})
+    with open_model_file(tmp_path) as file:
+        assert file.tensors["model.position_ids"].type == "I64 of safetensors"
+        assert len(describe(file).layers) == 3
+    name = "model.layers.1.mlp.up_proj.weight"
+    whole = weights | {name: np.zeros(weights[name].shape, np.int64)}
+    write_safetensors(tmp_path / "model.safetensors", whole)
+    with open_model_file(tmp_path) as file:
+        with pytest.raises(
+            UnsupportedModelError, match=rf"tensor {name}: type: is I64 of safetensors; pi2rt reads"
+        ):
+            describe(file)
 
 
 def test_a_tensor_that_nothing_reads_is_refused(tmp_path: Path) -> None:

@@ -202,13 +202,15 @@ def write_huggingface(directory: Path, model: TinyModel, *, dtype: str = "F32") 
     return directory
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Floats], dtype: str = "F32") -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]], dtype: str = "F32") -> None:
+    """Floats are written as ``dtype``, int64 as I64."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = b""
     for name, values in tensors.items():
-        raw = quantize(dtype, values).tobytes()
+        integers = values.dtype == np.int64
+        raw = values.tobytes() if integers else quantize(dtype, values).tobytes()
         header[name] = {
-            "dtype": dtype,
+            "dtype": "I64" if integers else dtype,
             "shape": list(values.shape),
             "data_offsets": [len(data), len(data) + len(raw)],
         }
@@ -247,8 +249,9 @@ def write_gguf(
     metadata: Mapping[str, Any] | None = None,
     extra: Mapping[str, Floats] | None = None,
     stacked: bool = True,
+    part_tensors: int = 0,
 ) -> Path:
-    """Writes the model as llama.cpp's converter would.
+    """Writes the model as llama.cpp's converter would; returns the file, or the first one of several.
 
     Args:
         path: the file to write.
@@ -259,6 +262,7 @@ def write_gguf(
         metadata: more keys, or other values; None leaves a key out.
         extra: more float32 tensors, by their GGUF names, or these instead of the model's.
         stacked: whether the matrices of all experts are one tensor, which they were not in the first files.
+        part_tensors: tensors in one file at most; 0 writes all into one.
     """
     config = model.huggingface_config()
     architecture = _GGUF_ARCHITECTURES.get(model.family, model.family)
@@ -303,7 +307,7 @@ def write_gguf(
         keys[f"{architecture}.hidden_activation"] = config["hidden_act"]
     keys |= dict(metadata or {})
 
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part_tensors)
     for key, value in keys.items():
         _add_key(writer, key, value)
     unused = dict(types or {})
@@ -323,7 +327,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path if not part_tensors else min(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))
 
 
 def _add_key(writer: gguf.GGUFWriter, key: str, value: object) -> None:
