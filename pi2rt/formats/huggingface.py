@@ -18,7 +18,14 @@ MAX_CONFIG_BYTES = 4 << 20
 MAX_INDEX_BYTES = 32 << 20
 MAX_SHARDS = 512
 
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 """Files beside config.json and the weights that pi2rt reads where they are there."""
 
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

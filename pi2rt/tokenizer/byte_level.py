@@ -10,6 +10,9 @@ from __future__ import annotations
 import re
 
 SPACE = "\u2581"  # stands for a space inside SentencePiece's tokens
+HEXADECIMAL_NAMES = tuple(
+    f"<0x{byte:02X}>" for byte in range(256)
+)  # of SentencePiece's byte tokens, in order
 
 _HEXADECIMAL = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

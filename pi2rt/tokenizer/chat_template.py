@@ -24,6 +24,7 @@ class ChatTemplate:
         source: Jinja, with the settings and functions that transformers gives it (``raise_exception``,
             ``strftime_now``, ``tojson``, ``{% generation %}``, ``break`` and ``continue``).
         bos_token, eos_token: texts that the template may use by these names.
+        special_tokens: texts that it may use by other names as well ("pad_token"); overrules the two.
         seconds: processor time one rendering may take.
         now: the clock of ``strftime_now``.
 
@@ -37,6 +38,7 @@ class ChatTemplate:
         *,
         bos_token: str = "",
         eos_token: str = "",
+        special_tokens: Mapping[str, str] | None = None,
         seconds: float = SECONDS,
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
@@ -48,7 +50,7 @@ class ChatTemplate:
             )
         self.source = source
         self._seconds = seconds
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token, **(special_tokens or {})}
 
         def strftime_now(format: str) -> str:  # noqa: A002  # templates know it by this name
             if len(format) > 256:

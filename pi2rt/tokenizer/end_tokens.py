@@ -10,6 +10,9 @@ END_OF_TURN = (
     "<|eom_id|>",
     "<|end|>",  # Phi 3
     "<end_of_turn>",  # Gemma
+    "<eos>",
+    "<turn|>",  # Gemma 4
+    "<|tool_response>",
     "<|endoftext|>",
     "<|end_of_text|>",  # Granite
     "<EOT>",
@@ -20,17 +23,22 @@ END_OF_TURN = (
     "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek
     "<|return|>",  # Harmony
     "<|call|>",
+    "<|calls|>",  # Solar
+    "<|flush|>",
     "</s>",
 )
 
 
-def end_of_turn_ids(control: Mapping[str, int]) -> set[int]:
-    """The ids of those that a vocabulary has as control tokens.
+def end_of_turn_ids(ids: Mapping[str, int]) -> frozenset[int]:
+    """The ids of those that a vocabulary has. The spelling decides, as in llama.cpp: files have them as control tokens,
+    as user-defined ones and as plain text.
 
     Args:
-        control: id by text of the control tokens.
+        ids: id by text of all tokens.
     """
-    ids = {control[text] for text in END_OF_TURN if text in control}
-    if "<|return|>" in control and "<|call|>" in control:
-        ids.discard(control.get("<|end|>", -1))  # Harmony ends messages inside a turn with it
-    return ids
+    found = {text: ids[text] for text in END_OF_TURN if text in ids}
+    if found.keys() >= {"<|return|>", "<|call|>"} or found.keys() >= {"<|calls|>", "<|flush|>"}:
+        found.pop("<|end|>", None)  # these formats end messages inside a turn with it
+    if "<|tool_response>" in found:
+        found.pop("</s>", None)  # Gemma 4 has it as text
+    return frozenset(found.values())

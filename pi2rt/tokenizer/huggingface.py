@@ -4,49 +4,56 @@ it."""
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeAlias
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 
 from pi2rt._errors import ModelFormatError, TemplateError, UnsupportedModelError
-from pi2rt.tokenizer import byte_level
 from pi2rt.tokenizer.chat_template import MAX_SOURCE_CHARACTERS, ChatTemplate
+from pi2rt.tokenizer.declared_tokens import ADDED, CONFIG, SPECIAL_MAP, read_declared_tokens
 from pi2rt.tokenizer.end_tokens import end_of_turn_ids
+from pi2rt.tokenizer.huggingface_spelling import HuggingFaceSpelling
 from pi2rt.tokenizer.tokenizer import Tokenizer
 from pi2rt.tokenizer.vocabulary import MAX_TOKENS
 
 MAX_TOKENIZER_BYTES = 128 << 20  # Gemma's 262,144 tokens take 33 MB
 MAX_CONFIG_BYTES = 8 << 20
 
-_TOKENIZER, _CONFIG, _GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
-_TEMPLATE = "chat_template.jinja"
+_TOKENIZER, _GENERATION, _TEMPLATE = "tokenizer.json", "generation_config.json", "chat_template.jinja"
 
+# the order in which Transformers adds those that no file has an id for
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+_log = logging.getLogger(__name__)
 
 ReadFile: TypeAlias = Callable[[str, int], bytes | None]
 """``read(name, limit)``: the content of a file, of at most ``limit`` bytes, or None where there is none."""
 
 
 def load_huggingface_tokenizer(
-    directory: Path, config: Mapping[str, Any], read: ReadFile | None = None
+    directory: Path, config: Mapping[str, Any], read: ReadFile | None = None, *, rows: int = 0
 ) -> Tokenizer:
     """The tokenizer in a directory, or in a pack that was made from one.
 
     Args:
-        directory: it holds tokenizer.json, and may hold tokenizer_config.json, generation_config.json and
-            chat_template.jinja. Of a pack: its path, for messages.
+        directory: it holds tokenizer.json, and may hold tokenizer_config.json, special_tokens_map.json,
+            added_tokens.json, generation_config.json and chat_template.jinja. Of a pack: its path, for messages.
         config: what its config.json says.
         read: reads one of these files; None reads it in the directory.
+        rows: of the model's embedding, where they are known.
 
     Raises:
         ModelFormatError: one of the files is malformed; the message names it.
         UnsupportedModelError: there is no tokenizer.json, or its tokens are spelled in a way pi2rt does not
             have.
     """
-    return _Loader(directory, config, partial(_read_in, directory) if read is None else read).load()
+    return _Loader(directory, config, partial(_read_in, directory) if read is None else read, rows).load()
 
 
 class _Encoder:
@@ -77,7 +84,7 @@ class _Encoder:
 
 
 class _Loader:
-    def __init__(self, directory: Path, config: Mapping[str, Any], read: ReadFile) -> None:
+    def __init__(self, directory: Path, config: Mapping[str, Any], read: ReadFile, rows: int) -> None:
         self._directory, self._model_config, self._read_file = directory, config, read
         self._path = directory / _TOKENIZER
         data = self._read(_TOKENIZER, MAX_TOKENIZER_BYTES)
@@ -86,49 +93,117 @@ class _Loader:
                 directory, _TOKENIZER, "is missing; convert the model's tokenizer to it with transformers"
             )
         self._engine = self._read_engine(data)
-        self._config = self._read_json(_CONFIG)
+        self._config = self._read_json(CONFIG)
         self._generation = self._read_json(_GENERATION)
+        self._rows = max(rows, self._declared_rows())
+        self._tokens = read_declared_tokens(
+            directory, self._config, self._read_json(SPECIAL_MAP), self._read_json(ADDED)
+        )
+        self._add_tokens()
+        self._mark_special()
         self._template = self._read(_TEMPLATE, 4 * MAX_SOURCE_CHARACTERS)
         self._ids: dict[str, int] = self._engine.get_vocab(with_added_tokens=True)
         self._added = self._engine.get_added_tokens_decoder()
 
     def load(self) -> Tokenizer:
-        decoders = list(self._decoders())
-        kinds = {decoder.get("type") for decoder in decoders}
-        is_byte_level = "ByteLevel" in kinds
-        if not is_byte_level and not kinds & {"Metaspace", "Replace", "ByteFallback"}:
-            raise UnsupportedModelError(
-                self._path,
-                "decoder",
-                f"is {sorted(map(str, kinds))}; pi2rt has byte-level BPE and SentencePiece's spelling",
-            )
+        spelling = HuggingFaceSpelling(self._path, self._engine)
         encoder = _Encoder(self._path, self._engine)
         prefix, suffix = encoder.ends()
         bos_id = self._special("bos_token")
         eos_id = self._special("eos_token")
-        control = {token.content: id_ for id_, token in self._added.items() if token.special}
-        ends = end_of_turn_ids(control) | set(self._eos_ids()) | ({eos_id} if eos_id is not None else set())
+        ends = end_of_turn_ids(self._ids) | set(self._eos_ids()) | ({eos_id} if eos_id is not None else set())
         vocab_size = self._vocab_size()
         return Tokenizer(
             encoder,
-            partial(_spell, self._engine, frozenset(self._added), is_byte_level),
+            spelling.token_bytes,
             vocab_size=vocab_size,
-            special_ids=frozenset(control.values()),
+            special_ids=frozenset(id_ for id_, token in self._added.items() if token.special),
             bos_id=bos_id,
             eos_ids=frozenset(id_ for id_ in ends if id_ < vocab_size),
-            prefix_ids=self._overruled("add_bos_token", bos_id, prefix),
-            suffix_ids=self._overruled("add_eos_token", eos_id, suffix),
-            strip_space=any(map(_strips_space, decoders)),
+            # add_bos_token and add_eos_token of tokenizer_config.json are for tokenizers without a tokenizer.json:
+            # Transformers 5.24 drops them where there is one, whatever the tokenizer's class
+            prefix_ids=prefix,
+            suffix_ids=suffix,
+            strip_space=spelling.strips_space,
             chat_template=self._chat_template,
         )
 
     def _read_engine(self, data: str) -> Engine:
         try:
-            return Engine.from_str(data)
+            engine = Engine.from_str(data)
         except BaseException as error:  # a panic of the library's is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise ModelFormatError(self._path, "file", f"is not a tokenizer: {error}") from None
+        # what training and batching left behind: it would cut, fill or vary every text
+        engine.no_truncation()
+        engine.no_padding()
+        if getattr(engine.model, "dropout", None) is not None:
+            engine.model.dropout = None
+        return engine
+
+    def _add_tokens(self) -> None:
+        """Adds what the other files declare and tokenizer.json lacks.
+
+        Raises:
+            ModelFormatError: a token has an id that it cannot get.
+        """
+        ids = self._engine.get_vocab(with_added_tokens=True)
+        added = self._engine.get_added_tokens_decoder()
+        wanted = []
+        for id_, declared in sorted(self._tokens.added.items()):
+            known = ids.get(declared.token.content)
+            if known is not None and known != id_:
+                _log.warning(
+                    "%s: %r has the id %d there, and %d in %s, which is used",
+                    declared.source, declared.token.content, id_, known, _TOKENIZER,
+                )  # fmt: skip
+            elif id_ not in added:
+                wanted.append((id_, declared))
+        self._engine.add_tokens([declared.token for _, declared in wanted])
+        for id_, declared in wanted:
+            got = self._engine.token_to_id(declared.token.content)
+            if got != id_:
+                raise ModelFormatError(
+                    declared.source,
+                    f"{declared.token.content[:80]!r}",
+                    f"has the id {id_}, but {self._instead(id_, got)}; make {_TOKENIZER} again, or correct the id",
+                )
+        # Transformers gives the next ids to special tokens that no file has an id for
+        texts = [self._tokens.names[name] for name in _NAMES if name in self._tokens.names]
+        for text in dict.fromkeys((*texts, *self._tokens.others)):
+            if self._engine.token_to_id(text) is None and self._next_id() < self._rows:
+                self._engine.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+
+    def _instead(self, id_: int, got: int | None) -> str:
+        other = self._engine.id_to_token(id_)
+        if other is not None:
+            return f"{_TOKENIZER} has {other[:80]!r} there"
+        return f"the next id after those of {_TOKENIZER} is {got}"
+
+    def _next_id(self) -> int:
+        """The id that the next added token gets."""
+        own = self._engine.get_vocab_size(with_added_tokens=False)
+        return max(own, max(self._engine.get_added_tokens_decoder(), default=-1) + 1)
+
+    def _mark_special(self) -> None:
+        """Makes control tokens of those that are declared or named so, and of those that end a turn, which files also
+        have as others. One that plain text gives stays text unless it is declared: a pad token may be "!"."""
+        ids = self._engine.get_vocab(with_added_tokens=True)
+        added = self._engine.get_added_tokens_decoder()
+        declared = {ids.get(each.token.content) for each in self._tokens.added.values() if each.token.special}
+        named = {ids.get(text) for text in (*self._tokens.names.values(), *self._tokens.others)}
+        for id_ in declared | named | end_of_turn_ids(ids):
+            if id_ is None or (id_ in added and added[id_].special):
+                continue
+            token = added.get(id_) or AddedToken(self._engine.id_to_token(id_), normalized=False)
+            if id_ not in added and id_ not in declared and self._is_plain(id_, token.content):
+                continue
+            token.special = True
+            self._engine.add_special_tokens([token])
+
+    def _is_plain(self, id_: int, text: str) -> bool:
+        return bool(id_ in self._engine.encode(text, add_special_tokens=False).ids)
 
     def _read(self, name: str, limit: int) -> str | None:
         data = self._read_file(name, limit)
@@ -151,36 +226,22 @@ class _Loader:
             raise ModelFormatError(self._directory / name, "file", "is not a JSON object")
         return value
 
-    def _decoders(self) -> Iterator[dict[str, Any]]:
-        """The decoder's parts, in order."""
-        decoder = self._engine.decoder
-        if decoder is None:
-            return
-        state = json.loads(decoder.__getstate__())
-        yield from state["decoders"] if state.get("type") == "Sequence" else [state]
+    def _declared_rows(self) -> int:
+        nested = self._model_config.get("text_config")
+        configs = (self._model_config, nested if isinstance(nested, Mapping) else {})
+        declared = [config.get("vocab_size") for config in configs]
+        return max((size for size in declared if type(size) is int), default=0)
 
     def _vocab_size(self) -> int:
         """Above every id, and no smaller than the model's own, which may have rows for tokens that do not
         exist."""
-        size = max(self._ids.values(), default=-1) + 1
-        nested = self._model_config.get("text_config")
-        for config in (self._model_config, nested if isinstance(nested, Mapping) else {}):
-            declared = config.get("vocab_size")
-            if type(declared) is int:
-                size = max(size, declared)
+        size = max(self._rows, max(self._ids.values(), default=-1) + 1)
         if not 0 < size <= MAX_TOKENS:
             raise ModelFormatError(self._path, "vocab", f"has ids up to {size - 1}; {MAX_TOKENS} are allowed")
         return size
 
-    def _text(self, key: str) -> str:
-        """A special token's text, as tokenizer_config.json has it: plain, or an object."""
-        value = self._config.get(key)
-        if isinstance(value, Mapping):
-            value = value.get("content")
-        return value if isinstance(value, str) else ""
-
     def _special(self, key: str) -> int | None:
-        id_ = self._ids.get(self._text(key))
+        id_ = self._ids.get(self._tokens.names.get(key, ""))
         if id_ is None:
             declared = self._model_config.get(f"{key}_id")
             if type(declared) is int and declared in self._ids.values():
@@ -194,13 +255,6 @@ class _Loader:
                 if type(id_) is int and id_ >= 0:
                     yield id_
 
-    def _overruled(self, key: str, id_: int | None, default: list[int]) -> list[int]:
-        """tokenizer_config.json overrules the template in tokenizer.json, as it does in transformers."""
-        wanted = self._config.get(key)
-        if type(wanted) is not bool:
-            return default
-        return [id_] if wanted and id_ is not None else []
-
     def _chat_template(self) -> ChatTemplate | None:
         source: Any = self._config.get("chat_template") if self._template is None else self._template
         if isinstance(source, list):
@@ -211,8 +265,8 @@ class _Loader:
         if source is None:
             return None
         if not isinstance(source, str):
-            raise TemplateError(f"{self._directory / _CONFIG}: chat_template: is not a string")
-        return ChatTemplate(source, bos_token=self._text("bos_token"), eos_token=self._text("eos_token"))
+            raise TemplateError(f"{self._directory / CONFIG}: chat_template: is not a string")
+        return ChatTemplate(source, special_tokens=self._tokens.names)
 
 
 def _read_in(directory: Path, name: str, limit: int) -> bytes | None:
@@ -227,20 +281,3 @@ def _read_in(directory: Path, name: str, limit: int) -> bytes | None:
     if len(data) > limit:
         raise ModelFormatError(path, "file", f"has more than the {limit} bytes allowed")
     return data
-
-
-def _spell(engine: Engine, added: frozenset[int], is_byte_level: bool, id_: int) -> bytes:
-    token = engine.id_to_token(id_)
-    if token is None:
-        return b""  # a row of the model's that no token has
-    if id_ in added:
-        return bytes(token.encode())
-    if is_byte_level:
-        return byte_level.token_bytes(token)
-    return byte_level.hexadecimal_byte(token) or byte_level.unescape_spaces(token)
-
-
-def _strips_space(decoder: dict[str, Any]) -> bool:
-    if decoder.get("type") == "Metaspace":
-        return bool(decoder.get("prepend_scheme", "always") != "never")
-    return bool(decoder.get("type") == "Strip" and decoder.get("content") == " " and decoder.get("start"))

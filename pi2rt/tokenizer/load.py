@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from pi2rt._errors import TemplateError
+from pi2rt.formats.model_file import ModelFile
 from pi2rt.formats.pack import PackFile
 from pi2rt.tokenizer import byte_level
 from pi2rt.tokenizer.chat_template import ChatTemplate
-from pi2rt.tokenizer.end_tokens import end_of_turn_ids
 from pi2rt.tokenizer.tokenizer import Encoder, Tokenizer
-from pi2rt.tokenizer.vocabulary import MetadataSource, TokenKind, Vocabulary, read_vocabulary
+from pi2rt.tokenizer.vocabulary import MAX_TOKENS, MetadataSource, TokenKind, Vocabulary, read_vocabulary
 
 _TEMPLATE_KEY = "tokenizer.chat_template"
+_EMBEDDINGS = ("token_embd.weight", "model.embed_tokens.weight")
 
 
 def load_tokenizer(file: MetadataSource) -> Tokenizer:
@@ -21,7 +23,8 @@ def load_tokenizer(file: MetadataSource) -> Tokenizer:
     lies in a Hugging Face directory or in the pack made from one. Takes about 0.1 s for 50,000 tokens.
 
     Args:
-        file: a ``ModelFile``; only its ``path`` and ``metadata`` are read, and the companions of a pack.
+        file: a ``ModelFile``; only its ``path`` and ``metadata`` are read, the companions of a pack, and the shape of
+            the embedding: its rows beyond the vocabulary are ids that stand for no text.
 
     Raises:
         ModelFormatError: the vocabulary is malformed; the message names the field.
@@ -30,12 +33,19 @@ def load_tokenizer(file: MetadataSource) -> Tokenizer:
     if isinstance(file.path, Path) and file.path.is_dir():
         from pi2rt.tokenizer.huggingface import load_huggingface_tokenizer
 
-        return load_huggingface_tokenizer(file.path, file.metadata)
+        return load_huggingface_tokenizer(file.path, file.metadata, rows=_rows(file))
     if isinstance(file, PackFile) and file.source.container == "huggingface":
         from pi2rt.tokenizer.huggingface import load_huggingface_tokenizer
 
-        return load_huggingface_tokenizer(file.path, file.metadata, file.read_companion)
+        return load_huggingface_tokenizer(file.path, file.metadata, file.read_companion, rows=_rows(file))
     return _from_gguf(file)
+
+
+def _rows(file: MetadataSource) -> int:
+    """The rows of the model's embedding: every id that the model can give is below; 0 where there is none."""
+    tensors = file.tensors if isinstance(file, ModelFile) else {}
+    found = [tensors[name].shape[0] for name in _EMBEDDINGS if name in tensors and tensors[name].shape]
+    return min(max(found, default=0), MAX_TOKENS)
 
 
 def _from_gguf(file: MetadataSource) -> Tokenizer:
@@ -52,17 +62,15 @@ def _from_gguf(file: MetadataSource) -> Tokenizer:
 
         encoder = Spm(vocabulary)
         spell, strip_space, add_bos = _spell_spm, vocabulary.add_space_prefix is not False, True
-    control = dict(vocabulary.of_kind(TokenKind.CONTROL))
-    special = {*control.values(), *(id_ for _, id_ in vocabulary.of_kind(TokenKind.UNKNOWN))}
-    ends = end_of_turn_ids(control)
-    ends |= {id_ for id_ in (vocabulary.eos_id, vocabulary.eot_id, vocabulary.eom_id) if id_ is not None}
+    special = {id_ for _, id_ in vocabulary.of_kind(TokenKind.CONTROL, TokenKind.UNKNOWN)}
+    ends = {id_ for id_ in (vocabulary.eos_id, vocabulary.eot_id, vocabulary.eom_id) if id_ is not None}
     return Tokenizer(
         encoder,
-        partial(spell, vocabulary),
-        vocab_size=len(vocabulary.tokens),
+        partial(_spell, vocabulary, spell),
+        vocab_size=max(len(vocabulary.tokens), _rows(file)),
         special_ids=frozenset(special),
         bos_id=vocabulary.bos_id,
-        eos_ids=frozenset(ends),
+        eos_ids=vocabulary.end_of_turn | ends,
         prefix_ids=_wanted(vocabulary, "bos", vocabulary.add_bos, add_bos),
         suffix_ids=_wanted(vocabulary, "eos", vocabulary.add_eos, False),
         strip_space=strip_space,
@@ -77,6 +85,10 @@ def _wanted(vocabulary: Vocabulary, name: str, asked: bool | None, default: bool
         raise vocabulary.error(f"add_{name}_token", f"is true, but there is no {name}_token_id")
     wanted = default if asked is None else asked
     return (id_,) if wanted and id_ is not None else ()
+
+
+def _spell(vocabulary: Vocabulary, spell: Callable[[Vocabulary, int], bytes], id_: int) -> bytes:
+    return spell(vocabulary, id_) if id_ < len(vocabulary.tokens) else b""
 
 
 def _spell_byte_level(vocabulary: Vocabulary, id_: int) -> bytes:
@@ -100,8 +112,4 @@ def _chat_template(vocabulary: Vocabulary, source: object) -> ChatTemplate | Non
         return None
     if not isinstance(source, str):
         raise TemplateError(f"{vocabulary.path}: {_TEMPLATE_KEY}: is a {type(source).__name__}, not a string")
-
-    def text(id_: int | None) -> str:
-        return "" if id_ is None else vocabulary.tokens[id_]
-
-    return ChatTemplate(source, bos_token=text(vocabulary.bos_id), eos_token=text(vocabulary.eos_id))
+    return ChatTemplate(source, special_tokens=vocabulary.names)

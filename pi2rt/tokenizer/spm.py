@@ -14,9 +14,11 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from pi2rt.tokenizer.byte_level import SPACE
+from pi2rt.tokenizer.byte_level import HEXADECIMAL_NAMES, SPACE
 from pi2rt.tokenizer.special_splitter import SpecialSplitter
 from pi2rt.tokenizer.vocabulary import TokenKind, Vocabulary
+
+_ADDED_SCORE = -1000.0
 
 _CACHED_CHUNKS = 1 << 16
 _CACHED_CHARACTERS = 32  # of a chunk; longer ones hardly come twice
@@ -55,25 +57,28 @@ class Spm:
                 "tokens", "has neither byte tokens (<0x00> to <0xFF>) nor an unknown token"
             )
         self._add_space_prefix = vocabulary.add_space_prefix is not False
-        user_defined = {
-            text.replace(SPACE, " "): id_ for text, id_ in vocabulary.of_kind(TokenKind.USER_DEFINED)
-        }
+        own, added = _user_defined(vocabulary)
         control = dict(vocabulary.of_kind(TokenKind.CONTROL, TokenKind.UNKNOWN))
-        self._splitters = (SpecialSplitter(user_defined), SpecialSplitter(user_defined | control))
+        self._splitters = (SpecialSplitter(added), SpecialSplitter(added | control))
+        self._own = SpecialSplitter(own)
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         ids: list[int] = []
-        after_special = True
         for piece in self._splitters[parse_special].split(text):
             if isinstance(piece, int):
                 ids.append(piece)
-                after_special = True
             else:
-                prefix = SPACE if after_special and self._add_space_prefix else ""
-                self._encode_text(prefix + piece.replace(" ", SPACE), ids)
-                after_special = False
+                self._encode_run(piece, ids)
         return ids
+
+    def _encode_run(self, text: str, ids: list[int]) -> None:
+        """Text between control tokens: one space before all of it, then its user-defined tokens, then the rest."""
+        for piece in self._own.split(" " + text if self._add_space_prefix else text):
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                self._encode_text(piece.replace(" ", SPACE), ids)
 
     def _encode_text(self, text: str, ids: list[int]) -> None:
         cache = self._cache
@@ -144,6 +149,22 @@ class Spm:
         return ids
 
 
+def _user_defined(vocabulary: Vocabulary) -> tuple[dict[str, int], dict[str, int]]:
+    """User-defined tokens, id by text: those of SentencePiece itself, and those that were added to it.
+
+    SentencePiece finds its own in the text with the space before it, and begins nothing anew after one (checked with
+    sentencepiece 0.2.3). It never saw the added ones, which converters of GGUF mark with a score of their own: as after
+    control tokens, text begins anew after them, as in llama.cpp and in Transformers' ``legacy`` tokenizers.
+    """
+    assert vocabulary.scores is not None
+    own: dict[str, int] = {}
+    added: dict[str, int] = {}
+    for text, id_ in vocabulary.of_kind(TokenKind.USER_DEFINED):
+        group = added if vocabulary.scores[id_] == _ADDED_SCORE else own
+        group[text.replace(SPACE, " ")] = id_
+    return own, added
+
+
 def _pairs(text: str) -> npt.NDArray[np.int64]:
     """Every two neighbouring characters as one number; int64 (len(text) - 1,)."""
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.int64)
@@ -159,9 +180,8 @@ def _neighbours(pieces: Iterable[str]) -> npt.NDArray[np.int64]:
 def _byte_tokens(vocabulary: Vocabulary) -> list[int] | None:
     """The token of each byte, or None where there are no byte tokens."""
     found = dict(vocabulary.of_kind(TokenKind.BYTE))
-    names = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokens = [found[name] for name in names if name in found]
+    tokens = [found[name] for name in HEXADECIMAL_NAMES if name in found]
     if tokens and len(tokens) < 256:
-        missing = next(name for name in names if name not in found)
+        missing = next(name for name in HEXADECIMAL_NAMES if name not in found)
         raise vocabulary.error("tokens", f"has {len(tokens)} of the 256 byte tokens; {missing} is missing")
     return tokens or None

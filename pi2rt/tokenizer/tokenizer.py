@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Protocol
@@ -9,6 +10,8 @@ from typing import Protocol
 from pi2rt._errors import RequestError
 from pi2rt.tokenizer.chat_template import ChatTemplate
 from pi2rt.tokenizer.detokenizer import Detokenizer
+
+_log = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
@@ -23,8 +26,8 @@ class Tokenizer:
 
     Args:
         encoder: turns text into ids.
-        spell: the bytes of a token; called once for each.
-        vocab_size: ids are below it.
+        spell: the bytes of a token; called once for each. Nothing for an id that no token has.
+        vocab_size: ids are below it; the rows of the model's embedding where they are more than the tokens.
         special_ids: control and unknown tokens.
         bos_id: the token a text begins with, if the vocabulary has one.
         eos_ids: tokens that end a generation.
@@ -54,6 +57,7 @@ class Tokenizer:
         self._prefix_ids, self._suffix_ids = tuple(prefix_ids), tuple(suffix_ids)
         self._strip_space = strip_space
         self._make_chat_template = chat_template
+        self._warned = False  # of a doubled token at the beginning
         self._pieces: list[bytes | None] = [None] * vocab_size
         self._shown: list[bytes | None] = [None] * vocab_size
 
@@ -87,7 +91,11 @@ class Tokenizer:
                 f"is not valid Unicode; decode its bytes with errors='replace'"
             ) from None
         ids = self._encoder.encode(text, parse_special)
-        return [*self._prefix_ids, *ids, *self._suffix_ids] if add_special else ids
+        if not add_special:
+            return ids
+        if ids[:1] == [self.bos_id] and self.bos_id in self._prefix_ids:
+            self._warn_of_two()
+        return [*self._prefix_ids, *ids, *self._suffix_ids]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, continuation: bool = False) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD.
@@ -123,13 +131,23 @@ class Tokenizer:
         return piece
 
     def is_special(self, id_: int) -> bool:
-        """Whether a token is a control token (or the unknown one), and no text.
+        """Whether a token is no text: a control token, the unknown one, or an id that spells nothing.
 
         Raises:
             RequestError: the vocabulary has no such id.
         """
-        self._check(id_)
-        return id_ in self._special_ids
+        return not self.token_bytes(id_) or id_ in self._special_ids
+
+    def _warn_of_two(self) -> None:
+        """Once: both may be meant, so nothing is taken away."""
+        if not self._warned and self.bos_id is not None:
+            self._warned = True
+            name = self.token_bytes(self.bos_id).decode(errors="replace")
+            _log.warning(
+                "the text begins with %s, and the model's file asks for one before every text, so there are two now. "
+                "Leave it out of the text, or encode with add_special=False.",
+                name,
+            )
 
     def _shown_bytes(self, id_: int) -> bytes:
         if 0 <= id_ < self.vocab_size:

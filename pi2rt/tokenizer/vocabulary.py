@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
+from pi2rt.tokenizer.byte_level import HEXADECIMAL_NAMES
+from pi2rt.tokenizer.end_tokens import end_of_turn_ids
 
 MAX_TOKENS = 1 << 20  # the largest vocabulary in use has 262,144 tokens
 MAX_TOKEN_CHARACTERS = 1 << 12  # the longest tokens in use are runs of 1,024 spaces
@@ -21,6 +23,13 @@ MAX_TOTAL_CHARACTERS = 1 << 25
 MAX_MERGES = 1 << 21
 
 PREFIX = "tokenizer.ggml."
+
+_NAMED = {  # what templates call a token, and the key of its id; nothing else uses these
+    "pad_token": "padding_token_id",
+    "sep_token": "seperator_token_id",  # spelled so in the format
+    "cls_token": "cls_token_id",
+    "mask_token": "mask_token_id",
+}
 
 
 class MetadataSource(Protocol):
@@ -51,6 +60,10 @@ class Vocabulary:
 
     ``ids`` maps text to id and leaves out empty tokens (they match nothing); of tokens with the same text it
     has the last, as llama.cpp did while it still accepted such files.
+
+    ``kinds`` are the file's, but for what names say: ``end_of_turn`` tokens are control tokens, unless merges make them
+    of text; and the bytes of a SentencePiece vocabulary are byte tokens where all 256 are there. ``names`` has the
+    texts of special tokens by the names that templates use.
     """
 
     path: object
@@ -69,6 +82,8 @@ class Vocabulary:
     add_bos: bool | None  # None: the file does not say
     add_eos: bool
     add_space_prefix: bool | None
+    end_of_turn: frozenset[int]
+    names: Mapping[str, str]
 
     def of_kind(self, *kinds: TokenKind) -> Iterator[tuple[str, int]]:
         """(text, id) of the tokens of these kinds, in order of ids, without empty ones."""
@@ -113,24 +128,40 @@ class _Reader:
         # SentencePiece files from before these keys existed rely on these ids, which are SentencePiece's own
         # defaults
         default_bos, default_eos = (1, 2) if model == "llama" and len(tokens) > 2 else (None, None)
+        kinds = self._kinds(len(tokens), required=model == "llama")
+        end_of_turn = end_of_turn_ids(ids)
+        _mark_control(end_of_turn, tokens, merges, kinds)
+        if model == "llama":
+            _find_bytes(ids, kinds)
+        bos_id = self._id("bos_token_id", len(tokens), default_bos)
+        eos_id = self._id("eos_token_id", len(tokens), default_eos)
+        unk_id = self._id("unknown_token_id", len(tokens), 0 if model == "llama" else None)
+        named = {"bos_token": bos_id, "eos_token": eos_id, "unk_token": unk_id, **self._named(len(tokens))}
         return Vocabulary(
             path=self._path,
             model=model,
             pre=self._string("pre"),
             tokens=tokens,
-            kinds=self._kinds(len(tokens), required=model == "llama"),
+            kinds=kinds,
             scores=scores,
             merges=merges,
             ids=ids,
-            bos_id=self._id("bos_token_id", len(tokens), default_bos),
-            eos_id=self._id("eos_token_id", len(tokens), default_eos),
-            unk_id=self._id("unknown_token_id", len(tokens), 0 if model == "llama" else None),
+            bos_id=bos_id,
+            eos_id=eos_id,
+            unk_id=unk_id,
             eot_id=self._id("eot_token_id", len(tokens), None),
             eom_id=self._id("eom_token_id", len(tokens), None),
             add_bos=self._flag("add_bos_token"),
             add_eos=self._flag("add_eos_token") or False,
             add_space_prefix=self._flag("add_space_prefix"),
+            end_of_turn=end_of_turn,
+            names={name: tokens[id_] for name, id_ in named.items() if id_ is not None},
         )
+
+    def _named(self, n: int) -> dict[str, int]:
+        """Only templates use these, so a value that is no id is left out."""
+        found = {name: self._metadata.get(PREFIX + key) for name, key in _NAMED.items()}
+        return {name: id_ for name, id_ in found.items() if type(id_) is int and 0 <= id_ < n}
 
     def _tokens(self) -> list[str]:
         tokens = self._strings("tokens", MAX_TOKENS)
@@ -226,3 +257,24 @@ class _Reader:
 
     def _error(self, key: str, problem: str) -> ModelFormatError:
         return ModelFormatError(self._path, PREFIX + key, problem)
+
+
+def _mark_control(
+    end_of_turn: Iterable[int], tokens: Sequence[str], merges: Sequence[str], kinds: npt.NDArray[np.int64]
+) -> None:
+    """Makes control tokens of those that end a turn, as llama.cpp does. One that merges make is found in any text, so
+    it stays what it is there."""
+    others = [id_ for id_ in end_of_turn if kinds[id_] != TokenKind.CONTROL]
+    known = set(merges) if others else set()
+    for id_ in others:
+        text = tokens[id_]
+        if not any(f"{text[:at]} {text[at:]}" in known for at in range(1, len(text))):
+            kinds[id_] = TokenKind.CONTROL
+
+
+def _find_bytes(ids: Mapping[str, int], kinds: npt.NDArray[np.int64]) -> None:
+    """Makes byte tokens of normal ones that are named so, as llama.cpp finds them by name. Only a full set: one such
+    name alone may be text."""
+    named = [ids[name] for name in HEXADECIMAL_NAMES if name in ids]
+    if len(named) == 256 and np.isin(kinds[named], (TokenKind.NORMAL, TokenKind.BYTE)).all():
+        kinds[named] = TokenKind.BYTE

@@ -75,7 +75,7 @@ def test_ends_are_the_ones_the_file_asks_for(keys: dict[str, object], prefix: in
 def test_tokens_that_end_a_turn() -> None:
     control = ["<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<pad>", "<custom>"]
     file = byte_level_file(control=control, user_defined=["</s>"], eos_token_id=256, eot_token_id=261)
-    assert load_tokenizer(file).eos_ids == {256, 257, 258, 259, 261}
+    assert load_tokenizer(file).eos_ids == {256, 257, 258, 259, 261, 262}
 
 
 def test_harmony_ends_messages_inside_a_turn() -> None:

@@ -86,16 +86,21 @@ def test_text_never_becomes_a_control_token_unless_asked(
     assert not any(map(tokenizer.is_special, tokenizer.encode(text, add_special=False)))
 
 
-def test_tokens_at_the_ends(tmp_path: Path) -> None:
-    bos, eos = {"bos_token": "<s>"}, {"eos_token": {"content": "</s>"}}
-    for config, prefix, suffix in (
-        ({}, [1], []),
-        ({**bos, "add_bos_token": False}, [], []),
-        ({**bos, **eos, "add_bos_token": True, "add_eos_token": True}, [1], [2]),
-    ):
-        tokenizer = load_tokenizer(save(tmp_path, sentencepiece(), tokenizer_config=config))
-        plain = tokenizer.encode("hi", add_special=False)
-        assert tokenizer.encode("hi") == prefix + plain + suffix
+@pytest.mark.parametrize("added", [None, True, False])
+@pytest.mark.parametrize("template", [None, "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_tokens_at_the_ends_are_the_ones_of_the_template(
+    tmp_path: Path, template: str | None, added: bool | None
+) -> None:
+    """As in Transformers 5.24, which drops ``add_bos_token`` and ``add_eos_token`` beside a tokenizer.json."""
+    reference = sentencepiece()
+    reference.post_processor = template and processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizerFast"}
+    if added is not None:
+        config |= {"add_bos_token": added, "add_eos_token": added}
+    tokenizer = load_tokenizer(save(tmp_path, reference, tokenizer_config=config))
+    assert tokenizer.encode("hi") == reference.encode("hi").ids
 
 
 def test_special_ids(tmp_path: Path) -> None:
