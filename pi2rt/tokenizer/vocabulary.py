@@ -5,7 +5,7 @@ Keys and their meaning: https://github.com/ggml-org/ggml/blob/master/docs/gguf.m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol
