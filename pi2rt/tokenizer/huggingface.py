@@ -4,14 +4,12 @@ it."""
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeAlias
 
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 
 from pi2rt._errors import ModelFormatError, TemplateError, UnsupportedModelError
@@ -26,11 +24,6 @@ MAX_TOKENIZER_BYTES = 128 << 20  # Gemma's 262,144 tokens take 33 MB
 MAX_CONFIG_BYTES = 8 << 20
 
 _TOKENIZER, _GENERATION, _TEMPLATE = "tokenizer.json", "generation_config.json", "chat_template.jinja"
-
-# the order in which Transformers adds those that no file has an id for
-_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-_log = logging.getLogger(__name__)
 
 ReadFile: TypeAlias = Callable[[str, int], bytes | None]
 """``read(name, limit)``: the content of a file, of at most ``limit`` bytes, or None where there is none."""
@@ -99,8 +92,8 @@ class _Loader:
         self._tokens = read_declared_tokens(
             directory, self._config, self._read_json(SPECIAL_MAP), self._read_json(ADDED)
         )
-        self._add_tokens()
-        self._mark_special()
+        self._tokens.add_to(self._engine, self._rows)
+        self._tokens.mark_special(self._engine)
         self._template = self._read(_TEMPLATE, 4 * MAX_SOURCE_CHARACTERS)
         self._ids: dict[str, int] = self._engine.get_vocab(with_added_tokens=True)
         self._added = self._engine.get_added_tokens_decoder()
@@ -141,69 +134,6 @@ class _Loader:
         if getattr(engine.model, "dropout", None) is not None:
             engine.model.dropout = None
         return engine
-
-    def _add_tokens(self) -> None:
-        """Adds what the other files declare and tokenizer.json lacks.
-
-        Raises:
-            ModelFormatError: a token has an id that it cannot get.
-        """
-        ids = self._engine.get_vocab(with_added_tokens=True)
-        added = self._engine.get_added_tokens_decoder()
-        wanted = []
-        for id_, declared in sorted(self._tokens.added.items()):
-            known = ids.get(declared.token.content)
-            if known is not None and known != id_:
-                _log.warning(
-                    "%s: %r has the id %d there, and %d in %s, which is used",
-                    declared.source, declared.token.content, id_, known, _TOKENIZER,
-                )  # fmt: skip
-            elif id_ not in added:
-                wanted.append((id_, declared))
-        self._engine.add_tokens([declared.token for _, declared in wanted])
-        for id_, declared in wanted:
-            got = self._engine.token_to_id(declared.token.content)
-            if got != id_:
-                raise ModelFormatError(
-                    declared.source,
-                    f"{declared.token.content[:80]!r}",
-                    f"has the id {id_}, but {self._instead(id_, got)}; make {_TOKENIZER} again, or correct the id",
-                )
-        # Transformers gives the next ids to special tokens that no file has an id for
-        texts = [self._tokens.names[name] for name in _NAMES if name in self._tokens.names]
-        for text in dict.fromkeys((*texts, *self._tokens.others)):
-            if self._engine.token_to_id(text) is None and self._next_id() < self._rows:
-                self._engine.add_special_tokens([AddedToken(text, special=True, normalized=False)])
-
-    def _instead(self, id_: int, got: int | None) -> str:
-        other = self._engine.id_to_token(id_)
-        if other is not None:
-            return f"{_TOKENIZER} has {other[:80]!r} there"
-        return f"the next id after those of {_TOKENIZER} is {got}"
-
-    def _next_id(self) -> int:
-        """The id that the next added token gets."""
-        own = self._engine.get_vocab_size(with_added_tokens=False)
-        return max(own, max(self._engine.get_added_tokens_decoder(), default=-1) + 1)
-
-    def _mark_special(self) -> None:
-        """Makes control tokens of those that are declared or named so, and of those that end a turn, which files also
-        have as others. One that plain text gives stays text unless it is declared: a pad token may be "!"."""
-        ids = self._engine.get_vocab(with_added_tokens=True)
-        added = self._engine.get_added_tokens_decoder()
-        declared = {ids.get(each.token.content) for each in self._tokens.added.values() if each.token.special}
-        named = {ids.get(text) for text in (*self._tokens.names.values(), *self._tokens.others)}
-        for id_ in declared | named | end_of_turn_ids(ids):
-            if id_ is None or (id_ in added and added[id_].special):
-                continue
-            token = added.get(id_) or AddedToken(self._engine.id_to_token(id_), normalized=False)
-            if id_ not in added and id_ not in declared and self._is_plain(id_, token.content):
-                continue
-            token.special = True
-            self._engine.add_special_tokens([token])
-
-    def _is_plain(self, id_: int, text: str) -> bool:
-        return bool(id_ in self._engine.encode(text, add_special_tokens=False).ids)
 
     def _read(self, name: str, limit: int) -> str | None:
         data = self._read_file(name, limit)
