@@ -40,6 +40,7 @@ class ByteBpe:
             self._engine.normalizer = NFC()
         user_defined = dict(vocabulary.of_kind(TokenKind.USER_DEFINED))
         control = dict(vocabulary.of_kind(TokenKind.CONTROL, TokenKind.UNKNOWN))
+        control |= {vocabulary.tokens[id_]: id_ for id_ in vocabulary.end_of_turn}
         self._splitters = (SpecialSplitter(user_defined), SpecialSplitter(user_defined | control))
 
     def encode(self, text: str, parse_special: bool) -> list[int]:

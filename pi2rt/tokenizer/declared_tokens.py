@@ -62,7 +62,7 @@ class DeclaredTokens:
                     id_,
                     there,
                 )
-            elif id_ not in known:
+            elif there is None or id_ not in known:
                 wanted[id_] = (declared, engine.id_to_token(id_))
         engine.add_tokens([declared.token for declared, _ in wanted.values()])
         for id_, (declared, other) in wanted.items():
@@ -85,8 +85,9 @@ class DeclaredTokens:
         """Makes control tokens of those that are declared or named so, and of those that end a turn, which files also
         have as others. One that plain text gives stays text unless it is declared: a pad token may be "!"."""
         known = engine.get_added_tokens_decoder()
-        ends = {text: id_ for text in END_OF_TURN if (id_ := engine.token_to_id(text)) is not None}
-        found = {engine.id_to_token(id_) for id_ in end_of_turn_ids(ends)}
+        spelled = {text: id_ for text in END_OF_TURN if (id_ := engine.token_to_id(text)) is not None}
+        ends = end_of_turn_ids(spelled)
+        found = {text for text, id_ in spelled.items() if id_ in ends}
         declared = {each.token.content for each in self.added.values() if each.token.special}
         special = []
         for text in sorted(declared | found | {*self.names.values(), *self.others}):

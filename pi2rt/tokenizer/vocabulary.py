@@ -262,8 +262,8 @@ class _Reader:
 def _mark_control(
     end_of_turn: Iterable[int], tokens: Sequence[str], merges: Sequence[str], kinds: npt.NDArray[np.int64]
 ) -> None:
-    """Makes control tokens of those that end a turn, as llama.cpp does. One that merges make is found in any text, so
-    it stays what it is there."""
+    """Makes control tokens of those that end a turn, as llama.cpp does. One that merges make may come of any text, so
+    it is text still, and does not vanish when that is decoded."""
     others = [id_ for id_ in end_of_turn if kinds[id_] != TokenKind.CONTROL]
     known = set(merges) if others else set()
     for id_ in others:

@@ -12,7 +12,7 @@ import pytest
 from pi2rt import _errors as errors
 from pi2rt.tokenizer import ChatTemplate, load_tokenizer
 from pi2rt.tokenizer.chat_template import MAX_SOURCE_CHARACTERS
-from tests.tokenizer.files import byte_level_file
+from tests.tokenizer.files import byte_level_file, changed
 from tests.tokenizer.hostile import FAIL, REFUSED, SLOW
 from tests.tokenizer.templates import CHAT, TEMPLATES
 
@@ -160,6 +160,34 @@ def test_a_bad_template_in_a_file_harms_nobody_who_does_not_chat() -> None:
         with pytest.raises(errors.TemplateError, match=message):
             _ = tokenizer.chat_template
     assert load_tokenizer(byte_level_file()).chat_template is None
+
+
+def test_a_file_gives_its_template_all_named_tokens() -> None:
+    names = ["bos", "eos", "unk", "pad", "sep", "cls", "mask"]
+    keys = dict(
+        zip(["bos", "eos", "unknown", "padding", "seperator", "cls", "mask"], range(256, 263), strict=True)
+    )
+    source = "".join(f"{{{{ {name}_token }}}}" for name in names)
+    file = byte_level_file(
+        control=[f"<{name}>" for name in names],
+        **{f"{key}_token_id": id_ for key, id_ in keys.items()},
+        **{"tokenizer.chat_template": source},
+    )
+    template = load_tokenizer(file).chat_template
+    assert template is not None
+    assert template.render([]) == "".join(f"<{name}>" for name in names)
+    file = changed(
+        file, {"padding_token_id": 999, "mask_token_id": -1, "cls_token_id": "x", "eos_token_id": None}
+    )
+    template = load_tokenizer(file).chat_template
+    assert template is not None
+    assert template.render([]) == "<bos><unk><sep>"  # what only templates use refuses no file
+
+
+def test_special_tokens_overrule_and_are_overruled() -> None:
+    template = ChatTemplate("{{ bos_token }}{{ x_token }}", bos_token="a", special_tokens={"x_token": "b"})
+    assert template.render([]) == "ab"
+    assert template.render([], x_token="c") == "ac"
 
 
 def test_a_file_gives_its_template_its_tokens() -> None:

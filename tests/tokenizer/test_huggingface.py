@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
 from pi2rt import _errors as errors
@@ -103,6 +103,96 @@ def test_tokens_at_the_ends_are_the_ones_of_the_template(
     assert tokenizer.encode("hi") == reference.encode("hi").ids
 
 
+@pytest.mark.parametrize("direction", ["left", "right"])
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+def test_saved_state_does_not_act(tmp_path: Path, make: Callable[[], Tokenizer], direction: str) -> None:
+    """What training and batching left in tokenizer.json would cut, fill or vary every text."""
+    plain, saved = make(), make()
+    saved.enable_truncation(8, stride=2, direction=direction)
+    saved.enable_padding(
+        direction=direction, length=300, pad_to_multiple_of=64, pad_id=3, pad_token="<|im_end|>"
+    )
+    saved.model.dropout = 1.0
+    saved.encode_special_tokens = True
+    tokenizer = load_tokenizer(save(tmp_path, saved))
+    for text in ("hi " * 99, "hi", "", "hi<|im_end|>"):
+        for _ in range(2):
+            assert tokenizer.encode(text, parse_special=True) == plain.encode(text).ids
+
+
+def test_a_truncation_shorter_than_the_template(tmp_path: Path) -> None:
+    saved = sentencepiece()
+    saved.enable_truncation(1)
+    assert load_tokenizer(save(tmp_path, saved)).encode("hi") == sentencepiece().encode("hi").ids
+
+
+GEMMA = ["\n\n", SPACE * 2, SPACE * 4]
+CODE = "def f(a):\n    if a:\n      return  a\n\n    return 0\n"
+
+
+def gemma() -> Tokenizer:
+    """As Gemma 3's: runs of spaces are added tokens, spelled with U+2581, and not special."""
+    characters = sorted({*CODE, SPACE} - {" "})
+    vocabulary = {token: id_ for id_, token in enumerate([*SPECIAL, *characters, *GEMMA])}
+    merges = [(SPACE, SPACE), (SPACE * 2, SPACE * 2), ("\n", "\n")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in GEMMA])
+    return tokenizer
+
+
+def stream(tokenizer: Any, ids: list[int]) -> str:
+    detokenizer = tokenizer.detokenizer()
+    return "".join(map(detokenizer.push, ids)) + str(detokenizer.flush())
+
+
+def test_indented_code_comes_back(tmp_path: Path) -> None:
+    reference = gemma()
+    tokenizer = load_tokenizer(save(tmp_path, reference))
+    ids = tokenizer.encode(CODE)
+    assert ids == reference.encode(CODE).ids
+    assert reference.token_to_id(SPACE * 4) in ids
+    assert tokenizer.decode(ids) == stream(tokenizer, ids) == reference.decode(ids) == CODE
+
+
+ADDED = [SPACE + SPACE, SPACE + "x", "\u0120x", "<tool>", "a" + SPACE + "b", "<0x41>"]
+
+
+@pytest.mark.parametrize("text", ADDED)
+@pytest.mark.parametrize("make", [byte_level, sentencepiece, gemma])
+def test_added_tokens_go_through_the_decoder(
+    tmp_path: Path, make: Callable[[], Tokenizer], text: str
+) -> None:
+    reference = make()
+    reference.add_tokens([AddedToken(text, special=False, normalized=False)])
+    id_ = reference.token_to_id(text)
+    first = reference.token_to_id("f") or reference.token_to_id("h")
+    tokenizer = load_tokenizer(save(tmp_path, reference))
+    for ids in ([id_], [first, id_], [id_, id_, first]):
+        assert tokenizer.decode(ids) == stream(tokenizer, ids) == reference.decode(ids)
+
+
+def test_an_added_token_that_is_spelled_with_bytes_characters_is_its_text(tmp_path: Path) -> None:
+    reference = byte_level()
+    reference.add_tokens([AddedToken("caf\u00e9", special=False, normalized=False)])
+    tokenizer = load_tokenizer(save(tmp_path, reference))
+    assert tokenizer.decode(tokenizer.encode("caf\u00e9")) == "caf\u00e9"  # "caf\ufffd" in tokenizers 0.23
+
+
+def test_the_steps_of_the_decoder_decide(tmp_path: Path) -> None:
+    reference = sentencepiece()
+    steps = [decoders.Replace(Regex("[h_]"), "j"), decoders.Replace(SPACE, "-"), decoders.Fuse()]
+    reference.decoder = decoders.Sequence(steps)
+    tokenizer = load_tokenizer(save(tmp_path, reference))
+    ids = [*tokenizer.encode(" hi", add_special=False), 4 + 0x41]
+    assert tokenizer.decode(ids) == stream(tokenizer, ids) == reference.decode(ids) == "--ji<0x41>"
+
+
 def test_special_ids(tmp_path: Path) -> None:
     file = save(
         tmp_path,
@@ -180,6 +270,22 @@ def test_ids_that_would_take_all_memory(tmp_path: Path) -> None:
     path.write_text(json.dumps(state))
     with pytest.raises(errors.ModelFormatError, match="has ids up to 4000000000"):
         load_tokenizer(file)
+
+
+def test_a_doubled_token_at_the_beginning_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load_tokenizer(save(tmp_path, sentencepiece(), tokenizer_config={"bos_token": "<s>"}))
+    plain = tokenizer.encode("hi", add_special=False)
+    tokenizer.encode("<s>hi")  # is text
+    tokenizer.encode("<s>hi", parse_special=True, add_special=False)
+    tokenizer.encode("hi<s>", parse_special=True)
+    assert not caplog.records
+    for _ in range(3):
+        assert tokenizer.encode("<s>hi", parse_special=True) == [1, 1, *plain]
+    (record,) = caplog.records
+    assert "the text begins with <s>" in record.getMessage()
+    assert "add_special=False" in record.getMessage()
 
 
 def test_what_its_own_expressions_choke_on_is_an_error(tmp_path: Path) -> None:

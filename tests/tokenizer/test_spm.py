@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pi2rt import _errors as errors
 from pi2rt.tokenizer import load_tokenizer
 from pi2rt.tokenizer.byte_level import SPACE
+from pi2rt.tokenizer.vocabulary import TokenKind
 from tests.tokenizer.files import changed, spm_file
 from tests.tokenizer.texts import TEXTS
 from tests.tokenizer.tok512 import read_tok512, tok512_file
@@ -152,6 +153,55 @@ def test_user_defined_tokens_with_spaces_match_spaces() -> None:
     spelled = [tokenizer.token_bytes(id_) for id_ in tokenizer.encode(text)]
     assert spelled == [b"a", b"    ", b"a", b"\n\n", b"\n", b"  ", b"<table>", b" a"]
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_user_defined_tokens_are_found_as_sentencepiece_does(prefix: bool) -> None:
+    """One space before the whole text, none after a user-defined token."""
+    golden = json.loads((Path(__file__).parent / "golden" / "user_defined.json").read_text())
+    file = spm_file(
+        golden["pieces"], user_defined=golden["user_defined"], add_bos_token=False, add_space_prefix=prefix
+    )
+    tokenizer = load_tokenizer(file)
+    found = [tokenizer.encode(text) for text in golden["texts"]]
+    assert found == golden["with_prefix" if prefix else "without_prefix"]
+    assert [tokenizer.decode(ids) for ids in found] == golden["texts"]
+
+
+def test_text_begins_anew_after_tokens_that_sentencepiece_never_had() -> None:
+    """As in llama.cpp: converters give added tokens this score."""
+    pieces = [(SPACE, -9.0), (SPACE + "a", -1.0), ("a", -2.0)]
+    file = spm_file(pieces, user_defined=["<own>", "<added>"], add_bos_token=False)
+    file.metadata["tokenizer.ggml.scores"][-1] = -1000.0
+    tokenizer = load_tokenizer(file)
+    added = tokenizer.vocab_size - 1
+    own, space, prefixed, plain = added - 1, added - 4, added - 3, added - 2
+    assert tokenizer.encode("<added>a") == [added, prefixed]
+    assert tokenizer.encode("a<added>a") == [prefixed, added, prefixed]
+    assert tokenizer.encode("<own>a") == [space, own, plain]
+    assert tokenizer.encode("a<added><own>a</s>a", parse_special=True) == [
+        prefixed, added, space, own, plain, 2, prefixed,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kinds", [(TokenKind.NORMAL,) * 2, (TokenKind.BYTE,) * 2, (TokenKind.NORMAL, TokenKind.BYTE)]
+)
+def test_bytes_are_found_by_name(kinds: tuple[TokenKind, TokenKind]) -> None:
+    file = spm_file([(SPACE, -3.0), ("a", -1.0), ("b", -2.0), (SPACE + "a", -0.5)])
+    file.metadata["tokenizer.ggml.token_type"][3:259] = [int(kinds[byte % 2]) for byte in range(256)]
+    tokenizer = load_tokenizer(file)
+    ids = tokenizer.encode("a\nb", add_special=False)
+    assert ids == [262, 13, 261]
+    assert tokenizer.decode(ids) == "a\nb"
+    assert tokenizer.decode([3 + byte for byte in "\u20ac".encode()]) == "\u20ac"
+
+
+def test_names_of_bytes_are_text_where_some_are_missing() -> None:
+    pieces = [(character, -2.0) for character in "<0xA>"] + [(SPACE, -3.0), ("<0x0A>", -1.0), ("<0", -1.5)]
+    tokenizer = load_tokenizer(spm_file(pieces, bytes_=False, add_bos_token=False, unknown_token_id=0))
+    assert tokenizer.decode([tokenizer.vocab_size - 2]) == "<0x0A>"
+    assert tokenizer.encode("\n")[-1] == 0
 
 
 @pytest.mark.parametrize(
