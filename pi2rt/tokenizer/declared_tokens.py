@@ -32,6 +32,11 @@ class DeclaredToken:
     token: AddedToken
     source: Path  # the file that says so
 
+    def overrules(self, other: AddedToken) -> bool:
+        """Whether its flags differ from those in tokenizer.json, and count: only tokenizer_config.json has flags."""
+        self.token.special = self.token.special or other.special
+        return self.source.name == CONFIG and repr(self.token) != repr(other)
+
 
 @dataclass(frozen=True, slots=True)
 class DeclaredTokens:
@@ -62,7 +67,7 @@ class DeclaredTokens:
                     id_,
                     there,
                 )
-            elif there is None or id_ not in known:
+            elif there is None or id_ not in known or declared.overrules(known[id_]):
                 wanted[id_] = (declared, engine.id_to_token(id_))
         engine.add_tokens([declared.token for declared, _ in wanted.values()])
         for id_, (declared, other) in wanted.items():

@@ -88,7 +88,7 @@ class _Loader:
         self._engine = self._read_engine(data)
         self._config = self._read_json(CONFIG)
         self._generation = self._read_json(_GENERATION)
-        self._rows = max(rows, self._declared_rows())
+        self._rows = rows or self._declared_rows()
         self._tokens = read_declared_tokens(
             directory, self._config, self._read_json(SPECIAL_MAP), self._read_json(ADDED)
         )

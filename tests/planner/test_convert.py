@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
+import json
 import mmap
 import os
 import signal
@@ -154,6 +155,26 @@ def test_tokenizers_are_the_same(tmp_path: Path, many_types: Path) -> None:
     template = other.chat_template
     assert template is not None
     assert template.render([{"role": "user", "content": "hi"}]) == "hi!"
+
+
+def test_packs_have_the_files_that_declare_tokens(tmp_path: Path, pack: Path) -> None:
+    source = write_huggingface(tmp_path / "source", TinyModel(config={"vocab_size": None}))
+    pad = {"pad_token": "<|pad|>", "unk_token": {"content": "<unused0>"}}
+    (source / "special_tokens_map.json").write_text(json.dumps(pad))
+    (source / "added_tokens.json").write_text(json.dumps({"<|pad|>": 320}))
+    (source / "chat_template.jinja").write_text("{{ pad_token }}{{ unk_token }}")
+    convert(source, pack)
+    for path in (source, pack):
+        with open_model_file(path) as file:
+            tokenizer = load_tokenizer(file)
+        assert tokenizer.encode("<|pad|>", parse_special=True) == [320]
+        assert tokenizer.chat_template is not None
+        assert tokenizer.chat_template.render([]) == "<|pad|><unused0>"
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        (source / name).unlink()
+    convert(source, pack, overwrite=True)  # as packs were before, which still open
+    with open_model_file(pack) as file:
+        assert load_tokenizer(file).vocab_size == 320
 
 
 def test_a_directory_without_a_tokenizer(tmp_path: Path, pack: Path) -> None:

@@ -107,6 +107,16 @@ def test_declared_and_named_tokens_are_control_tokens(tmp_path: Path) -> None:
     assert not load(tmp_path, tokenizer_config={}).is_special(think)
 
 
+def test_flags_of_added_tokens_decoder_overrule(tmp_path: Path) -> None:
+    """But a control token stays one."""
+    flags = {"content": "<|im_end|>", "lstrip": True, "rstrip": True, "normalized": False, "special": False}
+    tokenizer = load(tmp_path, tokenizer_config={"added_tokens_decoder": {"3": flags}})
+    hi = tokenizer.encode("hi")
+    assert tokenizer.encode("hi  <|im_end|>  hi", parse_special=True) == [*hi, 3, *hi]
+    assert tokenizer.is_special(3)
+    assert 3 not in tokenizer.encode("<|im_end|>")
+
+
 def test_a_pad_token_that_is_text_stays_text(tmp_path: Path) -> None:
     tokenizer = load(tmp_path, tokenizer_config={"pad_token": "!"})
     assert tokenizer.decode(tokenizer.encode("hi!")) == "hi!"

@@ -22,8 +22,8 @@ PIECES = [
 ]  # fmt: skip
 USER_DEFINED = ["<b>", "\n\n", SPACE * 2, "a<"]
 TEXTS = [
-    "", "a", "<b>", "<b>a", "a<b>a", "<b> a", " <b>a", "  <b>", "a  b", "a\n\na", "\n\n", " ", "   a", "a<b>", "<b><b> b",
-    "a a<a b", "ab ab<b>ab", "\u00e9<b>\u00e9",
+    "", "a", "<b>", "<b>a", "a<b>a", "<b> a", " <b>a", "  <b>", "a  b", "a\n\na", "\n\n", " ", "   a", "a<b>",
+    "<b><b> b", "a a<a b", "ab ab<b>ab", "\u00e9<b>\u00e9",
 ]  # fmt: skip
 
 
