@@ -31,6 +31,7 @@ class HuggingFaceSpelling:
     def __init__(self, path: Path, engine: Engine) -> None:
         self._engine = engine
         self._added = engine.get_added_tokens_decoder()
+        self._size = max(engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         steps = _steps(engine)
         kinds = {step.get("type") for step in steps}
         if not kinds & {"ByteLevel", "Metaspace", "Replace", "ByteFallback"}:
@@ -46,7 +47,7 @@ class HuggingFaceSpelling:
 
     def token_bytes(self, id_: int) -> bytes:
         """The bytes of a token; none for an id that no token has."""
-        token = self._engine.id_to_token(id_)
+        token = self._engine.id_to_token(id_) if id_ < self._size else None
         if token is None:
             return b""
         added = self._added.get(id_)

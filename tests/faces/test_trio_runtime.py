@@ -13,7 +13,7 @@ from trio.testing import MockClock
 import pi2rt
 from pi2rt import executor_plan
 from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
-from pi2rt.formats import ModelFile
+from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription
 from pi2rt.planner.convert import convert
 from pi2rt.runtime.executor import ExecutorOptions, Progress
@@ -46,6 +46,24 @@ async def test_a_long_text_is_tokenised_beside_the_loop(tiny: Path) -> None:
     async with pi2rt.open_runtime(tiny, executor="simulated") as runtime:
         with pytest.raises(pi2rt.ContextOverflowError):
             await runtime.generate("so it goes " * 10_000)
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4], ids=["normal", "control", "user-defined"])
+async def test_a_turn_ends_at_a_token_of_any_type(tmp_path: Path, kind: int) -> None:
+    """By its spelling, as in llama.cpp; and it is not shown."""
+    path = write_gguf(tmp_path / "plain.gguf", TinyModel())
+    with open_model_file(path) as file:
+        tokens = list(file.metadata["tokenizer.ggml.tokens"])
+    end = tokens.index("<unused0>")
+    tokens[end] = "<|im_end|>"
+    kinds = [kind if id_ == end else 3 if id_ in (BOS, EOS) else 1 for id_ in range(len(tokens))]
+    metadata = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+    path = write_gguf(tmp_path / "model.gguf", TinyModel(), metadata=metadata)
+    async with pi2rt.open_runtime(path) as runtime:
+        completion = await runtime.generate("hi", max_tokens=9, logit_bias={end: 100.0})
+        assert (completion.text, completion.tokens, completion.finish_reason) == ("", (end,), "stop")
+        prompt = runtime.tokenizer.encode("hi<|im_end|>", parse_special=True)
+        assert prompt[-1] == end
 
 
 async def test_prompts_that_cannot_be(tiny: Path, plain: Path) -> None:
