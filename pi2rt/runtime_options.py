@@ -47,6 +47,7 @@ class RuntimeKeywords(TypedDict, total=False):
     trace: str | os.PathLike[str] | None
     on_load: Progress | None
     prefill_chunk: int
+    content_control_tokens: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +108,15 @@ class RuntimeOptions:
     prefill_chunk: int = 192
     """Prompt tokens in one step at most, while nothing else runs. More take memory for activations and are no
     faster: those of 512 leave the second-level cache (SmolLM2 and a model of 1.1 B were a tenth slower)."""
+    content_control_tokens: bool = False
+    """Whether a control token that is spelled out in a message becomes that token, as if the chat template had written
+    it. Only for messages that nobody else has written: their authors can end their turn and begin another's."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.content_control_tokens, bool):
+            raise RequestError(
+                f"content_control_tokens={self.content_control_tokens!r}: True or False is needed"
+            )
         for name, most in ("context", 1 << 24), ("max_sequences", 4096), ("prefill_chunk", 1 << 16):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:

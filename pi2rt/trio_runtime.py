@@ -41,10 +41,12 @@ from pi2rt.runtime.trace import Trace
 from pi2rt.runtime_options import MIXED_CHUNK, RuntimeKeywords, RuntimeOptions
 from pi2rt.sparsity import load_sparsity
 from pi2rt.tokenizer import Tokenizer, load_tokenizer
+from pi2rt.tokenizer.messages import shown
 
 Prompt: TypeAlias = str | Iterable[int] | Iterable[Mapping[str, Any]]
 """Text, token ids, or messages (``{"role": "user", "content": "..."}``) for the model's chat template.
-Control tokens spelled out in text or messages become control tokens: mind where your text comes from."""
+A control token spelled out in text becomes that token: mind where your text comes from. In messages it stays text,
+unless the model is opened with ``content_control_tokens``."""
 
 CLOSE_SECONDS = 5.0
 """How long steps in flight may take to stop when a runtime is closed."""
@@ -74,8 +76,10 @@ class Runtime:
         tokenizer: Tokenizer,
         model: ModelInfo,
         resize: Callable[[int], Awaitable[None]],
+        content_control_tokens: bool = False,
     ) -> None:
         self._engine, self._actor, self._resize = engine, actor, resize
+        self._content_control_tokens = content_control_tokens
         self.tokenizer = tokenizer
         self.model = model
         self._stopped = trio.Event()
@@ -183,19 +187,33 @@ class Runtime:
         """Token ids of any kind of prompt."""
         if isinstance(prompt, str):
             return await self._tokenise(prompt, add_special=True)
+        if isinstance(prompt, Mapping):
+            raise RequestError(
+                "prompt: a mapping is given where a list of messages is needed; put the message into a list: "
+                "[{'role': 'user', 'content': '...'}]"
+            )
         if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray):
             raise RequestError(f"prompt: text, token ids or messages are needed, not {type(prompt).__name__}")
         parts: list[Any] = list(prompt)
-        if not any(isinstance(part, Mapping) for part in parts):
+        if all(hasattr(kind, "__index__") for kind in set(map(type, parts))):
             return parts  # the engine checks each token
+        if not any(isinstance(part, Mapping) for part in parts):
+            index, part = next((i, part) for i, part in enumerate(parts) if not hasattr(part, "__index__"))
+            raise RequestError(
+                f"prompt: item {index} is {shown(part)}; a list has token ids, which are integers, or messages such as "
+                f"{{'role': 'user', 'content': '...'}}; text is given as one string"
+            )
         template = self.tokenizer.chat_template
         if template is None:
             raise RequestError(
                 f"prompt: the model {self.model.name!r} has no chat template; pass text or token ids instead "
                 f"of messages"
             )
+        chat: str = template.render(parts, add_generation_prompt=True)
+        if self._content_control_tokens:
+            chat = str(chat)  # forgets what the template wrote
         # Templates write the special tokens themselves, the one at the beginning too.
-        return await self._tokenise(template.render(parts, add_generation_prompt=True), add_special=False)
+        return await self._tokenise(chat, add_special=False)
 
     async def _tokenise(self, text: str, *, add_special: bool) -> list[int]:
         def encode() -> list[int]:
@@ -323,7 +341,7 @@ async def open_runtime(
             async with open_own_nursery() as nursery:
                 tokenizer = await _load(nursery, actor, file, tokenizer)
                 engine = Engine(actor, tokenizer, _engine_options(description, executor_options), trace)
-                runtime = Runtime(engine, actor, tokenizer, info, resize)
+                runtime = Runtime(engine, actor, tokenizer, info, resize, chosen.content_control_tokens)
                 await nursery.start(runtime._run)
                 try:
                     yield runtime

@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
     )
+    parser.add_argument(
+        "--content-control-tokens",
+        action="store_true",
+        help="let control tokens such as <|im_end|> be control tokens in messages too; without it they are text there",
+    )
     parser.add_argument("--json-lines", action="store_true", help="print one JSON object per token")
     parser.add_argument(
         "--context", type=_runtime.positive, default=4096, metavar="N", help="tokens (default: 4096)"
@@ -94,6 +99,10 @@ def main(options: argparse.Namespace) -> int:
         raise RequestError(
             "--system has no place without the chat template: leave out --raw, or write it into the prompt"
         )
+    if options.raw and options.content_control_tokens:
+        raise RequestError(
+            "--content-control-tokens is about messages; with --raw, control tokens are such in all of the text anyway"
+        )
     prompt = _prompt(options)
     if prompt is None and (options.raw or options.json_lines):
         raise RequestError(
@@ -112,7 +121,11 @@ async def _run(options: argparse.Namespace, params: SamplingParams, prompt: str 
     from pi2rt.cli._chat import chat
 
     async with _runtime.opened(
-        options, context=options.context, max_sequences=1, trace=options.trace
+        options,
+        context=options.context,
+        max_sequences=1,
+        trace=options.trace,
+        content_control_tokens=options.content_control_tokens,
     ) as opened:
         runtime, raw = opened.runtime, options.raw
         if not raw and runtime.tokenizer.chat_template is None:

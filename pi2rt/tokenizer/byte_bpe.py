@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from itertools import repeat
 from operator import contains
 
@@ -12,6 +13,7 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
+from pi2rt.tokenizer.marked_text import Runs
 from pi2rt.tokenizer.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from pi2rt.tokenizer.special_splitter import SpecialSplitter
 from pi2rt.tokenizer.vocabulary import PREFIX, TokenKind, Vocabulary
@@ -29,7 +31,17 @@ class ByteBpe:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.pre = pre_tokenizer_of(vocabulary)
-        self._engine = Tokenizer(_model(vocabulary, self.pre))
+        user_defined = dict(vocabulary.of_kind(TokenKind.USER_DEFINED))
+        control = dict(vocabulary.of_kind(TokenKind.CONTROL, TokenKind.UNKNOWN))
+        control |= {vocabulary.tokens[id_]: id_ for id_ in vocabulary.end_of_turn}
+        self._splitter = SpecialSplitter(user_defined, control)
+        # those that merges make of any text are normal tokens, whatever they mean
+        control = {
+            text: id_
+            for text, id_ in self._splitter.control.items()
+            if vocabulary.kinds[id_] != TokenKind.NORMAL
+        }
+        self._engine = Tokenizer(_model(vocabulary, self.pre, control))
         # `tokenizers` bounds neither the time nor the stack of its regular expressions; these are ours, and
         # linear
         self._engine.pre_tokenizer = Sequence(
@@ -38,14 +50,10 @@ class ByteBpe:
         )
         if self.pre.nfc:
             self._engine.normalizer = NFC()
-        user_defined = dict(vocabulary.of_kind(TokenKind.USER_DEFINED))
-        control = dict(vocabulary.of_kind(TokenKind.CONTROL, TokenKind.UNKNOWN))
-        control |= {vocabulary.tokens[id_]: id_ for id_ in vocabulary.end_of_turn}
-        self._splitters = (SpecialSplitter(user_defined), SpecialSplitter(user_defined | control))
 
-    def encode(self, text: str, parse_special: bool) -> list[int]:
+    def encode(self, text: str, trusted: Runs) -> list[int]:
         ids: list[int] = []
-        for piece in self._splitters[parse_special].split(text):
+        for piece in self._splitter.split(text, trusted):
             if isinstance(piece, int):
                 ids.append(piece)
             else:
@@ -78,7 +86,7 @@ def pre_tokenizer_of(vocabulary: Vocabulary) -> PreTokenizer:
     return pre
 
 
-def _model(vocabulary: Vocabulary, pre: PreTokenizer) -> BPE:
+def _model(vocabulary: Vocabulary, pre: PreTokenizer, control: Mapping[str, int]) -> BPE:
     merges = vocabulary.merges
     # one join and one split over all of them are several times faster than a split of each
     parts = " ".join(merges).split(" ") if merges else []
@@ -88,13 +96,16 @@ def _model(vocabulary: Vocabulary, pre: PreTokenizer) -> BPE:
     ids = dict(vocabulary.ids)
     if pre.ignore_merges:
         # or a word of a user's text that is spelled like a control token would become it
-        for text, id_ in vocabulary.of_kind(TokenKind.CONTROL, TokenKind.UNKNOWN):
+        for text, id_ in control.items():
             if ids.get(text) == id_:
                 del ids[text]
+    pairs = list(zip(parts[::2], parts[1::2], strict=True))
+    if not control.keys().isdisjoint(map("".join, pairs)):
+        pairs = [pair for pair in pairs if "".join(pair) not in control]
     try:
         return BPE(
             vocab=ids,
-            merges=list(zip(parts[::2], parts[1::2], strict=True)),
+            merges=pairs,
             ignore_merges=pre.ignore_merges,
         )
     except Exception as error:  # the library's errors have no type of their own

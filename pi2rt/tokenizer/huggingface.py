@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, TypeAlias
 
 from tokenizers import Tokenizer as Engine
@@ -16,6 +15,7 @@ from pi2rt._errors import ModelFormatError, TemplateError, UnsupportedModelError
 from pi2rt.tokenizer.chat_template import MAX_SOURCE_CHARACTERS, ChatTemplate
 from pi2rt.tokenizer.declared_tokens import ADDED, CONFIG, SPECIAL_MAP, read_declared_tokens
 from pi2rt.tokenizer.end_tokens import end_of_turn_ids
+from pi2rt.tokenizer.huggingface_encoder import HuggingFaceEncoder
 from pi2rt.tokenizer.huggingface_spelling import HuggingFaceSpelling
 from pi2rt.tokenizer.tokenizer import Tokenizer
 from pi2rt.tokenizer.vocabulary import MAX_TOKENS
@@ -49,33 +49,6 @@ def load_huggingface_tokenizer(
     return _Loader(directory, config, partial(_read_in, directory) if read is None else read, rows).load()
 
 
-class _Encoder:
-    def __init__(self, path: Path, engine: Engine) -> None:
-        self._path, self._engine = path, engine
-        self._lock = Lock()  # whether special tokens are recognised is a property of the engine
-
-    def encode(self, text: str, parse_special: bool) -> list[int]:
-        with self._lock:
-            self._engine.encode_special_tokens = not parse_special
-            ids: list[int] = self._encode(text, add_special_tokens=False).ids
-            return ids
-
-    def ends(self) -> tuple[list[int], list[int]]:
-        """What the file's own template puts before and after a text."""
-        encoding = self._encode("a", add_special_tokens=True)
-        added = encoding.special_tokens_mask
-        text = [index for index, is_added in enumerate(added) if not is_added]
-        if not text:
-            return [], []
-        return encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]
-
-    def _encode(self, text: str, add_special_tokens: bool) -> Any:
-        try:
-            return self._engine.encode(text, add_special_tokens=add_special_tokens)
-        except Exception as error:  # the library's errors have no type of their own
-            raise ModelFormatError(self._path, "file", f"cannot encode with it: {error}") from error
-
-
 class _Loader:
     def __init__(self, directory: Path, config: Mapping[str, Any], read: ReadFile, rows: int) -> None:
         self._directory, self._model_config, self._read_file = directory, config, read
@@ -100,7 +73,7 @@ class _Loader:
 
     def load(self) -> Tokenizer:
         spelling = HuggingFaceSpelling(self._path, self._engine)
-        encoder = _Encoder(self._path, self._engine)
+        encoder = HuggingFaceEncoder(self._path, self._engine)
         prefix, suffix = encoder.ends()
         bos_id = self._special("bos_token")
         eos_id = self._special("eos_token")

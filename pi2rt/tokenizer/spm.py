@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pi2rt.tokenizer.byte_level import HEXADECIMAL_NAMES, SPACE
-from pi2rt.tokenizer.special_splitter import SpecialSplitter
+from pi2rt.tokenizer.marked_text import Runs
+from pi2rt.tokenizer.special_splitter import SpecialSplitter, is_control_name
 from pi2rt.tokenizer.vocabulary import TokenKind, Vocabulary
 
 _ADDED_SCORE = -1000.0
@@ -41,7 +42,13 @@ class Spm:
     def __init__(self, vocabulary: Vocabulary) -> None:
         scores = vocabulary.scores
         assert scores is not None
+        own, added = _user_defined(vocabulary)
+        control = dict(vocabulary.of_kind(TokenKind.CONTROL, TokenKind.UNKNOWN))
+        control |= {text: id_ for text, id_ in own.items() if is_control_name(text)}
+        self._splitter = SpecialSplitter(added, control)
+        self._own = SpecialSplitter({text: id_ for text, id_ in own.items() if text not in control}, {})
         never = set(np.flatnonzero(np.isin(vocabulary.kinds, _NEVER_TEXT)).tolist())
+        never.update(self._splitter.control.values())
         self._ids = {text: id_ for text, id_ in vocabulary.ids.items() if id_ not in never}
         # scores as ranks: equal scores keep equal ranks, and a rank and two positions pack into one integer
         order = np.unique(-scores[list(self._ids.values())], return_inverse=True)[1]
@@ -57,15 +64,11 @@ class Spm:
                 "tokens", "has neither byte tokens (<0x00> to <0xFF>) nor an unknown token"
             )
         self._add_space_prefix = vocabulary.add_space_prefix is not False
-        own, added = _user_defined(vocabulary)
-        control = dict(vocabulary.of_kind(TokenKind.CONTROL, TokenKind.UNKNOWN))
-        self._splitters = (SpecialSplitter(added), SpecialSplitter(added | control))
-        self._own = SpecialSplitter(own)
         self._cache: dict[str, list[int]] = {}
 
-    def encode(self, text: str, parse_special: bool) -> list[int]:
+    def encode(self, text: str, trusted: Runs) -> list[int]:
         ids: list[int] = []
-        for piece in self._splitters[parse_special].split(text):
+        for piece in self._splitter.split(text, trusted):
             if isinstance(piece, int):
                 ids.append(piece)
             else:
@@ -74,7 +77,7 @@ class Spm:
 
     def _encode_run(self, text: str, ids: list[int]) -> None:
         """Text between control tokens: one space before all of it, then its user-defined tokens, then the rest."""
-        for piece in self._own.split(" " + text if self._add_space_prefix else text):
+        for piece in self._own.split(" " + text if self._add_space_prefix else text, ()):
             if isinstance(piece, int):
                 ids.append(piece)
             else:

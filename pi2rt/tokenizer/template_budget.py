@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from jinja2.utils import Namespace
 
 from pi2rt._errors import TemplateError
+from pi2rt.tokenizer.marked_text import run_count
 
 T = TypeVar("T")
 
@@ -28,6 +29,8 @@ MAX_ALLOCATED_BYTES = 128 << 20  # made while rendering, whether still in use or
 MAX_INTEGER_BITS = 4096
 
 _BYTES_PER_ITEM = 24  # of a list; most items are numbers and short strings that it alone holds
+_BYTES_PER_RUN = 8  # of trusted characters
+_RUNS_PER_TICK = 16
 _NUMBERS = (int, float, type(None))
 _CHARACTERS_OF_OTHERS = 8
 _CHARACTERS_PER_TICK = 1 << 14
@@ -104,8 +107,9 @@ class Budget:
             return value
         if isinstance(value, str):
             self.check_characters(len(value))
-            self.tick(len(value) // _CHARACTERS_PER_TICK)
-            self.allocate(sys.getsizeof(value))
+            runs = run_count(value)
+            self.tick(len(value) // _CHARACTERS_PER_TICK + runs // _RUNS_PER_TICK)
+            self.allocate(sys.getsizeof(value) + runs * _BYTES_PER_RUN)
         elif isinstance(value, int):
             if value.bit_length() > MAX_INTEGER_BITS:
                 raise TemplateError(f"the chat template makes an integer of over {MAX_INTEGER_BITS} bits")

@@ -13,6 +13,7 @@ from jinja2 import Environment
 from jinja2.filters import FILTERS, make_attrgetter
 
 from pi2rt._errors import TemplateError
+from pi2rt.tokenizer import marked_text
 from pi2rt.tokenizer import template_strings as strings
 from pi2rt.tokenizer.template_budget import MAX_ITEMS, Budget
 from pi2rt.tokenizer.template_operators import add
@@ -93,12 +94,17 @@ def _indent(
     first: bool = False,
     blank: bool = False,
 ) -> str:
-    text = strings.text_of(budget, value)
+    text = str(strings.text_of(budget, value))
     length = len(width) if isinstance(width, str) else strings.width(width)
     lines = strings.count_lines(text) + 1
     budget.check_items(lines)
     budget.check_characters(len(text) + lines * (length + 1))
-    return str(FILTERS["indent"](text, width, first, blank))
+    indent = " " * width if isinstance(width, int) else width
+    # a line end at the end of the text begins another line, which is blank
+    start, *others = [text] if not text else (text + "\n").splitlines()
+    others = [indent + line if line or blank else line for line in others]
+    result = marked_text.join("\n", [start, *others])
+    return indent + result if first else result
 
 
 def _join(
@@ -148,7 +154,7 @@ def _sum(
 def _title(environment: Environment, budget: Budget, value: object) -> str:
     text = strings.text_of(budget, value)
     budget.check_items(len(text))  # it makes a list of the words
-    return str(FILTERS["title"](text))
+    return marked_text.respelled(text, str(FILTERS["title"](text)))
 
 
 def _tojson(

@@ -2,7 +2,7 @@
 
 Every loop, call, filter, test, operator, list and string that a template makes is routed through the
 ``Budget`` of the rendering: some by Jinja's own hooks, and the rest, for which it has none, by rewriting the
-parsed template.
+parsed template. Its literals become strings that are marked as the template's own (``marked_text``).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
 from pi2rt.tokenizer import template_filters, template_operators
+from pi2rt.tokenizer.content_format import ContentFormat, read_content_format
+from pi2rt.tokenizer.marked_text import trusted
 from pi2rt.tokenizer.template_budget import Budget
 from pi2rt.tokenizer.template_strings import call_method, concatenate, is_callable_method, text_of
 
@@ -45,6 +47,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             extensions=[LoopControlExtension, _Generation],
         )
         self._rendering = threading.local()
+        self._literals: dict[str, str] = {}
         self.tick, self.ticked = self._tick, self._ticked  # bound once, to be recognised
         self.globals = {
             "range": self.globals["range"],
@@ -63,11 +66,21 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         tests: dict[str, Function] = self.tests  # type: ignore[assignment]
         self.tests = {name: self._checked("", function) for name, function in tests.items()}
 
-    def template(self, source: str) -> Any:
-        """A compiled template; ``root_render_func`` and ``new_context`` are for use inside ``spending``."""
-        tree = _Instrument().visit(self.parse(source))
-        code = self.compile(tree)
-        return self.template_class.from_code(self, code, self.make_globals(None))
+    def template(self, source: str) -> tuple[Any, ContentFormat]:
+        """A compiled template, and the messages it wants; its ``root_render_func`` and ``new_context`` are for use
+        inside ``spending``."""
+        tree = self.parse(source)
+        content_format = read_content_format(tree)
+        code = self.compile(_Instrument(self._literal).visit(tree))
+        return self.template_class.from_code(self, code, self.make_globals(None)), content_format
+
+    def _literal(self, text: str) -> str:
+        """The name of an attribute of this environment that is a literal of the template, marked as trusted."""
+        name = self._literals.get(text)
+        if name is None:
+            name = self._literals[text] = f"literal_{len(self._literals)}"
+            setattr(self, name, trusted(text))
+        return name
 
     @contextmanager
     def spending(self, budget: Budget) -> Iterator[None]:
@@ -218,7 +231,22 @@ class _Generation(Extension):
 
 
 class _Instrument(NodeTransformer):
-    """Rewrites what Jinja would run without asking its environment."""
+    """Rewrites what Jinja would run without asking its environment.
+
+    Args:
+        literal: the name of the environment's attribute that holds a literal, marked as the template's own.
+    """
+
+    def __init__(self, literal: Callable[[str], str]) -> None:
+        self._literal = literal
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Node:
+        if not isinstance(node.value, str):
+            return node
+        return nodes.EnvironmentAttribute(self._literal(node.value), lineno=node.lineno)
+
+    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
+        return nodes.EnvironmentAttribute(self._literal(node.data), lineno=node.lineno)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)

@@ -1,10 +1,10 @@
 """Operations on strings whose result can be far larger than what goes in, or that take far longer: measured
-first."""
+first. They keep the marks of trusted characters (``marked_text``)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from jinja2 import Environment
@@ -12,6 +12,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import SandboxedFormatter
 
 from pi2rt._errors import TemplateError
+from pi2rt.tokenizer import marked_text
+from pi2rt.tokenizer.marked_text import MarkedText
 from pi2rt.tokenizer.template_budget import MAX_ITEMS, Budget
 
 MAX_WIDTH = 1000  # of padding, indents and numbers
@@ -43,19 +45,19 @@ def text_of(budget: Budget, value: object) -> str:
 def concatenate(budget: Budget, parts: Iterable[object]) -> str:
     texts = [str(text_of(budget, part)) for part in parts]
     budget.check_characters(sum(map(len, texts)))
-    return "".join(texts)
+    return marked_text.join("", texts)
 
 
 def join(budget: Budget, separator: str, items: Iterable[object]) -> str:
     texts = [text_of(budget, item) for item in budget.bounded(items)]
     budget.check_characters(sum(map(len, texts)) + len(separator) * max(len(texts) - 1, 0))
-    return separator.join(texts)
+    return marked_text.join(separator, texts)
 
 
 def replace(budget: Budget, text: str, old: str, new: str, count: int = -1) -> str:
     found = text.count(old) if count < 0 else min(text.count(old), count)
     budget.check_characters(len(text) + found * (len(new) - len(old)))
-    return text.replace(old, new, count)
+    return marked_text.replace(text, old, new, count)
 
 
 def width(value: object) -> int:
@@ -75,10 +77,11 @@ def percent(budget: Budget, template: str, arguments: object) -> str:
     small."""
     if len(template) > MAX_FORMAT_CHARACTERS:
         raise TemplateError(f"the chat template formats by a string of {len(template)} characters")
-    fields, characters = 0, len(template)
-    end = len(template)
+    directives: list[tuple[int, int]] = []
+    characters = end = len(template)
     at = template.find("%")
     while at >= 0:
+        start = at
         at += 1
         if template.startswith("(", at):  # the name of a mapping's key; parentheses in it come in pairs
             depth = 1
@@ -93,18 +96,65 @@ def percent(budget: Budget, template: str, arguments: object) -> str:
         if "*" in directive:
             raise TemplateError("the chat template formats with '*' for a width, which is refused")
         characters += sum(width(int(number[:9])) for number in _NUMBER.findall(directive))
-        fields += 1
+        directives.append((start, min(conversion + 1, end)))
         at = template.find("%", conversion + 1)
+    fields = len(directives)
     weight = budget.weigh(arguments)
     budget.check_characters(characters + weight * (fields if isinstance(arguments, Mapping) else 1))
     budget.tick(fields)
-    return template % arguments
+    text: str = template % arguments
+    if not isinstance(template, MarkedText):
+        return text
+    return _as_marked(text, lambda: _percent_parts(template, directives, arguments))
+
+
+def _percent_parts(
+    template: MarkedText, directives: Iterable[tuple[int, int]], arguments: object
+) -> Iterable[str]:
+    """What ``template % arguments`` is made of."""
+    by_name = isinstance(arguments, Mapping)
+    values = iter(arguments if isinstance(arguments, tuple) else (arguments,))
+    at = 0
+    for start, end in directives:
+        yield template.cut(at, start)
+        at = end
+        directive = str(template)[start:end]
+        if directive == "%%":
+            yield template.cut(start, start + 1)
+        elif by_name:
+            yield str.__mod__(directive, arguments)
+        else:
+            value = next(values, "")
+            yield value if directive == "%s" and isinstance(value, str) else str.__mod__(directive, (value,))
+    yield template.cut(at, len(template))
+
+
+def _as_marked(text: str, make_parts: Callable[[], Iterable[str]]) -> str:
+    """``text`` with the marks of its parts. Where they do not spell it, it counts as content: Python's own formatting
+    decides what the text is, ours only where it comes from."""
+    try:
+        rebuilt = marked_text.join("", list(make_parts()))
+    except (TypeError, ValueError, LookupError):
+        return text
+    return rebuilt if rebuilt == text else text
 
 
 class _Formatter(SandboxedFormatter):
-    def __init__(self, environment: Environment, budget: Budget) -> None:
+    """``parts``: of the result, in order; literal text has the marks of the format string if all of it has."""
+
+    def __init__(self, environment: Environment, budget: Budget, literal: Callable[[str], str]) -> None:
         super().__init__(environment)
         self._budget, self._characters = budget, 0
+        self._literal, self._depth = literal, 0
+        self.parts: list[str] = []
+
+    def parse(self, format_string: str) -> Iterator[tuple[str, str | None, str | None, str | None]]:
+        self._depth += 1  # the specification of a field is a format string too, and no part of the result
+        for piece in super().parse(format_string):
+            if self._depth == 1:
+                self.parts.append(self._literal(piece[0]))
+            yield piece
+        self._depth -= 1
 
     def format_field(self, value: Any, format_spec: str) -> Any:
         for number in _NUMBER.findall(format_spec):
@@ -114,6 +164,8 @@ class _Formatter(SandboxedFormatter):
         text = super().format_field(value, format_spec)
         self._characters += len(text)
         self._budget.check_characters(self._characters)
+        if self._depth == 1:
+            self.parts.append(text)
         return text
 
 
@@ -134,7 +186,10 @@ def call_method(
     if name == "format":
         if len(text) > MAX_FORMAT_CHARACTERS:
             raise TemplateError(f"the chat template formats by a string of {len(text)} characters")
-        return _Formatter(environment, budget).vformat(text, args, kwargs)
+        literal = marked_text.trusted if marked_text.is_trusted(text) else str
+        formatter = _Formatter(environment, budget, literal)
+        result = formatter.vformat(text, args, kwargs)
+        return _as_marked(result, lambda: formatter.parts)
     raise SecurityError(f"the method {name!r} of strings is refused")
 
 

@@ -10,15 +10,16 @@ from typing import Protocol
 from pi2rt._errors import RequestError
 from pi2rt.tokenizer.chat_template import ChatTemplate
 from pi2rt.tokenizer.detokenizer import Detokenizer
+from pi2rt.tokenizer.marked_text import RenderedChat, Runs
 
 _log = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
     """What turns text into ids, without the tokens a file asks for at both ends. Called from several
-    threads."""
+    threads. Control tokens are recognised inside the ``trusted`` ranges, and nowhere else."""
 
-    def encode(self, text: str, parse_special: bool) -> list[int]: ...
+    def encode(self, text: str, trusted: Runs) -> list[int]: ...
 
 
 class Tokenizer:
@@ -76,8 +77,10 @@ class Tokenizer:
         Args:
             text: any text; a rendered chat wants ``parse_special=True, add_special=False``, since its
                 template wrote the control tokens, the one at the beginning too.
-            parse_special: whether text that is spelled like a control token becomes that token. Never for
-                text from users, who could end their turn and begin another's.
+            parse_special: whether text that is spelled like a control token becomes that token. Of what
+                ``ChatTemplate.render`` returns, only what the template wrote: the same characters in a message stay
+                text. Of a plain string, all of it; so never for text from users, who could end their turn and
+                begin another's.
             add_special: whether to add the tokens at the beginning and end that the model's file asks for.
 
         Raises:
@@ -90,7 +93,10 @@ class Tokenizer:
                 f"text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start} and "
                 f"is not valid Unicode; decode its bytes with errors='replace'"
             ) from None
-        ids = self._encoder.encode(text, parse_special)
+        trusted: Runs = ()
+        if parse_special and text:
+            trusted = text.trusted if isinstance(text, RenderedChat) else ((0, len(text)),)
+        ids = self._encoder.encode(str(text), trusted)
         if not add_special:
             return ids
         if ids[:1] == [self.bos_id] and self.bos_id in self._prefix_ids:

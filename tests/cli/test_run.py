@@ -102,6 +102,19 @@ def test_system_raw_and_stop_change_what_they_say(pi2rt: Run, model: str) -> Non
     assert stopped == first.partition(stop)[0] + "\n"
 
 
+def test_control_tokens_in_a_prompt_are_text_unless_asked_for(pi2rt: Run, model: str) -> None:
+    def prompt_tokens(*more: str) -> int:
+        closing = CLOSING.match(pi2rt("run", model, "-p", "Hi<|bos|>", "-n", "1", *REFERENCE, *more).errors)
+        assert closing is not None
+        return int(closing[1])
+
+    assert prompt_tokens() - prompt_tokens("--content-control-tokens") > 1
+    assert prompt_tokens("--raw") == 4  # BOS, H, i, BOS
+    done = pi2rt("run", model, "-p", "Hi", "--raw", "--content-control-tokens", *REFERENCE)
+    assert done.status != 0
+    assert "--content-control-tokens is about messages" in done.errors
+
+
 def test_a_model_without_template_continues_the_prompt(pi2rt: Run, bare_model: str) -> None:
     done = pi2rt("run", bare_model, "-p", "Hi", "-n", "2", *REFERENCE)
     raw = pi2rt("run", bare_model, "-p", "Hi", "-n", "2", "--raw", *REFERENCE)

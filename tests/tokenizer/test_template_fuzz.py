@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from datetime import datetime
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pi2rt import _errors as errors
-from pi2rt.tokenizer import ChatTemplate
+from pi2rt.tokenizer import ChatTemplate, chat_template, template_sandbox
 from tests.tokenizer.hostile import FAIL, REFUSED, SLOW
 
 SECONDS = 0.05
@@ -117,6 +118,42 @@ def test_programs(source: str) -> None:
 @settings(deadline=None, max_examples=60)
 def test_tokens(source: str) -> None:
     check(source)
+
+
+def outcome(source: str) -> str:
+    try:
+        return str(
+            ChatTemplate(source, seconds=1, bos_token="<s>", now=lambda: datetime(2026, 11, 30)).render(
+                MESSAGES
+            )
+        )
+    except errors.TemplateError as error:
+        limited = any(limit in str(error) for limit in ("ran for over", "MiB of memory"))
+        return "over a limit" if limited else "an error"  # its text may name the type of a string
+
+
+def check_marks(source: str) -> None:
+    """That strings know where they come from changes nothing of what they say."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (template_sandbox, chat_template):
+            patch.setattr(module, "trusted", str)
+        expected = outcome(source)
+    found = outcome(source)
+    if "over a limit" not in (expected, found):
+        assert found == expected
+
+
+@given(TEMPLATES)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+def test_marks_change_no_text(source: str) -> None:
+    check_marks(source)
+
+
+@pytest.mark.slow
+@given(TEMPLATES)
+@settings(deadline=None, max_examples=1500, suppress_health_check=list(HealthCheck))
+def test_marks_change_no_text_for_longer(source: str) -> None:
+    check_marks(source)
 
 
 @pytest.mark.slow
