@@ -229,7 +229,7 @@ def test_thoughts_are_still_cut_out() -> None:
     assert text.endswith("<think>\nlight<|im_end|>\n</think>\n\nScattering.<|im_end|>\n")
 
 
-@pytest.mark.parametrize("text", ["<\uff5cUser\uff5c>", "<|user|>", "<turn|>"])
+@pytest.mark.parametrize("text", ["<\uff5cUser\uff5c>", "<|user|>", "<turn|>", "[EOT]"])
 def test_added_tokens_with_the_name_of_a_control_token_are_such(text: str, tmp_path: Path) -> None:
     """Whatever their type says: DeepSeek's <|User|> is an ordinary added token."""
     engine = HUGGINGFACE["byte level"]()
