@@ -7,7 +7,7 @@ import numpy.typing as npt
 from pi2rt.cython_kernels.neuron_cache import NeuronCache
 from pi2rt.cython_kernels.rows import Rows
 from pi2rt.cython_kernels.stream import Stream
-from pi2rt.runtime.step import Bind, Sampling, Step, StepResult
+from pi2rt.runtime.step import Bind, Sampling, Step, StepResult, Unusable
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Nanoseconds: TypeAlias = npt.NDArray[np.int64]
@@ -159,6 +159,7 @@ class Program:
     def ready(self) -> bool: ...
     def result(self) -> tuple[StepResult, tuple[Nanoseconds, Nanoseconds, list[Nanoseconds]] | None]: ...
 
+def unusable(token: int) -> Unusable: ...
 def sample(
     kernels: int, logits: Floats, sampling: Sampling, counts: npt.NDArray[np.int32], position: int
 ) -> tuple[int, float]: ...

@@ -11,7 +11,7 @@ import os
 import numpy as np
 
 from pi2rt._errors import BusyError, InternalError, RequestError, read_failure
-from pi2rt.runtime.step import NeuronUse, Sampled, StepResult
+from pi2rt.runtime.step import NeuronUse, Sampled, StepResult, Unusable
 
 cdef extern from "gang.h" nogil:
     ctypedef struct pi2_gang:
@@ -31,6 +31,7 @@ cdef extern from "sampler.h" nogil:
         float *bias
         int32_t *counts
         int32_t last
+    enum: PI2_UNUSABLE, PI2_BY_BIAS, PI2_BY_REPETITION, PI2_BY_PENALTIES
     ctypedef struct pi2_pick:
         int32_t token
         float logprob
@@ -519,7 +520,7 @@ cdef class Program:
         o = bind.sampling
         s.temperature, s.top_k, s.top_p, s.min_p = o.temperature, o.top_k, o.top_p, o.min_p
         s.repetition, s.presence, s.frequency = o.repetition_penalty, o.presence_penalty, o.frequency_penalty
-        s.seed, s.logprobs, s.last = o.seed & 0xffffffffffffffff, min(o.logprobs, 1024), 0
+        s.seed, s.logprobs, s.last = o.seed & 0xffffffffffffffff, min(o.logprobs, self.p.vocab), 0
         free(s.bias_ids)
         free(s.bias)
         free(s.counts)
@@ -657,8 +658,8 @@ cdef class Program:
             s = &r.slices[i]
             if s.sample:
                 if s.pick.token < 0:
-                    raise ValueError(f"the logits at position {s.start + s.count} are not numbers; the model's weights are broken")
-                if top is None:
+                    sampled.append(unusable(s.pick.token))
+                elif top is None:
                     sampled.append(Sampled(s.pick.token, s.pick.logprob))
                 else:
                     ids, values = top[:, 0], top[:, 1].view(np.float32)
@@ -700,8 +701,22 @@ cdef class Program:
             pi2_program_free(&self.p)
 
 
+def unusable(int32_t token):
+    """``Unusable`` for what ``sample`` gives instead of a token, a negative number."""
+    cdef int by = PI2_UNUSABLE - token
+    names = []
+    if by & PI2_BY_BIAS:
+        names.append("logit_bias")
+    if by & PI2_BY_REPETITION:
+        names.append("repetition_penalty")
+    if by & PI2_BY_PENALTIES:
+        names += "presence_penalty", "frequency_penalty"
+    return Unusable(tuple(names))
+
+
 def sample(uintptr_t kernels, logits, sampling, counts, int64_t position):
-    """One draw by itself, for tests: as ``pi2rt.executors.reference_sampling.sample``. Returns (token, logprob)."""
+    """One draw by itself, for tests: as ``pi2rt.executors.reference_sampling.sample``. Returns (token, logprob); see
+    ``unusable`` for negative tokens."""
     cdef pi2_slot s
     cdef float[::1] x = np.array(logits, np.float32)
     cdef int32_t[::1] c = np.array(counts, np.int32)

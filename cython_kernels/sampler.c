@@ -14,15 +14,34 @@ double pi2_uniform(uint64_t seed, uint64_t position) {
   return (double)(splitmix64(seed ^ splitmix64(position)) >> 11) * 0x1p-53;
 }
 
-static void penalise(const pi2_slot *s, float *logits, int64_t vocab) {
-  for (int32_t i = 0; i < s->n_bias; i++) logits[s->bias_ids[i]] += s->bias[i];
-  if (!s->counts) return;
+/* Bias and penalties. Returns which of them (PI2_BY_*) made a logit NaN or plus infinite, or 0; *forbidding: which of
+ * them made finite ones minus infinite. Only what they change is looked at: the others were finite before. */
+static int penalise(const pi2_slot *s, float *logits, int64_t vocab, int *forbidding) {
+  for (int32_t i = 0; i < s->n_bias; i++) {
+    float *x = &logits[s->bias_ids[i]];
+    const int finite = isfinite(*x);
+    *x += s->bias[i];
+    if (!(*x < INFINITY)) return PI2_BY_BIAS;
+    if (finite && !isfinite(*x)) *forbidding |= PI2_BY_BIAS;
+  }
+  if (!s->counts) return 0;
   for (int64_t i = 0; i < vocab; i++) {
     if (!s->counts[i]) continue;
-    float x = logits[i];
-    x = x > 0 ? x / s->repetition : x * s->repetition;
+    const float old = logits[i], x = old > 0 ? old / s->repetition : old * s->repetition;
+    if (!(x < INFINITY)) return PI2_BY_REPETITION;
+    if (isfinite(old) && !isfinite(x)) *forbidding |= PI2_BY_REPETITION;
     logits[i] = x - (s->presence + s->frequency * (float)s->counts[i]);
+    if (!(logits[i] < INFINITY)) return PI2_BY_PENALTIES;
+    if (isfinite(x) && !isfinite(logits[i])) *forbidding |= PI2_BY_PENALTIES;
   }
+  return 0;
+}
+
+/* Whether the model's logits are usable: none NaN or plus infinite, one finite at least. */
+static int usable(const pi2_kernels *k, const float *logits, int64_t vocab) {
+  int wrong = 0; /* no early end, so that it is vectorised: a hundredth of what argmax and the head's product take */
+  for (int64_t i = 0; i < vocab; i++) wrong |= !(logits[i] < INFINITY);
+  return !wrong && isfinite(logits[k->argmax(logits, vocab)]);
 }
 
 static int descending(const void *a, const void *b) {
@@ -102,11 +121,14 @@ static int32_t likeliest(const float *x, int64_t vocab, int32_t n, double all, p
 
 pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *s, float *logits, int64_t vocab, int64_t position, pi2_pick *top,
                     pi2_candidate *scratch) {
-  pi2_pick pick = {0, NAN};
-  penalise(s, logits, vocab);
+  if (!usable(k, logits, vocab)) return (pi2_pick){PI2_UNUSABLE, NAN};
+  int forbidding = 0;
+  const int by = penalise(s, logits, vocab, &forbidding);
+  if (by) return (pi2_pick){PI2_UNUSABLE - by, NAN};
   const int64_t best = k->argmax(logits, vocab);
+  if (!isfinite(logits[best])) return (pi2_pick){PI2_UNUSABLE - forbidding, NAN};
+  pi2_pick pick = {0, NAN};
   double all = 0;
-  if (!isfinite(logits[best])) return (pi2_pick){-1, NAN}; /* broken weights: the caller raises */
   if (s->logprobs >= 0) {
     all = k->logsumexp(logits, vocab);
     likeliest(logits, vocab, s->logprobs, all, top);

@@ -14,9 +14,12 @@ typedef struct {
   int32_t *bias_ids;     /* owned */
   float *bias;           /* owned */
   int32_t *counts;       /* owned, (vocab); NULL without penalties */
-  int32_t last;          /* the token sampled last */
+  int32_t last;          /* the token sampled last; always a valid one */
 } pi2_slot;
 
+/* pi2_pick.token where nothing can be picked: the model's own logits are NaN or infinite; less than that by the sum of
+ * those parameters (PI2_BY_*) that made them so. */
+enum { PI2_UNUSABLE = -1, PI2_BY_BIAS = 1, PI2_BY_REPETITION = 2, PI2_BY_PENALTIES = 4 };
 typedef struct {
   int32_t token;
   float logprob;
@@ -28,8 +31,8 @@ typedef struct {
   int32_t id;
 } pi2_candidate;
 
-/* logits (vocab) are changed in place. `position` is that of the sampled token. top: room for slot->logprobs picks;
- * *n_top filled. scratch: vocab candidates. Updates slot->last and the counts. */
+/* logits (vocab) are changed in place. `position` is that of the sampled token. top: (slot->logprobs, at most vocab).
+ * scratch: vocab candidates. Updates slot->last and the counts, unless nothing can be picked. */
 pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *slot, float *logits, int64_t vocab, int64_t position, pi2_pick *top,
                     pi2_candidate *scratch);
 double pi2_uniform(uint64_t seed, uint64_t position);

@@ -23,7 +23,17 @@ from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.quants import check_scales, dequantize
 from pi2rt.models import ModelDescription, iterate_tensors
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
-from pi2rt.runtime.step import PAGE_TOKENS, Floats, Int32s, Sampled, Sampling, Slice, Step, StepResult
+from pi2rt.runtime.step import (
+    PAGE_TOKENS,
+    Floats,
+    Int32s,
+    Sampled,
+    Sampling,
+    Slice,
+    Step,
+    StepResult,
+    Unusable,
+)
 
 _JOIN_SECONDS = 60.0  # a layer of a long prompt on a slow machine, with room to spare
 _UNPACK_ROWS = 1024  # at once, because the interpreter waits meanwhile; whole row blocks
@@ -202,7 +212,7 @@ class ReferenceExecutor:
 
     def _run_slice(
         self, model: ReferenceModel, step_id: int, part: Slice, marks: list[Mark] | None
-    ) -> tuple[Sampled | None, Floats | None, Floats | None]:
+    ) -> tuple[Sampled | Unusable | None, Floats | None, Floats | None]:
         slot = self._slots.get(part.slot)
         if slot is None:
             raise ValueError(f"slot {part.slot} was never bound")
@@ -221,6 +231,9 @@ class ReferenceExecutor:
             return None, scores, logits
         last = model.logits(x[-1:])[0]
         sampled = sample(last, slot.sampling, slot.counts, part.start + part.count)
+        if isinstance(sampled, Unusable):
+            slot.last = 0  # what continues this is discarded
+            return sampled, scores, logits
         slot.last = sampled.token
         slot.counts[sampled.token] += 1
         return sampled, scores, logits

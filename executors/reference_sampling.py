@@ -9,54 +9,80 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling
+from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Unusable
 
 Doubles = npt.NDArray[np.float64]
 
 _MASK = (1 << 64) - 1
 
 
-def sample(logits: Floats, sampling: Sampling, counts: Int32s, position: int) -> Sampled:
-    """Picks one token.
+def sample(logits: Floats, sampling: Sampling, counts: Int32s, position: int) -> Sampled | Unusable:
+    """Picks one token, or says why none can be picked.
 
     Args:
         logits: float32 (vocab_size,), as the model gives them; not changed.
         sampling: how to pick.
         counts: int32 (vocab_size,), how often each token was there already (history and generated).
         position: of the token to be picked; with the seed it decides the random number.
-
-    Raises:
-        ValueError: a logit is NaN or plus infinity, or none is finite.
     """
-    logits = penalised(logits, sampling, counts)
-    if not np.isfinite(np.max(logits)):
-        raise ValueError(f"the logits at position {position} are not numbers; the model's weights are broken")
+    changed = penalised(logits, sampling, counts)
+    if isinstance(changed, Unusable):
+        return changed
     if sampling.temperature == 0:
-        token = int(np.argmax(logits))  # the lowest index among equals
+        token = int(np.argmax(changed))  # the lowest index among equals
     else:
-        token = _draw(logits, sampling, uniform(sampling.seed, position))
+        token = _draw(changed, sampling, uniform(sampling.seed, position))
     if sampling.logprobs < 0:
         return Sampled(token)
-    logprobs = log_softmax(logits)
-    likeliest = _descending(logits)[: sampling.logprobs]
+    logprobs = log_softmax(changed)
+    likeliest = _descending(changed)[: sampling.logprobs]
     return Sampled(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in likeliest))
 
 
-def penalised(logits: Floats, sampling: Sampling, counts: Int32s) -> Floats:
+def penalised(logits: Floats, sampling: Sampling, counts: Int32s) -> Floats | Unusable:
     """A copy of the logits (vocab_size,) after bias and penalties. Keskar et al., 2019, for the repetition
-    penalty."""
+    penalty. Logits are usable while none is NaN or plus infinity and at least one is finite; each stage that ends that
+    is to blame, and stages that together forbid every token are so together."""
+    if not _usable(logits):
+        return Unusable()
+    forbidding: tuple[str, ...] = ()
+    for names, stage in (
+        (("logit_bias",), _biased),
+        (("repetition_penalty",), _repetition_penalised),
+        (("presence_penalty", "frequency_penalty"), _count_penalised),
+    ):
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            changed = stage(logits, sampling, counts)
+        if not np.all(changed < np.inf):  # also where one is NaN
+            return Unusable(names)
+        if np.any(np.isfinite(logits) & ~np.isfinite(changed)):
+            forbidding += names
+        logits = changed
+    return logits if _usable(logits) else Unusable(forbidding)
+
+
+def _usable(logits: Floats) -> bool:
+    return bool(np.all(logits < np.inf) and np.any(np.isfinite(logits)))
+
+
+def _biased(logits: Floats, sampling: Sampling, counts: Int32s) -> Floats:
     logits = logits.copy()
     for token, bias in sampling.logit_bias:
         logits[token] += np.float32(bias)
-    seen = np.flatnonzero(counts)
-    if sampling.repetition_penalty != 1.0:
-        penalty = np.float32(sampling.repetition_penalty)
-        values = logits[seen]
-        logits[seen] = np.where(values > 0, values / penalty, values * penalty)
-    if sampling.presence_penalty or sampling.frequency_penalty:
-        presence, frequency = np.float32(sampling.presence_penalty), np.float32(sampling.frequency_penalty)
-        logits[seen] -= presence + frequency * counts[seen].astype(np.float32)
     return logits
+
+
+def _repetition_penalised(logits: Floats, sampling: Sampling, counts: Int32s) -> Floats:
+    if sampling.repetition_penalty == 1.0:
+        return logits
+    penalty = np.float32(sampling.repetition_penalty)
+    changed = np.where(logits > 0, logits / penalty, logits * penalty)
+    return np.where(counts > 0, changed, logits)
+
+
+def _count_penalised(logits: Floats, sampling: Sampling, counts: Int32s) -> Floats:
+    presence, frequency = np.float32(sampling.presence_penalty), np.float32(sampling.frequency_penalty)
+    return np.where(counts > 0, logits - (presence + frequency * counts.astype(np.float32)), logits)
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> Doubles:

@@ -29,11 +29,12 @@ import numpy as np
 import trio
 
 from pi2rt._errors import BusyError, ClosedError, InternalError
+from pi2rt.executors.reference_sampling import penalised
 from pi2rt.executors.simulated_cache import SimulatedCache, SimulatedSequence
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
-from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Slice, Step, StepResult
+from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Slice, Step, StepResult, Unusable
 
 NextToken: TypeAlias = Callable[[Int32s, int, Sampling], int]
 """``next_token(context, generated, sampling)``: the token after ``context``, all tokens of the sequence so
@@ -50,11 +51,13 @@ class SimulatedFault(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Failures to inject, by ``Step.id``. ``hang``: takes for ever, until stopped."""
+    """Failures to inject, by ``Step.id``. ``hang``: takes for ever, until stopped. ``no_numbers``: by slot too; the
+    logits of that slice are NaN."""
 
     raise_in_submit: frozenset[int] = frozenset()
     raise_in_wait: frozenset[int] = frozenset()
     hang: frozenset[int] = frozenset()
+    no_numbers: frozenset[tuple[int, int]] = frozenset()
     raise_in_open: bool = False
     raise_in_close: bool = False
     hang_in_close: bool = False
@@ -88,7 +91,7 @@ class _Running:
 
     step: Step
     touched: list[tuple[SimulatedSequence, Slice]]
-    sampled: list[Sampled | None]
+    sampled: list[Sampled | Unusable | None]
     scores: list[Floats | None]
     logits: list[Floats | None]
     submitted: float
@@ -282,10 +285,12 @@ class SimulatedExecutor:
             generated = 0 if first is None else max(0, length - first)
             return self._next_token(context[:length], generated, sampling) % self._vocab_size
 
-        sampled = None
+        broken = (running.step.id, piece.slot) in self._faults.no_numbers
+        sampled: Sampled | Unusable | None = None
         if piece.sample:
-            sampled = self._sampled(next_after(end), sampling)
-            cache.sample(sequence, end, sampled.token)
+            token = next_after(end)
+            sampled = Unusable() if broken else self._sampled(token, sampling, context)
+            cache.sample(sequence, end, token)
         nexts = None
         if piece.targets is not None or piece.logits:
             nexts = np.array([next_after(length) for length in range(piece.start + 1, end + 1)], np.int32)
@@ -294,10 +299,12 @@ class SimulatedExecutor:
             hit, miss = self._logprobs()
             scores = np.where(piece.targets == nexts, hit, miss).astype(np.float32)
             scores[piece.targets < 0] = 0.0
+            if broken:
+                scores[piece.targets >= 0] = np.nan
         if piece.logits:
             assert nexts is not None  # set above
             logits = np.zeros((len(nexts), self._vocab_size), np.float32)
-            logits[np.arange(len(nexts)), nexts] = _PEAK
+            logits[np.arange(len(nexts)), nexts] = np.nan if broken else _PEAK
         running.sampled.append(sampled)
         running.scores.append(scores)
         running.logits.append(logits)
@@ -307,7 +314,16 @@ class SimulatedExecutor:
         total = math.log(math.exp(_PEAK) + self._vocab_size - 1)
         return _PEAK - total, -total
 
-    def _sampled(self, token: int, sampling: Sampling) -> Sampled:
+    def _sampled(self, token: int, sampling: Sampling, context: Int32s) -> Sampled | Unusable:
+        """``token``, unless bias and penalties leave no usable logit; otherwise they change nothing here."""
+        if sampling.logit_bias or sampling.repetition_penalty != 1.0:
+            logits = np.zeros(self._vocab_size, np.float32)
+            logits[token] = _PEAK
+            changed = penalised(
+                logits, sampling, np.bincount(context, minlength=self._vocab_size).astype(np.int32)
+            )
+            if isinstance(changed, Unusable):
+                return changed
         if sampling.logprobs < 0:
             return Sampled(token)
         hit, miss = self._logprobs()

@@ -104,6 +104,18 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
+class Unusable:
+    """Instead of ``Sampled``, where the logits of one slice leave no token to pick: one is NaN or plus infinity, or
+    none is finite. The other slices of the step are not concerned, and the slot can be bound again.
+
+    ``parameters``: names of those fields of ``Sampling`` that made them so; () where the model's own logits are. A
+    later slice that continues this one ("the token sampled last") may compute anything: its result is discarded.
+    """
+
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class NeuronUse:
     """What a step took of neurons that are read when they fire. ``nbytes``: of those that fired, with their
     scales. In pages of the pack, each of one neuron or several: ``asked``, those with a neuron that fired;
@@ -125,7 +137,8 @@ class NeuronUse:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gives back. ``sampled``, ``scores``, ``logits`` are aligned with ``Step.slices``.
+    """What a step gives back. ``sampled``, ``scores``, ``logits`` are aligned with ``Step.slices``. Logits that
+    cannot be used are no failure of the step: see ``Unusable``.
 
     ``stopped``: the step was cancelled on its way; nothing in it is valid and its sequences' KV entries from
     ``start`` on are undefined. Times are ``time.perf_counter_ns``; ``kernel_ns`` is time inside kernels,
@@ -133,7 +146,7 @@ class StepResult:
     of matrices, for this step or ahead for the next."""
 
     id: int
-    sampled: tuple[Sampled | None, ...] = ()
+    sampled: tuple[Sampled | Unusable | None, ...] = ()
     scores: tuple[Floats | None, ...] = ()
     logits: tuple[Floats | None, ...] = ()  # each (count, vocab_size)
     stopped: bool = False

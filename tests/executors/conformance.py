@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from pi2rt.runtime.step import (
     Slice,
     Step,
     StepResult,
+    Unusable,
 )
 
 GREEDY = Sampling()
@@ -352,17 +354,57 @@ class ExecutorConformance:
             np.testing.assert_allclose(scores[:-1], expected, atol=self.tolerance)
             assert (result.sampled[1], result.logits[1], result.scores[1]) == (None, None, None)
 
+    @pytest.mark.parametrize(
+        ("blamed", "bias", "others"),
+        [
+            ("logit_bias", -math.inf, {}),
+            ("logit_bias", -math.inf, {"temperature": 1.0, "top_k": 3, "min_p": 0.5, "logprobs": 2}),
+            ("repetition_penalty", 100.0, {"repetition_penalty": 1e-38}),  # 100 / 1e-38 is no float32
+        ],
+    )
+    async def test_logits_that_cannot_be_used_concern_one_slice(
+        self, blamed: str, bias: float, others: dict[str, Any]
+    ) -> None:
+        """Neither the other slices of the step, nor what the slot is bound to next."""
+        async with self.opened() as executor:
+            prompt = self.prompt(9)
+            (right,) = await self.generate(executor, prompt, 3)
+            biased = prompt[:1].tolist() if bias > 0 else range(self.vocab_size)
+            sampling = Sampling(logit_bias=tuple((token, bias) for token in biased), **others)
+            step = Step(
+                1,
+                (
+                    Slice(0, 0, self.pages(0), prompt, sample=True),
+                    Slice(1, 0, self.pages(1), prompt, sample=True),
+                    Slice(2, 0, self.pages(2), prompt, sample=True),
+                ),
+                (
+                    Bind(0, GREEDY, prompt),
+                    Bind(1, sampling, prompt),
+                    Bind(2, GREEDY, prompt),
+                ),
+            )
+            after = Step(
+                2, tuple(Slice(slot, 9, self.pages(slot), FOLLOW_ON, sample=True) for slot in (0, 1, 2))
+            )
+            result = await self.run(executor, step)
+            assert result.sampled[1] == Unusable((blamed,))
+            assert [_token(result.sampled[slot]) for slot in (0, 2)] == right[:1] * 2
+            result = await self.run(executor, after)  # the engine is a step ahead when it learns of it
+            assert [_token(result.sampled[slot]) for slot in (0, 2)] == right[1:2] * 2
+            assert await self.generate(executor, prompt, 3, (1,)) == [right]
+
     async def test_logprobs(self) -> None:
         async with self.opened() as executor:
             prompt = self.prompt(9)
             silent = (await self.run(executor, self.prefill(1, prompt))).sampled[0]
-            assert silent is not None
+            assert isinstance(silent, Sampled)
             assert math.isnan(silent.logprob)
             assert silent.top == ()
             for count in (0, 3):
                 step = self.prefill(2 + count, prompt, sampling=Sampling(logprobs=count))
                 sampled = (await self.run(executor, step)).sampled[0]
-                assert sampled is not None
+                assert isinstance(sampled, Sampled)
                 assert sampled.logprob <= 0.0
                 assert len(sampled.top) == count
                 values = [value for _, value in sampled.top]
@@ -372,6 +414,6 @@ class ExecutorConformance:
                     assert len({token for token, _ in sampled.top}) == count
 
 
-def _token(sampled: Sampled | None) -> int:
-    assert sampled is not None
+def _token(sampled: Sampled | Unusable | None) -> int:
+    assert isinstance(sampled, Sampled)
     return sampled.token

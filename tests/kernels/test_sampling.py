@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pi2rt.cython_kernels import native, program
 from pi2rt.executors import reference_sampling
-from pi2rt.runtime.step import Floats, Int32s, Sampling
+from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Unusable
 from tests.kernels.variants import KERNELS
 
 seeds = st.integers(0, 2**64 - 1)
@@ -82,6 +82,8 @@ def test_the_same_token_as_the_reference(case: Case, variant: str) -> None:
     expected = reference_sampling.sample(logits, sampling, counts, position)
     token, logprob = program.sample(native.kernels_address(variant), logits, sampling, counts, position)
     changed = reference_sampling.penalised(logits, sampling, counts)
+    assert isinstance(expected, Sampled)
+    assert isinstance(changed, np.ndarray)
     if token != expected.token:
         assert sampling.temperature > 0
         assert token in acceptable(changed, sampling, position), (token, expected.token)
@@ -114,13 +116,79 @@ def test_frequencies_are_the_probabilities() -> None:
     np.testing.assert_allclose(seen / 4000, [0.5, 0.25, 0.125, 0.125], atol=0.03)
 
 
+@given(data=st.data(), variant=st.sampled_from(sorted(KERNELS)))
+@settings(max_examples=400, deadline=None)
+def test_the_same_blame_as_the_reference(data: st.DataObject, variant: str) -> None:
+    """Whatever the model and the parameters bring: both pick a token, or both blame the same."""
+    extreme = st.sampled_from([0.0, -0.0, 1.0, -1.0, 30.0, 3e38, -3e38, 1e-45, -math.inf])
+    broken = st.sampled_from([math.nan, math.inf])
+    logits = np.array(
+        data.draw(st.lists(st.one_of(extreme, st.floats(width=32), broken), min_size=1, max_size=40)),
+        np.float32,
+    )
+    vocab = len(logits)
+    biases = st.one_of(st.just(-math.inf), st.sampled_from([1e9, -1e9, 1.0]))
+    sampling = Sampling(
+        temperature=data.draw(st.sampled_from([0.0, 1e-38, 1e-3, 1.0, 100.0])),
+        top_k=data.draw(st.sampled_from([0, 1, 3, 2**31 - 1])),
+        top_p=data.draw(st.sampled_from([1.0, 0.5, 1e-38])),
+        min_p=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+        repetition_penalty=data.draw(st.sampled_from([1.0, 1e-38, 1e-30, 100.0, 0.5])),
+        presence_penalty=data.draw(st.sampled_from([0.0, 100.0, -100.0])),
+        frequency_penalty=data.draw(st.sampled_from([0.0, 100.0, -100.0])),
+        logit_bias=tuple(data.draw(st.dictionaries(st.integers(0, vocab - 1), biases)).items()),
+        logprobs=data.draw(st.sampled_from([-1, 0])),
+    )
+    counts = np.array(data.draw(st.lists(st.sampled_from([0, 1, 2**31 - 1]), min_size=vocab, max_size=vocab)))
+    expected = reference_sampling.sample(logits, sampling, counts.astype(np.int32), 3)
+    token, _ = program.sample(native.kernels_address(variant), logits, sampling, counts, 3)
+    if isinstance(expected, Unusable):
+        assert token < 0
+        assert program.unusable(token) == expected
+    else:
+        changed = reference_sampling.penalised(logits, sampling, counts)
+        assert isinstance(changed, np.ndarray)
+        assert 0 <= token < vocab
+        assert changed[token] > -math.inf
+        assert token == expected.token or sampling.temperature > 0
+
+
 @pytest.mark.parametrize("junk", [np.nan, -np.inf, np.inf])
-def test_logits_that_are_no_numbers_give_no_token(junk: float) -> None:
-    logits = np.full(10, junk, np.float32)
-    token, _ = program.sample(native.kernels_address(), logits, Sampling(), np.zeros(10, np.int32), 3)
-    assert token == -1
-    with pytest.raises(ValueError, match="not numbers"):
-        reference_sampling.sample(logits, Sampling(), np.zeros(10, np.int32), 3)
+@pytest.mark.parametrize("where", [slice(None), slice(7, 8)])
+def test_logits_of_the_model_that_are_no_numbers(junk: float, where: slice) -> None:
+    logits = np.arange(10, dtype=np.float32)
+    logits[where] = junk
+    for sampling in Sampling(), Sampling(temperature=1.0, repetition_penalty=2.0, logit_bias=((1, 5.0),)):
+        expected = reference_sampling.sample(logits, sampling, np.ones(10, np.int32), 3)
+        token, _ = program.sample(native.kernels_address(), logits, sampling, np.ones(10, np.int32), 3)
+        if where == slice(7, 8) and junk < 0:  # a model may forbid some
+            assert isinstance(expected, Sampled)
+            assert token >= 0
+        else:
+            assert expected == Unusable(()) == program.unusable(token)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "blamed"),
+    [
+        (Sampling(repetition_penalty=1e-45), ("repetition_penalty",)),
+        (Sampling(logit_bias=tuple((token, -math.inf) for token in range(10))), ("logit_bias",)),
+        (  # the one token that is left becomes minus infinity
+            Sampling(
+                logit_bias=tuple((token, -math.inf) for token in range(1, 10)), repetition_penalty=100.0
+            ),
+            ("logit_bias", "repetition_penalty"),
+        ),
+        (Sampling(presence_penalty=math.inf), ("presence_penalty", "frequency_penalty")),
+        (Sampling(frequency_penalty=-math.inf), ("presence_penalty", "frequency_penalty")),
+    ],
+)
+def test_what_made_the_logits_unusable(sampling: Sampling, blamed: tuple[str, ...]) -> None:
+    logits, counts = np.full(10, 20.0, np.float32), np.ones(10, np.int32)
+    logits[0] = -3.4e38
+    assert reference_sampling.sample(logits, sampling, counts, 3) == Unusable(blamed)
+    token, _ = program.sample(native.kernels_address(), logits, sampling, counts, 3)
+    assert program.unusable(token) == Unusable(blamed)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-30, 1e-38, 1e-45])
@@ -128,4 +196,5 @@ def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
     logits = np.array([1.0, 29.0, 30.0, 28.0, -5.0], np.float32)
     sampling = Sampling(temperature=temperature, seed=1)
     token, _ = program.sample(native.kernels_address(), logits, sampling, np.zeros(5, np.int32), 3)
-    assert token == reference_sampling.sample(logits, sampling, np.zeros(5, np.int32), 3).token == 2
+    assert token == 2
+    assert reference_sampling.sample(logits, sampling, np.zeros(5, np.int32), 3) == Sampled(2)
