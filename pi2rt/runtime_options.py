@@ -48,6 +48,7 @@ class RuntimeKeywords(TypedDict, total=False):
     on_load: Progress | None
     prefill_chunk: int
     content_control_tokens: bool
+    max_queue: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ class RuntimeOptions:
     context: int = 4096
     """Tokens per sequence, prompt and answer together; the model's own context where that is smaller."""
     max_sequences: int = 8
-    """Requests that run at once; more wait their turn."""
+    """Requests that run at once; ``max_queue`` more wait their turn."""
     executor: str | Callable[[], Executor] = "cpu"
     """An entry point of the group ``pi2rt.executors``, or what makes an executor."""
     threads: int | None = None
@@ -111,16 +112,25 @@ class RuntimeOptions:
     content_control_tokens: bool = False
     """Whether a control token that is spelled out in a message becomes that token, as if the chat template had written
     it. Only for messages that nobody else has written: their authors can end their turn and begin another's."""
+    max_queue: int = 128
+    """Requests that wait while ``max_sequences`` run, at most; the next one gets BusyError at once. 0: none waits. The
+    default is sixteen rounds of eight: longer queues make everybody wait for minutes, and a waiting request costs no
+    more than its tokens, 4 bytes each."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.content_control_tokens, bool):
             raise RequestError(
                 f"content_control_tokens={self.content_control_tokens!r}: True or False is needed"
             )
-        for name, most in ("context", 1 << 24), ("max_sequences", 4096), ("prefill_chunk", 1 << 16):
+        for name, least, most in (
+            ("context", 1, 1 << 24),
+            ("max_sequences", 1, 4096),
+            ("prefill_chunk", 1, 1 << 16),
+            ("max_queue", 0, 1 << 20),
+        ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise RequestError(f"{name}={value!r}: an integer from 1 to {most} is needed")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise RequestError(f"{name}={value!r}: an integer from {least} to {most} is needed")
         if self.kv_type not in KV_BYTES:
             raise RequestError(f"kv_type={self.kv_type!r}: one of {', '.join(map(repr, KV_BYTES))} is needed")
         if self.io not in ("auto", "uring", "preadv"):

@@ -107,13 +107,16 @@ class Runtime:
         Raises:
             RequestError: the prompt is empty or not valid for this model, or a parameter is out of its range.
             ContextOverflowError: prompt and ``max_tokens`` together exceed the context.
+            BusyError: ``max_queue`` requests wait already.
             ExecutorError: (from iterating) the executor failed on this request; the runtime stays usable.
             ClosedError: the runtime is closed.
         """
         if overrides:
             params = replace(params or SamplingParams(), **overrides)
-        tokens = await self._encode(prompt)
-        async with self._engine.stream(tokens, params, on_prefill=on_prefill) as chunks:
+        with self._engine.reserve() as ticket:
+            tokens = await self._encode(prompt)
+            stream = self._engine.stream(tokens, params, on_prefill=on_prefill, ticket=ticket)
+        async with stream as chunks:
             yield chunks
 
     async def generate(
@@ -135,7 +138,7 @@ class Runtime:
         """The natural log probability of each token but the first, given those before it. float32 (n - 1,).
 
         Raises:
-            RequestError, ContextOverflowError, ExecutorError, ClosedError: as ``stream``.
+            RequestError, ContextOverflowError, BusyError, ExecutorError, ClosedError: as ``stream``.
         """
         return await self._engine.score(tokens)
 
@@ -340,7 +343,9 @@ async def open_runtime(
         try:
             async with open_own_nursery() as nursery:
                 tokenizer = await _load(nursery, actor, file, tokenizer)
-                engine = Engine(actor, tokenizer, _engine_options(description, executor_options), trace)
+                engine = Engine(
+                    actor, tokenizer, _engine_options(description, executor_options, chosen), trace
+                )
                 runtime = Runtime(engine, actor, tokenizer, info, resize, chosen.content_control_tokens)
                 await nursery.start(runtime._run)
                 try:
@@ -390,7 +395,9 @@ def _core_classes(cores: Mapping[str, Sequence[int]] | None) -> tuple[CoreClass,
     return parse_core_classes([f"{name}={numbers}" for name, numbers in lists.items()])
 
 
-def _engine_options(description: ModelDescription, options: ExecutorOptions) -> EngineOptions:
+def _engine_options(
+    description: ModelDescription, options: ExecutorOptions, chosen: RuntimeOptions
+) -> EngineOptions:
     return EngineOptions(
         vocab_size=description.vocab_size,
         slots=options.slots,
@@ -398,6 +405,7 @@ def _engine_options(description: ModelDescription, options: ExecutorOptions) -> 
         context=options.context,
         max_tokens=options.max_tokens,
         mixed_chunk=min(MIXED_CHUNK, options.max_tokens),
+        max_queue=chosen.max_queue,
     )
 
 

@@ -3,6 +3,7 @@
 from pi2rt.engine.chunk import Chunk, Completion, FinishReason, Timing, TopLogprobs
 from pi2rt.engine.engine import Engine
 from pi2rt.engine.options import EngineOptions
+from pi2rt.engine.queue import QueueStatistics, Ticket
 from pi2rt.engine.sampling_params import SamplingParams
 from pi2rt.engine.statistics import EngineStatistics
 from pi2rt.engine.token_stream import TokenStream
@@ -14,7 +15,9 @@ __all__ = [
     "EngineOptions",
     "EngineStatistics",
     "FinishReason",
+    "QueueStatistics",
     "SamplingParams",
+    "Ticket",
     "Timing",
     "TokenStream",
     "TopLogprobs",

@@ -1,6 +1,8 @@
-"""Who is told what when a token cannot be picked: the request that asked for the impossible, or the executor."""
+"""Which error a request ends with, where the fault is its own, the executor's, or that of its callback."""
 
 from __future__ import annotations
+
+import trio
 
 from pi2rt._errors import ExecutorError, Pi2rtError, RequestError
 from pi2rt.runtime.step import Sampling, Step, Unusable
@@ -30,6 +32,24 @@ def blame(unusable: Unusable, sampling: Sampling, position: int, actor: str, ste
         f"{named}: no token can be picked at position {position}, because the logits are not finite numbers after "
         f"that; a less extreme value is needed"
     )
+
+
+def carried(error: BaseException) -> BaseException:
+    """What a consumer is given for an error of its callback: the error, unless it would mean something else there."""
+    if not isinstance(error, StopIteration | StopAsyncIteration | GeneratorExit | trio.Cancelled):
+        return error
+    wrapped = RequestError(f"on_prefill raised {type(error).__name__}, which ends no request in good order")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _own(error: ExecutorError) -> ExecutorError:
+    """A copy for one consumer: an exception that several tasks raise collects the traceback of each."""
+    own = ExecutorError.__new__(ExecutorError)
+    own.args = error.args
+    own.__dict__.update(error.__dict__)
+    own.__cause__ = error.__cause__ or error
+    return own
 
 
 def _value(sampling: Sampling, name: str) -> str:

@@ -18,8 +18,10 @@ class Timing:
     """Where a request's time went, in seconds of the runtime's clock.
 
     ``cached_tokens`` of the ``prompt_tokens`` were found in the prefix cache and not computed. ``queue_s``:
-    until its first step was submitted; ``prefill_s``: from there to its first token; ``ttft_s``: the sum of
-    both; ``decode_s``: from the first token to the last. Rates are 0.0 where there was nothing to measure.
+    from the request until its first step was submitted, tokenising included; ``prefill_s``: from there to its first
+    token; ``ttft_s``: the sum of both; ``decode_s``: from the first token to the last. ``requeued_s``: of prefill_s and
+    decode_s, what it spent in the queue again after it was preempted or its executor was lost. Rates are 0.0 where
+    there was nothing to measure.
     """
 
     prompt_tokens: int
@@ -29,6 +31,7 @@ class Timing:
     ttft_s: float
     prefill_s: float
     decode_s: float
+    requeued_s: float = 0.0
 
     @property
     def prefill_tokens_per_s(self) -> float:

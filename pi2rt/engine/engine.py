@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
+from itertools import islice
 from typing import Literal, Protocol
 
 import trio
 
 from pi2rt._errors import ClosedError, ContextOverflowError, ExecutorError, InternalError, RequestError
+from pi2rt.engine.blame import blame, carried, copied
 from pi2rt.engine.options import EngineOptions
+from pi2rt.engine.queue import Queue, Ticket
 from pi2rt.engine.reading import Reading
 from pi2rt.engine.recorder import Recorder
 from pi2rt.engine.sampling_params import SamplingParams
@@ -27,7 +30,7 @@ from pi2rt.engine.token_stream import TokenStream
 from pi2rt.engine.writer import Writer
 from pi2rt.memory import PagePool, PageTable, PrefixIndex
 from pi2rt.runtime.actor import Reopened
-from pi2rt.runtime.step import PAGE_TOKENS, Floats, Sampling, Step, StepResult
+from pi2rt.runtime.step import PAGE_TOKENS, Floats, Sampling, Step, StepResult, Unusable
 from pi2rt.runtime.trace import Trace
 from pi2rt.tokenizer import StopMatcher, Tokenizer
 
@@ -39,6 +42,9 @@ text ends."""
 
 class StepActor(Protocol):
     """What the engine needs of an actor (``pi2rt.runtime.actor.Actor``)."""
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def generation(self) -> int: ...
@@ -74,6 +80,7 @@ class Engine:
             options.mixed_chunk,
             None if self._recorder is None else self._recorder.request,
         )
+        self._queue = Queue(options.max_queue, options.slots)
         self._flights: deque[Flight] = deque()
         self._depth = 2  # steps in flight, at most
         self._work = trio.Event()
@@ -154,31 +161,41 @@ class Engine:
         if writer is None:
             reading = sequence.reading
             assert reading is not None
-            reading.accept(slice_, result, i)
-            if sequence.computed == sequence.limit:
+            if (unusable := reading.accept(slice_, result, i)) is not None:
+                self._blame(sequence, flight.step, unusable)
+            elif sequence.computed == sequence.limit:
                 self._finish(sequence)
+            return
+        outcome = result.sampled[i] if slice_.sample else None
+        if isinstance(outcome, Unusable):
+            self._blame(sequence, flight.step, outcome)
             return
         if sequence.computed - sequence.table.committed >= PAGE_TOKENS:
             sequence.table.commit(sequence.known, sequence.computed)
         if sequence.on_prefill is not None and not writer.generated:
             try:
                 sequence.on_prefill(sequence.computed, sequence.prompt)
-            except Exception as error:
-                self._fail(sequence, error)
+            except BaseException as error:  # it belongs to the request's consumer, whatever it is
+                self._fail(sequence, carried(error))
             if not sequence.live:  # the callback may also have left the stream
                 return
         if slice_.sample:
-            sampled = result.sampled[i]
-            assert sampled is not None
-            sequence.known.append(sampled.token)
+            assert outcome is not None
+            sequence.known.append(outcome.token)
             self._generated += 1
             try:
-                finished = writer.accept(sampled) is not None
-            except RequestError as error:  # a token that the model has and the tokenizer has not
+                finished = writer.accept(outcome) is not None
+            except Exception as error:  # such as a token that the model has and the tokenizer has not
                 self._fail(sequence, error)
                 return
             if finished:
                 self._finish(sequence)
+
+    def _blame(self, sequence: Sequence, step: Step, unusable: Unusable) -> None:
+        """No token can be picked: that ends this request, and concerns no other."""
+        if not unusable.parameters:
+            self._index.clear()  # what else the executor has computed for it may be as wrong, and be found again
+        self._fail(sequence, blame(unusable, sequence.sampling, sequence.computed, self._actor.name, step))
 
     async def _recover(self, error: ExecutorError | None, failed: Flight | None) -> None:
         """The executor was lost and the KV cache with it. The requests in a step that failed fail; every other
@@ -196,7 +213,7 @@ class Engine:
         if error is not None and failed is not None and not isinstance(error, Reopened):
             for sequence in failed.members:
                 if sequence.live:
-                    self._fail(sequence, _own(error))
+                    self._fail(sequence, copied(error))
         for sequence in self._scheduler.running.copy():
             if sequence.live:
                 self._scheduler.leave(sequence, again=True)
@@ -254,29 +271,50 @@ class Engine:
 
     # Requests
 
+    def reserve(self) -> Ticket:
+        """A place in the queue, to be taken before a prompt is tokenised: what the queue does not take costs nothing.
+
+        Raises:
+            BusyError: ``max_queue`` requests wait already.
+            ClosedError: the engine is closed.
+        """
+        if self._closed:
+            raise ClosedError("the runtime is closed")
+        return self._queue.reserve(self._scheduler.open_slots)
+
     def stream(
         self,
         prompt: Iterable[int],
         params: SamplingParams | None = None,
         *,
         on_prefill: Callable[[int, int], None] | None = None,
+        ticket: Ticket | None = None,
     ) -> TokenStream:
         """Starts a request for the text after ``prompt`` (token ids).
 
         ``on_prefill(done, total)``, in prompt tokens, is called in the engine's task; what it raises ends
-        the request.
+        the request. ``ticket``: of ``reserve``; it is used up, and given back where this raises.
 
         Raises:
-            RequestError: the prompt is empty or has a token outside the vocabulary.
+            RequestError: the prompt is empty or has a token outside the vocabulary; or (from iterating) the parameters
+                leave no token to pick.
             ContextOverflowError: prompt and ``max_tokens`` together exceed the context.
+            BusyError: the queue is full.
             ClosedError: the engine is closed.
         """
-        params = params or SamplingParams()
-        known = self._known(prompt)
+        with ticket or self.reserve() as place:
+            return self._stream(prompt, params or SamplingParams(), on_prefill, place)
+
+    def _stream(
+        self,
+        prompt: Iterable[int],
+        params: SamplingParams,
+        on_prefill: Callable[[int, int], None] | None,
+        ticket: Ticket,
+    ) -> TokenStream:
+        known = self._known(prompt, params.max_tokens)
         context = self.options.context
-        max_tokens = params.max_tokens if params.max_tokens is not None else max(1, context - len(known))
-        if len(known) + max_tokens > context:
-            raise ContextOverflowError(len(known), max_tokens, context)
+        max_tokens = params.max_tokens if params.max_tokens is not None else context - len(known)
         for token in params.logit_bias:
             self._check_token("logit_bias", token)
         ends = frozenset(params.stop_token_ids)
@@ -292,23 +330,24 @@ class Engine:
             prompt=len(known),
             max_tokens=max_tokens,
             logprobs=params.logprobs is not None,
+            queued=ticket.since,
         )
-        self._enqueue(known, len(known) + max_tokens, params.sampling(), stream, writer, on_prefill)
+        self._enqueue(known, len(known) + max_tokens, params.sampling(), stream, writer, ticket, on_prefill)
         return stream
 
-    async def score(self, tokens: Iterable[int]) -> Floats:
+    async def score(self, tokens: Iterable[int], *, ticket: Ticket | None = None) -> Floats:
         """The natural log probability of each token but the first, given those before it. float32 (n - 1,).
 
+        Raises: as ``stream``; ExecutorError also where the model's logits are no numbers.
+        """
+        return await self._read(tokens, "scores", ticket)
+
+    async def logits(self, tokens: Iterable[int], *, ticket: Ticket | None = None) -> Floats:
+        """The logits of the token after each, as the model gives them. float32 (n, vocab_size): for tests; large.
+
         Raises: as ``stream``.
         """
-        return await self._read(tokens, "scores")
-
-    async def logits(self, tokens: Iterable[int]) -> Floats:
-        """The logits of the token after each. float32 (n, vocab_size): for tests; large.
-
-        Raises: as ``stream``.
-        """
-        return await self._read(tokens, "logits")
+        return await self._read(tokens, "logits", ticket)
 
     def statistics(self) -> EngineStatistics:
         states = [sequence.state for sequence in self._scheduler.running]
@@ -317,7 +356,7 @@ class Engine:
             finished=self._finished,
             cancelled=self._cancelled,
             failed=self._failed,
-            waiting=len(self._scheduler.waiting),
+            waiting=self._queue.waiting + self._scheduler.preempted,
             prefilling=states.count(SequenceState.PREFILL),
             decoding=states.count(SequenceState.DECODE),
             leaving=states.count(SequenceState.LEAVING),
@@ -329,17 +368,19 @@ class Engine:
             discarded_slices=self._discarded,
             preemptions=self._scheduler.preemptions,
             rebuilds=self._rebuilds,
+            queue=self._queue.statistics(),
             pages=self.pool.statistics(),
             prefixes=self._index.statistics(),
         )
 
-    async def _read(self, tokens: Iterable[int], kind: Literal["scores", "logits"]) -> Floats:
-        known = self._known(tokens)
-        if len(known) > self.options.context:
-            raise ContextOverflowError(len(known), 0, self.options.context)
+    async def _read(
+        self, tokens: Iterable[int], kind: Literal["scores", "logits"], ticket: Ticket | None
+    ) -> Floats:
         reading = Reading(kind)
         stream = TokenStream(self.options.stream_buffer)
-        self._enqueue(known, len(known), Sampling(), stream, reading, None)
+        with ticket or self.reserve() as place:
+            known = self._known(tokens, 0)
+            self._enqueue(known, len(known), Sampling(), stream, reading, place, None)
         async with stream:
             async for _ in stream:
                 raise InternalError("a sequence that is only read has sampled a token")
@@ -352,26 +393,36 @@ class Engine:
         sampling: Sampling,
         stream: TokenStream,
         output: Writer | Reading,
+        ticket: Ticket,
         on_prefill: Callable[[int, int], None] | None,
     ) -> None:
+        ticket.use()
         self._requests += 1
         table = PageTable(self._index, -(-limit // PAGE_TOKENS))
-        sequence = Sequence(self._requests, known, limit, sampling, stream, table, output, on_prefill)
+        sequence = Sequence(self._requests, known, limit, sampling, stream, table, output, ticket, on_prefill)
         stream.attach(lambda: self._cancel(sequence), self._wake)
         self._scheduler.add(sequence)
         self._wake()
 
-    def _known(self, tokens: Iterable[int]) -> array[int]:
+    def _known(self, tokens: Iterable[int], max_tokens: int | None) -> array[int]:
+        """The prompt. ``max_tokens``: to come after it; None: what the context leaves, one at least. No more is read
+        than the context holds."""
         if self._closed:
             raise ClosedError("the runtime is closed")
+        context = self.options.context
         try:
-            known = array("i", iter(tokens))
+            known = array("i", islice(tokens, context + 1))
         except (TypeError, OverflowError) as error:
             raise RequestError(f"prompt: token ids are integers: {error}") from None
         if not known:
             raise RequestError("prompt: empty; at least one token is needed")
         for token in (min(known), max(known)):
             self._check_token("prompt", token)
+        more = 1 if max_tokens is None else max_tokens
+        if len(known) + more > context:
+            raise ContextOverflowError(
+                len(tokens) if isinstance(tokens, Sized) else len(known), more, context
+            )
         return known
 
     def _check_token(self, where: str, token: int) -> None:
@@ -381,10 +432,10 @@ class Engine:
             )
 
 
-def _own(error: ExecutorError) -> ExecutorError:
-    """A copy for one consumer: an exception that several tasks raise collects the traceback of each."""
-    own = ExecutorError.__new__(ExecutorError)
-    own.args = error.args
-    own.__dict__.update(error.__dict__)
-    own.__cause__ = error.__cause__ or error
-    return own
+def _carried(error: BaseException) -> BaseException:
+    """What a consumer is given for an error of its callback: the error, unless it would mean something else there."""
+    if not isinstance(error, StopIteration | StopAsyncIteration | GeneratorExit | trio.Cancelled):
+        return error
+    carried = RequestError(f"on_prefill raised {type(error).__name__}, which ends no request in good order")
+    carried.__cause__ = error
+    return carried

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 
 QUANTUM = 16
-"""Tokens given at a time: two tiles of attention, which takes the rows of a slice in eights. The products of a step take
-the rows of all its slices together, so that small slices cost them nothing."""
+"""Tokens given at a time: two tiles of attention, which takes the rows of a slice in eights. The products of a step
+take the rows of all its slices together, so that small slices cost them nothing."""
 
 
 class FairShare:

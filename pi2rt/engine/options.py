@@ -12,7 +12,7 @@ from pi2rt.runtime.step import PAGE_TOKENS
 class EngineOptions:
     """``slots``, ``pages``, ``context``, ``max_tokens``: as the executor was told. ``mixed_chunk``: prompt
     tokens in a step that also decodes, at most. ``stream_buffer``: chunks that wait for a slow consumer
-    before its sequence is paused."""
+    before its sequence is paused. ``max_queue``: requests that wait for a slot, at most."""
 
     vocab_size: int
     slots: int
@@ -21,11 +21,13 @@ class EngineOptions:
     max_tokens: int = 512
     mixed_chunk: int = 64
     stream_buffer: int = 1024
+    max_queue: int = 128
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name}={getattr(self, name)}: at least 1 is needed")
+            least = 0 if name == "max_queue" else 1
+            if getattr(self, name) < least:
+                raise RequestError(f"{name}={getattr(self, name)}: at least {least} is needed")
         if self.pages * PAGE_TOKENS < self.context:
             raise RequestError(
                 f"pages={self.pages}: fewer than a context of {self.context} tokens needs, "

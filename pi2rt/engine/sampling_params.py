@@ -13,6 +13,8 @@ from pi2rt.runtime.step import Sampling
 
 MOST_STOPS = 64
 MOST_LOGPROBS = 64
+SMALLEST = 2.0**-126
+"""The smallest normal float32. Logits are divided by numbers of that type, and what is smaller ends as 0 in it."""
 
 
 class SamplingKeywords(TypedDict, total=False):
@@ -36,11 +38,14 @@ class SamplingKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the text of one request is made. The default is greedy: the likeliest token each time, the same
-    text for the same prompt.
+    """How the text of one request is made. The default is greedy: the top-1 token each time, the same text for the
+    same prompt.
 
     Order: penalties and ``logit_bias`` change the logits; then temperature; then ``top_k``, ``top_p`` and
     ``min_p`` keep the likelier tokens; then one is drawn.
+
+    Values in their ranges may still leave no token to pick, such as a bias that forbids all of them. Then the request
+    alone ends with RequestError, when that is found.
 
     Raises:
         RequestError: a value out of its range; the message names the field, the value and the range.
@@ -49,7 +54,7 @@ class SamplingParams:
     max_tokens: int | None = None
     """Tokens to generate at most, at least 1. None: until the context is full."""
     temperature: float = 0.0
-    """0 is greedy; 1 is the model's own distribution; larger is flatter. At most 100."""
+    """0 is greedy; 1 is the model's own distribution; larger is flatter. At most 100; if not 0, at least 1.2e-38."""
     top_k: int = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -58,8 +63,8 @@ class SamplingParams:
     min_p: float = 0.0
     """Keep tokens at least this likely relative to the likeliest, in [0, 1]. Nguyen et al., 2024."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens already there, in (0, 100]. Keskar et al.,
-    2019."""
+    """Divides positive and multiplies negative logits of tokens already there, from 1.2e-38 to 100. Keskar et
+    al., 2019."""
     presence_penalty: float = 0.0
     """Subtracted once from the logit of every token already there, in [-100, 100]."""
     frequency_penalty: float = 0.0
@@ -145,3 +150,8 @@ def _check_float(name: str, value: object, low: float, high: float, *, open_low:
     ):
         above = f"above {low:g} and up to" if open_low else f"from {low:g} to"
         raise RequestError(f"{name}={value!r}: a number {above} {high:g} is needed")
+    if low == 0 < value < SMALLEST:
+        zero = "" if open_low else "0 or "
+        raise RequestError(
+            f"{name}={value!r}: too small for float32, in which logits are; {zero}at least {SMALLEST:.8g} is needed"
+        )

@@ -1,8 +1,19 @@
 """Which tokens of which sequences go into the next step.
 
-Every running sequence that is past its prompt gets one token; what room is left is given to prompts, the
-oldest first: ``max_tokens`` of them where nothing decodes, ``mixed_chunk`` where something does, so that a
-long prompt costs the others a little per step and never stalls them.
+Every running sequence that is past its prompt gets one token. What room is left is shared by the prompts that are being
+computed: ``max_tokens`` of them where nothing decodes, ``mixed_chunk`` where something does, so that prompts cost the
+others a little per step and never stall them.
+
+Prompts share by deficit round robin in quanta of 16 tokens (``fair_share.py``, with the proof). With R tokens of room
+in a step and at most k other prompts beside it, a prompt of n tokens that has a slot is complete after
+ceil((n + k (n + 32)) / R) steps, whatever the others' lengths and whoever comes later: one of a single token behind a
+prompt of thousands after the next step. Admission is in order of age, with three exceptions, each bounded:
+
+- Where all slots are taken, a request waits for one to end. Nothing can be done about that; ``max_sequences`` is how
+  many there are.
+- A sequence that waits for pages may be overtaken by ``OVERTAKES`` smaller ones that find what they need.
+- A prompt whose beginning another one is computing right now waits until that is in the prefix index, instead of
+  computing it too. That takes no longer than its own share of the same tokens would.
 
 Pages are taken as they are needed, not reserved for the longest text a request might become: most texts end
 long before their limit, and reserving would leave most of the cache idle. When pages run out, a sequence
@@ -21,13 +32,16 @@ from operator import attrgetter
 
 import numpy as np
 
-from pi2rt.engine.reading import LOGITS_CHUNK
+from pi2rt.engine.fair_share import FairShare
 from pi2rt.engine.sequence import Sequence, SequenceState
 from pi2rt.memory import PrefixIndex
 from pi2rt.runtime.step import Bind, Int32s, Slice, Step
 
 SAMPLED_LAST: Int32s = np.empty(0, np.int32)
 """``Slice.tokens`` of a decode slice: the token that the step before sampled."""
+
+OVERTAKES = 8
+"""Sequences that are admitted before an older one that waits for pages, at most."""
 
 _by_age = attrgetter("id")
 
@@ -61,11 +75,12 @@ class Scheduler:
     ) -> None:
         self._index = index
         self._slots = list(range(slots - 1, -1, -1))
+        self._count = slots
+        self._fair = FairShare()
         self._max_tokens = max_tokens
         self._mixed_chunk = mixed_chunk
         self._released = released
         self._steps = 0
-        self._refused: tuple[int, int] | None = None
         self.waiting: list[Sequence] = []  # oldest first, as is
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -73,6 +88,18 @@ class Scheduler:
     @property
     def free_slots(self) -> int:
         return len(self._slots)
+
+    @property
+    def open_slots(self) -> int:
+        """Slots for requests that have had none yet: neither taken for longer than the steps in flight, nor wanted back
+        by a preempted sequence."""
+        taken = sum(s.live or s.again for s in self.running)
+        return max(0, self._count - taken - self.preempted)
+
+    @property
+    def preempted(self) -> int:
+        """Sequences that wait to be computed again."""
+        return sum(not s.ticket.held for s in self.waiting)
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_by_age)
@@ -113,6 +140,9 @@ class Scheduler:
         returned."""
         sequence.state = SequenceState.LEAVING
         sequence.again = again
+        self._fair.forget(sequence.id)
+        if again and sequence.writer is not None:
+            sequence.writer.pause()
         if not sequence.in_flight:
             self.release(sequence)
 
@@ -143,26 +173,36 @@ class Scheduler:
         return True
 
     def _fill(self, room: int, slices: list[Slice], members: list[Sequence], binds: list[Bind]) -> None:
-        """Gives ``room`` tokens to prompts: those begun first, then new ones."""
-        for sequence in self.running:
-            if room <= 0:
-                return
-            if sequence.state is SequenceState.PREFILL:
-                room -= self._chunk(sequence, room, slices, members)
-        while room > 0 and (admitted := self._admit()) is not None:
-            binds.append(admitted.bind())
-            room -= self._chunk(admitted, room, slices, members)
+        """Shares ``room`` tokens among the prompts."""
+        if room <= 0:
+            return
+        if self.waiting:
+            self._admit()
+        prompts = [s for s in self.running if s.state is SequenceState.PREFILL]
+        shares = self._fair.share(room, [(s.id, s.wanted) for s in prompts])
+        for sequence in prompts:
+            if tokens := shares.get(sequence.id):
+                self._chunk(sequence, tokens, slices, members, binds)
 
-    def _chunk(self, sequence: Sequence, room: int, slices: list[Slice], members: list[Sequence]) -> int:
-        """Appends a slice of at most ``room`` known tokens; gives their number."""
+    def _chunk(
+        self,
+        sequence: Sequence,
+        count: int,
+        slices: list[Slice],
+        members: list[Sequence],
+        binds: list[Bind],
+    ) -> None:
+        """Appends a slice of the next ``count`` known tokens."""
+        if not sequence.bound:
+            sequence.bound = True
+            binds.append(sequence.bind())
+            if sequence.writer is not None:
+                sequence.writer.start(sequence.submitted)
         start = sequence.submitted
-        known = len(sequence.known)
+        end = start + count
         reading = sequence.reading
-        if reading is not None and reading.kind == "logits":
-            room = min(room, LOGITS_CHUNK)
-        end = min(start + room, known)
         tokens = sequence.tokens(start, end)
-        last = end == known
+        last = end == len(sequence.known)
         if reading is None:
             slices.append(Slice(sequence.slot, start, sequence.table.pages, tokens, sample=last))
             sequence.expected += last
@@ -177,42 +217,77 @@ class Scheduler:
         sequence.in_flight += 1
         if last:
             sequence.state = SequenceState.DECODE
-        return end - start
+            self._fair.forget(sequence.id)
 
-    def _admit(self) -> Sequence | None:
-        """Takes the oldest waiting sequence in, if there is a slot and there are pages for all it knows and
-        one more for each that runs already. Younger ones never overtake it, except while its consumer is
-        not reading."""
-        sequence = next((s for s in self.waiting if not s.stream.pause(0)), None)
-        if sequence is None:
-            return None
-        if not self._slots:
-            idle = self._idle()
-            if idle is None or any(s.state is SequenceState.LEAVING for s in self.running):
-                return None
-            self._preempt(idle)
+    def _admit(self) -> None:
+        """Takes waiting sequences in, the oldest first, while there are slots, and pages for all that each knows and
+        one more for each that runs already."""
+        blocked: Sequence | None = None
+        for sequence in self.waiting.copy():
+            if sequence.stream.pause(0):
+                continue  # its consumer is not reading
             if not self._slots:
-                return None  # not before its steps have returned
-        margin = len(self.running)
-        state = (sequence.id, self._index.available)
-        if state == self._refused and self._idle() is None:
-            return None
+                idle = self._idle()
+                if idle is None or any(s.state is SequenceState.LEAVING for s in self.running):
+                    return
+                self._preempt(idle)
+                if not self._slots:
+                    return  # not before its steps have returned
+            if self._follows(sequence):
+                continue
+            if not self._enter(sequence):
+                blocked = blocked or sequence
+            elif blocked is not None:
+                blocked.overtaken += 1
+            if blocked is not None and blocked.overtaken >= OVERTAKES:
+                return
+
+    def _enter(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence a slot, if its pages are there."""
+        if sequence.refused == self._index.available and self._idle() is None:
+            return False
         cached = sequence.table.match(sequence.known) if sequence.reading is None else 0
         missing = sequence.table.missing(len(sequence.known))
-        if not self._make_room(missing + margin, None):
+        if not self._make_room(missing + len(self.running), None):
             sequence.table.release()
-            self._refused = state
-            return None
-        self._refused = None
+            sequence.refused = self._index.available
+            return False
         sequence.table.extend(missing)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_by_age)
         sequence.enter(self._slots.pop(), cached)
-        if sequence.writer is not None:
-            if not sequence.writer.generated:
-                self._index.count(sequence.prompt, cached)
-            sequence.writer.start(cached)
-        return sequence
+        if sequence.writer is not None and not sequence.writer.generated:
+            self._index.count(sequence.prompt, cached)
+        return True
+
+    def _follows(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is computing pages that this one can use, and they are not in the index yet."""
+        if sequence.reading is not None:
+            return False
+        if sequence.leader is None:
+            for other in self.running:
+                if other.live and other.reading is None:
+                    common = self._common(sequence, other)
+                    if common > other.table.committed:
+                        sequence.leader = other, common
+                        break
+            else:
+                return False
+        leader, common = sequence.leader
+        if leader.live and common > leader.table.committed:
+            return True
+        sequence.leader = None
+        return False
+
+    def _common(self, a: Sequence, b: Sequence) -> int:
+        """Positions of whole pages that both begin with. The last token of either is not among them: the one's is
+        computed in any case, the other's perhaps only when its consumer goes on reading."""
+        size = self._index.page_tokens
+        pages = (min(len(a.known), len(b.known)) - 1) // size
+        if not pages or a.known[:size] != b.known[:size]:
+            return 0
+        same = a.tokens(0, pages * size) == b.tokens(0, pages * size)
+        return int(same.argmin() if not same.all() else len(same)) // size * size
 
     def _make_room(self, pages: int, asker: Sequence | None) -> bool:
         """Whether ``pages`` can be allocated now, after preempting others where that helps."""

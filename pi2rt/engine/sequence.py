@@ -8,6 +8,7 @@ from enum import Enum, auto
 
 import numpy as np
 
+from pi2rt.engine.queue import Ticket
 from pi2rt.engine.reading import Reading
 from pi2rt.engine.token_stream import TokenStream
 from pi2rt.engine.writer import Writer
@@ -39,9 +40,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "again", "computed", "expected", "first_ns", "id", "in_flight", "known", "last_ns", "limit",
-        "on_prefill", "paused", "prompt", "reading", "sampling", "slot", "started_ns", "state", "stream",
-        "submitted", "table", "writer",
+        "again", "bound", "computed", "expected", "first_ns", "id", "in_flight", "known", "last_ns", "leader",
+        "limit", "on_prefill", "overtaken", "paused", "prompt", "reading", "refused", "sampling", "slot",
+        "started_ns", "state", "stream", "submitted", "table", "ticket", "writer",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +54,7 @@ class Sequence:
         stream: TokenStream,
         table: PageTable,
         output: Writer | Reading,
+        ticket: Ticket,
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> None:
         self.id = id
@@ -64,6 +66,7 @@ class Sequence:
         self.table = table
         self.writer = output if isinstance(output, Writer) else None
         self.reading = output if isinstance(output, Reading) else None
+        self.ticket = ticket  # held until there is a slot
         self.on_prefill = on_prefill
         self.state = SequenceState.WAITING
         self.slot = -1
@@ -72,11 +75,21 @@ class Sequence:
         self.in_flight = 0  # steps
         self.paused = False
         self.again = False  # LEAVING, but to be computed again from its known tokens
+        self.bound = False  # a step has bound its slot
+        self.refused: int | None = None  # pages there were when it did not get the ones it needs
+        self.overtaken = 0  # admitted before it, while it waited for pages
+        self.leader: tuple[Sequence, int] | None = None  # who computes so much of the same beginning
         self.started_ns = self.first_ns = self.last_ns = 0  # for the trace; 0: not yet
 
     @property
     def live(self) -> bool:
         return self.state is SequenceState.PREFILL or self.state is SequenceState.DECODE
+
+    @property
+    def wanted(self) -> int:
+        """Known tokens that the next slice can take."""
+        left = len(self.known) - self.submitted
+        return left if self.reading is None else min(left, self.reading.most_tokens)
 
     def bind(self) -> Bind:
         return Bind(self.slot, self.sampling, self.tokens(0, len(self.known)))
@@ -87,13 +100,16 @@ class Sequence:
 
     def enter(self, slot: int, cached: int) -> None:
         """Leaves the queue: ``cached`` positions are in the cache already."""
-        self.slot = slot
+        self.ticket.release()
+        self.slot, self.bound = slot, False
+        self.refused, self.overtaken, self.leader = None, 0, None
         self.computed = self.submitted = cached
         self.expected = len(self.known)
         self.state = SequenceState.PREFILL
 
     def reset(self, state: SequenceState) -> None:
         """Holds nothing any more: GONE, or WAITING to be computed again."""
+        self.ticket.release()
         self.slot = -1
         self.computed = self.submitted = 0
         self.expected = len(self.known)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pi2rt.engine.queue import QueueStatistics
 from pi2rt.memory import PagePoolStatistics, PrefixIndexStatistics
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStatistics:
-    """A snapshot. ``requests`` = finished + cancelled + failed + those waiting or running."""
+    """A snapshot. ``requests`` = finished + cancelled + failed + those in the queue or running; one whose prompt is
+    still being tokenised is in the queue, but not yet among them."""
 
     requests: int
     finished: int
     cancelled: int
     failed: int
     waiting: int
+    """Without a slot: those in ``queue``, and preempted ones."""
     prefilling: int
     decoding: int
     leaving: int
@@ -30,5 +33,6 @@ class EngineStatistics:
     """Slices computed for nothing, because the step before had ended the sequence."""
     preemptions: int
     rebuilds: int
+    queue: QueueStatistics
     pages: PagePoolStatistics
     prefixes: PrefixIndexStatistics

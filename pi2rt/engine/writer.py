@@ -13,11 +13,11 @@ from pi2rt.tokenizer import Detokenizer, StopMatcher
 
 
 class Writer:
-    """Turns each sampled token into one chunk on ``stream``."""
+    """Turns each sampled token into one chunk on ``stream``. ``queued``: Trio's time when the request came."""
 
     __slots__ = (
-        "_detokenizer", "_end_tokens", "_first", "_left", "_logprobs", "_matcher", "_prompt", "_queued",
-        "_started", "_stream", "cached", "generated",
+        "_detokenizer", "_end_tokens", "_first", "_left", "_logprobs", "_matcher", "_paused", "_prompt",
+        "_queued", "_requeued", "_started", "_stream", "cached", "generated",
     )  # fmt: skip
 
     def __init__(
@@ -30,6 +30,7 @@ class Writer:
         prompt: int,
         max_tokens: int,
         logprobs: bool,
+        queued: float,
     ) -> None:
         self._stream = stream
         self._detokenizer = detokenizer
@@ -38,7 +39,9 @@ class Writer:
         self._prompt = prompt
         self._left = max_tokens
         self._logprobs = logprobs
-        self._queued = trio.current_time()
+        self._queued = queued
+        self._paused: float | None = None
+        self._requeued = 0.0
         self._started: float | None = None
         self._first: float | None = None
         self.cached = 0
@@ -47,8 +50,17 @@ class Writer:
     def start(self, cached: int) -> None:
         """The first step is about to be submitted. Computing again after a preemption is not a second
         start."""
+        now = trio.current_time()
         if self._started is None:
-            self._started, self.cached = trio.current_time(), cached
+            self._started, self.cached = now, cached
+        elif self._paused is not None:
+            self._requeued += now - self._paused
+        self._paused = None
+
+    def pause(self) -> None:
+        """Its sequence goes back to the queue."""
+        if self._started is not None and self._paused is None:
+            self._paused = trio.current_time()
 
     def accept(self, sampled: Sampled) -> FinishReason | None:
         """Puts one chunk; the reason why it was the last one, or None."""
@@ -93,4 +105,5 @@ class Writer:
             ttft_s=self._first - self._queued,
             prefill_s=self._first - self._started,
             decode_s=trio.current_time() - self._first,
+            requeued_s=self._requeued,
         )
