@@ -43,7 +43,7 @@ def carried(error: BaseException) -> BaseException:
     return wrapped
 
 
-def _own(error: ExecutorError) -> ExecutorError:
+def copied(error: ExecutorError) -> ExecutorError:
     """A copy for one consumer: an exception that several tasks raise collects the traceback of each."""
     own = ExecutorError.__new__(ExecutorError)
     own.args = error.args

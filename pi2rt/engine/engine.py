@@ -430,12 +430,3 @@ class Engine:
             raise RequestError(
                 f"{where}: token id {token} is outside the vocabulary of {self.options.vocab_size} tokens"
             )
-
-
-def _carried(error: BaseException) -> BaseException:
-    """What a consumer is given for an error of its callback: the error, unless it would mean something else there."""
-    if not isinstance(error, StopIteration | StopAsyncIteration | GeneratorExit | trio.Cancelled):
-        return error
-    carried = RequestError(f"on_prefill raised {type(error).__name__}, which ends no request in good order")
-    carried.__cause__ = error
-    return carried
