@@ -193,7 +193,8 @@ class ReferenceExecutor:
             counts = np.bincount(bind.history, minlength=self._model.model.vocab_size).astype(np.int32)
             self._slots[bind.slot] = _Slot(bind.sampling, counts)
         try:
-            results = [self._run_slice(self._model, step.id, part, marks) for part in step.slices]
+            with np.errstate(over="ignore", invalid="ignore"):  # an outcome (Unusable), not a mistake
+                results = [self._run_slice(self._model, step.id, part, marks) for part in step.slices]
         except StoppedError:
             finished = time.perf_counter_ns()
             return StepResult(step.id, stopped=True, started_ns=started, finished_ns=finished)

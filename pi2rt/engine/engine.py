@@ -125,6 +125,10 @@ class Engine:
         except ExecutorError as error:
             self._flights.pop()
             await self._recover(error, flight)
+            return
+        for sequence in flight.begun:
+            if sequence.writer is not None:
+                sequence.writer.start(sequence.computed)
 
     async def _receive(self) -> None:
         """Waits for the oldest step and hands out what it brought."""
@@ -170,6 +174,10 @@ class Engine:
         if isinstance(outcome, Unusable):
             self._blame(sequence, flight.step, outcome)
             return
+        if slice_.sample and (outcome is None or not 0 <= outcome.token < self.options.vocab_size):
+            problem = f"the executor gave {outcome} instead of a token of the vocabulary"
+            self._fail(sequence, ExecutorError(self._actor.name, flight.step, problem))
+            return
         if sequence.computed - sequence.table.committed >= PAGE_TOKENS:
             sequence.table.commit(sequence.known, sequence.computed)
         if sequence.on_prefill is not None and not writer.generated:
@@ -179,8 +187,7 @@ class Engine:
                 self._fail(sequence, carried(error))
             if not sequence.live:  # the callback may also have left the stream
                 return
-        if slice_.sample:
-            assert outcome is not None
+        if outcome is not None:
             sequence.known.append(outcome.token)
             self._generated += 1
             try:
@@ -280,7 +287,7 @@ class Engine:
         """
         if self._closed:
             raise ClosedError("the runtime is closed")
-        return self._queue.reserve(self._scheduler.open_slots)
+        return self._queue.reserve(self._scheduler.open_slots, trio.current_time())
 
     def stream(
         self,

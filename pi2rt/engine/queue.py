@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-import trio
-
 from pi2rt._errors import BusyError
 
 
@@ -35,10 +33,10 @@ class Ticket:
 
     __slots__ = ("_held", "_queue", "_used", "since")
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: Queue, since: float) -> None:
         self._queue = queue
         self._held, self._used = True, False
-        self.since = trio.current_time()
+        self.since = since
 
     @property
     def held(self) -> bool:
@@ -86,7 +84,7 @@ class Queue:
         self.waiting = 0
         """Tickets that are held."""
 
-    def reserve(self, free: int) -> Ticket:
+    def reserve(self, free: int, now: float) -> Ticket:
         """A place, where fewer than the capacity wait, beside those that the ``free`` slots will take at once.
 
         Raises:
@@ -101,7 +99,7 @@ class Queue:
             )
         self.waiting += 1
         self._peak = max(self._peak, self.waiting)
-        return Ticket(self)
+        return Ticket(self, now)
 
     def statistics(self) -> QueueStatistics:
         return QueueStatistics(self._capacity, self.waiting, self._peak, self._refused)

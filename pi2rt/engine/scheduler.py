@@ -35,7 +35,7 @@ import numpy as np
 from pi2rt.engine.fair_share import FairShare
 from pi2rt.engine.sequence import Sequence, SequenceState
 from pi2rt.memory import PrefixIndex
-from pi2rt.runtime.step import Bind, Int32s, Slice, Step
+from pi2rt.runtime.step import Int32s, Slice, Step
 
 SAMPLED_LAST: Int32s = np.empty(0, np.int32)
 """``Slice.tokens`` of a decode slice: the token that the step before sampled."""
@@ -48,10 +48,12 @@ _by_age = attrgetter("id")
 
 @dataclass(slots=True)
 class Flight:
-    """A step and the sequence of each of its slices."""
+    """A step and the sequence of each of its slices. ``begun``: those whose first slice it has, since they left the
+    queue."""
 
     step: Step
     members: list[Sequence]
+    begun: list[Sequence]
     stopped: bool = False
 
 
@@ -109,7 +111,7 @@ class Scheduler:
         do."""
         slices: list[Slice] = []
         members: list[Sequence] = []
-        binds: list[Bind] = []
+        begun: list[Sequence] = []
         prefill = False
         for sequence in self.running.copy():
             if sequence.state is SequenceState.DECODE:
@@ -124,11 +126,11 @@ class Scheduler:
                 prefill = True
         if prefill or self.waiting:
             room = self._max_tokens if not slices else min(self._mixed_chunk, self._max_tokens - len(slices))
-            self._fill(room, slices, members, binds)
+            self._fill(room, slices, members, begun)
         if not slices:
             return None
         self._steps += 1
-        return Flight(Step(self._steps, tuple(slices), tuple(binds)), members)
+        return Flight(Step(self._steps, tuple(slices), tuple(s.bind() for s in begun)), members, begun)
 
     def drop(self, sequence: Sequence) -> None:
         """A waiting sequence is no longer wanted."""
@@ -172,7 +174,7 @@ class Scheduler:
             sequence.table.extend(1)
         return True
 
-    def _fill(self, room: int, slices: list[Slice], members: list[Sequence], binds: list[Bind]) -> None:
+    def _fill(self, room: int, slices: list[Slice], members: list[Sequence], begun: list[Sequence]) -> None:
         """Shares ``room`` tokens among the prompts."""
         if room <= 0:
             return
@@ -182,7 +184,7 @@ class Scheduler:
         shares = self._fair.share(room, [(s.id, s.wanted) for s in prompts])
         for sequence in prompts:
             if tokens := shares.get(sequence.id):
-                self._chunk(sequence, tokens, slices, members, binds)
+                self._chunk(sequence, tokens, slices, members, begun)
 
     def _chunk(
         self,
@@ -190,14 +192,12 @@ class Scheduler:
         count: int,
         slices: list[Slice],
         members: list[Sequence],
-        binds: list[Bind],
+        begun: list[Sequence],
     ) -> None:
         """Appends a slice of the next ``count`` known tokens."""
         if not sequence.bound:
             sequence.bound = True
-            binds.append(sequence.bind())
-            if sequence.writer is not None:
-                sequence.writer.start(sequence.submitted)
+            begun.append(sequence)
         start = sequence.submitted
         end = start + count
         reading = sequence.reading

@@ -48,8 +48,8 @@ class Writer:
         self.generated = 0
 
     def start(self, cached: int) -> None:
-        """The first step is about to be submitted. Computing again after a preemption is not a second
-        start."""
+        """The first step was submitted; ``cached`` prompt tokens need not be computed. A first step after a preemption
+        is not a second start."""
         now = trio.current_time()
         if self._started is None:
             self._started, self.cached = now, cached

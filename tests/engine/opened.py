@@ -100,6 +100,7 @@ async def opened(
     max_tokens: int = 512,
     mixed_chunk: int = 64,
     stream_buffer: int = 1024,
+    max_queue: int = 128,
     trace: Trace | None = None,
     make_executor: Callable[[Log], Executor] | None = None,
     **executor: Any,
@@ -132,6 +133,7 @@ async def opened(
                 max_tokens=max_tokens,
                 mixed_chunk=mixed_chunk,
                 stream_buffer=stream_buffer,
+                max_queue=max_queue,
             ),
             trace,
         )

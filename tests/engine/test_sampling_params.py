@@ -35,6 +35,13 @@ def test_the_default_is_greedy_without_end() -> None:
         ("min_p", -0.1),
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-45),
+        ("repetition_penalty", 1e-38),
+        ("repetition_penalty", 1e-300),
+        ("temperature", 1e-45),
+        ("temperature", 5e-324),
+        ("top_p", 1e-40),
+        ("min_p", 1e-40),
         ("presence_penalty", 101),
         ("frequency_penalty", -101),
         ("seed", -1),
@@ -54,6 +61,16 @@ def test_the_default_is_greedy_without_end() -> None:
 def test_values_out_of_range_name_field_value_and_range(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=rf"^{name}\b.* (needed|allowed)$"):
         SamplingParams(**{name: value})
+
+
+def test_the_smallest_number_is_named_and_allowed() -> None:
+    for name, zero in ("temperature", "0 or "), ("min_p", "0 or "), ("top_p", ""), ("repetition_penalty", ""):
+        with pytest.raises(
+            RequestError, match=rf"^{name}=1e-45: too small .*; {zero}at least 1\.1754944e-38 is needed$"
+        ):
+            SamplingParams(**{name: 1e-45})  # type: ignore[arg-type]
+        SamplingParams(**{name: 1.1754944e-38})  # type: ignore[arg-type]
+        SamplingParams(**{name: 2.0**-126})  # type: ignore[arg-type]
 
 
 def test_a_range_is_named() -> None:
