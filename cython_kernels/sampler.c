@@ -104,19 +104,16 @@ static int32_t draw(const pi2_kernels *k, const pi2_slot *s, const float *x, int
 #undef PROBABILITY
 }
 
-static int32_t likeliest(const float *x, int64_t vocab, int32_t n, double all, pi2_pick *top) {
-  if (n > vocab) n = (int32_t)vocab;
-  for (int32_t have = 0; have < n; have++) { /* n is small: one pass each, ties by index */
-    int64_t best = -1;
-    for (int64_t i = 0; i < vocab; i++) {
-      if (best >= 0 && !(x[i] > x[best])) continue;
-      int taken = 0;
-      for (int32_t j = 0; j < have; j++) taken |= top[j].token == i;
-      if (!taken) best = i;
-    }
-    top[have] = (pi2_pick){(int32_t)best, (float)((double)x[best] - all)};
+/* The n largest of x, equals by index, in one pass: most values are smaller than the last of those found so far. */
+static void most_likely(const float *x, int64_t vocab, int32_t n, double all, pi2_pick *top) {
+  int32_t have = 0;
+  for (int64_t i = 0; n && i < vocab; i++) {
+    if (have == n && !(x[i] > x[top[n - 1].token])) continue;
+    int32_t j = have < n ? have++ : n - 1;
+    for (; j > 0 && x[i] > x[top[j - 1].token]; j--) top[j] = top[j - 1];
+    top[j].token = (int32_t)i;
   }
-  return n;
+  for (int32_t j = 0; j < have; j++) top[j].logprob = (float)((double)x[top[j].token] - all);
 }
 
 pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *s, float *logits, int64_t vocab, int64_t position, pi2_pick *top,
@@ -131,7 +128,7 @@ pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *s, float *logits, int64_t vo
   double all = 0;
   if (s->logprobs >= 0) {
     all = k->logsumexp(logits, vocab);
-    likeliest(logits, vocab, s->logprobs, all, top);
+    most_likely(logits, vocab, s->logprobs, all, top);
   }
   pick.token = s->temperature <= 0 ? (int32_t)best : draw(k, s, logits, vocab, logits[best], position, scratch);
   if (s->logprobs >= 0) pick.logprob = (float)((double)logits[pick.token] - all);

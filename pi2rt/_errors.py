@@ -99,11 +99,13 @@ class ClosedError(Pi2rtError):
 
 
 class BusyError(Pi2rtError):
-    """Submitted more than the receiver takes at once. Wait for a completion, then submit again."""
+    """Submitted more than the receiver takes at once: a step, or a request beyond ``max_queue``. Wait for a completion,
+    then submit again."""
 
 
 class ExecutorError(Pi2rtError):
-    """An executor failed while it worked on an item. The cause is chained; the actor has been rebuilt.
+    """An executor failed while it worked on an item. The cause is chained; the actor has been rebuilt, unless the
+    result of one request alone was unusable.
 
     Args:
         actor: the name of the actor whose executor failed.

@@ -322,8 +322,9 @@ class Engine:
         known = self._known(prompt, params.max_tokens)
         context = self.options.context
         max_tokens = params.max_tokens if params.max_tokens is not None else context - len(known)
-        for token in params.logit_bias:
-            self._check_token("logit_bias", token)
+        if params.logit_bias:
+            for token in (min(params.logit_bias), max(params.logit_bias)):
+                self._check_token("logit_bias", token)
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= self._tokenizer.eos_ids

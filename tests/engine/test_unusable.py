@@ -159,15 +159,19 @@ def test_any_parameters(tiny_path: Path, executor: str, requests: list[dict[str,
     trio.run(main)
 
 
-async def test_logprobs_of_more_tokens_than_there_are(tmp_path: Path) -> None:
-    """And of tokens that are forbidden: minus infinity, at the end."""
+async def test_logprobs_of_more_tokens_than_are_allowed(tmp_path: Path) -> None:
+    """Those that are forbidden come last, by their ids."""
     path = write_gguf(tmp_path / "m.gguf", TinyModel())
-    async with pi2rt.open_runtime(path, context=64) as runtime:
-        bias = dict.fromkeys(range(10, VOCAB_SIZE), -math.inf)
-        (chunk,) = await collect(runtime, [1, 2], max_tokens=1, logprobs=64, logit_bias=bias)
-        assert len({token for token, _ in chunk.top_logprobs}) == 64
-        assert sorted(token for token, _ in chunk.top_logprobs[:10]) == list(range(10))
-        assert [logprob for _, logprob in chunk.top_logprobs[10:]] == [-math.inf] * 54
+    bias = dict.fromkeys(range(10, VOCAB_SIZE), -math.inf)
+    ranked = []
+    for executor in "cpu", "reference":
+        async with pi2rt.open_runtime(path, executor=executor, context=64, exact_floats=True) as runtime:
+            (chunk,) = await collect(runtime, [1, 2], max_tokens=1, logprobs=64, logit_bias=bias)
+            ranked.append([token for token, _ in chunk.top_logprobs])
+            assert [logprob for _, logprob in chunk.top_logprobs[10:]] == [-math.inf] * 54
+            (first, *_) = (await runtime.logits([1, 2]))[-1:]
+            assert ranked[-1] == [*np.argsort(-first[:10], kind="stable").tolist(), *range(10, 64)]
+    assert ranked[0] == ranked[1]
 
 
 @pytest.mark.parametrize("executor", ["cpu", "reference"])

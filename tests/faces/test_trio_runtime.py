@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -173,12 +174,47 @@ async def test_each_class_of_cores_is_an_actor(tiny: Path) -> None:
     assert not little.executor.bytes  # the memory is the leader's
 
 
+async def test_requests_beyond_the_queue_are_refused_before_they_are_tokenised(
+    tiny: Path, autojump_clock: MockClock
+) -> None:
+    made = lambda: SimulatedExecutor(seconds_per_step=0.01)  # noqa: E731
+    async with pi2rt.open_runtime(tiny, executor=made, max_sequences=1, max_queue=1) as runtime:
+        queue = runtime.statistics().engine.queue
+        assert (queue.capacity, queue.waiting, queue.refused) == (1, 0, 0)
+        async with trio.open_nursery() as nursery:
+            for prompt in "first", "second":
+                nursery.start_soon(partial(runtime.generate, prompt, max_tokens=20, ignore_eos=True))
+                await trio.testing.wait_all_tasks_blocked()
+            for prompt in "third", [1, 2], [{"role": "user", "content": "hi"}], 17:
+                with pytest.raises(
+                    pi2rt.BusyError, match=r"^the queue is full: 1 requests wait .* larger max_que"
+                ):
+                    await runtime.generate(prompt)  # type: ignore[arg-type]
+            with pytest.raises(pi2rt.BusyError):
+                await runtime.score([1, 2])
+            with pytest.raises(pi2rt.BusyError):
+                await runtime.logits([1, 2])
+            assert runtime.statistics().engine.queue.refused == 6
+        for _ in range(3):
+            with pytest.raises(pi2rt.RequestError):
+                await runtime.generate([])
+            with pytest.raises(pi2rt.RequestError):
+                await runtime.generate(17)  # type: ignore[arg-type]
+        assert runtime.statistics().engine.queue.waiting == 0
+        async with runtime.stream("fourth", max_tokens=2, ignore_eos=True) as chunks:
+            last = [chunk async for chunk in chunks][-1]
+        assert last.timing is not None
+        assert last.timing.queue_s < 0.02
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"context": 0}, r"^context=0: an integer from 1"),
         ({"max_sequences": True}, r"^max_sequences=True"),
         ({"prefill_chunk": 1.5}, r"^prefill_chunk=1.5"),
+        ({"max_queue": -1}, r"^max_queue=-1: an integer from 0"),
+        ({"max_queue": None}, r"^max_queue=None: an integer"),
         ({"activations": "int4"}, r"^activations='int4': one of 'int16', 'mixed', 'int8' is needed$"),
         ({"memory": "much"}, r"^'much' is not a size"),
         ({"memory": 0}, r"^memory=0: at least one byte"),
