@@ -244,13 +244,14 @@ class Scheduler:
 
     def _enter(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence a slot, if its pages are there."""
-        if sequence.refused == self._index.available and self._idle() is None:
+        state = self._index.available, len(self.running)
+        if sequence.refused == state and self._idle() is None:
             return False
         cached = sequence.table.match(sequence.known) if sequence.reading is None else 0
         missing = sequence.table.missing(len(sequence.known))
-        if not self._make_room(missing + len(self.running), None):
+        if not self._make_room(missing, None):
             sequence.table.release()
-            sequence.refused = self._index.available
+            sequence.refused = state
             return False
         sequence.table.extend(missing)
         self.waiting.remove(sequence)
@@ -290,8 +291,9 @@ class Scheduler:
         return int(same.argmin() if not same.all() else len(same)) // size * size
 
     def _make_room(self, pages: int, asker: Sequence | None) -> bool:
-        """Whether ``pages`` can be allocated now, after preempting others where that helps."""
-        while not self._index.can_allocate(pages):
+        """Whether ``pages`` can be allocated now, after preempting others where that helps. Where nobody that runs asks
+        (``asker``), one more for each that does."""
+        while not self._index.can_allocate(pages if asker is not None else pages + len(self.running)):
             if any(s.state is SequenceState.LEAVING for s in self.running):
                 return False  # its pages come back with its steps
             victim = self._idle() or (self.running[-1] if asker is not None else None)

@@ -76,7 +76,7 @@ class Sequence:
         self.paused = False
         self.again = False  # LEAVING, but to be computed again from its known tokens
         self.bound = False  # a step has bound its slot
-        self.refused: int | None = None  # pages there were when it did not get the ones it needs
+        self.refused: tuple[int, int] | None = None  # pages available, sequences running, when it got none
         self.overtaken = 0  # admitted before it, while it waited for pages
         self.leader: tuple[Sequence, int] | None = None  # who computes so much of the same beginning
         self.started_ns = self.first_ns = self.last_ns = 0  # for the trace; 0: not yet
@@ -101,7 +101,7 @@ class Sequence:
     def enter(self, slot: int, cached: int) -> None:
         """Leaves the queue: ``cached`` positions are in the cache already."""
         self.ticket.release()
-        self.slot, self.bound = slot, False
+        self.slot, self.bound, self.paused = slot, False, False
         self.refused, self.overtaken, self.leader = None, 0, None
         self.computed = self.submitted = cached
         self.expected = len(self.known)

@@ -69,6 +69,26 @@ async def test_consumers_that_stopped_reading_do_not_keep_pages(
             assert [chunk.token async for chunk in stalled] == continuation(prompt, 400)
 
 
+async def test_a_prompt_that_needs_every_page_gets_those_of_all_who_stopped_reading(
+    tokenizer: Tokenizer, autojump_clock: MockClock
+) -> None:
+    """Its margin is for those that still run then: none."""
+    async with opened(tokenizer, slots=4, context=640, pages=10, stream_buffer=4) as o:
+        params = SamplingParams(max_tokens=60, ignore_eos=True)
+        prompts = [numbers(5, seed=seed) for seed in range(3)]
+        async with (
+            o.engine.stream(prompts[0], params) as a,
+            o.engine.stream(prompts[1], params) as b,
+            o.engine.stream(prompts[2], params) as c,
+        ):
+            await o.idle()
+            large = numbers(630, seed=9)
+            with trio.fail_after(100):
+                assert await o.tokens(large, 10) == continuation(large, 10)
+                for stream, prompt in zip((a, b, c), prompts, strict=True):
+                    assert [chunk.token async for chunk in stream] == continuation(prompt, 60)
+
+
 async def test_the_smallest_buffer(tokenizer: Tokenizer, autojump_clock: MockClock) -> None:
     async with opened(tokenizer, stream_buffer=1) as o:
         prompt = numbers(5)

@@ -1,0 +1,89 @@
+"""Requests of every kind at any moment: who is admitted and stays gets the right text, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from pi2rt._errors import BusyError, ExecutorError, RequestError
+from pi2rt.engine import SamplingParams
+from pi2rt.executors.simulated import Faults
+from pi2rt.tokenizer import Tokenizer
+from tests.engine.opened import continuation, numbers, opened
+from tests.support.tiny_models import VOCAB_SIZE
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_requests_of_every_kind(tokenizer: Tokenizer, autojump_clock: MockClock, seed: int) -> None:
+    print(f"seed {seed}")  # shown when it fails
+    rng = random.Random(seed)
+    shared = [numbers(400, seed=1000), numbers(130, seed=1001)]
+    slots, max_queue = rng.choice([1, 2, 5, 8]), rng.choice([0, 3, 40])
+    faults = Faults(
+        raise_in_wait=frozenset(rng.sample(range(1, 400), 2)),
+        no_numbers=frozenset((rng.randint(1, 400), rng.randrange(slots)) for _ in range(3)),
+    )
+    outcomes: list[str] = []
+    async with opened(
+        tokenizer,
+        slots=slots,
+        context=640,
+        pages=rng.choice([10, 13, 10 * slots]),
+        max_tokens=rng.choice([64, 192]),
+        mixed_chunk=rng.choice([16, 64]),
+        stream_buffer=rng.choice([4, 1024]),
+        max_queue=max_queue,
+        max_in_flight=rng.choice([1, 2, 8]),
+        seconds_per_step=0.002,
+        seconds_per_token=0.0001,
+        faults=faults,
+    ) as o:
+
+        async def one(number: int) -> None:
+            beginning = rng.choice([[], [], shared[0], shared[1], shared[0][:200]])
+            prompt = [*beginning, *numbers(rng.choice([1, 5, 70, 150]), seed=number)]
+            count, kind = rng.randint(1, 60), rng.choice(["text", "text", "slow", "read", "bad", "leaves"])
+            await trio.sleep(rng.random())
+            try:
+                if kind == "read":
+                    assert (await o.engine.score(prompt)).shape == (len(prompt) - 1,)
+                elif kind == "bad":
+                    bias = dict.fromkeys(range(VOCAB_SIZE), float("-inf"))
+                    with pytest.raises((RequestError, ExecutorError, BusyError)):
+                        await o.tokens(prompt, count, logit_bias=bias)
+                else:
+                    params = SamplingParams(max_tokens=count, ignore_eos=True)
+                    got: list[int] = []
+                    with trio.move_on_after(rng.random() / 2 if kind == "leaves" else 1000):
+                        async with o.engine.stream(prompt, params) as stream:
+                            async for chunk in stream:
+                                got.append(chunk.token)
+                                if kind == "slow":
+                                    await trio.sleep(0.05)
+                    assert got == continuation(prompt, len(got))
+                    assert kind == "leaves" or len(got) == count
+                outcomes.append("right")
+            except BusyError:
+                outcomes.append("busy")
+            except ExecutorError:
+                outcomes.append("failed")
+
+        with trio.fail_after(300):
+            async with trio.open_nursery() as nursery:
+                for number in range(40):
+                    nursery.start_soon(one, number)
+            await o.idle()
+        statistics = o.engine.statistics()
+        assert (statistics.waiting, statistics.queue.waiting, statistics.prefilling, statistics.decoding) == (
+            0,
+            0,
+            0,
+            0,
+        )
+        assert statistics.requests == statistics.finished + statistics.cancelled + statistics.failed
+        assert statistics.queue.peak <= max_queue + slots
+        assert outcomes.count("right") >= (10 if max_queue == 40 else 1)
+        assert outcomes.count("failed") <= 2 * slots + 3
