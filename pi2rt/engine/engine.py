@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Sized
-from itertools import islice
+from collections.abc import Callable, Iterable
 from typing import Literal, Protocol
 
 import trio
 
-from pi2rt._errors import ClosedError, ContextOverflowError, ExecutorError, InternalError, RequestError
+from pi2rt._errors import ClosedError, ExecutorError, InternalError
 from pi2rt.engine.blame import blame, carried, copied
 from pi2rt.engine.options import EngineOptions
+from pi2rt.engine.prompt import check_token, prompt_tokens
 from pi2rt.engine.queue import Queue, Ticket
 from pi2rt.engine.reading import Reading
 from pi2rt.engine.recorder import Recorder
@@ -319,16 +319,16 @@ class Engine:
         on_prefill: Callable[[int, int], None] | None,
         ticket: Ticket,
     ) -> TokenStream:
-        known = self._known(prompt, params.max_tokens)
-        context = self.options.context
-        max_tokens = params.max_tokens if params.max_tokens is not None else context - len(known)
+        options = self.options
+        known = prompt_tokens(prompt, params.max_tokens, options)
+        max_tokens = params.max_tokens if params.max_tokens is not None else options.context - len(known)
         if params.logit_bias:
             for token in (min(params.logit_bias), max(params.logit_bias)):
-                self._check_token("logit_bias", token)
+                check_token("logit_bias", token, options)
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= self._tokenizer.eos_ids
-        stream = TokenStream(self.options.stream_buffer)
+        stream = TokenStream(options.stream_buffer)
         writer = Writer(
             stream,
             # A space at the beginning is one, unless nothing that shows stands before it.
@@ -387,7 +387,7 @@ class Engine:
         reading = Reading(kind)
         stream = TokenStream(self.options.stream_buffer)
         with ticket or self.reserve() as place:
-            known = self._known(tokens, 0)
+            known = prompt_tokens(tokens, 0, self.options)
             self._enqueue(known, len(known), Sampling(), stream, reading, place, None)
         async with stream:
             async for _ in stream:
@@ -404,6 +404,8 @@ class Engine:
         ticket: Ticket,
         on_prefill: Callable[[int, int], None] | None,
     ) -> None:
+        if self._closed:
+            raise ClosedError("the runtime is closed")
         ticket.use()
         self._requests += 1
         table = PageTable(self._index, -(-limit // PAGE_TOKENS))
@@ -411,30 +413,3 @@ class Engine:
         stream.attach(lambda: self._cancel(sequence), self._wake)
         self._scheduler.add(sequence)
         self._wake()
-
-    def _known(self, tokens: Iterable[int], max_tokens: int | None) -> array[int]:
-        """The prompt. ``max_tokens``: to come after it; None: what the context leaves, one at least. No more is read
-        than the context holds."""
-        if self._closed:
-            raise ClosedError("the runtime is closed")
-        context = self.options.context
-        try:
-            known = array("i", islice(tokens, context + 1))
-        except (TypeError, OverflowError) as error:
-            raise RequestError(f"prompt: token ids are integers: {error}") from None
-        if not known:
-            raise RequestError("prompt: empty; at least one token is needed")
-        for token in (min(known), max(known)):
-            self._check_token("prompt", token)
-        more = 1 if max_tokens is None else max_tokens
-        if len(known) + more > context:
-            raise ContextOverflowError(
-                len(tokens) if isinstance(tokens, Sized) else len(known), more, context
-            )
-        return known
-
-    def _check_token(self, where: str, token: int) -> None:
-        if not 0 <= token < self.options.vocab_size:
-            raise RequestError(
-                f"{where}: token id {token} is outside the vocabulary of {self.options.vocab_size} tokens"
-            )

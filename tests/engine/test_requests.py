@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
 import trio
@@ -45,6 +45,27 @@ async def test_without_max_tokens_the_context_is_the_limit(
         assert [chunk.token for chunk in chunks] == continuation(prompt, 56)
         assert chunks[-1].finish_reason == "length"
         assert len(await o.chunks(numbers(255))) == 1
+
+
+async def test_no_more_of_a_prompt_is_read_than_the_context_holds(
+    tokenizer: Tokenizer, autojump_clock: MockClock
+) -> None:
+    read = 0
+
+    def endless() -> Iterator[int]:
+        nonlocal read
+        while True:
+            read += 1
+            yield 5
+
+    async with opened(tokenizer, context=256) as o:
+        with pytest.raises(ContextOverflowError, match=r"^prompt of 257 tokens plus max_tokens=1 exceeds"):
+            o.engine.stream(endless())
+        with pytest.raises(ContextOverflowError, match=r"^prompt of 257 tokens plus max_tokens=0 exceeds"):
+            await o.engine.score(endless())
+        assert read == 2 * 257
+        with pytest.raises(ContextOverflowError, match=r"^prompt of 100000 tokens plus"):
+            o.engine.stream([5] * 100_000)
 
 
 @pytest.mark.parametrize(
