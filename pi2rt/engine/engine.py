@@ -184,7 +184,8 @@ class Engine:
             try:
                 sequence.on_prefill(sequence.computed, sequence.prompt)
             except BaseException as error:  # it belongs to the request's consumer, whatever it is
-                self._fail(sequence, carried(error))
+                if sequence.live:
+                    self._fail(sequence, carried(error))
             if not sequence.live:  # the callback may also have left the stream
                 return
         if outcome is not None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 import pi2rt
-from pi2rt._errors import ExecutorError, RequestError
+from pi2rt._errors import ClosedError, ExecutorError, RequestError
 from pi2rt.engine import Chunk, SamplingParams
 from pi2rt.executors.simulated import Faults, SimulatedExecutor
 from pi2rt.runtime.step import Sampled, StepResult
@@ -307,3 +307,21 @@ async def test_whatever_a_callback_raises_is_its_requests(
                     assert str(caught.value).startswith(f"on_prefill raised {raised.__name__}")
                     assert isinstance(caught.value.__cause__, raised)
         assert o.engine.statistics().failed == 1
+
+
+async def test_a_callback_that_leaves_and_raises_counts_once(
+    tokenizer: Tokenizer, autojump_clock: MockClock
+) -> None:
+    async with opened(tokenizer) as o:
+
+        def leaves(done: int, total: int) -> None:
+            stream.close()
+            raise LookupError("gone")
+
+        stream = o.engine.stream(numbers(5), on_prefill=leaves)
+        async with stream:
+            with pytest.raises(ClosedError):
+                await anext(stream)
+        await o.idle()
+        statistics = o.engine.statistics()
+        assert (statistics.cancelled, statistics.failed) == (1, 0)
