@@ -5,6 +5,8 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
+from posix.types cimport pid_t
+from posix.unistd cimport getpid
 
 cimport cython
 
@@ -136,8 +138,10 @@ cdef class Reader:
     cdef Slot registered
     cdef int64_t wakes, wakes_seen
     cdef readonly int depth
+    cdef pid_t owner
 
     def __cinit__(self, path, io="auto", int depth=8):
+        self.owner = getpid()
         self.lock, self.using, self.slots = threading.Lock(), threading.Lock(), {}
         self.flash = open_flash(path, io, depth)
         self.depth = depth
@@ -313,7 +317,7 @@ cdef class Reader:
             with self.lock:
                 f = self.flash
                 self.flash = NULL
-            if f != NULL:
+            if f != NULL and self.owner == getpid():  # a forked child has no threads to join, and shares the ring
                 with nogil:
                     pi2_flash_close(f, -1)
                 self.slots.clear()
@@ -322,7 +326,7 @@ cdef class Reader:
             self.using.release()
 
     def __dealloc__(self):
-        if self.flash != NULL:
+        if self.flash != NULL and self.owner == getpid():
             with nogil:
                 pi2_flash_close(self.flash, -1)
 

@@ -3,6 +3,8 @@
 from libc.errno cimport errno
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap)
+from posix.types cimport pid_t
+from posix.unistd cimport getpid
 
 from declarations cimport *
 
@@ -101,8 +103,10 @@ cdef class Memory:
 
     cdef readonly uintptr_t address
     cdef readonly int64_t nbytes
+    cdef pid_t owner
 
     def __cinit__(self, int64_t nbytes, *, bint huge_pages=True):
+        self.owner = getpid()
         if nbytes <= 0:
             raise ValueError(f"nbytes={nbytes}: must be positive")
         cdef void *p = mmap(NULL, <size_t>nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
@@ -126,9 +130,10 @@ cdef class Memory:
             raise OSError("madvise")
 
     def close(self):
-        if self.address:
+        # A forked child may not have it, and something else of its own in the same place.
+        if self.address and self.owner == getpid():
             munmap(<void *>self.address, <size_t>self.nbytes)
-            self.address = 0
+        self.address = 0
 
     def abandon(self):
         """In place of ``close``, where a device may still write to it: its addresses stay taken for good, and its memory is
@@ -136,10 +141,10 @@ cdef class Memory:
         could be done; if not, all of it stays."""
         cdef uintptr_t address = self.address
         self.address = 0
-        return not address or not pi2_memory_abandon(<void *>address, self.nbytes)
+        return not address or self.owner != getpid() or not pi2_memory_abandon(<void *>address, self.nbytes)
 
     def __dealloc__(self):
-        if self.address:
+        if self.address and self.owner == getpid():
             munmap(<void *>self.address, <size_t>self.nbytes)
 
 

@@ -3,6 +3,8 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
+from posix.types cimport pid_t
+from posix.unistd cimport getpid
 
 import os
 from dataclasses import dataclass
@@ -99,6 +101,7 @@ cdef class NeuronCache:
     cdef object last
     cdef pi2_read_record *records
     cdef int64_t n_records
+    cdef pid_t owner
 
     def __cinit__(self, path, regions, uintptr_t memory, int slots, int64_t slot_bytes, *, heads=None, name=None,
                   io="auto", int depth=64, deadline=None, int64_t read_through=0):
@@ -108,6 +111,7 @@ cdef class NeuronCache:
         cdef bytes encoded = os.fsencode(path)
         cdef const char *file = encoded
         cdef int backend = IO[io]
+        self.owner = getpid()
         self.path, self.n_regions = path if name is None else name, <int>len(regions)
         self.deadline = deadline
         if memory % PAGE or slot_bytes % PAGE or slots < 1 or not regions or not 1 <= depth <= PI2_FLASH_MOST:
@@ -245,7 +249,7 @@ cdef class NeuronCache:
         ended, or 0: their device does not answer and may still write to the memory (``Memory.abandon``)."""
         cdef pi2_neuron_cache *cache = self.cache
         cdef int64_t left = 0
-        if cache != NULL:
+        if cache != NULL and self.owner == getpid():  # a forked child does not have the thread
             self.last = self.counters
             self.cache = NULL
             with nogil:
@@ -253,7 +257,7 @@ cdef class NeuronCache:
         return left
 
     def __dealloc__(self):
-        if self.cache != NULL:
+        if self.cache != NULL and self.owner == getpid():
             pi2_neuron_cache_destroy(self.cache)
         free(self.records)
         free(self.regions)

@@ -3,6 +3,8 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
+from posix.types cimport pid_t
+from posix.unistd cimport getpid
 
 from declarations cimport *
 
@@ -170,10 +172,12 @@ cdef class Gang:
     """
 
     cdef pi2_gang *gang
+    cdef pid_t owner
     cdef readonly tuple cores
 
     def __cinit__(self, cores, *, int64_t spin_ns=50_000):
         cdef int[256] c
+        self.owner = getpid()
         self.cores = tuple(cores)
         if not 0 < len(self.cores) <= 256:
             raise ValueError(f"{len(self.cores)} threads: 1 to 256")
@@ -192,12 +196,12 @@ cdef class Gang:
     def close(self):
         cdef pi2_gang *gang = self.gang
         self.gang = NULL
-        if gang != NULL:
+        if gang != NULL and self.owner == getpid():  # a forked child does not have the threads
             with nogil:
                 pi2_gang_destroy(gang)
 
     def __dealloc__(self):
-        if self.gang != NULL:
+        if self.gang != NULL and self.owner == getpid():
             pi2_gang_destroy(self.gang)
 
 
@@ -303,10 +307,12 @@ cdef class Program:
     cdef int64_t pages
     cdef readonly int64_t weight_bytes
     cdef list busy_ns
+    cdef pid_t owner
 
     def __init__(self, Gang gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
                  int64_t context, int64_t pages, bint wide=True, bint mixed=False, float embedding_scale=1, float logit_softcap=0,
                  stream=None, neurons=None, clusters=None, pipeline="cluster", bint traced=False):
+        self.owner = getpid()
         self.gang, self.pages, self.stream = gang, pages, stream
         self.neurons, self.clusters = neurons, clusters
         self.keep = []
@@ -696,8 +702,9 @@ cdef class Program:
                           neurons), times
 
     def __dealloc__(self):
-        # the gang was closed before (it joins its threads after finishing what was posted)
-        if self.prepared:
+        # The gang was closed before (it joins its threads after finishing what was posted). A forked child leaves all as
+        # it is: buffers that a device may write to are not mapped there.
+        if self.prepared and self.owner == getpid():
             pi2_program_free(&self.p)
 
 

@@ -1,6 +1,8 @@
 """Rows of a matrix that stays on flash (rows.h)."""
 
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
+from posix.types cimport pid_t
+from posix.unistd cimport getpid
 
 import os
 
@@ -36,12 +38,14 @@ cdef class Rows:
 
     cdef pi2_row_reader *rows
     cdef readonly object path, deadline
+    cdef pid_t owner
 
     def __cinit__(self, path, int type_id, int64_t k, int64_t offset, uintptr_t memory, *, name=None, deadline=None):
         cdef int error = 0
         cdef pi2_flash *flash
         cdef bytes encoded = os.fsencode(path)
         cdef const char *file = encoded
+        self.owner = getpid()
         self.path, self.deadline = path if name is None else name, deadline
         if k < 1 or offset < 0 or memory % PI2_FLASH_BLOCK:
             raise InternalError(f"rows of {k} values at {offset}")
@@ -66,11 +70,11 @@ cdef class Rows:
         cdef pi2_row_reader *rows = self.rows
         cdef int64_t left = 0
         self.rows = NULL
-        if rows != NULL:
+        if rows != NULL and self.owner == getpid():  # a forked child does not have the threads
             with nogil:
                 left = pi2_rows_destroy(rows)
         return left
 
     def __dealloc__(self):
-        if self.rows != NULL:
+        if self.rows != NULL and self.owner == getpid():
             pi2_rows_destroy(self.rows)

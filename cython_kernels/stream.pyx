@@ -2,6 +2,8 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
+from posix.types cimport pid_t
+from posix.unistd cimport getpid
 
 import os
 
@@ -55,6 +57,7 @@ cdef class Stream:
     cdef readonly int n
     cdef readonly int64_t ring_bytes, lap_bytes
     cdef readonly object path, deadline, io_reason
+    cdef pid_t owner
 
     def __cinit__(self, path, units, uintptr_t ring, int64_t ring_bytes, *, name=None, io="auto",
                   int64_t read_bytes=1 << 20, int depth=8, deadline=None):
@@ -63,6 +66,7 @@ cdef class Stream:
         cdef bytes encoded = os.fsencode(path)
         cdef const char *file = encoded
         cdef int backend = IO[io]
+        self.owner = getpid()
         self.path, self.n, self.ring_bytes = path if name is None else name, <int>len(units), ring_bytes
         self.deadline = deadline
         largest = max(size for _, size, _ in units)
@@ -143,12 +147,12 @@ cdef class Stream:
         cdef pi2_stream *stream = self.stream
         cdef int64_t left = 0
         self.stream = NULL
-        if stream != NULL:
+        if stream != NULL and self.owner == getpid():  # a forked child does not have the thread
             with nogil:
                 left = pi2_stream_destroy(stream)
         return left
 
     def __dealloc__(self):
-        if self.stream != NULL:
+        if self.stream != NULL and self.owner == getpid():
             pi2_stream_destroy(self.stream)
         free(self.units)
