@@ -1,6 +1,6 @@
 """pi2rt: language models larger than the memory they are given, inside your own Python service.
 
-Three faces of one runtime, with the same names and the same ``SamplingParams``::
+Three APIs of one runtime, with the same names, the same ``SamplingParams`` and the same errors (docs/api.md)::
 
     async with pi2rt.open_runtime("smollm2") as runtime:      # Trio
         async with runtime.stream("Why is the sky blue?") as chunks:
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # known to type checkers; importing typing would take longer than all the rest
 if TYPE_CHECKING:
+    from pi2rt import catalogue
     from pi2rt._errors import (
         BusyError,
         ClosedError,
@@ -35,17 +36,19 @@ if TYPE_CHECKING:
         TemplateError,
         UnsupportedModelError,
     )
-    from pi2rt.async_engine import AsyncEngine
-    from pi2rt.engine import Chunk, Completion, SamplingParams, Timing
+    from pi2rt.async_engine import AsyncEngine, AsyncStream
+    from pi2rt.catalogue import pull
+    from pi2rt.engine import Chunk, Completion, SamplingParams, Timing, TokenStream
     from pi2rt.model_info import ModelInfo
     from pi2rt.pack_cache import ensure_pack
-    from pi2rt.sync_engine import Engine
-    from pi2rt.trio_runtime import Runtime, RuntimeStatistics, open_runtime
+    from pi2rt.sync_engine import Engine, Stream
+    from pi2rt.trio_runtime import Prompt, Runtime, RuntimeStatistics, open_runtime
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AsyncEngine",
+    "AsyncStream",
     "BusyError",
     "Chunk",
     "ClosedError",
@@ -63,31 +66,41 @@ __all__ = [
     "ModelNotFoundError",
     "Pi2rtError",
     "PluginError",
+    "Prompt",
     "RequestError",
     "Runtime",
     "RuntimeStatistics",
     "SamplingParams",
+    "Stream",
     "TemplateError",
     "Timing",
+    "TokenStream",
     "UnsupportedModelError",
     "__version__",
+    "catalogue",
     "ensure_pack",
     "open_runtime",
+    "pull",
 ]
 
 # Imported at first use: 'import pi2rt' takes a millisecond, so a command that only prints help is quick.
 _MODULES = {
     "AsyncEngine": "pi2rt.async_engine",
+    "AsyncStream": "pi2rt.async_engine",
     "Chunk": "pi2rt.engine",
     "Completion": "pi2rt.engine",
     "Engine": "pi2rt.sync_engine",
     "ModelInfo": "pi2rt.model_info",
+    "Prompt": "pi2rt.trio_runtime",
     "Runtime": "pi2rt.trio_runtime",
     "RuntimeStatistics": "pi2rt.trio_runtime",
     "SamplingParams": "pi2rt.engine",
+    "Stream": "pi2rt.sync_engine",
     "Timing": "pi2rt.engine",
+    "TokenStream": "pi2rt.engine",
     "ensure_pack": "pi2rt.pack_cache",
     "open_runtime": "pi2rt.trio_runtime",
+    "pull": "pi2rt.catalogue",
 }
 
 
@@ -96,6 +109,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "catalogue":  # a module; importing it sets the attribute
+        return import_module("pi2rt.catalogue")
     value: object = getattr(import_module(_MODULES.get(name, "pi2rt._errors")), name)
     globals()[name] = value
     return value

@@ -6,274 +6,203 @@ thread, which passes it on in the caller's way (``loop.call_soon_threadsafe``, `
 
 from __future__ import annotations
 
+import math
 import os
-import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar
+from concurrent.futures import Future
+from typing import SupportsFloat, TypeVar
 
 import trio
 
-from pi2rt._errors import ClosedError
-from pi2rt.engine import Chunk, SamplingParams
+from pi2rt._errors import BusyError, ClosedError
+from pi2rt._jobs import Call, Job, Report, reporter
+from pi2rt._trio_thread import TrioThread
+from pi2rt.engine import SamplingParams
+from pi2rt.engine.sampling_params import SamplingKeywords, number
 from pi2rt.runtime_options import RuntimeKeywords
-from pi2rt.trio_runtime import Prompt, Runtime, open_runtime
+from pi2rt.trio_runtime import Runtime, open_runtime
 
 T = TypeVar("T")
-
-STREAM_BUFFER = 256
-"""Chunks on their way to a consumer on another thread; then the runtime's own buffer fills."""
-
 
 EXIT_SECONDS = 10.0
 """How long the interpreter waits at its exit for an engine that nobody closed."""
 
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """For a progress callback, which is called on the consumer's side."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """Nothing comes after it. ``error``: what to raise, None for a good end."""
-
-    error: BaseException | None = None
-
-
-Item: TypeAlias = Chunk | Progress | End
+ANSWER_SECONDS = 5.0
+"""How long ``ask`` waits. Nothing holds the runtime's loop for more than some 50 ms."""
 
 
 class RuntimeThread:
-    """Starts at once; ``ready`` is set when the model is open, or to the error that prevented it."""
+    """Starts at once; ``ready`` is set when the model is open, or to the error that prevented it.
+
+    Args:
+        deliver: where ``on_load`` of the options is to be called, on the caller's side.
+    """
 
     def __init__(
-        self,
-        model: str | os.PathLike[str],
-        options: RuntimeKeywords,
-        on_load: Callable[[Progress], None] | None = None,
+        self, model: str | os.PathLike[str], options: RuntimeKeywords, deliver: Callable[[Report], None]
     ) -> None:
         self._model, self._options = model, options
+        on_load = options.get("on_load")
         if on_load is not None:
-            self._options = {**options, "on_load": lambda done, total: on_load(Progress(done, total))}
+            self._options = {**options, "on_load": reporter(on_load, deliver)}
         self.ready: Future[Runtime] = Future()
-        self.ready.set_running_or_notify_cancel()  # who stops waiting for it does not change it
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._scope = trio.CancelScope()  # around all
-        self._jobs: trio.Nursery | None = None  # while the runtime is open
-        self._began = threading.Event()
-        # A daemon, so that an engine that nobody closed cannot keep the interpreter from exiting.
-        self._thread = threading.Thread(target=self._run, name="pi2rt", daemon=True)
-        self._thread.start()
-        self._began.wait()
+        self.ready.set_running_or_notify_cancel()
+        self._nursery: trio.Nursery | None = None  # while the runtime is open
+        self._jobs: set[Job] = set()  # that have not ended
+        self._opened = False
+        self._closing = False  # takes no more jobs
+        self._draining = False  # and lets those there are finish
+        self.trio = TrioThread(self._main)
+        self.trio.future.add_done_callback(self._ended)
 
-    def call_soon(self, function: Callable[[], object]) -> None:
-        """Runs ``function`` on the runtime's thread, soon. From any thread, also from a finaliser.
-
-        Raises:
-            ClosedError: the runtime is closed.
+    def check_open(self) -> None:
+        """Raises:
+        ClosedError: it is closed or closing, or belongs to another process.
         """
-        assert self._token is not None
-        try:
-            self._token.run_sync_soon(function)
-        except trio.RunFinishedError:
-            raise ClosedError("the engine is closed") from None
+        self.trio.owner.check()
+        if self.trio.future.done():
+            raise ClosedError("the engine is closed")
+        if self._closing:
+            raise ClosedError("the engine is closing, and takes no more requests")
+
+    def chosen(self, params: SamplingParams | None, overrides: SamplingKeywords) -> SamplingParams:
+        """As ``Runtime.chosen``."""
+        self.check_open()
+        return self.ready.result().chosen(params, overrides)
 
     def start(self, job: Job) -> None:
-        """Runs a job in a task of its own."""
+        """Runs a job in a task of its own.
+
+        Raises:
+            ClosedError: as ``check_open``.
+        """
+        self.check_open()
 
         def start() -> None:
-            if self._jobs is None:
+            if self._nursery is None:
+                self._jobs.discard(job)
                 job.refuse(ClosedError("the engine is closed"))
             else:
-                self._jobs.start_soon(job.run, self.ready.result())
+                self._nursery.start_soon(self._work, job)
 
-        self.call_soon(start)
+        self._jobs.add(job)
+        try:
+            self.trio.call_soon(start)
+        except ClosedError:
+            self._jobs.discard(job)
+            raise
 
-    def call(self, function: Callable[[Runtime], Awaitable[T]]) -> Call[T]:
-        """Starts ``await function(runtime)``."""
-        call = Call(self, function)
+    def call(self, function: Callable[[Runtime], Awaitable[T]], timeout: float | None = None) -> Call[T]:
+        """Starts ``await function(runtime)``. Raises ClosedError as ``start``."""
+        call = Call(self.trio, function, timeout)
         self.start(call)
         return call
 
-    def close(self) -> None:
-        """Begins to close; ``join`` waits for the end. Safe to call twice, from any thread."""
+    def ask(self, function: Callable[[Runtime], T]) -> T:
+        """``function(runtime)``, called on the runtime's thread between two tasks; waits for it, which takes about
+        0.1 ms. From any thread.
+
+        Raises:
+            ClosedError: the runtime is closed, or belongs to another process.
+            BusyError: its thread has not answered for ``ANSWER_SECONDS``.
+        """
+        self.trio.owner.check()
+        runtime = self.ready.result()
+        if self.trio.current:
+            return function(runtime)
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(function(runtime))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self.trio.call_soon(run)
         try:
-            self.call_soon(self._scope.cancel)
+            return answer.result(ANSWER_SECONDS)
+        except TimeoutError:
+            raise BusyError(
+                f"the runtime's thread has not answered for {ANSWER_SECONDS:g} s; something else holds the "
+                f"interpreter; ask again"
+            ) from None
+
+    def close(self, drain: float = 0.0) -> None:
+        """Begins to close; ``join`` waits for the end. Safe to call twice, from any thread.
+
+        Args:
+            drain: seconds for requests that wait or run to finish. The shortest of several calls counts.
+        """
+        self._closing = True
+        try:
+            self.trio.call_soon(lambda: self._close(drain))
         except ClosedError:
             return
 
     def join(self, timeout: float | None = None) -> None:
         """Waits until the model is freed."""
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout)
+        self.trio.join(timeout)
+
+    def check_end(self) -> None:
+        """After ``join``: raises what went wrong with the runtime at its end, if it had opened. Once.
+
+        Raises:
+            ExecutorError: the executor did not stop in time, or raised.
+        """
+        if not self.trio.owner.elsewhere and self._opened and self.trio.future.done():
+            self._opened = False
+            error = self.trio.future.exception()
+            if error is not None and not isinstance(error, ClosedError):
+                raise error
 
     def abandon(self) -> None:
         """For finalisers and the interpreter's exit: closes, and waits for a while."""
         self.close()
         self.join(EXIT_SECONDS)
 
-    def _run(self) -> None:
-        try:
-            trio.run(self._main)
-        except BaseException as error:
-            self._fail(error)
+    def _close(self, drain: float) -> None:
+        scope = self.trio.scope
+        if drain and self._jobs and self._nursery is not None:
+            self._draining = True
+            scope.deadline = min(scope.deadline, trio.current_time() + drain)
         else:
-            self._fail(ClosedError("the engine was closed while it opened"))
-        finally:
-            self._began.set()
-
-    def _fail(self, error: BaseException) -> None:
-        if not self.ready.done():
-            self.ready.set_exception(error)
+            scope.cancel()
 
     async def _main(self) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        self._began.set()
-        with self._scope:
-            async with open_runtime(self._model, **self._options) as runtime:
-                try:
-                    async with trio.open_nursery() as self._jobs:
-                        self.ready.set_result(runtime)
-                        await trio.sleep_forever()
-                finally:
-                    self._jobs = None
-
-
-class Job:
-    """A task on the runtime's thread that another thread can cancel."""
-
-    def __init__(self, thread: RuntimeThread) -> None:
-        self._thread = thread
-        self._scope = trio.CancelScope()
-
-    async def run(self, runtime: Runtime) -> None:
-        """Never raises, so that no job takes others with it."""
-        raise NotImplementedError
-
-    def refuse(self, error: BaseException) -> None:
-        """It will not run."""
-        raise NotImplementedError
-
-    def cancel(self) -> None:
-        """From any thread, also from a finaliser. A job that is over does not mind."""
-        try:
-            self._thread.call_soon(self._scope.cancel)
-        except ClosedError:
-            return
-
-
-class Call(Job, Generic[T]):
-    """Its result goes to ``future``."""
-
-    def __init__(self, thread: RuntimeThread, function: Callable[[Runtime], Awaitable[T]]) -> None:
-        super().__init__(thread)
-        self._function = function
-        self.future: Future[T] = Future()
-
-    async def run(self, runtime: Runtime) -> None:
-        try:
-            with self._scope:
-                result = await self._function(runtime)
-                self._settle(lambda: self.future.set_result(result))
-        except Exception as error:
-            failure = error
-            self._settle(lambda: self.future.set_exception(failure))
-        finally:
-            self.refuse(ClosedError("the engine was closed while this request ran"))
-
-    def refuse(self, error: BaseException) -> None:
-        if not self.future.done():
-            self._settle(lambda: self.future.set_exception(error))
-
-    def _settle(self, set_it: Callable[[], None]) -> None:
-        try:
-            set_it()
-        except InvalidStateError:  # the caller has cancelled the future
-            return
-
-
-class Pump(Job):
-    """Sends the chunks of one request to ``deliver``, which is called on the runtime's thread and may raise
-    RuntimeError when nobody is there any more. The last item is always an ``End``.
-
-    The consumer says ``took()`` for every chunk; while ``STREAM_BUFFER`` of them are on their way, none is
-    sent.
-    """
-
-    def __init__(
-        self,
-        thread: RuntimeThread,
-        prompt: Prompt,
-        params: SamplingParams,
-        deliver: Callable[[Item], None],
-        *,
-        report_prefill: bool,
-    ) -> None:
-        super().__init__(thread)
-        self._prompt, self._params = prompt, params
-        self._deliver = deliver
-        self._report_prefill = report_prefill
-        self._sent = self._taken = 0
-        self._waiting = False
-        self._room = trio.Event()
-
-    def took(self) -> None:
-        """One chunk was taken. On the consumer's thread."""
-        self._taken += 1
-        # The pump sets _waiting before it looks at _taken for the last time, so one of the two sees it.
-        if self._waiting and self._sent - self._taken <= STREAM_BUFFER // 2:
-            self._waiting = False
+        async with open_runtime(self._model, **self._options) as runtime:
             try:
-                self._thread.call_soon(self._wake)
-            except ClosedError:
-                return
+                async with trio.open_nursery() as self._nursery:
+                    self._opened = True
+                    self.ready.set_result(runtime)
+                    await trio.sleep_forever()
+            finally:
+                self._nursery = None
 
-    async def run(self, runtime: Runtime) -> None:
-        end = End(ClosedError("the engine was closed while this request ran"))
+    async def _work(self, job: Job) -> None:
         try:
-            with self._scope:
-                await self._send(runtime)
-                end = End()
-        except Exception as error:
-            end = End(error)
+            await job.run(self.ready.result())
         finally:
-            self._last(end)
+            self._jobs.discard(job)
+            if self._draining and not self._jobs:
+                self.trio.scope.cancel()
 
-    def refuse(self, error: BaseException) -> None:
-        self._last(End(error))
+    def _ended(self, future: Future[None]) -> None:
+        """Nobody waits for what will not come."""
+        error = future.exception()
+        if not self.ready.done():
+            closed = error is None or self.trio.scope.cancelled_caught
+            self.ready.set_exception(
+                ClosedError("the engine was closed while it opened") if closed or error is None else error
+            )
+        for job in self._jobs.copy():
+            job.refuse(ClosedError("the engine was closed while this request ran"))
 
-    async def _send(self, runtime: Runtime) -> None:
-        on_prefill = self._prefill if self._report_prefill else None
-        async with runtime.stream(self._prompt, self._params, on_prefill=on_prefill) as chunks:
-            async for chunk in chunks:
-                self._sent += 1
-                self._deliver(chunk)
-                while self._full():
-                    await self._room.wait()
 
-    def _full(self) -> bool:
-        if self._sent - self._taken < STREAM_BUFFER:
-            return False
-        self._room = trio.Event()
-        self._waiting = True
-        if self._sent - self._taken > STREAM_BUFFER // 2:
-            return True
-        self._waiting = False
-        return False
+def seconds(name: str, value: SupportsFloat | None) -> float | None:
+    """A time limit that a caller has given; None is no limit. Raises RequestError for what is none."""
+    return None if value is None else number(name, value, 0, math.inf, open_low=True)
 
-    def _wake(self) -> None:
-        self._room.set()
 
-    def _prefill(self, done: int, total: int) -> None:
-        self._deliver(Progress(done, total))
-
-    def _last(self, end: End) -> None:
-        try:
-            self._deliver(end)
-        except RuntimeError:  # the consumer's event loop is closed
-            return
+def drain_seconds(value: SupportsFloat) -> float:
+    """As ``seconds``, for ``drain``; 0 does not wait."""
+    return number("drain", value, 0, math.inf)

@@ -1,4 +1,4 @@
-"""The asyncio face: the same as ``open_runtime``, for services that run on asyncio.
+"""The asyncio API: the same as ``open_runtime``, for services that run on asyncio.
 
 The runtime has a thread of its own, where Trio runs; an event loop only ever waits for futures of its own.
 """
@@ -10,16 +10,24 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import replace
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, SupportsFloat, SupportsIndex, TypeVar, Unpack
 
-from pi2rt import runtime_options
+from pi2rt import catalogue, runtime_options
+from pi2rt._download import PullProgress
 from pi2rt._errors import BusyError, ClosedError
-from pi2rt._runtime_thread import Item, Progress, Pump, RuntimeThread
+from pi2rt._jobs import End, Item, Pump, Report, reporter
+from pi2rt._request_stream import RequestStream
+from pi2rt._runtime_thread import RuntimeThread, drain_seconds
+from pi2rt._trio_thread import TrioThread
 from pi2rt.engine import Chunk, Completion, SamplingParams
 from pi2rt.engine.sampling_params import SamplingKeywords
+from pi2rt.engine.token_stream import BUSY
 from pi2rt.model_info import ModelInfo
+from pi2rt.pack_cache import ensure_pack
 from pi2rt.runtime.executor import Progress as ProgressCallback
 from pi2rt.runtime.step import Floats
 from pi2rt.tokenizer import Tokenizer
@@ -31,7 +39,7 @@ T = TypeVar("T")
 class AsyncEngine:
     """``async with AsyncEngine("smollm2") as engine: async for chunk in engine.stream("Why?"): ...``
 
-    Belongs to the event loop that started it. Progress callbacks run in that loop.
+    Progress callbacks run in the event loop of the task that waits for what they report.
 
     Args:
         model: as ``open_runtime``.
@@ -51,6 +59,16 @@ class AsyncEngine:
         """``async with AsyncEngine.open("smollm2") as engine: ...``, the same as the constructor."""
         return cls(model, **options)
 
+    @staticmethod
+    async def pull(model: str, on_progress: PullProgress | None = None) -> Path:
+        """As ``pi2rt.pull``: fetches a model unless it is here. Cancelling it leaves nothing behind."""
+        return await _run(partial(catalogue.pull, model), on_progress)
+
+    @staticmethod
+    async def ensure_pack(model: str | os.PathLike[str], on_progress: PullProgress | None = None) -> Path:
+        """As ``pi2rt.ensure_pack``: the pack of a model. Cancelling it leaves nothing behind."""
+        return await _run(partial(ensure_pack, model), on_progress)
+
     async def start(self) -> Self:
         """Loads the model; cancelling it abandons the load. ``async with`` calls it.
 
@@ -58,27 +76,36 @@ class AsyncEngine:
         """
         if self._thread is not None:
             raise BusyError("this engine was started already; make another one")
-        loop = asyncio.get_running_loop()
-        on_load = self._options.get("on_load")
-
-        def report(progress: Progress) -> None:
-            assert on_load is not None
-            loop.call_soon_threadsafe(on_load, progress.done, progress.total)
-
-        self._thread = RuntimeThread(self._model, self._options, None if on_load is None else report)
+        inbox = _Inbox(asyncio.get_running_loop())
+        self._thread = RuntimeThread(self._model, self._options, inbox.deliver)
         self._finalizer = weakref.finalize(self, self._thread.abandon)
         try:
-            self._runtime = await asyncio.wrap_future(self._thread.ready)
+            self._runtime = await _wait(self._thread.ready, inbox)
         except BaseException:
             await self.aclose()
+            self._thread = None  # which keeps the error, whose traceback has this frame
             raise
         return self
 
-    async def aclose(self) -> None:
-        """Ends all requests with ClosedError and frees the model. Safe to call twice."""
-        if self._thread is not None:
-            self._thread.close()
-            await _shielded(asyncio.get_running_loop().run_in_executor(None, self._thread.join))
+    async def aclose(self, *, drain: SupportsFloat = 0.0) -> None:
+        """Ends all requests with ClosedError and frees the model. Safe to call twice. In a forked child it does
+        nothing.
+
+        Args:
+            drain: seconds. For so long, requests that wait or run may finish, while new ones are refused; then they
+                are ended. Cancelling this, or calling it again without ``drain``, ends them at once.
+
+        Raises:
+            RequestError: ``drain`` is no number of seconds.
+            ExecutorError: the executor did not stop in time.
+        """
+        seconds = drain_seconds(drain)
+        thread = self._thread
+        if thread is None or thread.trio.owner.elsewhere:
+            return
+        thread.close(seconds)
+        await _shielded(asyncio.get_running_loop().run_in_executor(None, thread.join), thread.close)
+        thread.check_end()
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -106,12 +133,12 @@ class AsyncEngine:
     ) -> AsyncStream:
         """``async for chunk in engine.stream("Why?", max_tokens=50): ...``
 
-        Arguments and errors as for ``Runtime.stream``. Leaving the loop, cancelling the task or dropping
-        the iterator ends the request; ``async with engine.stream(...) as chunks`` says so in so many words.
+        Arguments and errors as for ``Runtime.stream``; without a block, the first chunk enters. Leaving the loop,
+        cancelling the task or dropping the iterator ends the request; ``async with engine.stream(...) as chunks`` says
+        so explicitly.
         """
         thread, _ = self._started()
-        params = replace(params or SamplingParams(), **overrides)
-        return AsyncStream(self, thread, prompt, params, on_prefill)
+        return AsyncStream(self, thread, prompt, thread.chosen(params, overrides), on_prefill)
 
     async def generate(
         self,
@@ -122,17 +149,17 @@ class AsyncEngine:
         **overrides: Unpack[SamplingKeywords],
     ) -> Completion:
         """The whole text at once. Arguments and errors as for ``stream``."""
-        params = replace(params or SamplingParams(), **overrides)
         if on_prefill is None:
-            return await self._call(lambda runtime: runtime.generate(prompt, params))
-        async with self.stream(prompt, params, on_prefill=on_prefill) as chunks:
+            chosen = self._started()[0].chosen(params, overrides)
+            return await self._call(lambda runtime: runtime.generate(prompt, chosen))
+        async with self.stream(prompt, params, on_prefill=on_prefill, **overrides) as chunks:
             return Completion.of([chunk async for chunk in chunks])
 
-    async def score(self, tokens: Iterable[int]) -> Floats:
+    async def score(self, tokens: Iterable[SupportsIndex]) -> Floats:
         """As ``Runtime.score``."""
         return await self._call(lambda runtime: runtime.score(tokens))
 
-    async def logits(self, tokens: Iterable[int]) -> Floats:
+    async def logits(self, tokens: Iterable[SupportsIndex]) -> Floats:
         """As ``Runtime.logits``."""
         return await self._call(lambda runtime: runtime.logits(tokens))
 
@@ -140,13 +167,9 @@ class AsyncEngine:
         """As ``Runtime.resize``."""
         await self._call(lambda runtime: runtime.resize(memory))
 
-    async def statistics(self) -> RuntimeStatistics:
-        """As ``Runtime.statistics``."""
-
-        async def ask(runtime: Runtime) -> RuntimeStatistics:
-            return runtime.statistics()
-
-        return await self._call(ask)
+    def statistics(self) -> RuntimeStatistics:
+        """As ``Runtime.statistics``. Holds the event loop for about 0.1 ms; from any thread."""
+        return self._started()[0].ask(Runtime.statistics)
 
     def _started(self) -> tuple[RuntimeThread, Runtime]:
         if self._thread is None or self._runtime is None:
@@ -162,8 +185,13 @@ class AsyncEngine:
             raise
 
 
-class AsyncStream:
-    """The chunks of one request. It starts with the first chunk asked for, or on entering ``async with``."""
+class AsyncStream(RequestStream):
+    """The chunks of one request, for one consumer. It starts with the first chunk asked for, or on entering
+    ``async with``.
+
+    A cancelled ``__anext__`` (of ``asyncio.wait_for``, say) loses no chunk: the next call goes on. What ended the
+    stream is raised again by every later call.
+    """
 
     def __init__(
         self,
@@ -173,25 +201,38 @@ class AsyncStream:
         params: SamplingParams,
         on_prefill: ProgressCallback | None,
     ) -> None:
-        self._engine = engine  # which closes when nobody knows it any more
-        self._thread, self._prompt, self._params = thread, prompt, params
-        self._on_prefill = on_prefill
-        self._inbox: _Inbox | None = None
-        self._pump: Pump | None = None
-        self._over = False
+        self._inbox = inbox = _Inbox()
+        super().__init__(engine, thread, Pump(thread.trio, prompt, params, inbox.deliver, on_prefill))
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Chunk:
+        """The next chunk.
+
+        Raises:
+            StopAsyncIteration: the text is whole.
+            BusyError: another task is waiting for a chunk of this stream.
+            ClosedError: the stream or the engine was closed, also by another task, or this is a forked child.
+            RequestError, ContextOverflowError, TemplateError: as on entering, where this is the first call.
+            ExecutorError: the executor failed on this request.
+        """
         try:
-            return await self._next()
-        except BaseException:  # cancelled, failed or at its end
-            await self.aclose()
+            chunk = await self._receive(entering=False)
+        except asyncio.CancelledError:
+            # A traceback that somebody keeps must not keep the request of an iterator that was dropped.
+            del self
             raise
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
 
     async def __aenter__(self) -> Self:
-        self._start()
+        try:
+            await self._receive(entering=True)
+        except asyncio.CancelledError:
+            self._leave()
+            raise
         return self
 
     async def __aexit__(
@@ -200,88 +241,112 @@ class AsyncStream:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Ends the request. Does not wait."""
-        self._end()
+        """Ends the request; a task that waits for a chunk gets ClosedError. Does not wait."""
+        if self._leave():
+            self._inbox.put(End())  # wakes it
 
     def __del__(self) -> None:
-        # Breaking out of the loop drops the iterator: that ends the request too.
-        self._end()
+        if hasattr(self, "_end"):  # its constructor has ended
+            self._leave()
 
-    def _start(self) -> tuple[Pump, _Inbox]:
-        if self._pump is None or self._inbox is None:
-            self._inbox = inbox = _Inbox(asyncio.get_running_loop())
-            self._pump = Pump(
-                self._thread,
-                self._prompt,
-                self._params,
-                inbox.deliver,
-                report_prefill=self._on_prefill is not None,
-            )
-            self._thread.start(self._pump)
-        return self._pump, self._inbox
-
-    async def _next(self) -> Chunk:
-        if self._over:
-            raise StopAsyncIteration
-        pump, inbox = self._start()
-        while True:
-            item = await inbox.take()
-            if isinstance(item, Chunk):
-                pump.took()
-                return item
-            if isinstance(item, Progress):
-                if self._on_prefill is not None:
-                    self._on_prefill(item.done, item.total)
-            elif item.error is None:
-                raise StopAsyncIteration
-            else:
-                raise item.error
-
-    def _end(self) -> None:
-        if not self._over:
-            self._over = True
-            if self._pump is not None:
-                self._pump.cancel()
+    async def _receive(self, *, entering: bool) -> Chunk | None:
+        """The next chunk; None at the end, or once the request has entered where it is only ``entering``."""
+        self._thread.trio.owner.check()
+        self._inbox.loop = self._inbox.loop or asyncio.get_running_loop()
+        try:
+            self._begin()
+            while self._end is None and not (entering and self._entered):
+                chunk = self._accept(await self._inbox.take())
+                if chunk is not None:
+                    return chunk
+        except BusyError:
+            raise
+        except Exception as error:
+            self._leave(error)
+            raise
+        except asyncio.CancelledError:
+            del self
+            raise
+        if self._end is not None and self._end.error is not None:
+            raise self._end.error
+        return None
 
 
 class _Inbox:
-    """What has arrived in an event loop. Holds no reference to the stream, which may be dropped at any
+    """What has arrived in an event loop. Holds no reference to a stream, which may be dropped at any
     time."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self.loop = loop
         self._items: deque[Item] = deque()
         self._reader: asyncio.Future[None] | None = None
 
     def deliver(self, item: Item) -> None:
-        """On the runtime's thread. Raises RuntimeError where the loop is closed."""
-        self._loop.call_soon_threadsafe(self._put, item)
+        """On any thread. Raises RuntimeError where the loop is closed."""
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self.put, item)
 
     async def take(self) -> Item:
+        """Raises:
+        BusyError: another task is in it.
+        """
+        if self._reader is not None:
+            raise BusyError(BUSY)
         while not self._items:
-            if self._reader is not None:
-                raise BusyError("another task is waiting for a chunk of this stream")
-            self._reader = self._loop.create_future()
+            assert self.loop is not None
+            self._reader = self.loop.create_future()
             try:
                 await self._reader
             finally:
                 self._reader = None
         return self._items.popleft()
 
-    def _put(self, item: Item) -> None:
+    def put(self, item: Item) -> None:
         self._items.append(item)
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
 
-async def _shielded(future: asyncio.Future[Any]) -> None:
-    """Waits for ``future`` whatever happens, then lets a cancellation through."""
-    cancelled: asyncio.CancelledError | None = None
+async def _wait(future: Future[T], inbox: _Inbox) -> T:
+    """The result of ``future``; makes the calls that are reported until then."""
+
+    def done(_: object) -> None:
+        try:
+            inbox.deliver(End())
+        except RuntimeError:  # the loop is closed
+            return
+
+    future.add_done_callback(done)
+    while isinstance(event := await inbox.take(), Report):
+        event.call()
+    return future.result()
+
+
+async def _run(
+    function: Callable[[Callable[..., Any] | None], Awaitable[T]], callback: PullProgress | None
+) -> T:
+    """``function(callback)`` under Trio on a thread of its own, with the calls of ``callback`` in this event loop.
+    Waits until the function has ended, also when this is cancelled."""
+    loop = asyncio.get_running_loop()
+    inbox = _Inbox(loop)
+    work = TrioThread(lambda: function(None if callback is None else reporter(callback, inbox.deliver)))
+    try:
+        return await _wait(work.future, inbox)
+    finally:
+        work.cancel()
+        await _shielded(loop.run_in_executor(None, work.join))
+
+
+async def _shielded(future: asyncio.Future[Any], cancelled: Callable[[], object] = lambda: None) -> None:
+    """Waits for ``future`` whatever happens, then lets a cancellation through. ``cancelled`` is called when one
+    comes."""
+    cancellation: asyncio.CancelledError | None = None
     while not future.done():
         try:
             await asyncio.shield(future)
         except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
+            cancellation = error
+            cancelled()
+    if cancellation is not None:
+        raise cancellation
     future.result()

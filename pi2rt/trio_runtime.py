@@ -1,17 +1,18 @@
-"""The Trio face: a model that is open, and the requests to it."""
+"""The Trio API: a model that is open, and the requests to it."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, Unpack
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, Unpack
 
 import trio
 
 from pi2rt import catalogue
-from pi2rt._errors import RequestError, UnsupportedModelError
+from pi2rt._errors import ClosedError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels.native import trim_heap
 from pi2rt.engine import (
     Chunk,
@@ -22,7 +23,7 @@ from pi2rt.engine import (
     SamplingParams,
     TokenStream,
 )
-from pi2rt.engine.sampling_params import SamplingKeywords
+from pi2rt.engine.sampling_params import SamplingKeywords, number
 from pi2rt.executor_plan import plan_executor, tokenizer_bytes
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.model_info import ModelInfo, model_info
@@ -34,6 +35,7 @@ from pi2rt.runtime.channel import ChannelStatistics
 from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress
 from pi2rt.runtime.host_memory import peak_rss_bytes
 from pi2rt.runtime.own_nursery import open_own_nursery
+from pi2rt.runtime.owner import Owner
 from pi2rt.runtime.registry import load_executor
 from pi2rt.runtime.step import Floats
 from pi2rt.runtime.topology import CoreClass, parse_core_classes, read_topology
@@ -43,8 +45,9 @@ from pi2rt.sparsity import load_sparsity
 from pi2rt.tokenizer import Tokenizer, load_tokenizer
 from pi2rt.tokenizer.messages import shown
 
-Prompt: TypeAlias = str | Iterable[int] | Iterable[Mapping[str, Any]]
-"""Text, token ids, or messages (``{"role": "user", "content": "..."}``) for the model's chat template.
+Prompt: TypeAlias = str | Iterable[SupportsIndex] | Iterable[Mapping[str, Any]]
+"""Text, token ids, or messages for the model's chat template: ``{"role": "user", "content": "..."}``, where ``content``
+may also be a list of text parts as OpenAI has them, ``[{"type": "text", "text": "..."}]``.
 A control token spelled out in text becomes that token: mind where your text comes from. In messages it stays text,
 unless the model is opened with ``content_control_tokens``."""
 
@@ -82,18 +85,21 @@ class Runtime:
         self._content_control_tokens = content_control_tokens
         self.tokenizer = tokenizer
         self.model = model
+        self._owner = Owner()
+        self._entering = 0  # requests whose prompts are being tokenised
+        self._entered = trio.Event()  # set when one of them is with the engine, or has failed
+        self._closing = False
         self._stopped = trio.Event()
         self._scope = trio.CancelScope()
 
-    @asynccontextmanager
-    async def stream(
+    def stream(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         on_prefill: Progress | None = None,
         **overrides: Unpack[SamplingKeywords],
-    ) -> AsyncIterator[TokenStream]:
+    ) -> AbstractAsyncContextManager[TokenStream]:
         """``async with runtime.stream("Why?", max_tokens=50) as chunks: async for chunk in chunks: ...``
 
         Leaving the block, or cancelling it, ends the request within a layer of prefill or a step of decode.
@@ -105,17 +111,29 @@ class Runtime:
             overrides: fields of ``SamplingParams`` to change in ``params``.
 
         Raises:
-            RequestError: the prompt is empty or not valid for this model, or a parameter is out of its range.
-            ContextOverflowError: prompt and ``max_tokens`` together exceed the context.
-            BusyError: ``max_queue`` requests wait already.
+            RequestError: (from the call) a parameter is out of its range; (from entering the block) the prompt is
+                empty or not valid for this model.
+            ContextOverflowError: (from entering) prompt and ``max_tokens`` together exceed the context.
+            TemplateError: (from entering) the model's chat template fails on these messages.
+            BusyError: (from entering) ``max_queue`` requests wait already.
             ExecutorError: (from iterating) the executor failed on this request; the runtime stays usable.
-            ClosedError: the runtime is closed.
+            ClosedError: the runtime is closed, or is closing, or was opened by another process.
         """
-        if overrides:
-            params = replace(params or SamplingParams(), **overrides)
-        with self._engine.reserve() as ticket:
-            tokens = await self._encode(prompt)
-            stream = self._engine.stream(tokens, params, on_prefill=on_prefill, ticket=ticket)
+        return self._stream(prompt, self.chosen(params, overrides), on_prefill)
+
+    @asynccontextmanager
+    async def _stream(
+        self, prompt: Prompt, params: SamplingParams, on_prefill: Progress | None
+    ) -> AsyncIterator[TokenStream]:
+        self._check_open()
+        self._entering += 1
+        try:
+            with self._engine.reserve() as ticket:
+                tokens = await self._encode(prompt)
+                stream = self._engine.stream(tokens, params, on_prefill=on_prefill, ticket=ticket)
+        finally:
+            self._entering -= 1
+            self._entered.set()
         async with stream as chunks:
             yield chunks
 
@@ -134,17 +152,31 @@ class Runtime:
                 chunks.append(chunk)  # noqa: PERF401 - not a comprehension: what came stays for the debugger
         return Completion.of(chunks)
 
-    async def score(self, tokens: Iterable[int]) -> Floats:
+    def chosen(self, params: SamplingParams | None, overrides: SamplingKeywords) -> SamplingParams:
+        """The parameters of a request, checked as far as possible without its prompt. For the other APIs too: safe
+        from any thread.
+
+        Raises:
+            RequestError, ClosedError: as ``stream`` when it is called.
+        """
+        self._check_open()
+        chosen = SamplingParams.of(params, overrides)
+        self._engine.check(chosen)
+        return chosen
+
+    async def score(self, tokens: Iterable[SupportsIndex]) -> Floats:
         """The natural log probability of each token but the first, given those before it. float32 (n - 1,).
 
         Raises:
             RequestError, ContextOverflowError, BusyError, ExecutorError, ClosedError: as ``stream``.
         """
+        self._check_open()
         return await self._engine.score(tokens)
 
-    async def logits(self, tokens: Iterable[int]) -> Floats:
+    async def logits(self, tokens: Iterable[SupportsIndex]) -> Floats:
         """The logits of the token after each of ``tokens``. float32 (n, vocab_size). Errors as for
         ``score``."""
+        self._check_open()
         return await self._engine.logits(tokens)
 
     async def resize(self, memory: int | str) -> None:
@@ -163,28 +195,70 @@ class Runtime:
             MemoryBudgetError: too little for what must stay; the message says how much that is.
             ExecutorError, ClosedError: as ``stream``.
         """
+        self._check_open()
         await self._resize(RuntimeOptions(memory=memory).memory_bytes)
 
     def statistics(self) -> RuntimeStatistics:
-        """What is going on now; cheap enough to ask every second."""
+        """What is going on now; cheap enough to ask every second.
+
+        Raises:
+            ClosedError: the runtime is closed, or was opened by another process.
+        """
+        self._check_not_closed()
         leader = self._actor.statistics()
         actors = (leader, *assistant_statistics(leader))
         memory = {**leader.executor.bytes, "peak_rss": peak_rss_bytes()}
         return RuntimeStatistics(self._engine.statistics(), actors, (leader.inbox,), memory)
 
-    async def aclose(self) -> None:
+    async def aclose(self, *, drain: SupportsFloat = 0.0) -> None:
         """Ends all requests with ClosedError and frees the model. Safe to call twice; leaving
-        ``open_runtime`` calls it.
+        ``open_runtime`` calls it. In a forked child it does nothing.
+
+        Args:
+            drain: seconds. For so long, requests that wait or run may finish, while new ones are refused; then they
+                are ended. Cancelling this, or calling it again without ``drain``, ends them at once.
 
         Raises:
+            RequestError: ``drain`` is no number of seconds.
             ExecutorError: the executor did not stop in time.
         """
-        self._engine.close()
+        if self._owner.elsewhere:
+            return
+        seconds = number("drain", drain, 0, math.inf)
+        self._closing = True
+        try:
+            if seconds and not self._engine.closed:
+                with trio.move_on_after(seconds):
+                    await self._drained()
+        finally:
+            self._engine.close()
         with trio.move_on_after(CLOSE_SECONDS):
             await self._stopped.wait()
         self._scope.cancel()
         await self._stopped.wait()
         await self._actor.aclose()
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether this is a forked child of the process that opened the runtime."""
+        return self._owner.elsewhere
+
+    async def _drained(self) -> None:
+        while self._entering:
+            if self._entered.is_set():
+                self._entered = trio.Event()
+            await self._entered.wait()
+        await self._engine.idle()
+
+    def _check_open(self) -> None:
+        self._check_not_closed()
+        if self._closing:
+            raise ClosedError("the engine is closing, and takes no more requests")
+
+    def _check_not_closed(self) -> None:
+        self._owner.check()
+        if self._engine.closed:
+            raise ClosedError("the engine is closed")
 
     async def _encode(self, prompt: Prompt) -> list[Any]:
         """Token ids of any kind of prompt."""
@@ -339,6 +413,7 @@ async def open_runtime(
                     executor_options = before
                     raise
 
+        owner = Owner()
         actor = Actor(placement.lead.name, make_executor, open_executor, trace)
         try:
             async with open_own_nursery() as nursery:
@@ -351,10 +426,13 @@ async def open_runtime(
                 try:
                     yield runtime
                 finally:
-                    with trio.CancelScope(shield=True):
-                        await runtime.aclose()
+                    if runtime.elsewhere:
+                        nursery.cancel_scope.cancel()  # copies of the tasks; what they used stays with the parent
+                    else:
+                        with trio.CancelScope(shield=True):
+                            await runtime.aclose()
         finally:
-            if trace is not None and chosen.trace is not None:
+            if trace is not None and chosen.trace is not None and not owner.elsewhere:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(trace.write, chosen.trace)
 

@@ -1,6 +1,6 @@
 """Sequences, scheduler, prefix reuse: the step loop."""
 
-from pi2rt.engine.chunk import Chunk, Completion, FinishReason, Timing, TopLogprobs
+from pi2rt.engine.chunk import Chunk, Completion, FinishDetail, FinishReason, Timing, TopLogprobs
 from pi2rt.engine.engine import Engine
 from pi2rt.engine.options import EngineOptions
 from pi2rt.engine.queue import QueueStatistics, Ticket
@@ -14,6 +14,7 @@ __all__ = [
     "Engine",
     "EngineOptions",
     "EngineStatistics",
+    "FinishDetail",
     "FinishReason",
     "QueueStatistics",
     "SamplingParams",

@@ -11,12 +11,13 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Literal, Protocol
+from typing import Literal, Protocol, SupportsIndex
 
 import trio
 
 from pi2rt._errors import ClosedError, ExecutorError, InternalError
 from pi2rt.engine.blame import blame, carried, copied
+from pi2rt.engine.chunk import Timing
 from pi2rt.engine.options import EngineOptions
 from pi2rt.engine.prompt import check_token, prompt_tokens
 from pi2rt.engine.queue import Queue, Ticket
@@ -26,13 +27,14 @@ from pi2rt.engine.sampling_params import SamplingParams
 from pi2rt.engine.scheduler import Flight, Scheduler
 from pi2rt.engine.sequence import Sequence, SequenceState
 from pi2rt.engine.statistics import EngineStatistics
+from pi2rt.engine.stop_finder import StopFinder
 from pi2rt.engine.token_stream import TokenStream
 from pi2rt.engine.writer import Writer
 from pi2rt.memory import PagePool, PageTable, PrefixIndex
 from pi2rt.runtime.actor import Reopened
 from pi2rt.runtime.step import PAGE_TOKENS, Floats, Sampling, Step, StepResult, Unusable
 from pi2rt.runtime.trace import Trace
-from pi2rt.tokenizer import StopMatcher, Tokenizer
+from pi2rt.tokenizer import Tokenizer
 
 RUN_AHEAD_S = 0.03
 """Work that waits behind the step that runs: at least one step, so that the executor never idles, and of short
@@ -84,6 +86,7 @@ class Engine:
         self._flights: deque[Flight] = deque()
         self._depth = 2  # steps in flight, at most
         self._work = trio.Event()
+        self._departed = trio.Event()  # set when a request ends
         self._closed = False
         self._requests = self._finished = self._cancelled = self._failed = 0
         self._steps = self._generated = self._prefilled = self._discarded = self._rebuilds = 0
@@ -251,7 +254,7 @@ class Engine:
 
     def _cancel(self, sequence: Sequence) -> None:
         """The consumer has left its stream. After the end of the sequence that means nothing."""
-        if sequence.live or sequence.state is SequenceState.WAITING or sequence.again:
+        if _unfinished(sequence):
             self._cancelled += 1
             self._leave(sequence)
         self._wake()
@@ -262,6 +265,7 @@ class Engine:
         elif sequence.live:
             self._scheduler.leave(sequence)
         sequence.again = False
+        self._departed.set()
         for flight in self._flights:
             if not flight.stopped and not any(member.live for member in flight.members):
                 flight.stopped = True
@@ -272,10 +276,21 @@ class Engine:
         self._closed = True
         scheduler = self._scheduler
         for sequence in [*scheduler.waiting, *scheduler.running]:
-            if sequence.live or sequence.state is SequenceState.WAITING or sequence.again:
-                self._fail(sequence, ClosedError("the runtime was closed while this request ran"))
+            if _unfinished(sequence):
+                self._fail(sequence, ClosedError("the engine was closed while this request ran"))
         self._index.clear()
         self._wake()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    async def idle(self) -> None:
+        """Returns when no request waits or runs."""
+        while any(map(_unfinished, [*self._scheduler.waiting, *self._scheduler.running])):
+            if self._departed.is_set():
+                self._departed = trio.Event()
+            await self._departed.wait()
 
     # Requests
 
@@ -287,12 +302,12 @@ class Engine:
             ClosedError: the engine is closed.
         """
         if self._closed:
-            raise ClosedError("the runtime is closed")
+            raise ClosedError("the engine is closed")
         return self._queue.reserve(self._scheduler.open_slots, trio.current_time())
 
     def stream(
         self,
-        prompt: Iterable[int],
+        prompt: Iterable[SupportsIndex],
         params: SamplingParams | None = None,
         *,
         on_prefill: Callable[[int, int], None] | None = None,
@@ -315,27 +330,23 @@ class Engine:
 
     def _stream(
         self,
-        prompt: Iterable[int],
+        prompt: Iterable[SupportsIndex],
         params: SamplingParams,
         on_prefill: Callable[[int, int], None] | None,
         ticket: Ticket,
     ) -> TokenStream:
-        options = self.options
+        self.check(params)
+        options, tokenizer = self.options, self._tokenizer
         known = prompt_tokens(prompt, params.max_tokens, options)
         max_tokens = params.max_tokens if params.max_tokens is not None else options.context - len(known)
-        if params.logit_bias:
-            for token in (min(params.logit_bias), max(params.logit_bias)):
-                check_token("logit_bias", token, options)
-        ends = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            ends |= self._tokenizer.eos_ids
         stream = TokenStream(options.stream_buffer)
         writer = Writer(
             stream,
             # A space at the beginning is one, unless nothing that shows stands before it.
-            self._tokenizer.detokenizer(continuation=not all(map(self._tokenizer.is_special, known))),
-            StopMatcher(params.stops) if params.stops else None,
-            ends,
+            tokenizer.detokenizer(continuation=not all(map(tokenizer.is_special, known))),
+            StopFinder(params.stop, self._control_spelling) if params.stop else None,
+            frozenset() if params.ignore_eos else tokenizer.eos_ids,
+            frozenset(params.stop_token_ids),
             prompt=len(known),
             max_tokens=max_tokens,
             logprobs=params.logprobs is not None,
@@ -344,14 +355,24 @@ class Engine:
         self._enqueue(known, len(known) + max_tokens, params.sampling(), stream, writer, ticket, on_prefill)
         return stream
 
-    async def score(self, tokens: Iterable[int], *, ticket: Ticket | None = None) -> Floats:
+    def check(self, params: SamplingParams) -> None:
+        """What parameters can be checked for without their prompt. Safe from any thread.
+
+        Raises:
+            RequestError: a token is outside the vocabulary.
+        """
+        if params.logit_bias:
+            for token in (min(params.logit_bias), max(params.logit_bias)):
+                check_token("logit_bias", token, self.options)
+
+    async def score(self, tokens: Iterable[SupportsIndex], *, ticket: Ticket | None = None) -> Floats:
         """The natural log probability of each token but the first, given those before it. float32 (n - 1,).
 
         Raises: as ``stream``; ExecutorError also where the model's logits are no numbers.
         """
         return await self._read(tokens, "scores", ticket)
 
-    async def logits(self, tokens: Iterable[int], *, ticket: Ticket | None = None) -> Floats:
+    async def logits(self, tokens: Iterable[SupportsIndex], *, ticket: Ticket | None = None) -> Floats:
         """The logits of the token after each, as the model gives them. float32 (n, vocab_size): for tests; large.
 
         Raises: as ``stream``.
@@ -383,7 +404,7 @@ class Engine:
         )
 
     async def _read(
-        self, tokens: Iterable[int], kind: Literal["scores", "logits"], ticket: Ticket | None
+        self, tokens: Iterable[SupportsIndex], kind: Literal["scores", "logits"], ticket: Ticket | None
     ) -> Floats:
         reading = Reading(kind)
         stream = TokenStream(self.options.stream_buffer)
@@ -406,11 +427,23 @@ class Engine:
         on_prefill: Callable[[int, int], None] | None,
     ) -> None:
         if self._closed:
-            raise ClosedError("the runtime is closed")
+            raise ClosedError("the engine is closed")
         ticket.use()
         self._requests += 1
         table = PageTable(self._index, -(-limit // PAGE_TOKENS))
         sequence = Sequence(self._requests, known, limit, sampling, stream, table, output, ticket, on_prefill)
-        stream.attach(lambda: self._cancel(sequence), self._wake)
+        stream.attach(
+            lambda: self._cancel(sequence), self._wake, output.timing if isinstance(output, Writer) else Timing
+        )
         self._scheduler.add(sequence)
         self._wake()
+
+    def _control_spelling(self, token: int) -> str:
+        """"" for a token whose text is shown."""
+        tokenizer = self._tokenizer
+        return tokenizer.token_bytes(token).decode(errors="replace") if tokenizer.is_special(token) else ""
+
+
+def _unfinished(sequence: Sequence) -> bool:
+    """Whether its consumer still has something to wait for from the engine."""
+    return sequence.live or sequence.state is SequenceState.WAITING or sequence.again

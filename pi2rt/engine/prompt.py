@@ -5,12 +5,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sized
 from itertools import islice
+from operator import index
+from typing import SupportsIndex
 
 from pi2rt._errors import ContextOverflowError, RequestError
 from pi2rt.engine.options import EngineOptions
 
 
-def prompt_tokens(tokens: Iterable[int], more: int | None, options: EngineOptions) -> array[int]:
+def prompt_tokens(tokens: Iterable[SupportsIndex], more: int | None, options: EngineOptions) -> array[int]:
     """The tokens, int32.
 
     Args:
@@ -22,7 +24,7 @@ def prompt_tokens(tokens: Iterable[int], more: int | None, options: EngineOption
     """
     context = options.context
     try:
-        known = array("i", islice(tokens, context + 1))
+        known = array("i", map(index, islice(tokens, context + 1)))
     except (TypeError, OverflowError) as error:
         raise RequestError(f"prompt: token ids are integers: {error}") from None
     if not known:

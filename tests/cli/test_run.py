@@ -83,6 +83,7 @@ def test_json_lines_have_the_same_text(pi2rt: Run, model: str) -> None:
     assert "".join(chunk["text"] for chunk in chunks) + "\n" == text
     assert [len(chunk["top_logprobs"]) for chunk in chunks] == [2] * 6
     assert [chunk.get("finish_reason") for chunk in chunks] == [None] * 5 + ["length"]
+    assert [chunk.get("finish_detail") for chunk in chunks] == [None] * 5 + ["length"]
     assert chunks[-1]["timing"]["generated_tokens"] == 6
     assert chunks[-1]["timing"]["decode_tokens_per_s"] > 0
 

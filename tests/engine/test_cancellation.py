@@ -78,7 +78,7 @@ async def test_a_stream_that_was_left_is_closed(tokenizer: Tokenizer, autojump_c
     async with opened(tokenizer) as o:
         async with o.engine.stream(numbers(3)) as chunks:
             await anext(chunks)
-        with pytest.raises(ClosedError, match="left already"):
+        with pytest.raises(ClosedError, match=r"^this stream was closed$"):
             await anext(chunks)
         chunks.close()  # twice is fine
 
@@ -86,7 +86,7 @@ async def test_a_stream_that_was_left_is_closed(tokenizer: Tokenizer, autojump_c
 async def test_leaving_from_the_progress_callback(tokenizer: Tokenizer, autojump_clock: MockClock) -> None:
     async with opened(tokenizer) as o:
         chunks = o.engine.stream(numbers(100), on_prefill=lambda done, total: chunks.close())
-        with pytest.raises(ClosedError, match="left already"):
+        with pytest.raises(ClosedError, match=r"^this stream was closed$"):
             await anext(chunks)
         statistics = o.engine.statistics()
         assert (statistics.cancelled, statistics.finished, statistics.generated_tokens) == (1, 0, 0)
@@ -114,7 +114,7 @@ async def test_closing_the_engine_fails_its_requests(tokenizer: Tokenizer, autoj
                 with pytest.raises(ClosedError, match="while this request ran"):
                     async for _ in stream:
                         pass
-        with pytest.raises(ClosedError, match="the runtime is closed"):
+        with pytest.raises(ClosedError, match="the engine is closed"):
             o.engine.stream(numbers(3))
         await o.idle()
 

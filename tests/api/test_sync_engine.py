@@ -1,4 +1,4 @@
-"""The synchronous face. The runtime's own thread keeps real time, so the simulated device is quick."""
+"""The synchronous API. The runtime's own thread keeps real time, so the simulated device is quick."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pi2rt
-from pi2rt import _runtime_thread
+from pi2rt import _jobs
 from pi2rt.engine import EngineStatistics
 from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
 from tests.support.tiny_models import EOS
@@ -85,7 +86,8 @@ def test_leaving_the_loop_ends_the_request(tiny: Path) -> None:
         stream = engine.stream("hi", ignore_eos=True)
         next(stream)
         stream.close()
-        assert list(stream) == []
+        with pytest.raises(pi2rt.ClosedError, match=r"^this stream was closed$"):
+            next(stream)
         assert settled(engine).cancelled == 2
 
 
@@ -107,8 +109,54 @@ def test_errors_reach_the_caller(tiny: Path) -> None:
         settled(engine)
 
 
+def test_a_timeout_ends_the_request(tiny: Path) -> None:
+    faults = Faults(hang=frozenset([4]))
+    with pi2rt.Engine(tiny, executor=simulated(faults=faults)) as engine:
+        got: list[int] = []
+        with engine.stream([1, 2], ignore_eos=True, timeout=1) as chunks:
+            for _ in range(2):  # what ended it is raised again
+                with pytest.raises(
+                    TimeoutError, match=r"^timeout=1: the request took longer, .* after 3 tokens$"
+                ):
+                    got.extend(chunk.token for chunk in chunks)
+            assert len(got) == 3
+        timing = chunks.timing
+        assert (timing.prompt_tokens, timing.generated_tokens) == (2, 3)
+        assert timing.decode_s > 0.05
+        assert settled(engine).cancelled == 1
+        assert len(engine.generate("hi", max_tokens=5, ignore_eos=True, timeout=60).tokens) == 5
+        assert len(list(engine.stream("hi", max_tokens=5, ignore_eos=True, timeout=60))) == 5
+
+
+def test_calls_have_timeouts(tiny: Path) -> None:
+    always = Faults(hang=frozenset(range(1, 100)))
+    with pi2rt.Engine(tiny, executor=simulated(faults=always)) as engine:
+        for number, call in enumerate(
+            (
+                lambda: engine.generate("hi", timeout=0.02),
+                lambda: engine.generate("hi", timeout=0.02, on_prefill=lambda done, total: None),
+                lambda: engine.score([1, 2, 3], timeout=0.02),
+                lambda: engine.logits([1, 2, 3], timeout=np.float32(0.02)),
+            ),
+            1,
+        ):
+            with pytest.raises(TimeoutError, match=r"^timeout=0.02: the "):
+                call()
+            assert settled(engine).cancelled == number
+        for timeout in (0, -1, "1", True, float("nan")):
+            for refused in (
+                lambda: engine.stream("hi", timeout=timeout),  # noqa: B023
+                lambda: engine.generate("hi", timeout=timeout),  # noqa: B023
+                lambda: engine.resize("1G", timeout=timeout),  # noqa: B023
+            ):
+                with pytest.raises(
+                    pi2rt.RequestError, match=r"^timeout=.* a number above 0 and up to inf is needed$"
+                ):
+                    refused()
+
+
 def test_a_slow_consumer_pauses_its_request(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_runtime_thread, "STREAM_BUFFER", 8)
+    monkeypatch.setattr(_jobs, "STREAM_BUFFER", 8)
     with pi2rt.Engine(tiny, executor="simulated") as engine:
         expected = engine.generate("hi", max_tokens=300, ignore_eos=True)
         stream = engine.stream("hi", max_tokens=300, ignore_eos=True)
@@ -178,14 +226,29 @@ def interrupt_after(seconds: float) -> Iterator[None]:
 def test_ctrl_c(tiny: Path) -> None:
     faults = Faults(hang=frozenset([3, 6]))
     with pi2rt.Engine(tiny, executor=simulated(faults=faults)) as engine:
+        stream = engine.stream("hi", ignore_eos=True)
         with pytest.raises(KeyboardInterrupt), interrupt_after(0.1):
-            for _ in engine.stream("hi", ignore_eos=True):
+            for _ in stream:
                 pass
+        with pytest.raises(pi2rt.ClosedError, match=r"^this stream was interrupted$"):
+            next(stream)
         assert settled(engine).cancelled == 1
         with pytest.raises(KeyboardInterrupt), interrupt_after(0.1):
             engine.generate("hi", ignore_eos=True)
         assert settled(engine).cancelled == 2
         assert len(engine.generate("hi", max_tokens=5, ignore_eos=True).tokens) == 5
+
+
+def test_ctrl_c_ends_a_drain(tiny: Path) -> None:
+    engine = pi2rt.Engine(tiny, executor=simulated(faults=Faults(hang=frozenset([2]))))
+    stream = engine.stream("hi", ignore_eos=True)
+    next(stream)
+    with pytest.raises(KeyboardInterrupt), interrupt_after(0.1):
+        engine.close(drain=10_000)
+    engine.close()
+    with pytest.raises(pi2rt.ClosedError, match=r"^the engine was closed while this request ran$"):
+        next(stream)
+    assert not alive()
 
 
 def test_ctrl_c_while_it_loads(tiny: Path) -> None:
@@ -205,3 +268,38 @@ def test_an_interpreter_that_exits_with_an_open_engine(tiny: Path) -> None:
         [sys.executable, "-P", "-c", code, str(tiny)], capture_output=True, text=True, timeout=60, check=False
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "True\n", "")
+
+
+def test_a_thread_that_waits_for_a_chunk_does_not_keep_the_process(tiny: Path) -> None:
+    """Of two threads in one stream, none waits for ever."""
+    code = (
+        "import sys, threading, pi2rt\n"
+        "engine = pi2rt.Engine(sys.argv[1], executor='simulated')\n"
+        "stream = engine.stream('hi', ignore_eos=True, max_tokens=500)\n"
+        "def use():\n"
+        "    try: print(len(list(stream)) == 500)\n"
+        "    except pi2rt.BusyError: print('busy')\n"
+        "threads = [threading.Thread(target=use) for _ in range(2)]\n"
+        "[thread.start() for thread in threads]\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(tiny)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert sorted(run.stdout.split()) in (["True", "busy"], ["False", "True"], ["False", "busy"])
+
+
+def test_statistics_from_many_threads(tiny: Path) -> None:
+    with pi2rt.Engine(tiny, executor="simulated") as engine:
+
+        def use(i: int) -> None:
+            engine.generate([i], max_tokens=20, ignore_eos=True)
+            for _ in range(20):
+                s = engine.statistics().engine
+                assert (
+                    s.requests == s.finished + s.cancelled + s.failed + s.waiting + s.prefilling + s.decoding
+                )
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(use, range(32)))
+        assert engine.statistics().engine.finished == 32

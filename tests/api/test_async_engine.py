@@ -1,4 +1,4 @@
-"""The asyncio face. The runtime's own thread keeps real time, so the simulated device is quick."""
+"""The asyncio API. The runtime's own thread keeps real time, so the simulated device is quick."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 import pi2rt
-from pi2rt import _runtime_thread
+from pi2rt import _jobs
 from pi2rt.engine import EngineStatistics
 from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
+from tests.api.adapters import Gate, GatedExecutor
 from tests.support.tiny_models import EOS
 
 # Not 'async def': pytest-trio would run those under Trio.
@@ -34,7 +35,7 @@ def simulated(**options: Any) -> Callable[[], SimulatedExecutor]:
 async def settled(engine: pi2rt.AsyncEngine) -> EngineStatistics:
     """Statistics as soon as nothing runs any more."""
     while True:
-        found = (await engine.statistics()).engine
+        found = engine.statistics().engine
         if not (found.waiting or found.prefilling or found.decoding or found.leaving):
             assert found.pages.held == found.prefixes.unused
             return found
@@ -95,7 +96,7 @@ def test_breaking_out_ends_the_request(tiny: Path) -> None:
             async with engine.stream("hi", ignore_eos=True) as chunks:
                 await anext(chunks)
             assert (await settled(engine)).cancelled == 2
-            with pytest.raises(StopAsyncIteration):
+            with pytest.raises(pi2rt.ClosedError, match=r"^this stream was closed$"):
                 await anext(chunks)
             stream = engine.stream("hi", ignore_eos=True)
             await anext(stream)
@@ -129,6 +130,56 @@ def test_cancelling_the_task_ends_the_request(tiny: Path) -> None:
     run(main)
 
 
+def test_a_timed_out_next_loses_nothing(tiny: Path) -> None:
+    """Before the request has entered, and between chunks; with a block and without."""
+    gate = Gate()
+
+    async def main() -> None:
+        async with pi2rt.AsyncEngine(tiny, executor=lambda: GatedExecutor(gate, 8)) as engine:
+            expected = (await engine.generate("hi", max_tokens=4, ignore_eos=True)).tokens
+            stream = engine.stream("hi", max_tokens=12, ignore_eos=True)
+            got = [(await anext(stream)).token for _ in range(2)]
+            timeouts = 0
+            while timeouts < 3:
+                try:
+                    got.append((await asyncio.wait_for(anext(stream), 0.05)).token)
+                except TimeoutError:
+                    timeouts += 1
+            early = engine.stream("hi", max_tokens=4, ignore_eos=True)
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(anext(early), 0.001)
+            gate.open()
+            got += [chunk.token async for chunk in stream]
+            assert len(got) == 12
+            assert tuple(got[:4]) == expected
+            assert tuple([chunk.token async for chunk in early]) == expected
+
+    run(main)
+
+
+def test_a_cancelled_next_that_nobody_goes_on_with_ends_the_request(tiny: Path) -> None:
+    """Also while somebody keeps the exception."""
+
+    async def main() -> None:
+        faults = Faults(hang=frozenset([3]))
+        async with pi2rt.AsyncEngine(tiny, executor=simulated(faults=faults)) as engine:
+
+            async def consume() -> None:
+                async for _ in engine.stream("hi", ignore_eos=True):
+                    pass
+
+            task = asyncio.create_task(consume())
+            while engine.statistics().engine.generated_tokens < 2:  # noqa: ASYNC110 - the other thread's
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError) as kept:
+                await task
+            assert (await settled(engine)).cancelled == 1
+            assert kept.value is not None
+
+    run(main)
+
+
 def test_errors_reach_the_caller(tiny: Path) -> None:
     async def main() -> None:
         faults = Faults(raise_in_wait=frozenset([2]))
@@ -154,7 +205,7 @@ def test_errors_reach_the_caller(tiny: Path) -> None:
 
 
 def test_a_slow_consumer_pauses_its_request(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_runtime_thread, "STREAM_BUFFER", 8)
+    monkeypatch.setattr(_jobs, "STREAM_BUFFER", 8)
 
     async def main() -> None:
         async with pi2rt.AsyncEngine(tiny, executor="simulated") as engine:
@@ -210,9 +261,11 @@ def test_life(tiny: Path) -> None:
         with pytest.raises(pi2rt.ClosedError):
             async for _ in stream:
                 pass
-        for use in (engine.generate("hi"), engine.score([1, 2]), anext(engine.stream("hi"))):
+        for use in (engine.generate("hi"), engine.score([1, 2])):
             with pytest.raises(pi2rt.ClosedError):
                 await use
+        with pytest.raises(pi2rt.ClosedError):
+            engine.stream("hi")
         await engine.aclose()
         assert not any(thread.name == "pi2rt" for thread in threading.enumerate())
 
