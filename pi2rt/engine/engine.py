@@ -433,13 +433,15 @@ class Engine:
         table = PageTable(self._index, -(-limit // PAGE_TOKENS))
         sequence = Sequence(self._requests, known, limit, sampling, stream, table, output, ticket, on_prefill)
         stream.attach(
-            lambda: self._cancel(sequence), self._wake, output.timing if isinstance(output, Writer) else Timing
+            lambda: self._cancel(sequence),
+            self._wake,
+            output.timing if isinstance(output, Writer) else Timing,
         )
         self._scheduler.add(sequence)
         self._wake()
 
     def _control_spelling(self, token: int) -> str:
-        """"" for a token whose text is shown."""
+        """ "" for a token whose text is shown."""
         tokenizer = self._tokenizer
         return tokenizer.token_bytes(token).decode(errors="replace") if tokenizer.is_special(token) else ""
 

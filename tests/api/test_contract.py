@@ -53,7 +53,9 @@ async def settled(api: TrioApi, engine: Any) -> Any:
         found = engine.statistics().engine
         unfinished = found.waiting + found.prefilling + found.decoding
         ended = found.finished + found.cancelled + found.failed
-        assert ended <= found.requests <= ended + unfinished  # what is being tokenised waits, and is no request yet
+        assert (
+            ended <= found.requests <= ended + unfinished
+        )  # what is being tokenised waits, and is no request yet
         if not unfinished and not found.leaving:
             assert found.pages.held == found.prefixes.unused
             return found
@@ -130,6 +132,30 @@ async def test_prompts_are_checked_by_entering(api: TrioApi, tiny: Path) -> None
             with pytest.raises(kind, match=message):
                 await engine.generate(prompt)
         assert engine.statistics().engine.requests == 0
+
+
+@contract
+async def test_a_full_queue_is_met_by_entering(api: TrioApi, tiny: Path) -> None:
+    gate = Gate()
+    async with api.open(tiny, executor=gated(gate, 2), max_sequences=1, max_queue=0) as engine:
+        async with engine.stream("hi", ignore_eos=True) as chunks:
+            await anext(chunks)
+            stream = engine.stream("ho")
+            with pytest.raises(pi2rt.BusyError, match="max_queue=0 is the limit"):
+                await stream.__aenter__()
+            with pytest.raises(pi2rt.BusyError, match="max_queue=0 is the limit"):
+                await engine.generate("ho")
+
+
+@contract
+async def test_parameters_that_leave_no_token_are_met_by_iterating(api: TrioApi, tiny: Path) -> None:
+    nothing = dict.fromkeys(range(320), float("-inf"))
+    async with api.open(tiny, context=128) as engine:
+        async with engine.stream("hi", logit_bias=nothing) as chunks:
+            for _ in range(2):
+                with pytest.raises(pi2rt.RequestError, match="logit_bias"):
+                    await anext(chunks)
+        assert len((await engine.generate("hi", max_tokens=3, ignore_eos=True)).tokens) == 3
 
 
 @contract
