@@ -186,15 +186,16 @@ cdef class NeuronCache:
         return out, horizon
 
     def resize(self, int slots):
-        """Other than so many slots, also while programs run. Blocks until nothing uses the memory of slots that go."""
-        cdef int32_t left = 1
+        """Other than so many slots, also while programs run. Blocks for 5 ms at most; returns whether nothing uses the
+        memory of slots that go. If not, call it again: reads into them go on, of a device that may not answer."""
+        cdef int32_t left
         if self.cache == NULL or not 1 <= slots <= self.cache.capacity:
             raise InternalError(f"{slots} slots")
-        while left:
-            with nogil:
-                left = pi2_neuron_cache_resize(self.cache, slots)
-                if left:
-                    pi2_neuron_cache_wait(self.cache, self.cache.event, 5_000_000)
+        with nogil:
+            left = pi2_neuron_cache_resize(self.cache, slots)
+            if left:
+                pi2_neuron_cache_wait(self.cache, self.cache.event, 5_000_000)
+        return not left
 
     def absent(self):
         """How much each page was used of late, float32 (pages of all regions); -1 where it is present or on its way."""

@@ -5,13 +5,14 @@ All neurons of all blocks share one cache, so that a layer whose neurons fire mo
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable
 
 import numpy as np
 
-from pi2rt._errors import ClosedError, RequestError, UnsupportedModelError
+from pi2rt._errors import ClosedError, RequestError, UnsupportedModelError, read_failure
 from pi2rt.cython_kernels import native, program
 from pi2rt.executors.page_cache import PageCache
 from pi2rt.executors.weights import Weights
@@ -123,15 +124,30 @@ class Neurons(PageCache):
                 report(count * bundles.page_bytes)
 
     def resize(self, nbytes: int) -> None:
-        """Another size, also while steps run: what no longer fits is given up. Blocks until its memory is free."""
+        """Another size, also while steps run: what no longer fits is given up. Blocks until its memory is free, or
+        until ``close``. One call at a time: two would each give up what the other holds.
+
+        Raises:
+            ClosedError: closed before or meanwhile.
+            OSError: ETIMEDOUT: reads go to that memory, and none has ended for the deadline.
+        """
         slots = min(self.pages, nbytes // self.slot_bytes)
-        with self._lock:  # two at once would each give up what the other holds
-            if self._closed:
-                raise ClosedError("the neurons' cache is closed")
-            self._sizes += 1
-            self.cache.resize(slots)
-            self._memory.discard(slots * self.slot_bytes, (self.pages - slots) * self.slot_bytes)
-            self.slots = slots
+        reads, since = -1, 0.0
+        while True:
+            with self._lock:  # not for longer: closing must not wait for a device that does not answer
+                if self._closed:
+                    raise ClosedError("the neurons' cache is closed")
+                self._sizes += reads < 0
+                if self.cache.resize(slots):
+                    self._memory.discard(slots * self.slot_bytes, (self.pages - slots) * self.slot_bytes)
+                    self.slots = slots
+                    return
+                ended = self.cache.counters.reads
+            now = time.monotonic()
+            if ended != reads:
+                reads, since = ended, now
+            elif self.cache.deadline is not None and now - since > self.cache.deadline:
+                raise read_failure("weights", errno.ETIMEDOUT, self.cache.path, self.cache.deadline)
 
     def refill(self, check: Callable[[], None]) -> None:
         """Reads neurons into slots that have come with another size, those that were used most of late, while steps
