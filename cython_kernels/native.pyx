@@ -27,11 +27,15 @@ cdef extern from *:
     #ifdef __GLIBC__
     #include <malloc.h>
     static void pi2_trim_heap(void) { malloc_trim(0); }
+    /* Setting either ends their growth: glibc raises both, to 32 and 64 MiB, when a large block is freed. */
+    static void pi2_fix_heap_thresholds(int bytes) { mallopt(M_MMAP_THRESHOLD, bytes); mallopt(M_TRIM_THRESHOLD, bytes); }
     #else
     static void pi2_trim_heap(void) {}
+    static void pi2_fix_heap_thresholds(int bytes) { (void)bytes; }
     #endif
     """
     void pi2_trim_heap() nogil
+    void pi2_fix_heap_thresholds(int)
 
 cdef extern from "bundles.h" nogil:
     ctypedef struct pi2_bundle_layout:
@@ -152,6 +156,12 @@ def trim_heap():
     """Gives freed memory of the C heap back to the system, where the C library can."""
     with nogil:
         pi2_trim_heap()
+
+
+def fix_heap_thresholds(int nbytes):
+    """Makes the C heap give blocks of ``nbytes`` and more back as soon as they are freed, and keep no more than that at
+    the end of each thread's heap, where the C library can (glibc)."""
+    pi2_fix_heap_thresholds(nbytes)
 
 
 def row_bytes(type_name, int64_t k):

@@ -31,12 +31,6 @@ from pi2rt.runtime.step import PAGE_TOKENS
 from pi2rt.runtime.trace import Trace
 from pi2rt.runtime_options import RuntimeOptions
 
-OWN_MEMORY = 2 << 20
-"""Bytes of a memory budget for what is not counted one by one: Python objects, stacks, allocator."""
-
-TOKEN_BYTES = 640
-"""Of the tokenizer, for each token, rounded up: 442 of the 32,000 of Llama, 574 of SmolLM2's 49,152."""
-
 STREAMED_CHUNK = 128
 """Prompt tokens in one step at most where weights are read in every step: reading lies under the computing of so
 many already, and what activations of more would take holds weights instead."""
@@ -83,11 +77,6 @@ def _too_small_for_a_change(memory: int, least: int) -> MemoryBudgetError:
     )
 
 
-def tokenizer_bytes(model: ModelDescription) -> int:
-    """An estimate, before it is loaded."""
-    return TOKEN_BYTES * model.vocab_size
-
-
 def plan_executor(
     file: ModelFile,
     description: ModelDescription,
@@ -96,15 +85,15 @@ def plan_executor(
     placement: Placement,
     trace: Trace | None,
     *,
+    own: int = 0,
     predictors: int = 0,
-    coming: int = 0,
 ) -> ExecutorPlan:
     """What an executor is opened with: as many weights as have room beside a context's keys and values, and as many of
     these as have room beside the weights.
 
     Args:
+        own: of a budget, bytes that the process itself takes; see ``own_memory``.
         predictors: bytes that an executor takes for them.
-        coming: bytes that will be taken before it is opened, of which an error tells; else they do not count.
 
     Raises:
         MemoryBudgetError: too little; the message says how much would do, and what it is made of.
@@ -122,12 +111,12 @@ def plan_executor(
             threads=placement.threads,
         )
 
-    tokens, available, own = chosen.step_tokens, available_memory(), 0
+    tokens, available = chosen.step_tokens, available_memory()
     need, streaming = need_of(tokens), StreamingPlan()
     each = -(-context // PAGE_TOKENS)
     reads = replace(_reads(file, chosen.io), neuron_gap=chosen.read_through_bytes)
     if chosen.memory is not None:
-        own = rss_bytes() + OWN_MEMORY + chosen.read_through_bytes + predictors  # read through: where gaps go
+        own += chosen.read_through_bytes + predictors  # read through: where gaps go
         limit = min(available + own, chosen.memory_bytes)
         available = limit - own
         if not chosen.exact_floats:
@@ -141,7 +130,7 @@ def plan_executor(
             packed = None
             if not chosen.exact_floats and not isinstance(file, PackFile):
                 packed = plan_streaming(file, description, 0, reads=reads, as_pack=True)
-            raise _too_small(file, limit, own + coming, predictors, need, streaming, each * need.page, packed)
+            raise _too_small(file, limit, own, predictors, need, streaming, each * need.page, packed)
     options = ExecutorOptions(
         slots=chosen.max_sequences,
         pages=need.pages(available, each, each * chosen.max_sequences),

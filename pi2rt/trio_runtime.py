@@ -7,12 +7,13 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, Unpack
 
 import trio
 
 from pi2rt import catalogue
-from pi2rt._errors import ClosedError, RequestError, UnsupportedModelError
+from pi2rt._errors import ClosedError, RequestError
 from pi2rt.cython_kernels.native import trim_heap
 from pi2rt.engine import (
     Chunk,
@@ -24,15 +25,17 @@ from pi2rt.engine import (
     TokenStream,
 )
 from pi2rt.engine.sampling_params import SamplingKeywords, number
-from pi2rt.executor_plan import plan_executor, tokenizer_bytes
+from pi2rt.executor_opening import ExecutorOpening
+from pi2rt.executor_plan import plan_executor
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.model_info import ModelInfo, model_info
 from pi2rt.models import ModelDescription, describe
+from pi2rt.own_memory import OWN
 from pi2rt.planner.placement import default_placement
 from pi2rt.runtime.actor import Actor, ActorStatistics
 from pi2rt.runtime.assistant import assistant_statistics
 from pi2rt.runtime.channel import ChannelStatistics
-from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress
+from pi2rt.runtime.executor import ExecutorOptions, Progress
 from pi2rt.runtime.host_memory import peak_rss_bytes
 from pi2rt.runtime.own_nursery import open_own_nursery
 from pi2rt.runtime.owner import Owner
@@ -83,7 +86,7 @@ class Runtime:
     ) -> None:
         self._engine, self._actor, self._resize = engine, actor, resize
         self._content_control_tokens = content_control_tokens
-        self.tokenizer = tokenizer
+        self._tokenizer: Tokenizer | None = tokenizer
         self.model = model
         self._owner = Owner()
         self._entering = 0  # requests whose prompts are being tokenised
@@ -237,6 +240,18 @@ class Runtime:
         self._scope.cancel()
         await self._stopped.wait()
         await self._actor.aclose()
+        self._tokenizer = None  # of up to 100 MB, which whoever keeps a closed runtime should not hold
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's.
+
+        Raises:
+            ClosedError: the runtime is closed. Who needs it longer keeps it.
+        """
+        if self._tokenizer is None:
+            raise ClosedError("the engine is closed")
+        return self._tokenizer
 
     @property
     def elsewhere(self) -> bool:
@@ -329,35 +344,33 @@ async def open_runtime(
     make_executor = load_executor(chosen.executor) if isinstance(chosen.executor, str) else chosen.executor
     placement = default_placement(read_topology(), chosen.threads, _core_classes(chosen.cores))
     trace = None if chosen.trace is None else Trace()
+    if chosen.memory is not None:
+        await trio.to_thread.run_sync(OWN.give_up_unused)
     with await trio.to_thread.run_sync(open_model_file, path) as file:
         description, info = await trio.to_thread.run_sync(_describe, file, chosen.context)
         lossy = await trio.to_thread.run_sync(load_sparsity, file, chosen)
         predictors = None if lossy is None else lossy.predictors
-        predictor_bytes = 0 if predictors is None else predictors.nbytes
-        tokenizer = None
-        if (
-            chosen.memory is not None
-        ):  # a budget is divided once it is known what the tokenizer takes, up to 100 MB
-            plan_executor(
-                file,
-                description,
-                chosen,
-                info.context,
-                placement,
-                trace,
-                predictors=predictor_bytes,
-                coming=tokenizer_bytes(description),
-            )
-            tokenizer = await trio.to_thread.run_sync(_load_tokenizer, file)
-        plan = plan_executor(
-            file, description, chosen, info.context, placement, trace, predictors=predictor_bytes
+        divide = partial(
+            plan_executor,
+            file,
+            description,
+            chosen,
+            info.context,
+            placement,
+            trace,
+            predictors=0 if predictors is None else predictors.nbytes,
         )
-        executor_options = plan.options
+        tokenizer = None
+        if chosen.memory is None:
+            plan = divide()
+        else:  # a budget is divided once it is known what the tokenizer takes, up to 100 MB
+            own = await trio.to_thread.run_sync(OWN.before_tokenizer, description)
+            if own > chosen.memory_bytes:  # or the tokenizer alone would exceed it
+                divide(own=own)  # raises
+            tokenizer = await trio.to_thread.run_sync(load_tokenizer, file)
+            plan = divide(own=await trio.to_thread.run_sync(OWN.with_tokenizer, description))
         if lossy is not None:
             info = replace(info, sparsity=lossy.label)
-            executor_options = replace(
-                executor_options, thresholds=lossy.thresholds, predictors=predictors or {}
-            )
         for_neurons = (
             chosen.cache is not None
             or chosen.pipeline != "cluster"
@@ -369,69 +382,29 @@ async def open_runtime(
                 "cache, pipeline, two_phase and read_through are for neurons that are read when they fire: that takes "
                 "a memory budget, and a pack with neuron bundles"
             )
-
-        async def open_executor(executor: Executor) -> None:
-            if file.bundles and not getattr(executor, "reads_bundles", False):
-                raise UnsupportedModelError(
-                    file.path,
-                    "bundles",
-                    f"are there, matrices stored by neuron, which the executor {executor.name!r} cannot read; convert "
-                    f"the model again with --bundles off",
-                )
-            if chosen.sparsity not in getattr(executor, "sparsities", ("exact",)):
-                raise RequestError(
-                    f"sparsity={chosen.sparsity!r}: the executor {executor.name!r} does not have it; take "
-                    f"executor='cpu'"
-                )
-            await executor.open(file, description, executor_options, chosen.on_load or _ignore)
-
-        resizing = trio.Lock()
-
-        async def resize(memory: int) -> None:
-            nonlocal executor_options
-            if chosen.memory is None or chosen.exact_floats:
-                raise RequestError(
-                    "the memory of this model cannot change while it runs: that takes a memory budget, and weights as "
-                    "they are in the file"
-                )
-            async with resizing:
-                before = executor_options
-                after = plan.resized(file, description, before, memory)
-
-                def change() -> None:  # of the executor, and of any that is made again
-                    nonlocal executor_options
-                    executor_options = after
-
-                if not file.bundles:
-                    if after is not before:
-                        await actor.reopen(change)
-                    return
-                change()
-                try:
-                    await actor.resize(after.neuron_bytes)
-                except RequestError:
-                    executor_options = before
-                    raise
-
+        opening = ExecutorOpening(file, description, plan, lossy, chosen.on_load)
         owner = Owner()
-        actor = Actor(placement.lead.name, make_executor, open_executor, trace)
+        actor = Actor(placement.lead.name, make_executor, opening.open, trace)
         try:
             async with open_own_nursery() as nursery:
                 tokenizer = await _load(nursery, actor, file, tokenizer)
                 engine = Engine(
-                    actor, tokenizer, _engine_options(description, executor_options, chosen), trace
+                    actor, tokenizer, _engine_options(description, opening.options, chosen), trace
                 )
+                resize = partial(opening.resize, actor)
                 runtime = Runtime(engine, actor, tokenizer, info, resize, chosen.content_control_tokens)
                 await nursery.start(runtime._run)
                 try:
                     yield runtime
                 finally:
+                    OWN.has_grown()
                     if runtime.elsewhere:
                         nursery.cancel_scope.cancel()  # copies of the tasks; what they used stays with the parent
                     else:
                         with trio.CancelScope(shield=True):
                             await runtime.aclose()
         finally:
+            opening.close()
             if trace is not None and chosen.trace is not None and not owner.elsewhere:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(trace.write, chosen.trace)

@@ -164,11 +164,13 @@ async def opened(
                 )
                 return Opened(runtime, path, time.perf_counter() - start)
 
+        opened = None
         try:
             opened = await load()
         except MemoryBudgetError as error:
             if not (options.convert and error.pack_fits):
                 raise
+        if opened is None:  # not where the error is handled, which keeps what was loaded before it
             path = await converted(path)
             opened = await load()
         if opened.runtime.model.sparsity != "exact":

@@ -31,7 +31,7 @@ from pi2rt.engine.stop_finder import StopFinder
 from pi2rt.engine.token_stream import TokenStream
 from pi2rt.engine.writer import Writer
 from pi2rt.memory import PagePool, PageTable, PrefixIndex
-from pi2rt.runtime.actor import Reopened
+from pi2rt.runtime.actor import NotRebuilt, Reopened
 from pi2rt.runtime.step import PAGE_TOKENS, Floats, Sampling, Step, StepResult, Unusable
 from pi2rt.runtime.trace import Trace
 from pi2rt.tokenizer import Tokenizer
@@ -105,6 +105,7 @@ class Engine:
             raise
         finally:
             self.close()  # whatever ended it, nobody waits for ever
+            del self._tokenizer  # which may be large; a closed engine is asked for nothing but its statistics
 
     async def _loop(self) -> None:
         while True:
@@ -221,7 +222,9 @@ class Engine:
         for flight in [*lost, failed] if failed is not None else lost:
             for sequence in flight.members:
                 sequence.in_flight -= 1
-        if error is not None and failed is not None and not isinstance(error, Reopened):
+        if isinstance(error, NotRebuilt):  # those that wait too: each would wait for an attempt of its own
+            self._fail_all(lambda: copied(error))
+        elif error is not None and failed is not None and not isinstance(error, Reopened):
             for sequence in failed.members:
                 if sequence.live:
                     self._fail(sequence, copied(error))
@@ -259,6 +262,12 @@ class Engine:
             self._leave(sequence)
         self._wake()
 
+    def _fail_all(self, error: Callable[[], Exception]) -> None:
+        """``error``: makes one for each request."""
+        for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
+            if _unfinished(sequence):
+                self._fail(sequence, error())
+
     def _leave(self, sequence: Sequence) -> None:
         if sequence.state is SequenceState.WAITING:
             self._scheduler.drop(sequence)
@@ -274,10 +283,7 @@ class Engine:
     def close(self) -> None:
         """No more requests; those there are fail with ClosedError. ``run`` returns when their steps have."""
         self._closed = True
-        scheduler = self._scheduler
-        for sequence in [*scheduler.waiting, *scheduler.running]:
-            if _unfinished(sequence):
-                self._fail(sequence, ClosedError("the engine was closed while this request ran"))
+        self._fail_all(lambda: ClosedError("the engine was closed while this request ran"))
         self._index.clear()
         self._wake()
 

@@ -6,11 +6,14 @@ own task sleeps until something is wrong. What makes it an actor stays: one owne
 steps in flight), failures that do not spread, and a rebuild by the owner alone.
 
 A failed executor is thrown away whole, and with it every KV page and all steps in flight: after a kernel or a
-driver has raised, nothing it holds can be trusted.
+driver has raised, nothing it holds can be trusted. Where no other one can be made, the actor is "broken": whoever
+waits for it fails, and the next ``submit``, ``resize`` or ``reopen`` tries again. Only after too many failures in
+a short time are they refused at once, until the first of these is FAILURE_WINDOW old. So nothing fails for ever.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -26,7 +29,7 @@ from pi2rt.runtime.step import Step, StepResult
 from pi2rt.runtime.trace import Trace, Track
 
 MAX_FAILURES = 5
-"""An executor that fails more often than this within FAILURE_WINDOW is given up."""
+"""An executor that fails more often than this within FAILURE_WINDOW is not made again before that is over."""
 
 FAILURE_WINDOW = 60.0
 """Seconds."""
@@ -63,6 +66,10 @@ class Reopened(ExecutorError):
     """A step was lost with an executor that was closed to be opened otherwise. Nothing has failed."""
 
 
+class NotRebuilt(ExecutorError):
+    """There is no executor: the last attempt to make one has failed, or it is too early for the next one."""
+
+
 class Actor:
     """Owns one executor. ``await nursery.start(actor.run)`` opens it; then ``submit`` and ``result``.
 
@@ -94,6 +101,7 @@ class Actor:
         self._lost: deque[tuple[Step, Exception | None]] = deque()  # to be reported by result, in order
         self._cause: Exception | None = None  # why the actor is being rebuilt, or is broken
         self._failures: deque[float] = deque()  # Trio time of each
+        self._counted = False  # the failure of which the present rebuild is the consequence is among them
         self._room = trio.lowlevel.ParkingLot()  # submit waits here
         self._news = trio.lowlevel.ParkingLot()  # result waits here while nothing is in flight
         self._left = trio.lowlevel.ParkingLot()  # the owner waits here for a task to leave executor.wait
@@ -125,12 +133,14 @@ class Actor:
 
         Raises:
             ExecutorError: the executor refused the step, or failed while the step waited for room (the step
-                was built for KV contents that are gone), or the actor is broken. No result will come for this
-                step.
+                was built for KV contents that are gone). No result will come for this step.
+            NotRebuilt: there is no executor, and none could be made; the next ``submit`` tries again.
             ClosedError: the actor is closed or was never started.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         generation = self._generation
+        if self._state == "broken":
+            self._try_again(step)
         while self._state != "ready" or len(self._in_flight) >= self._capacity:
             self._check_usable(step)
             await self._room.park()
@@ -190,18 +200,40 @@ class Actor:
             except Exception as error:
                 self._lose_executor(error)
 
-    async def resize(self, neuron_bytes: int) -> None:
-        """Another size of the executor's neuron cache, while steps run.
+    async def resize(self, neuron_bytes: int, change: Callable[[], None]) -> None:
+        """Another size of the executor's neuron cache, while steps run. Waits while the executor is being rebuilt;
+        where it is lost meanwhile, the next one is opened with the new size.
+
+        Args:
+            neuron_bytes: see ``Resizable``.
+            change: what ``open_executor`` does differently from now on; called before the executor is told, so that
+                the next one has the new size whatever becomes of this one.
 
         Raises:
-            RequestError: the executor has none.
-            ClosedError, ExecutorError: as ``submit``.
+            RequestError: the executor cannot do it, and goes on as it was.
+            NotRebuilt: as ``reopen``.
+            ExecutorError: the executor failed on it. The next one has the new size.
+            ClosedError: as ``submit``.
         """
-        self._check_usable("resize")
-        executor: object = self._executor
+        while self._state in ("opening", "rebuilding"):
+            await self._room.park()
+        if self._state != "ready":
+            await self.reopen(change)
+            return
+        current = self._executor
+        executor: object = current
         if not isinstance(executor, Resizable):
             raise RequestError(f"the executor of actor {self.name!r} cannot change its memory while it runs")
-        await executor.resize(neuron_bytes)
+        change()
+        try:
+            await executor.resize(neuron_bytes)
+        except RequestError:
+            raise
+        except Exception as error:
+            if self._executor is current and self._state == "ready":
+                self._lose_executor(error)
+                raise ExecutorError(self.name, "resize", _say(error)) from error
+            await self._rebuilt("resize")
 
     async def reopen(self, change: Callable[[], None]) -> None:
         """Closes the executor and opens another. Steps in flight are lost, as with an executor that fails, but by
@@ -211,17 +243,20 @@ class Actor:
             change: what ``open_executor`` does differently from now on.
 
         Raises:
-            ExecutorError: the other cannot be opened, and the actor is broken; or it was before.
+            NotRebuilt: the other cannot be opened; ``change`` holds for the next attempt, which the next ``submit``
+                or ``reopen`` makes. Or it is too early for an attempt, and ``change`` was not called.
             ClosedError: as ``submit``.
         """
         while self._state in ("opening", "rebuilding"):
             await self._room.park()
-        self._check_usable("reopen")
-        change()
-        self._lose_executor(None)
-        while self._state == "rebuilding":
-            await self._room.park()
-        self._check_usable("reopen")
+        if self._state == "broken":
+            self._try_again("reopen")
+            change()
+        else:
+            self._check_usable("reopen")
+            change()
+            self._lose_executor(None)
+        await self._rebuilt("reopen")
 
     async def aclose(self) -> None:
         """Closes the executor and ends the task. Waiting ``submit`` and ``result`` raise ClosedError.
@@ -352,23 +387,54 @@ class Actor:
             return Reopened(self.name, step, f"{what} was closed to be opened again")
         return ExecutorError(self.name, step, f"{what} failed ({_say(cause)})")
 
+    async def _rebuilt(self, item: object) -> None:
+        """Waits until the rebuild that goes on is over."""
+        while self._state == "rebuilding":
+            await self._room.park()
+        self._check_usable(item)
+
     def _check_usable(self, item: object) -> None:
         """Raises where waiting would be in vain."""
         if self._state == "broken":
-            raise ExecutorError(
-                self.name, item, f"the actor is broken and takes no more work: {_say(self._cause)}"
+            seconds = self._seconds_to_wait()
+            when = (
+                f"no attempt is made for {math.ceil(seconds)} s"
+                if seconds > 0
+                else "the next request tries again"
+            )
+            raise NotRebuilt(
+                self.name, item, f"the actor is broken: {_say(self._cause)}; {when}"
             ) from self._cause
         if self._state == "closed":
             raise ClosedError(f"actor {self.name!r} is closed")
         if self._state == "new":
             raise ClosedError(f"actor {self.name!r} was not started: await nursery.start(actor.run)")
 
+    def _seconds_to_wait(self) -> float:
+        """Until an executor may be made again."""
+        now = trio.current_time()
+        while self._failures and self._failures[0] <= now - FAILURE_WINDOW:
+            self._failures.popleft()
+        excess = len(self._failures) - MAX_FAILURES
+        return self._failures[excess - 1] + FAILURE_WINDOW - now if excess > 0 else 0.0
+
+    def _try_again(self, item: object) -> None:
+        """Wakes the owner of a broken actor to rebuild it.
+
+        Raises:
+            NotRebuilt: it is too early.
+        """
+        if self._seconds_to_wait() > 0:
+            self._check_usable(item)
+        self._state, self._counted = "rebuilding", False
+        self._attention.set()
+
     def _lose_executor(self, cause: Exception | None) -> None:
         """Gives up the executor and everything in flight, and wakes the owner to rebuild it. ``cause``: None where
         nothing failed."""
         if self._in_flight:
             self._busy += trio.current_time() - self._busy_since
-        self._state, self._cause = "rebuilding", cause
+        self._state, self._cause, self._counted = "rebuilding", cause, cause is not None
         self._generation += 1
         self._lost.extend((step, cause) for step in self._in_flight)
         if cause is not None:
@@ -400,9 +466,7 @@ class Actor:
         try:
             if old is not None:
                 await self._retire(old)
-            while self._failures and self._failures[0] <= trio.current_time() - FAILURE_WINDOW:
-                self._failures.popleft()
-            if len(self._failures) > MAX_FAILURES:
+            if self._seconds_to_wait() > 0:
                 raise ExecutorError(
                     self.name,
                     "rebuild",
@@ -411,6 +475,8 @@ class Actor:
             await self._open()
             self._state = "ready"
         except Exception as error:
+            if not self._counted:
+                self._failures.append(trio.current_time())
             self._state, self._cause = "broken", error
             if self._waiting:  # for ever: only the nursery can free that task now
                 raise
@@ -443,6 +509,7 @@ class Actor:
         closing = self._scope.cancel_called
         self._state = "closed"
         executor, self._executor = self._executor, None
+        self._cause = None  # its traceback holds what was open
         self._in_flight.clear()
         self._lost.clear()
         self._wake_all()

@@ -38,7 +38,9 @@ def cgroup_directories(controller: str, sys: Path, proc: Path) -> tuple[Path, ..
 def read_text(path: Path) -> str | None:
     """The stripped text of a small file of sysfs or procfs; None where it is missing or unreadable."""
     try:
-        return path.read_text("ascii", "replace").strip()
+        return (
+            path.read_bytes().decode("ascii", "replace").strip()
+        )  # a text file leaves strings in a cache of Python's
     except OSError:
         return None
 

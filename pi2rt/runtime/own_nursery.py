@@ -17,11 +17,19 @@ async def open_own_nursery() -> AsyncIterator[trio.Nursery]:
         async with trio.open_nursery() as nursery:
             yield nursery
     except BaseExceptionGroup as group:
-        errors = [error for error in group.exceptions if not isinstance(error, trio.Cancelled)]
-        if not errors:
+        first = _first(group)
+        if first is None:
             raise
-        first = errors[0]
-        for other in errors[1:]:
-            first.add_note(f"and {type(other).__name__}: {other}")
     if first is not None:
-        raise first  # out here, where it gets no context that it did not have
+        try:
+            raise first  # out here, where it gets no context that it did not have
+        finally:
+            del first  # or its traceback, which has this frame, would keep all that its frames hold
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
+    """With notes on the others; None where there are only cancellations."""
+    errors = [error for error in group.exceptions if not isinstance(error, trio.Cancelled)]
+    for other in errors[1:]:
+        errors[0].add_note(f"and {type(other).__name__}: {other}")
+    return errors[0] if errors else None

@@ -16,7 +16,7 @@ import trio
 import trio.testing
 
 import pi2rt
-from pi2rt._errors import ExecutorError, MemoryBudgetError, RequestError
+from pi2rt._errors import MemoryBudgetError, RequestError
 from pi2rt.cython_kernels.neuron_cache import NeuronCache
 from pi2rt.executors.cpu import CpuExecutor
 from pi2rt.formats import open_model_file
@@ -203,9 +203,10 @@ async def test_closing_ends_a_growth(pack: Path, monkeypatch: pytest.MonkeyPatch
     async with trio.open_nursery() as nursery:
         async with pi2rt.open_runtime(pack, context=256, memory=LARGE) as runtime:
             await runtime.resize(LARGE - most + least)
+            small = used_slots(runtime)[1]
             nursery.start_soon(runtime.resize, LARGE)
-            await trio.testing.wait_all_tasks_blocked()
-            await trio.sleep(0.02)
+            while used_slots(runtime)[1] == small:  # noqa: ASYNC110  a worker thread changes it
+                await trio.sleep(0.001)
             assert used_slots(runtime)[0] < used_slots(runtime)[1]
 
 
@@ -320,20 +321,6 @@ async def test_the_same_weights_are_not_loaded_again(dense: Path) -> None:
     async with pi2rt.open_runtime(dense, context=256, memory=LARGE) as runtime:
         await runtime.resize(LARGE - (1 << 20))
         assert runtime.statistics().actors[0].generation == 0
-
-
-async def test_a_pack_that_was_cut_breaks_the_runtime_when_weights_are_loaded_again(
-    dense: Path, tmp_path: Path
-) -> None:
-    copy = tmp_path / "m.pi2"
-    shutil.copyfile(dense, copy)
-    async with pi2rt.open_runtime(copy, context=256, memory=LARGE) as runtime:
-        least = await least_of(runtime)
-        os.truncate(copy, 1 << 20)
-        with pytest.raises(ExecutorError, match="broken"):
-            await runtime.resize(least)
-        with pytest.raises(ExecutorError, match="broken"):
-            await runtime.generate("Once", max_tokens=1)
 
 
 @pytest.mark.parametrize(

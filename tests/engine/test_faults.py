@@ -11,6 +11,7 @@ from trio.testing import MockClock
 from pi2rt._errors import ExecutorError
 from pi2rt.engine import SamplingParams
 from pi2rt.executors.simulated import Faults
+from pi2rt.runtime.actor import FAILURE_WINDOW, MAX_FAILURES
 from pi2rt.runtime.executor import Executor
 from pi2rt.tokenizer import Tokenizer
 from tests.engine.opened import Log, LoggingExecutor, continuation, numbers, opened
@@ -98,6 +99,65 @@ async def test_an_executor_that_cannot_be_rebuilt(tokenizer: Tokenizer, autojump
         for _ in range(3):
             with pytest.raises(ExecutorError, match=r"broken.*injected into open"):
                 await o.tokens(numbers(10), 10)
+
+
+async def test_requests_that_wait_for_a_rebuild_fail_with_it_and_later_ones_try_again(
+    tokenizer: Tokenizer, autojump_clock: MockClock
+) -> None:
+    """Each once, at the same time and with the cause: not each after an attempt of its own."""
+
+    def make(log: Log) -> Executor:
+        number = log.executors
+        faults = Faults(raise_in_open=number in (1, 2), raise_in_wait=frozenset([] if number else [2]))
+        return LoggingExecutor(
+            log, faults=faults, seconds_to_open=10.0 if number else 0.0, seconds_per_step=0.01
+        )
+
+    async with opened(tokenizer, slots=2, make_executor=make) as o:
+        ended: list[float] = []
+
+        async def fails(number: int, match: str) -> None:
+            with pytest.raises(ExecutorError, match=match):
+                await o.tokens(numbers(10, seed=number), 10)
+            ended.append(round(trio.current_time()))
+
+        with pytest.raises(ExecutorError, match="injected into wait"):
+            await o.tokens(numbers(10), 10)
+        for attempt in 1, 2:
+            async with trio.open_nursery() as nursery:
+                for number in range(6):  # of which four wait for a slot
+                    nursery.start_soon(
+                        fails, number, "broken.*injected into open.*the next request tries again"
+                    )
+            assert (ended, o.log.executors) == ([10 * attempt] * 6, 1 + attempt)
+            ended.clear()
+        assert await o.tokens(numbers(10), 10) == continuation(numbers(10), 10)
+        statistics = o.engine.statistics()
+        assert (statistics.failed, statistics.finished, statistics.waiting) == (13, 1, 0)
+
+
+async def test_beyond_the_limit_requests_fail_at_once_until_the_window_has_passed(
+    tokenizer: Tokenizer, autojump_clock: MockClock
+) -> None:
+    broken = True
+
+    def make(log: Log) -> Executor:
+        return LoggingExecutor(
+            log, faults=Faults(raise_in_open=broken and log.executors > 0), seconds_per_step=1
+        )
+
+    async with opened(tokenizer, make_executor=make) as o:
+        with pytest.raises(ExecutorError):
+            await o.actor.reopen(lambda: None)
+        for number in range(2 * MAX_FAILURES):
+            with pytest.raises(ExecutorError, match="broken"):
+                await o.tokens(numbers(10), 10)
+            assert o.log.executors == min(3 + number, 1 + MAX_FAILURES + 1)  # the first, and six that failed
+        broken = False
+        with pytest.raises(ExecutorError, match="no attempt is made for"):
+            await o.tokens(numbers(10), 10)
+        await trio.sleep(FAILURE_WINDOW)
+        assert await o.tokens(numbers(10), 10) == continuation(numbers(10), 10)
 
 
 async def test_a_failure_while_all_of_the_step_has_left(

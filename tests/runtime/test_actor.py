@@ -12,7 +12,7 @@ import trio.testing
 
 from pi2rt._errors import BusyError, ClosedError, ExecutorError, InternalError
 from pi2rt.executors.simulated import SimulatedFault
-from pi2rt.runtime.actor import Actor
+from pi2rt.runtime.actor import MAX_FAILURES, Actor, NotRebuilt
 from pi2rt.runtime.executor import Executor
 from pi2rt.runtime.step import StepResult
 from pi2rt.runtime.trace import Trace
@@ -340,15 +340,20 @@ async def test_rebuild_fails(
             await actor.result()
         with pytest.raises(ExecutorError, match="<Step 2"):  # what was lost is told first
             await actor.result()
-        for call in actor.result, lambda: actor.submit(step(3)):
-            with pytest.raises(ExecutorError, match=f"the actor is broken.*{re.escape(problem)}") as caught:
-                await call()
-            assert caught.value.__cause__ is not None
+        match = f"the actor is broken: .*{re.escape(problem)}.*; the next request tries again"
+        with pytest.raises(NotRebuilt, match=match) as caught:
+            await actor.result()
+        assert caught.value.__cause__ is not None
         assert actor.statistics().state == "broken"
         assert trio.current_time() == (6.0 if "hang_in_close" in old else 1.0)
+        if new:
+            with pytest.raises(NotRebuilt, match=match):
+                await actor.submit(step(3))
+        else:  # the old one is given up
+            await actor.submit(step(3))
+            assert (await actor.result()).id == 3
         await actor.aclose()
-    if new:
-        assert bench.closed == bench.made
+    assert bench.made[-1] in bench.closed
 
 
 async def test_too_many_failures(autojump_clock: trio.testing.MockClock) -> None:
@@ -360,11 +365,98 @@ async def test_too_many_failures(autojump_clock: trio.testing.MockClock) -> None
             await actor.submit(step(number))
             with pytest.raises(ExecutorError, match="injected"):
                 await actor.result()
-        with pytest.raises(ExecutorError, match=r"broken.* 6 failures within 60 s; last: SimulatedFault"):
+        match = r"broken.* 6 failures within 60 s; last: SimulatedFault.*; no attempt is made for 55 s"
+        with pytest.raises(NotRebuilt, match=match):
             await actor.submit(step(7))
+        with pytest.raises(NotRebuilt, match=match):
+            await actor.reopen(lambda: pytest.fail("it is not made again"))
+        assert bench.closed == bench.made
+        assert len(bench.made) == 6
+        await trio.sleep(54)
+        with pytest.raises(NotRebuilt, match="no attempt is made for 1 s"):
+            await actor.submit(step(7))
+        await trio.sleep(1)
+        await actor.submit(step(100))  # the first failure is 60 s old
+        assert (await actor.result()).id == 100
+        await actor.aclose()
+
+
+async def test_after_a_failed_rebuild_the_next_step_tries_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Whoever waited meanwhile fails with the cause; nobody is told anything but once."""
+    bad = {"seconds_to_open": 1.0} | faults(raise_in_open=True)
+    bench = Bench(faults(raise_in_wait={1}), bad, bad, {})
+    actor = bench.actor
+    failed = []
+
+    async def submit(number: int) -> None:
+        with pytest.raises(NotRebuilt, match=r"SimulatedFault: injected into open.*tries again"):
+            await actor.submit(step(number))
+        failed.append(number)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(actor.run)
+        await actor.submit(step(1))
+        with pytest.raises(ExecutorError, match="<Step 1"):
+            await actor.result()
+        for attempt in 1, 2:
+            async with trio.open_nursery() as waiting:
+                for number in range(3):
+                    waiting.start_soon(submit, 10 * attempt + number)
+            assert (len(bench.made), actor.statistics().state) == (attempt + 1, "broken")
+        assert sorted(failed) == [10, 11, 12, 20, 21, 22]
+        await actor.submit(step(2))
+        assert (await actor.result()).id == 2
+        assert trio.current_time() == 1.0 + 2 * 1.0 + 1.0
+        assert actor.generation == 1  # of executors that were lost, and none of them held anything
         await actor.aclose()
     assert bench.closed == bench.made
-    assert len(bench.made) == 6
+
+
+async def test_attempts_are_failures_too(autojump_clock: trio.testing.MockClock) -> None:
+    """A step that fails and the rebuild after it are one."""
+    bench = Bench(faults(raise_in_wait={1}), faults(raise_in_open=True))
+    actor = bench.actor
+    async with trio.open_nursery() as nursery:
+        await nursery.start(actor.run)
+        await actor.submit(step(1))
+        with pytest.raises(ExecutorError, match="<Step 1"):
+            await actor.result()
+        await trio.testing.wait_all_tasks_blocked()
+        for number in range(MAX_FAILURES):
+            assert len(bench.made) == 2 + number
+            with pytest.raises(NotRebuilt, match="injected into open"):
+                await actor.submit(step(2))
+        for _ in range(3):
+            with pytest.raises(NotRebuilt, match="no attempt is made for 60 s"):
+                await actor.submit(step(2))
+        assert len(bench.made) == 2 + MAX_FAILURES
+        await actor.aclose()
+
+
+@pytest.mark.parametrize("state", ["rebuilding", "broken"])
+async def test_closing_what_cannot_be_made_again(autojump_clock: trio.testing.MockClock, state: str) -> None:
+    bad = {"seconds_to_open": 10.0} | faults(raise_in_open=True)
+    bench = Bench(faults(raise_in_wait={1}), bad)
+    actor = bench.actor
+
+    async def submit() -> None:
+        with pytest.raises(ClosedError):
+            await actor.submit(step(2))
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(actor.run)
+        await actor.submit(step(1))
+        with pytest.raises(ExecutorError, match="<Step 1"):
+            await actor.result()
+        if state == "broken":
+            await trio.sleep(20)
+        nursery.start_soon(submit)
+        await trio.testing.wait_all_tasks_blocked()
+        await actor.aclose()
+    assert trio.current_time() == (21.0 if state == "broken" else 1.0)
+    assert bench.closed == bench.made
 
 
 async def test_failures_that_are_rare_are_forgiven(autojump_clock: trio.testing.MockClock) -> None:
