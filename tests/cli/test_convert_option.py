@@ -176,6 +176,23 @@ def test_bench_and_perplexity_convert_too(
     assert len(left(packs)) == 1
 
 
+def test_it_accepts_what_a_process_does_that_begins_with_the_pack(
+    environment: dict[str, str], source: Path, tmp_path: Path
+) -> None:
+    """The model that was refused before, and its conversion, leave nothing that counts."""
+    pack = tmp_path / "s.pi2"
+    assert run(environment, "convert", str(source), str(pack))[0] == 0
+    status, _, errors = run(environment, "run", str(pack), *PROMPT, "--memory", "110M")
+    assert status == 2
+    found = re.search(r"the least is (\d+) MiB", errors)
+    assert found is not None
+    least = f"{int(found[1]) + 1}M"  # from one process to the next, resident pages differ
+    expected = run(environment, "run", str(pack), *PROMPT, "--memory", least)
+    assert expected[0] == 0
+    converted = run(environment, "run", str(source), *PROMPT, "--memory", least, "--convert")
+    assert converted[:2] == expected[:2]
+
+
 def test_without_a_memory_it_is_refused(pi2rt: Run, model: str) -> None:
     done = pi2rt("run", model, "-p", "Hi", "--convert")
     assert (done.status, done.output) == (2, "")
