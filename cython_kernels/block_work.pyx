@@ -10,6 +10,9 @@ cdef extern from "kernels.h" nogil:
     int64_t pi2_align(int64_t, int64_t)
     void __builtin_prefetch(const void *)
 
+cdef extern from "flash.h" nogil:
+    enum: PI2_SECTOR
+
 cdef extern from "bundles.h" nogil:
     int64_t pi2_up_scales(int, int64_t)
     int64_t pi2_down_scales(int, int64_t)
@@ -37,7 +40,7 @@ cdef class BlockWork:
             self.nbytes = self.pages_bytes + (neurons + 31) // 32 * pi2_down_scales(self.down, dim)
             if up_type is not None:
                 self.nbytes += neurons * pi2_up_scales(self.up, dim)
-        self.nbytes = pi2_align(self.nbytes, 4096)
+        self.nbytes = pi2_align(self.nbytes, PI2_SECTOR)
 
     def compute(self, weights, int64_t copies):
         """``copies`` blocks, one behind the other in ``weights``. Without the GIL, so that threads can do it at once."""

@@ -8,7 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -17,6 +16,7 @@
 #include <unistd.h>
 
 #include "gang.h" /* pi2_now_ns */
+#include "pages.h"
 
 #ifndef O_DIRECT
 #define O_DIRECT 0
@@ -106,7 +106,7 @@ int pi2_read_settle(pi2_flash *f, pi2_read *r, int64_t result) {
   if (result == 0) return finish(f, r, PI2_EOF);
   r->tries = 0;
   /* O_DIRECT continues at whole blocks only. Less than one block, twice: the file ends there. */
-  const int64_t whole = f->direct ? result & -PI2_FLASH_BLOCK : result;
+  const int64_t whole = f->direct ? result & -PI2_SECTOR : result;
   if (whole) r->stalls = 0;
   else if (r->stalls++) {
     r->got += result;
@@ -227,8 +227,8 @@ static int pool_reap(pi2_flash *f, pi2_read **done, int max, int64_t timeout_ns)
 /* One read as the others will be. Returns 0 or an errno. */
 static int try_direct(int fd) {
   void *block = NULL;
-  if (posix_memalign(&block, PI2_FLASH_BLOCK, PI2_FLASH_BLOCK)) return ENOMEM;
-  const int error = pread(fd, block, PI2_FLASH_BLOCK, 0) < 0 ? errno : 0;
+  if (posix_memalign(&block, PI2_SECTOR, PI2_SECTOR)) return ENOMEM;
+  const int error = pread(fd, block, PI2_SECTOR, 0) < 0 ? errno : 0;
   free(block);
   return error;
 }
@@ -239,8 +239,8 @@ static int try_direct(int fd) {
 static int waits_anyway(int fd) {
 #ifdef RWF_NOWAIT
   void *block = NULL;
-  if (posix_memalign(&block, PI2_FLASH_BLOCK, PI2_FLASH_BLOCK)) return 1;
-  const struct iovec part = {.iov_base = block, .iov_len = PI2_FLASH_BLOCK};
+  if (posix_memalign(&block, PI2_SECTOR, PI2_SECTOR)) return 1;
+  const struct iovec part = {.iov_base = block, .iov_len = PI2_SECTOR};
   const int refused = preadv2(fd, &part, 1, 0, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP;
   free(block);
   return refused;
@@ -256,7 +256,7 @@ static int open_file(pi2_flash *f, const char *path) {
   f->direct = O_DIRECT != 0;
   f->fd = open(path, flags | O_DIRECT);
   int refused = 0;
-  if (f->fd < 0 && errno == EINVAL && O_DIRECT) {
+  if (f->fd < 0 && errno == EINVAL && O_DIRECT != 0) {
     refused = EINVAL;
     f->direct = 0;
     f->fd = open(path, flags);
@@ -272,7 +272,7 @@ static int open_file(pi2_flash *f, const char *path) {
 #ifdef STATX_DIOALIGN
   struct statx x; /* says so where the file system would take O_DIRECT and read through the page cache all the same */
   if (f->direct && !statx(f->fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &x) && (x.stx_mask & STATX_DIOALIGN) &&
-      (x.stx_dio_offset_align == 0 || x.stx_dio_offset_align > PI2_FLASH_BLOCK || x.stx_dio_mem_align > PI2_FLASH_BLOCK))
+      (x.stx_dio_offset_align == 0 || x.stx_dio_offset_align > PI2_SECTOR || x.stx_dio_mem_align > PI2_SECTOR))
     refused = EOPNOTSUPP;
 #endif
   if (f->direct && !refused) {
@@ -316,7 +316,7 @@ pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *erro
   }
   f->fd = f->wake_fd = -1;
   f->depth = depth;
-  f->page = sysconf(_SC_PAGESIZE);
+  f->page = pi2_page_bytes();
   f->done_end = &f->done;
   f->queue_end = &f->queue;
   pthread_condattr_t clock;
@@ -347,8 +347,8 @@ pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *erro
 }
 
 int pi2_flash_register(pi2_flash *f, void *base, int64_t bytes, int64_t most, int64_t unit) {
-  if (bytes <= 0 || bytes > most || (uintptr_t)base % PI2_FLASH_BLOCK || bytes % PI2_FLASH_BLOCK || unit <= 0 ||
-      unit % PI2_FLASH_BLOCK)
+  if (bytes <= 0 || bytes > most || (uintptr_t)base % PI2_SECTOR || bytes % PI2_SECTOR || unit <= 0 ||
+      unit % PI2_SECTOR)
     return EINVAL;
   if (!f->ring) return EOPNOTSUPP;
   const int64_t least = most / MOST_PIECES + 1 > LEAST_PIECE ? most / MOST_PIECES + 1 : LEAST_PIECE;
@@ -370,10 +370,10 @@ int pi2_flash_submit(pi2_flash *f, pi2_read *r) {
   r->submitted_ns = pi2_now_ns();
   int64_t parts = 0;
   for (int i = 0; r->parts && i < r->n_parts; i++)
-    parts += (uintptr_t)r->parts[i].iov_base % PI2_FLASH_BLOCK ? INT64_MIN / PI2_FLASH_MOST : (int64_t)r->parts[i].iov_len;
+    parts += (uintptr_t)r->parts[i].iov_base % PI2_SECTOR ? INT64_MIN / PI2_FLASH_MOST : (int64_t)r->parts[i].iov_len;
   const int wrong = (r->parts && (r->n_parts > PI2_FLASH_PARTS || parts != r->bytes || parts > MOST_ASKED)) ||
-                    r->offset < 0 || r->offset % PI2_FLASH_BLOCK || r->bytes <= 0 || r->bytes % PI2_FLASH_BLOCK ||
-                    r->bytes > INT64_MAX - r->offset || (!r->parts && (uintptr_t)r->to % PI2_FLASH_BLOCK);
+                    r->offset < 0 || r->offset % PI2_SECTOR || r->bytes <= 0 || r->bytes % PI2_SECTOR ||
+                    r->bytes > INT64_MAX - r->offset || (!r->parts && (uintptr_t)r->to % PI2_SECTOR);
   if (!wrong) pi2_read_next(r);
   else pi2_read_fail(f, r, EINVAL);
   if (f->ring) {
@@ -418,11 +418,6 @@ int64_t pi2_flash_close(pi2_flash *f, int64_t patience_ns) {
   if (left) return left;
   give_up(f, 0, &ignored);
   return 0;
-}
-
-int pi2_memory_abandon(void *base, int64_t bytes) {
-  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
-  return mmap(base, (size_t)bytes, PROT_NONE, flags, -1, 0) == MAP_FAILED ? errno : 0;
 }
 
 void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s) {

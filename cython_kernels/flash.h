@@ -8,7 +8,9 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-#define PI2_FLASH_BLOCK 4096    /* offsets, lengths and addresses of reads are multiples of it */
+/* Of a file: offsets, lengths and addresses of reads are multiples of it, which O_DIRECT asks for. The logical block of a device
+ * is no larger. It says nothing of the pages of memory (pages.h). */
+#define PI2_SECTOR 4096
 #define PI2_FLASH_MOST 256      /* reads in flight, at most */
 #define PI2_FLASH_THREADS 8     /* of the preadv backend, at most */
 #define PI2_FLASH_LATENCIES 24
@@ -20,8 +22,8 @@ enum pi2_io { PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV };
 
 /* One read. The caller's memory, not touched by the caller between submit and reap (or close). */
 typedef struct pi2_read {
-  int64_t offset, bytes; /* multiples of PI2_FLASH_BLOCK; bytes > 0 */
-  uint8_t *to;           /* aligned to PI2_FLASH_BLOCK; not used with parts */
+  int64_t offset, bytes; /* multiples of PI2_SECTOR; bytes > 0 */
+  uint8_t *to;           /* aligned to PI2_SECTOR; not used with parts */
   struct iovec *parts;   /* NULL, or where the bytes go instead, together `bytes` long, each as `to`; used up by the read */
   int n_parts;           /* at most PI2_FLASH_PARTS */
   void *user;
@@ -78,14 +80,8 @@ void pi2_flash_wake(pi2_flash *f);
 
 /* Waits for reads in flight, cancelling what can be, for at most patience_ns (< 0: for ever); they are not reaped. 0: nothing
  * of the caller is written to after. Else the device does not answer, and so many bytes may still be written: `f` and the
- * reads must stay for good, and so must the addresses that the reads go to; see pi2_memory_abandon. */
+ * reads must stay for good, and so must the addresses that the reads go to; see pi2_pages_abandon. */
 int64_t pi2_flash_close(pi2_flash *f, int64_t patience_ns);
-
-/* In place of munmap, for memory that reads which do not end go to: what has reached a device cannot be cancelled. The
- * addresses stay taken, so that nobody else's memory comes to lie there, but have no memory any more. A read that copies
- * fails there; the pages that a device writes to by itself are the kernel's, which frees them after it. 0 or an errno: then
- * the memory is as it was. */
-int pi2_memory_abandon(void *base, int64_t bytes);
 
 /* First thing of a thread that reads: names it, and lets it have a core at once when something has arrived. It needs one for
  * moments only, but where it waits for those that compute, up to `depth` reads end meanwhile and the device goes idle: with two

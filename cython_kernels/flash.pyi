@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, TypeAlias
 Io: TypeAlias = Literal["auto", "uring", "preadv"]
 Writable: TypeAlias = Any  # a buffer: collections.abc.Buffer is of Python 3.12
 
-BLOCK: int
+SECTOR: int
 MOST_IN_FLIGHT: int
 EOF: int
 

@@ -24,7 +24,7 @@ cdef extern from "gang.h" nogil:
     int64_t pi2_now_ns()
 
 cdef extern from "flash.h" nogil:
-    enum: PI2_FLASH_BLOCK, PI2_FLASH_MOST, PI2_FLASH_LATENCIES, PI2_EOF
+    enum: PI2_SECTOR, PI2_FLASH_MOST, PI2_FLASH_LATENCIES, PI2_EOF
     ctypedef struct pi2_flash:
         pass
     enum pi2_io:
@@ -52,7 +52,7 @@ cdef extern from "flash.h" nogil:
     void c_take_statistics "pi2_flash_statistics"(pi2_flash *, c_statistics *)
     int pi2_uring_probe(char *, int)
 
-BLOCK = PI2_FLASH_BLOCK
+SECTOR = PI2_SECTOR
 MOST_IN_FLIGHT = PI2_FLASH_MOST
 EOF = PI2_EOF
 Io = Literal["auto", "uring", "preadv"]
@@ -230,7 +230,7 @@ cdef class Reader:
         try:
             PyObject_GetBuffer(memory, &slot.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
             slot.held = True
-            error = pi2_flash_register(f, slot.view.buf, slot.view.len, slot.view.len, PI2_FLASH_BLOCK)
+            error = pi2_flash_register(f, slot.view.buf, slot.view.len, slot.view.len, PI2_SECTOR)
             if error:
                 raise OSError(error, f"registering {slot.view.len} bytes: {os.strerror(error)}")
             self.registered = slot
@@ -267,16 +267,16 @@ cdef class Reader:
         cdef pi2_read r
         cdef pi2_read *done
         cdef void *memory = NULL
-        cdef int64_t first = offset // PI2_FLASH_BLOCK * PI2_FLASH_BLOCK
-        if offset < 0 or size < 0 or size > INT64_MAX - 2 * PI2_FLASH_BLOCK - offset:
+        cdef int64_t first = offset // PI2_SECTOR * PI2_SECTOR
+        if offset < 0 or size < 0 or size > INT64_MAX - 2 * PI2_SECTOR - offset:
             raise ValueError(f"offset {offset}, {size} bytes")
         if size == 0:
             return b""
         r.offset = first
-        r.bytes = (offset - first + size + PI2_FLASH_BLOCK - 1) // PI2_FLASH_BLOCK * PI2_FLASH_BLOCK
+        r.bytes = (offset - first + size + PI2_SECTOR - 1) // PI2_SECTOR * PI2_SECTOR
         f = self.use(idle=True)
         try:
-            if posix_memalign(&memory, PI2_FLASH_BLOCK, r.bytes):
+            if posix_memalign(&memory, PI2_SECTOR, r.bytes):
                 raise MemoryError(f"{r.bytes} bytes")
             r.to, r.parts = <uint8_t *>memory, NULL
             with nogil:
@@ -342,17 +342,17 @@ def measure(path, int64_t read_bytes, int depth=8, double seconds=0.2, io="auto"
     cdef bint random = pattern == "random"
     if pattern not in ("random", "sequential"):
         raise ValueError(f"pattern={pattern!r}: random or sequential")
-    if read_bytes <= 0 or read_bytes % PI2_FLASH_BLOCK or not 0 < seconds <= 3600:
-        raise ValueError(f"read_bytes={read_bytes}, seconds={seconds}: multiples of {PI2_FLASH_BLOCK}; up to an hour")
+    if read_bytes <= 0 or read_bytes % PI2_SECTOR or not 0 < seconds <= 3600:
+        raise ValueError(f"read_bytes={read_bytes}, seconds={seconds}: multiples of {PI2_SECTOR}; up to an hour")
     f = open_flash(path, io, depth)
     try:
         c_take_statistics(f, &s)
         if s.file_bytes < read_bytes:
             raise ValueError(f"{os.fspath(path)} has {s.file_bytes} bytes, fewer than one read of {read_bytes}")
-        step = PI2_FLASH_BLOCK if random else read_bytes
+        step = PI2_SECTOR if random else read_bytes
         places = (s.file_bytes - read_bytes) // step + 1
         reads = <pi2_read *>calloc(depth, sizeof(pi2_read))
-        if reads == NULL or posix_memalign(&memory, PI2_FLASH_BLOCK, read_bytes * depth):
+        if reads == NULL or posix_memalign(&memory, PI2_SECTOR, read_bytes * depth):
             raise MemoryError(f"{read_bytes * depth} bytes")
         pi2_flash_register(f, memory, read_bytes * depth, read_bytes * depth, read_bytes)
         return run(f, reads, <uint8_t *>memory, depth, read_bytes, places, step, random, duration, path)

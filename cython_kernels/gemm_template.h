@@ -5,7 +5,11 @@
  * the tile, so results do not depend on the batch. */
 
 #ifdef PI2_GENERIC /* one copy with arguments, not one for each type and tile: the scalar variant need not be fast */
+#ifdef __clang__ /* which does not clone, and does not know the word */
+#define INLINE static __attribute__((noinline))
+#else
 #define INLINE static __attribute__((noinline, noclone))
+#endif
 #else
 #define INLINE static inline __attribute__((always_inline))
 #endif

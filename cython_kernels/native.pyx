@@ -2,7 +2,6 @@
 
 from libc.errno cimport errno
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint64_t, uintptr_t
-from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap)
 from posix.types cimport pid_t
 from posix.unistd cimport getpid
 
@@ -14,12 +13,13 @@ import numpy as np
 
 from pi2rt._errors import KernelUnavailableError
 
-cdef extern from "flash.h" nogil:
-    int pi2_memory_abandon(void *, int64_t)
-
-cdef extern from "sys/mman.h" nogil:
-    int madvise(void *, size_t, int)
-    enum: MADV_HUGEPAGE, MADV_DONTNEED
+cdef extern from "pages.h" nogil:
+    int64_t pi2_page_bytes()
+    int64_t pi2_huge_page_bytes()
+    void *pi2_pages_map(int64_t, int)
+    void pi2_pages_unmap(void *, int64_t)
+    int pi2_pages_discard(void *, int64_t)
+    int pi2_pages_abandon(void *, int64_t)
 
 cdef extern from *:
     """
@@ -99,57 +99,79 @@ def kernels_address(name=None):
     return <uintptr_t>find_variant(name)
 
 
+def page_bytes():
+    """Bytes of a page of this system's memory."""
+    return pi2_page_bytes()
+
+
+def huge_page_bytes():
+    """Bytes of a transparent huge page of this system."""
+    return pi2_huge_page_bytes()
+
+
 cdef class Memory:
-    """Anonymous memory outside the interpreter: zeroed, page-aligned, resident only where touched.
+    """Anonymous memory outside the interpreter: zeroed, page-aligned, resident only where touched. A forked child does not
+    have it (``pages.h`` says why): there it is closed, and a view over it must not be used.
 
     ``address`` and ``nbytes``; ``view()`` is a uint8 array over it that must not outlive it; ``close()`` gives it back.
     """
 
-    cdef readonly uintptr_t address
+    cdef uintptr_t base
+    cdef pid_t owner  # the process that has it; a forked child may have something of its own in the same place
     cdef readonly int64_t nbytes
-    cdef pid_t owner
 
     def __cinit__(self, int64_t nbytes, *, bint huge_pages=True):
-        self.owner = getpid()
         if nbytes <= 0:
             raise ValueError(f"nbytes={nbytes}: must be positive")
-        cdef void *p = mmap(NULL, <size_t>nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-        if p == MAP_FAILED:
+        cdef void *p = pi2_pages_map(nbytes, huge_pages)
+        if p == NULL:
             raise MemoryError(f"mmap of {nbytes} bytes: {os.strerror(errno)}")
-        if huge_pages:
-            madvise(p, <size_t>nbytes, MADV_HUGEPAGE)  # fewer page walks; refusal costs only speed
-        self.address = <uintptr_t>p
+        self.base = <uintptr_t>p
+        self.owner = getpid()
         self.nbytes = nbytes
 
+    @property
+    def address(self):
+        """0 where it is closed."""
+        return self.base if self.owner == getpid() else 0
+
+    cdef uintptr_t take(self):
+        """Its address, which from now on is the caller's; 0 where it is closed."""
+        cdef uintptr_t base = self.base if self.owner == getpid() else 0
+        self.base = 0
+        return base
+
     def view(self):
-        if not self.address:
+        cdef uintptr_t base = self.address
+        if not base:
             raise ValueError("memory is closed")
-        return np.asarray(<uint8_t[:self.nbytes]><uint8_t *>self.address)
+        return np.asarray(<uint8_t[:self.nbytes]><uint8_t *>base)
 
     def discard(self, int64_t offset, int64_t size):
-        """Gives these bytes (whole pages of 4096) back to the system; they read as zeros until written again."""
-        if self.address == 0 or offset < 0 or size < 0 or offset + size > self.nbytes or offset % 4096:
-            raise ValueError(f"{size} bytes from byte {offset} on are not pages of {self.nbytes} bytes")
-        if size and madvise(<void *>(self.address + offset), <size_t>size, MADV_DONTNEED):
-            raise OSError("madvise")
+        """Gives the whole pages among these bytes back to the system: they read as zeros until written again. What is at
+        the ends of the range and is no whole page keeps its memory and its content."""
+        cdef uintptr_t base = self.address
+        if base == 0 or offset < 0 or size < 0 or size > self.nbytes - offset:
+            raise ValueError(f"{size} bytes from byte {offset} on are not in {self.nbytes} bytes")
+        cdef int error = pi2_pages_discard(<void *>(base + offset), size)
+        if error:
+            raise OSError(error, f"giving {size} bytes back: {os.strerror(error)}")
 
     def close(self):
-        # A forked child may not have it, and something else of its own in the same place.
-        if self.address and self.owner == getpid():
-            munmap(<void *>self.address, <size_t>self.nbytes)
-        self.address = 0
+        cdef uintptr_t base = self.take()
+        if base:
+            pi2_pages_unmap(<void *>base, self.nbytes)
 
     def abandon(self):
         """In place of ``close``, where a device may still write to it: its addresses stay taken for good, and its memory is
         given back, but for the pages of reads that have not ended, which the system keeps until then. Returns whether that
         could be done; if not, all of it stays."""
-        cdef uintptr_t address = self.address
-        self.address = 0
-        return not address or self.owner != getpid() or not pi2_memory_abandon(<void *>address, self.nbytes)
+        cdef uintptr_t base = self.take()
+        return not base or not pi2_pages_abandon(<void *>base, self.nbytes)
 
     def __dealloc__(self):
-        if self.address and self.owner == getpid():
-            munmap(<void *>self.address, <size_t>self.nbytes)
+        if self.base and self.owner == getpid():
+            pi2_pages_unmap(<void *>self.base, self.nbytes)
 
 
 def trim_heap():
@@ -363,7 +385,7 @@ def _read(Memory block, name):
     cdef const pi2_kernels *k = find_variant(name)
     cdef uint64_t sum
     with nogil:
-        sum = k.read(<const uint8_t *>block.address, block.nbytes)
+        sum = k.read(<const uint8_t *>block.base, block.nbytes)
     return sum
 
 
@@ -461,8 +483,8 @@ cdef class Kernels:
         cdef const uint8_t *numbers[16]
         cdef pi2_q8 q8
         cdef Memory arranged = Memory(2 * (k + 512) + 8 * (k // 32 + 16) + 256)
-        cdef int16_t *order = <int16_t *>arranged.address
-        cdef float *d = <float *>(arranged.address + (k + 511) // 512 * 1024)
+        cdef int16_t *order = <int16_t *>arranged.base
+        cdef float *d = <float *>(arranged.base + (k + 511) // 512 * 1024)
         cdef float *s = d + (k // 32 + 15) // 16 * 16
         q, scale_d, scale_s, sums = self.quantize(x, wide=wide)
         cdef int8_t[::1] qv = q.view(np.int8)
@@ -586,7 +608,7 @@ cdef class Kernels:
         cdef Memory memory = Memory(2 * half * pages + 64)
         cdef int32_t[::1] table = np.arange(pages, dtype=np.int32)[::-1].copy()
         cdef pi2_kv kv
-        kv.base, kv.page_stride, kv.pages, kv.v_offset = <const uint8_t *>memory.address, 2 * half, &table[0], half
+        kv.base, kv.page_stride, kv.pages, kv.v_offset = <const uint8_t *>memory.base, 2 * half, &table[0], half
         kv.head_dim, kv.type = <int>hd, KV_TYPES[kv_type]
         if hd % 16:
             raise ValueError("head_dim must be a multiple of 16")

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "gang.h"
+#include "pages.h"
 
 enum { ABSENT, COMING, PRESENT }; /* state of a slot: of no page, being read, usable */
 enum { WHOLE, HEAD, REST }; /* part of a page: REST while it is being read behind a head */
@@ -282,7 +283,7 @@ void pi2_neuron_cache_abandon(pi2_neuron_cache *c) {
 /* -- the reader */
 
 int pi2_neuron_cache_read_through(pi2_neuron_cache *c, int64_t bytes) {
-  uint8_t *scrap = bytes ? aligned_alloc(PI2_FLASH_BLOCK, (size_t)bytes) : NULL;
+  uint8_t *scrap = bytes ? pi2_pages_map(bytes, 0) : NULL;
   if (bytes && !scrap) return ENOMEM;
   pthread_mutex_lock(&c->mutex);
   c->scrap = scrap, c->read_through = bytes;
@@ -502,6 +503,7 @@ int64_t pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
   if (left) return left; /* slots and memory are still written to */
   pthread_mutex_destroy(&c->mutex);
   free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare), free(c->records);
-  free(c->scrap), free(c);
+  if (c->scrap) pi2_pages_unmap(c->scrap, c->read_through);
+  free(c);
   return 0;
 }

@@ -14,7 +14,7 @@ import numpy as np
 from pi2rt._errors import InternalError, open_failure, read_failure
 
 cdef extern from "flash.h" nogil:
-    enum: PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV, PI2_FLASH_MOST
+    enum: PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV, PI2_FLASH_MOST, PI2_SECTOR
     ctypedef struct pi2_flash:
         pass
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
@@ -53,7 +53,7 @@ cdef extern from "neuron_cache.h" nogil:
 IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
 MOST_DEPTH = PI2_FLASH_MOST
 MOST_READ_THROUGH = PI2_MERGED_BYTES
-PAGE = 4096
+PAGE = PI2_SECTOR
 """Pages and slots are multiples of it."""
 RECORD = np.dtype([("begin", np.int64), ("end", np.int64), ("region", np.int32), ("pages", np.uint16),
                    ("foreseen", np.uint16)])

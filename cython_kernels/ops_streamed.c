@@ -8,8 +8,6 @@
 
 #include "program.h"
 
-#define HUGE_PAGE (2 << 20) /* bytes that may be taken where the first of them is touched */
-
 static int64_t pieces(const pi2_matrix *m) {
   return (((m->rows + PI2_ROWS - 1) / PI2_ROWS) + m->page_blocks - 1) / m->page_blocks;
 }
@@ -51,9 +49,10 @@ static int64_t lendable(const pi2_run *r) {
   }
   const int few = r->n_rows <= PI2_FEW_ROWS;
   for (int i = 0; few && p->tails_touched && i < p->n_tails; i++)
-    madvise(p->tail_of[i].base, (size_t)p->tail_of[i].bytes, MADV_DONTNEED);
+    pi2_pages_discard(p->tail_of[i].base, p->tail_of[i].bytes);
   p->tails_touched = !few;
-  int64_t bytes = (int64_t)(p->kv + (uintptr_t)p->kv_bytes - ((p->kv + (uintptr_t)p->kv_used + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1)));
+  const uintptr_t huge = (uintptr_t)pi2_huge_page_bytes(); /* of which all may be taken where one byte is touched */
+  int64_t bytes = (int64_t)(p->kv + (uintptr_t)p->kv_bytes - ((p->kv + (uintptr_t)p->kv_used + huge - 1) & ~(huge - 1)));
   bytes = (bytes > 0 ? bytes : 0) + (few ? p->tail_bytes : 0);
   return (bytes < p->loan_bytes ? bytes : p->loan_bytes) / PI2_SECTOR * PI2_SECTOR;
 }

@@ -12,12 +12,11 @@ void *pi2_allocate(pi2_program *p, int64_t count, size_t size) {
 }
 /* The rows of a buffer that short steps have no use for. */
 static void note_tail(pi2_program *p, const uint8_t *base, int64_t rows, int64_t bytes) {
-  const uintptr_t begin = ((uintptr_t)base + (uintptr_t)(PI2_FEW_ROWS * bytes) + 4095) & ~(uintptr_t)4095;
-  const uintptr_t end = ((uintptr_t)base + (uintptr_t)(rows * bytes)) & ~(uintptr_t)4095;
-  if (!base || end <= begin || p->n_tails == PI2_TAILS) return;
-  p->tail_of[p->n_tails].base = (uint8_t *)begin;
-  p->tail_of[p->n_tails++].bytes = (int64_t)(end - begin);
-  p->tail_bytes += (int64_t)(end - begin);
+  if (!base || rows <= PI2_FEW_ROWS || p->n_tails == PI2_TAILS) return;
+  const pi2_pages tail = pi2_pages_within(base + PI2_FEW_ROWS * bytes, (rows - PI2_FEW_ROWS) * bytes);
+  if (!tail.bytes) return;
+  p->tail_of[p->n_tails++] = tail;
+  p->tail_bytes += tail.bytes;
 }
 static void *allocate_rows(pi2_program *p, int64_t rows, int64_t bytes) {
   void *base = pi2_allocate(p, rows, (size_t)bytes);
@@ -349,7 +348,9 @@ int pi2_run_post(pi2_run *r) {
   memset(r->busy, 0, (size_t)p->threads * 8);
   if (r->n_waits) memset(r->n_waits, 0, (size_t)p->threads * sizeof *r->n_waits);
   atomic_store(&r->stop, 0);
-  r->stopped = r->done = r->error = 0;
+  r->stopped = 0;
+  atomic_store(&r->done, 0);
+  atomic_store(&r->error, 0);
   atomic_store(&r->neuron_bytes, 0);
   r->skipped_bytes = r->cluster_bytes = 0;
   if (pi2_gang_post(p->gang, pi2_run_job, r)) return -1;

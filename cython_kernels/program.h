@@ -12,6 +12,7 @@
 #include "gang.h"
 #include "kernels.h"
 #include "neuron_cache.h"
+#include "pages.h"
 #include "rows.h"
 #include "sampler.h"
 #include "sparse.h"
@@ -180,7 +181,7 @@ typedef struct pi2_program {
   int64_t *piece_blocks;         /* (units of the stream) row blocks of each */
   _Atomic int64_t *piece_left;   /* of these, times rows, those that the running step has not computed with yet */
   int64_t max_pieces;
-  struct { uint8_t *base; int64_t bytes; } tail_of[PI2_TAILS]; /* rows that short steps have no use for, in whole pages of memory */
+  pi2_pages tail_of[PI2_TAILS]; /* rows that short steps have no use for, in whole pages of memory */
   int n_tails, tails_touched;
   int64_t tail_bytes;
   int64_t loan_bytes;                       /* of the stream's, at most: of these rows, and of a KV cache that was never used so far */

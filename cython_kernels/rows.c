@@ -9,9 +9,9 @@
 
 #define LOOK_NS 10000000 /* how often a call looks whether it was stopped */
 
-static int64_t up(int64_t n) { return (n + PI2_FLASH_BLOCK - 1) / PI2_FLASH_BLOCK * PI2_FLASH_BLOCK; }
+static int64_t up(int64_t n) { return (n + PI2_SECTOR - 1) / PI2_SECTOR * PI2_SECTOR; }
 
-int64_t pi2_rows_buffer(int type, int64_t k) { return up(pi2_row_block_bytes(type, k)) + PI2_FLASH_BLOCK; }
+int64_t pi2_rows_buffer(int type, int64_t k) { return up(pi2_row_block_bytes(type, k)) + PI2_SECTOR; }
 
 pi2_row_reader *pi2_rows_create(pi2_flash *flash, int type, int64_t k, int64_t offset, uint8_t *memory, int64_t deadline_ns) {
   pi2_row_reader *s = calloc(1, sizeof *s);
@@ -30,7 +30,7 @@ pi2_row_reader *pi2_rows_create(pi2_flash *flash, int type, int64_t k, int64_t o
 static void start(pi2_row_reader *s, const int32_t *row, int i) {
   pi2_read *r = s->spare[--s->n_spare];
   const int64_t at = s->offset + row[i] / PI2_ROWS * s->block_bytes;
-  r->offset = at / PI2_FLASH_BLOCK * PI2_FLASH_BLOCK;
+  r->offset = at / PI2_SECTOR * PI2_SECTOR;
   r->bytes = up(at + s->block_bytes) - r->offset;
   r->user = (void *)(uintptr_t)((uint64_t)s->call << 32 | (uint32_t)i);
   pi2_flash_submit(s->flash, r); /* there are as many reads as it takes */

@@ -20,7 +20,7 @@ typedef struct pi2_row_reader {
 
 /* Bytes of one of the PI2_ROWS_DEPTH buffers, for a matrix of `k` columns of `type`. */
 int64_t pi2_rows_buffer(int type, int64_t k);
-/* `memory`: the buffers, aligned to PI2_FLASH_BLOCK; outlives this. `flash`: of as many reads, through preadv. NULL: out of
+/* `memory`: the buffers, aligned to PI2_SECTOR; outlives this. `flash`: of as many reads, through preadv. NULL: out of
  * memory. Reading fails with ETIMEDOUT when none of the reads in flight ends for `deadline_ns` (< 0: never). */
 pi2_row_reader *pi2_rows_create(pi2_flash *flash, int type, int64_t k, int64_t offset, uint8_t *memory, int64_t deadline_ns);
 /* Row `row[i]` to `x + i * ldx`, for i < n; k floats each. Returns 0 or an error: an errno or PI2_EOF; ECANCELED because

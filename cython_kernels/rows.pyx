@@ -9,7 +9,7 @@ import os
 from pi2rt._errors import InternalError, open_failure
 
 cdef extern from "flash.h" nogil:
-    enum: PI2_IO_PREADV, PI2_FLASH_BLOCK
+    enum: PI2_IO_PREADV, PI2_SECTOR
     ctypedef struct pi2_flash:
         pass
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
@@ -32,7 +32,7 @@ def memory_bytes(int type_id, int64_t k):
 cdef class Rows:
     """Reads rows of the matrix of ``k`` columns whose row blocks lie at ``offset`` in ``path``.
 
-    ``memory``: address of ``memory_bytes``, aligned to 4096, which outlives this. ``name``: what errors call the file, where
+    ``memory``: address of ``memory_bytes``, aligned to PI2_SECTOR, which outlives this. ``name``: what errors call the file, where
     that is not ``path``. ``deadline``: seconds; when no read in flight ends for so long, reading fails.
     """
 
@@ -47,7 +47,7 @@ cdef class Rows:
         cdef const char *file = encoded
         self.owner = getpid()
         self.path, self.deadline = path if name is None else name, deadline
-        if k < 1 or offset < 0 or memory % PI2_FLASH_BLOCK:
+        if k < 1 or offset < 0 or memory % PI2_SECTOR:
             raise InternalError(f"rows of {k} values at {offset}")
         with nogil:  # it reads: a device may not answer
             flash = pi2_flash_open(file, PI2_IO_PREADV, PI2_ROWS_DEPTH, &error)

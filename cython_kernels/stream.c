@@ -6,12 +6,12 @@
 #include <linux/futex.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "gang.h"
+#include "pages.h"
 
 #define PIECE (16 << 20) /* of the ring: few reads of a megabyte go across two */
 #define LOOK_NS 10000000 /* how often a thread that waits for a unit looks whether its run was stopped */
@@ -145,7 +145,7 @@ static void take_back(pi2_stream *s, int64_t bytes) {
     s->placed[i].kept = 0;
     atomic_fetch_sub_explicit(&s->kept_bytes, s->units[i].bytes, memory_order_relaxed);
   }
-  madvise(s->loan + bytes, (size_t)(atomic_load(&s->lent) - bytes), MADV_DONTNEED);
+  pi2_pages_discard(s->loan + bytes, atomic_load(&s->lent) - bytes);
 }
 /* Returns whether units may be placed: not while memory is to be taken back, which reads in flight still go to. */
 static int follow_lending(pi2_stream *s) {

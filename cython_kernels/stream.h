@@ -17,7 +17,6 @@
 
 #include "flash.h"
 
-#define PI2_SECTOR 4096
 typedef struct {
   int64_t offset, bytes; /* in the file; multiples of PI2_SECTOR */
   int64_t skip;          /* of these, bytes before the unit */

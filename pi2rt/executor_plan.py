@@ -10,6 +10,7 @@ from pi2rt import catalogue
 from pi2rt._errors import MemoryBudgetError
 from pi2rt.formats import ModelFile
 from pi2rt.formats.pack import PackFile
+from pi2rt.formats.row_blocks import SECTOR
 from pi2rt.memory import MemoryNeed, estimate_need
 from pi2rt.models import ModelDescription
 from pi2rt.planner.kept_curve import kept_curve
@@ -166,7 +167,7 @@ def _reads(file: ModelFile, io: Io) -> FlashReads:
     kept = kept_curve(catalogue.curves_directory(), file.path, io)
     if kept is None:
         return FlashReads()
-    page = max((each.page_bytes for each in file.bundles.values()), default=4096)
+    page = max((each.page_bytes for each in file.bundles.values()), default=SECTOR)
     try:
         return choose_reads(kept.curve, page)
     except ValueError:  # it has no points for that

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from pi2rt._errors import RequestError
+from pi2rt.formats.row_blocks import SECTOR
 from pi2rt.memory import KV_BYTES, parse_size
 from pi2rt.runtime.executor import Executor, Progress
 
@@ -19,8 +20,6 @@ token."""
 
 MOST_READ_THROUGH = 1 << 20
 """Bytes of one read of neurons, at most."""
-
-_SECTOR = 4096
 
 
 class RuntimeKeywords(TypedDict, total=False):
@@ -182,8 +181,8 @@ class RuntimeOptions:
         """Of a gap, at most, in whole sectors."""
         return (
             (0 if self.read_through == "off" else _size("read_through", self.read_through) or 0)
-            // _SECTOR
-            * _SECTOR
+            // SECTOR
+            * SECTOR
         )
 
     @property

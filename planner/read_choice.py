@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pi2rt.cython_kernels.stream import MOST_DEPTH
+from pi2rt.formats.row_blocks import SECTOR
 from pi2rt.planner.read_curve import ReadCurve
 from pi2rt.runtime.flash_reads import FlashReads
 
@@ -18,7 +19,7 @@ ENOUGH = 0.97
 """Of the best rate there is: what deeper queues add beyond it is noise, and costs the thread that reaps."""
 
 
-def choose_reads(curve: ReadCurve, neuron_bytes: int = 4096, cluster_bytes: int = 1 << 20) -> FlashReads:
+def choose_reads(curve: ReadCurve, neuron_bytes: int = SECTOR, cluster_bytes: int = 1 << 20) -> FlashReads:
     """The least in flight that is as good as all, for each purpose.
 
     Args:

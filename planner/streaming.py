@@ -24,15 +24,12 @@ from dataclasses import dataclass, replace
 
 from pi2rt.cython_kernels.program import CLUSTER
 from pi2rt.formats import ModelFile, TensorInfo
-from pi2rt.formats.row_blocks import ROWS, page_blocks, page_bytes
+from pi2rt.formats.row_blocks import ROWS, SECTOR, page_blocks, page_bytes
 from pi2rt.models import MixtureOfExperts, ModelDescription, iterate_tensors
 from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.runtime.flash_reads import FlashReads
 
 DEFAULT_READS = FlashReads()
-
-SECTOR = 4096
-"""Reads and the places in the ring are whole sectors."""
 
 LEAST_CLUSTERS = 2
 """The neurons of so many clusters have room at least: one is computed while the next one is read."""

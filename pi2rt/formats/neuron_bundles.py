@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pi2rt.formats.row_blocks import SECTOR
+
 TYPES = ("Q4_0", "Q4_1", "Q8_0")
 """Types that up and down matrices in bundles may have."""
 
 GROUP = 32
 """Values that share a scale; neurons come in whole groups."""
-
-PAGE = 4096
-"""Pages of neurons are whole multiples of this many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class NeuronBundles:
     not here: they are the tensors' own bytes. ``order``: where bundles lie in another order than their neurons', for
     ``neuron_order.decode_order``; then i counts places.
 
-    ``offset``: absolute, in the file, a multiple of 4096; ``nbytes``: of all pages.
+    ``offset``: absolute, in the file, a multiple of ``SECTOR``; ``nbytes``: of all pages.
     """
 
     name: str
@@ -56,7 +55,7 @@ class NeuronBundles:
     def head_bytes(self) -> int:
         """What of a page has to be read for its gates: whole sectors; 0 where that is all of it, or there are none."""
         last = (self.neurons_per_page - 1) * self.neuron_bytes + self.gate_bytes
-        head = _aligned(last, PAGE) if self.gate is not None else 0
+        head = _aligned(last, SECTOR) if self.gate is not None else 0
         return head if head < self.page_bytes else 0
 
     @property
@@ -94,8 +93,8 @@ def arrange(
     up_bytes = up_quants(up.type, up.shape[1]) if up is not None else 0
     gate_bytes = up_quants(gate.type, gate.shape[1]) if gate is not None else 0
     neuron_bytes = gate_bytes + up_bytes + down_quants(down.type, down.shape[0])
-    per_page = max(1, PAGE // neuron_bytes)
-    page_bytes = _aligned(per_page * neuron_bytes, PAGE)
+    per_page = max(1, SECTOR // neuron_bytes)
+    page_bytes = _aligned(per_page * neuron_bytes, SECTOR)
     return NeuronBundles(
         name=name,
         up=up.name if up is not None else None,

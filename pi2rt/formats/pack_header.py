@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
+from pi2rt.formats.row_blocks import SECTOR
+
 MAGIC = b"PI2\x00PACK"
 VERSION = 1
 NEVER_REST = 1
@@ -24,7 +26,7 @@ ORDERED = 2
 one neuron for another."""
 FLAGS = NEVER_REST | ORDERED
 PREAMBLE_BYTES = 64
-ALIGNMENT = 4096
+ALIGNMENT = SECTOR
 """Of the data, of each tensor and companion in it, and of the file's length."""
 MAX_HEADER_BYTES = 64 << 20  # that of a model with 262,144 tokens takes 11 MB
 MAX_TENSORS = 1 << 17

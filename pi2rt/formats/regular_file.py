@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+from mmap import PAGESIZE
 from pathlib import Path
 
 from pi2rt._errors import ClosedError, ModelFormatError, ModelNotFoundError
-
-_PAGE = 1 << 16  # the largest page of any system in use
 
 
 class RegularFile:
@@ -97,5 +96,7 @@ def drop_cache(fd: int, offset: int, count: int) -> None:
     """Asks the system to keep no page of this range of a file in memory. Pages that are not written yet stay, and so
     does everything where the system has no such call."""
     if hasattr(os, "posix_fadvise"):
-        begin = offset & -_PAGE
-        os.posix_fadvise(fd, begin, -(-(offset + count) // _PAGE) * _PAGE - begin, os.POSIX_FADV_DONTNEED)
+        begin = offset & -PAGESIZE
+        os.posix_fadvise(
+            fd, begin, -(-(offset + count) // PAGESIZE) * PAGESIZE - begin, os.POSIX_FADV_DONTNEED
+        )

@@ -31,22 +31,22 @@ static _Noreturn void die(const char *why) {
 }
 static uint8_t *allocate(int64_t bytes) {
   void *p = NULL;
-  if (posix_memalign(&p, PI2_FLASH_BLOCK, (size_t)bytes)) die("out of memory");
+  if (posix_memalign(&p, PI2_SECTOR, (size_t)bytes)) die("out of memory");
   return p;
 }
 
 /* The file: each word says where it is. Its last block is half a block. */
 static void write_file(int fd) {
-  static uint64_t block[PI2_FLASH_BLOCK / 8];
+  static uint64_t block[PI2_SECTOR / 8];
   for (int64_t i = 0; i < BLOCKS; i++) {
-    for (int64_t j = 0; j < PI2_FLASH_BLOCK / 8; j++) block[j] = (uint64_t)(i * PI2_FLASH_BLOCK + 8 * j);
-    const int64_t bytes = i == BLOCKS - 1 ? PI2_FLASH_BLOCK / 2 : PI2_FLASH_BLOCK;
+    for (int64_t j = 0; j < PI2_SECTOR / 8; j++) block[j] = (uint64_t)(i * PI2_SECTOR + 8 * j);
+    const int64_t bytes = i == BLOCKS - 1 ? PI2_SECTOR / 2 : PI2_SECTOR;
     if (write(fd, block, (size_t)bytes) != bytes) die("cannot write the file");
   }
   if (fsync(fd)) die("cannot write the file");
 }
 static void check(const pi2_read *r) {
-  const int64_t file = BLOCKS * (int64_t)PI2_FLASH_BLOCK - PI2_FLASH_BLOCK / 2, rest = file > r->offset ? file - r->offset : 0;
+  const int64_t file = BLOCKS * (int64_t)PI2_SECTOR - PI2_SECTOR / 2, rest = file > r->offset ? file - r->offset : 0;
   if (r->got != (rest < r->bytes ? rest : r->bytes)) die("bytes are missing");
   if (r->error != (r->got < r->bytes ? PI2_EOF : 0)) die("another error");
   for (int64_t i = 0; i < r->got; i += 8) {
@@ -84,23 +84,23 @@ static reader open_reader(const char *path, enum pi2_io io, int depth) {
   int error = 0;
   reader r = {.flash = pi2_flash_open(path, io, depth, &error), .depth = depth};
   if (!r.flash) die(strerror(error));
-  const int64_t bytes = depth * (int64_t)MOST_BLOCKS * PI2_FLASH_BLOCK;
+  const int64_t bytes = depth * (int64_t)MOST_BLOCKS * PI2_SECTOR;
   r.memory = allocate(bytes);
   memset(r.memory, 0xff, (size_t)bytes);
   r.reads = calloc((size_t)depth, sizeof *r.reads);
   r.free = calloc((size_t)depth, sizeof *r.free);
   if (!r.reads || !r.free) die("out of memory");
   for (int i = 0; i < depth; i++) {
-    r.reads[i].to = r.memory + i * (int64_t)MOST_BLOCKS * PI2_FLASH_BLOCK;
+    r.reads[i].to = r.memory + i * (int64_t)MOST_BLOCKS * PI2_SECTOR;
     r.free[r.n_free++] = &r.reads[i];
   }
-  if (below(2)) pi2_flash_register(r.flash, r.memory, bytes, bytes, PI2_FLASH_BLOCK); /* may fail: it makes no difference to the bytes */
+  if (below(2)) pi2_flash_register(r.flash, r.memory, bytes, bytes, PI2_SECTOR); /* may fail: it makes no difference to the bytes */
   return r;
 }
 static void start(reader *r) {
   pi2_read *q = r->free[--r->n_free];
-  q->bytes = (1 + below(below(4) ? 2 : MOST_BLOCKS)) * (int64_t)PI2_FLASH_BLOCK;
-  q->offset = below(BLOCKS + 1) * (int64_t)PI2_FLASH_BLOCK;
+  q->bytes = (1 + below(below(4) ? 2 : MOST_BLOCKS)) * (int64_t)PI2_SECTOR;
+  q->offset = below(BLOCKS + 1) * (int64_t)PI2_SECTOR;
   if (pi2_flash_submit(r->flash, q)) die("cannot submit");
 }
 static int64_t reap(reader *r) {
@@ -116,7 +116,7 @@ static int64_t reap(reader *r) {
 }
 /* Frees the memory that reads in flight went to: nothing may write to it once close has returned. */
 static void close_reader(reader *r) {
-  const size_t bytes = (size_t)r->depth * MOST_BLOCKS * PI2_FLASH_BLOCK;
+  const size_t bytes = (size_t)r->depth * MOST_BLOCKS * PI2_SECTOR;
   pi2_flash_close(r->flash, -1);
   memset(r->memory, 0x55, bytes);
   memset(r->reads, 0x55, (size_t)r->depth * sizeof *r->reads);

@@ -23,18 +23,18 @@ from hypothesis import strategies as st
 
 from pi2rt._errors import BusyError
 from pi2rt.cython_kernels import flash
-from pi2rt.cython_kernels.flash import BLOCK, EOF, Io, Reader
+from pi2rt.cython_kernels.flash import EOF, SECTOR, Io, Reader
 from tests.kernels.refused import Refusal, in_thread, refuse
 from tests.support.native_threads import settles_at
 
 Bytes = npt.NDArray[np.uint8]
 SIZE = (3 << 20) + 1234  # the last block is not whole
-UNMAPPED = BLOCK  # an address that no process may map: reading it in /proc/self/mem fails
+UNMAPPED = SECTOR  # an address that no process may map: reading it in /proc/self/mem fails
 
 
 def aligned(size: int, fill: int = 0) -> Bytes:
-    memory = np.full(size + BLOCK, fill, np.uint8)
-    start = -memory.ctypes.data % BLOCK
+    memory = np.full(size + SECTOR, fill, np.uint8)
+    start = -memory.ctypes.data % SECTOR
     return memory[start : start + size]
 
 
@@ -109,9 +109,9 @@ def test_many_reads(path: Path, content: bytes, io: Io, seed: int, depth: int, r
     rng = random.Random(seed)
     reads = []
     for _ in range(rng.randrange(200)):
-        first = rng.randrange(SIZE // BLOCK)
-        reads.append((first * BLOCK, rng.randint(1, min(8, SIZE // BLOCK - first)) * BLOCK))
-    into = aligned(200 * 8 * BLOCK, 0xFF)
+        first = rng.randrange(SIZE // SECTOR)
+        reads.append((first * SECTOR, rng.randint(1, min(8, SIZE // SECTOR - first)) * SECTOR))
+    into = aligned(200 * 8 * SECTOR, 0xFF)
     with Reader(path, io, depth) as reader:
         if register and io == "uring":
             reader.register(into)
@@ -128,7 +128,7 @@ def test_many_reads(path: Path, content: bytes, io: Io, seed: int, depth: int, r
 @pytest.mark.parametrize("depth", [1, 3, 16, 64])
 def test_thousands_of_reads(path: Path, content: bytes, io: Io, depth: int) -> None:
     rng = random.Random(depth)
-    buffers = [aligned(2 * BLOCK) for _ in range(depth)]
+    buffers = [aligned(2 * SECTOR) for _ in range(depth)]
     spare, where = list(range(depth)), [0] * depth
     left = in_flight = 2000
     in_flight = 0
@@ -136,62 +136,62 @@ def test_thousands_of_reads(path: Path, content: bytes, io: Io, depth: int) -> N
         while left or in_flight:
             while left and spare:
                 slot = spare.pop()
-                where[slot] = rng.randrange(SIZE // BLOCK - 1) * BLOCK
+                where[slot] = rng.randrange(SIZE // SECTOR - 1) * SECTOR
                 reader.submit(where[slot], buffers[slot], slot)
                 left, in_flight = left - 1, in_flight + 1
             finished = reader.reap(rng.randint(1, depth))
             assert finished
             for slot, error, got in finished:
-                assert (error, got) == (0, 2 * BLOCK)
-                assert buffers[slot].tobytes() == content[where[slot] : where[slot] + 2 * BLOCK]
+                assert (error, got) == (0, 2 * SECTOR)
+                assert buffers[slot].tobytes() == content[where[slot] : where[slot] + 2 * SECTOR]
                 spare.append(slot)
                 in_flight -= 1
         assert reader.statistics().reads == 2000
 
 
 def test_reads_around_registered_memory(path: Path, content: bytes, io: Io) -> None:
-    memory = aligned(8 * BLOCK)
+    memory = aligned(8 * SECTOR)
     with Reader(path, io) as reader:
-        for wrong in (memory[1:], memory[: BLOCK + 1], memory[:0]):
+        for wrong in (memory[1:], memory[: SECTOR + 1], memory[:0]):
             with pytest.raises(OSError, match="registering") as caught:
                 reader.register(wrong)
             assert caught.value.errno == errno.EINVAL
         if io == "preadv":
             with pytest.raises(OSError, match="registering 16384 bytes") as caught:
-                reader.register(memory[2 * BLOCK : 6 * BLOCK])
+                reader.register(memory[2 * SECTOR : 6 * SECTOR])
             assert caught.value.errno == errno.EOPNOTSUPP
         else:
-            reader.register(memory[2 * BLOCK : 6 * BLOCK])
+            reader.register(memory[2 * SECTOR : 6 * SECTOR])
             with pytest.raises(OSError, match="registering") as caught:
                 reader.register(memory)
             assert caught.value.errno == errno.EBUSY
-            assert reader.statistics().registered_bytes == 4 * BLOCK
+            assert reader.statistics().registered_bytes == 4 * SECTOR
         for begin in range(8):  # before, over its beginning, inside, over its end, behind
             for end in range(begin + 1, 9):
-                part = memory[begin * BLOCK : end * BLOCK]
+                part = memory[begin * SECTOR : end * SECTOR]
                 part[:] = 0
-                assert reader.read_many([(begin * BLOCK, len(part))], part) == (0,)
-                assert part.tobytes() == content[begin * BLOCK : end * BLOCK]
+                assert reader.read_many([(begin * SECTOR, len(part))], part) == (0,)
+                assert part.tobytes() == content[begin * SECTOR : end * SECTOR]
 
 
 # -- files that end, change, fail
 
 
 def test_end_of_file(path: Path, content: bytes, io: Io) -> None:
-    last = SIZE // BLOCK * BLOCK
-    into = aligned(4 * BLOCK, 0xFF)
+    last = SIZE // SECTOR * SECTOR
+    into = aligned(4 * SECTOR, 0xFF)
     with Reader(path, io) as reader:
         assert reader.read(SIZE - 1, 1) == content[-1:]
         with pytest.raises(EOFError, match=f"2 bytes at {SIZE - 1}: the file ends at {SIZE}"):
             reader.read(SIZE - 1, 2)
-        reader.submit(last, into[:BLOCK], "over the end")
+        reader.submit(last, into[:SECTOR], "over the end")
         assert reader.reap() == [("over the end", EOF, SIZE - last)]
         assert into[: SIZE - last].tobytes() == content[last:]
-        reader.submit(last - 2 * BLOCK, into, "more of it")
-        assert reader.reap() == [("more of it", EOF, SIZE - last + 2 * BLOCK)]
-        assert into[: SIZE - last + 2 * BLOCK].tobytes() == content[last - 2 * BLOCK :]
-        for far in (last + BLOCK, 1 << 40, 2**63 - 4 * BLOCK):
-            reader.submit(far, into[:BLOCK], "behind")
+        reader.submit(last - 2 * SECTOR, into, "more of it")
+        assert reader.reap() == [("more of it", EOF, SIZE - last + 2 * SECTOR)]
+        assert into[: SIZE - last + 2 * SECTOR].tobytes() == content[last - 2 * SECTOR :]
+        for far in (last + SECTOR, 1 << 40, 2**63 - 4 * SECTOR):
+            reader.submit(far, into[:SECTOR], "behind")
             # EINVAL: beyond what the file system can address
             assert reader.reap()[0][1] in (EOF, errno.EINVAL)
         statistics = reader.statistics()
@@ -210,7 +210,7 @@ def test_end_of_file(path: Path, content: bytes, io: Io) -> None:
 
 
 def test_file_truncated_while_reads_are_queued(own: Path, content: bytes, io: Io) -> None:
-    whole = 64 * BLOCK
+    whole = 64 * SECTOR
     buffers = [aligned(whole) for _ in range(11)]
     with Reader(own, io, 16) as reader:
         for i, into in enumerate(buffers):
@@ -241,12 +241,12 @@ def test_replaced_file_is_the_old_one(own: Path, content: bytes, io: Io) -> None
 
 
 def test_failing_read_fails_alone() -> None:
-    source, into = aligned(4 * BLOCK, 0x5A), aligned(9 * BLOCK)
+    source, into = aligned(4 * SECTOR, 0x5A), aligned(9 * SECTOR)
     good = source.ctypes.data
     with Reader("/proc/self/mem", "auto", 4) as reader:  # through preadv: io_uring is not for such files
-        reads = [(UNMAPPED, BLOCK) if i % 3 == 1 else (good, BLOCK) for i in range(9)]
+        reads = [(UNMAPPED, SECTOR) if i % 3 == 1 else (good, SECTOR) for i in range(9)]
         assert reader.read_many(reads, into) == (0, errno.EIO, 0) * 3
-        rows = into.reshape(9, BLOCK)
+        rows = into.reshape(9, SECTOR)
         assert [set(row.tolist()) for row in rows] == [{0x5A}, {0}, {0x5A}] * 3
         statistics = reader.statistics()
         assert (statistics.reads, statistics.errors) == (9, 3)
@@ -261,8 +261,8 @@ def test_failing_read_fails_alone() -> None:
 
 
 def test_wrong_reads_are_reaped_with_their_error(path: Path, io: Io) -> None:
-    memory = aligned(2 * BLOCK)
-    wrong = [(1, memory), (-BLOCK, memory), (0, memory[:100]), (0, memory[8 : 8 + BLOCK]), (0, memory[:0])]
+    memory = aligned(2 * SECTOR)
+    wrong = [(1, memory), (-SECTOR, memory), (0, memory[:100]), (0, memory[8 : 8 + SECTOR]), (0, memory[:0])]
     with Reader(path, io, 8) as reader:
         for i, (offset, into) in enumerate(wrong):
             reader.submit(offset, into, i)
@@ -271,7 +271,7 @@ def test_wrong_reads_are_reaped_with_their_error(path: Path, io: Io) -> None:
             results += reader.reap()
         assert sorted(results) == [(i, errno.EINVAL, 0) for i in range(len(wrong))]
         with pytest.raises((ValueError, BufferError)):
-            reader.submit(0, bytes(BLOCK))
+            reader.submit(0, bytes(SECTOR))
         assert reader.reap(timeout_ns=0) == []
 
 
@@ -281,14 +281,14 @@ def test_wrong_reads_are_reaped_with_their_error(path: Path, io: Io) -> None:
 def test_depth_is_a_limit(path: Path, io: Io) -> None:
     with Reader(path, io, 2) as reader:
         for _ in range(3):
-            reader.submit(0, aligned(BLOCK))
-            reader.submit(0, aligned(BLOCK))
+            reader.submit(0, aligned(SECTOR))
+            reader.submit(0, aligned(SECTOR))
             with pytest.raises(BusyError, match="2 reads are in flight"):
-                reader.submit(0, aligned(BLOCK))
+                reader.submit(0, aligned(SECTOR))
             with pytest.raises(BusyError, match="2 reads are in flight"):
                 reader.read(0, 1)
             assert len(reader.reap(1)) == 1
-            reader.submit(0, aligned(BLOCK))
+            reader.submit(0, aligned(SECTOR))
             left = 2
             while left:
                 left -= len(reader.reap())
@@ -302,7 +302,7 @@ def test_timeout_and_no_busy_waiting(path: Path, io: Io) -> None:
             assert reader.reap(timeout_ns=nanoseconds) == []
             assert time.perf_counter_ns() - begin >= nanoseconds
         assert time.process_time_ns() - used < 50_000_000  # of the 250 ms
-        reader.submit(0, aligned(BLOCK))
+        reader.submit(0, aligned(SECTOR))
         assert reader.reap(0) == []  # starts it
         assert len(reader.reap(timeout_ns=2**63 - 1)) == 1
 
@@ -331,9 +331,9 @@ def test_wake(path: Path, io: Io) -> None:
             assert woken.acquire(timeout=30)
         thread.join()
         # reads are not lost over it
-        reader.submit(0, aligned(BLOCK), "read")
+        reader.submit(0, aligned(SECTOR), "read")
         reader.wake()
-        assert (reader.reap() or reader.reap()) == [("read", 0, BLOCK)]
+        assert (reader.reap() or reader.reap()) == [("read", 0, SECTOR)]
 
 
 def test_interrupt_while_waiting(path: Path, io: Io) -> None:
@@ -458,7 +458,7 @@ def test_what_cannot_be_opened(tmp_path: Path, path: Path) -> None:
         with pytest.raises(ValueError, match="offset -1, 1 bytes"):
             reader.read(-1, 1)
         with pytest.raises(ValueError, match="8192 bytes do not fit into 4096"):
-            reader.read_many([(0, BLOCK)] * 2, aligned(BLOCK))
+            reader.read_many([(0, SECTOR)] * 2, aligned(SECTOR))
 
 
 # -- the page cache
@@ -489,13 +489,13 @@ def drop(path: Path) -> None:
 
 
 def read_all(path: Path, content: bytes, io: Io) -> flash.Statistics:
-    offsets = list(range(0, SIZE - BLOCK, BLOCK))
+    offsets = list(range(0, SIZE - SECTOR, SECTOR))
     random.Random(1).shuffle(offsets)
-    into = aligned(len(offsets) * BLOCK)
+    into = aligned(len(offsets) * SECTOR)
     with Reader(path, io, 16) as reader:
-        assert reader.read_many([(offset, BLOCK) for offset in offsets], into) == (0,) * len(offsets)
+        assert reader.read_many([(offset, SECTOR) for offset in offsets], into) == (0,) * len(offsets)
         for i, offset in enumerate(offsets):
-            assert into[i * BLOCK : (i + 1) * BLOCK].tobytes() == content[offset : offset + BLOCK]
+            assert into[i * SECTOR : (i + 1) * SECTOR].tobytes() == content[offset : offset + SECTOR]
         assert reader.read(0, SIZE) == content  # the ragged end too
         return reader.statistics()
 
@@ -591,16 +591,16 @@ def test_io_uring_taken_away_while_reading(path: Path, content: bytes) -> None:
     permitted, why = flash.probe()
     if not permitted or (why := unsuited(path)):
         pytest.skip(why)
-    buffers = [aligned(BLOCK) for _ in range(8)]
+    buffers = [aligned(SECTOR) for _ in range(8)]
 
     def body() -> None:
         with Reader(path, "uring", 8) as reader:
             for i in range(4):
-                reader.submit(i * BLOCK, buffers[i], i)
+                reader.submit(i * SECTOR, buffers[i], i)
             reader.reap(0)  # these are the kernel's by now
             refuse(Refusal("io_uring_enter", errno.EPERM))
             for i in range(4, 8):
-                reader.submit(i * BLOCK, buffers[i], i)
+                reader.submit(i * SECTOR, buffers[i], i)
             errors: Counter[int] = Counter()
             while errors.total() < 8:
                 for tag, error, _ in reader.reap():
@@ -608,7 +608,7 @@ def test_io_uring_taken_away_while_reading(path: Path, content: bytes) -> None:
                     errors[error] += 1
             assert errors == {0: 4, errno.EPERM: 4}
             for i in range(4):
-                assert buffers[i].tobytes() == content[i * BLOCK : (i + 1) * BLOCK]
+                assert buffers[i].tobytes() == content[i * SECTOR : (i + 1) * SECTOR]
             reader.submit(0, buffers[0], "another")
             assert reader.reap() == [("another", errno.EPERM, 0)]
             used = time.thread_time_ns()
@@ -626,18 +626,18 @@ def test_io_uring_taken_away_while_reading(path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("pattern", ["random", "sequential"])
 def test_measure(path: Path, io: Io, pattern: str) -> None:
     begin = time.perf_counter()
-    for read_bytes, depth in ((BLOCK, 1), (BLOCK, 32), (1 << 20, 3), (3 << 20, 2)):
+    for read_bytes, depth in ((SECTOR, 1), (SECTOR, 32), (1 << 20, 3), (3 << 20, 2)):
         assert flash.measure(path, read_bytes, depth, 0.02, io, pattern) > 0  # type: ignore[arg-type]
     assert time.perf_counter() - begin < 20
 
 
 def test_measure_refuses(path: Path) -> None:
-    for wrong in (0, -BLOCK, BLOCK + 1):
+    for wrong in (0, -SECTOR, SECTOR + 1):
         with pytest.raises(ValueError, match=f"read_bytes={wrong}"):
             flash.measure(path, wrong)
     with pytest.raises(ValueError, match="seconds=0"):
-        flash.measure(path, BLOCK, seconds=0)
+        flash.measure(path, SECTOR, seconds=0)
     with pytest.raises(ValueError, match="fewer than one read of 4194304"):
         flash.measure(path, 4 << 20)
     with pytest.raises(ValueError, match="pattern='backwards'"):
-        flash.measure(path, BLOCK, pattern="backwards")  # type: ignore[arg-type]
+        flash.measure(path, SECTOR, pattern="backwards")  # type: ignore[arg-type]
