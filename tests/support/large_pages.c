@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/auxv.h>
@@ -41,7 +42,29 @@ int madvise(void *p, size_t bytes, int advice) {
 int mprotect(void *p, size_t bytes, int protection) {
   return inside(p) ? refused() : (int)syscall(SYS_mprotect, p, whole(bytes), protection);
 }
-int munmap(void *p, size_t bytes) { return inside(p) ? refused() : (int)syscall(SYS_munmap, p, whole(bytes)); }
+int mincore(void *p, size_t bytes, unsigned char *resident) {
+  if (inside(p)) return refused();
+  for (size_t at = 0; at < bytes; at += page()) {
+    unsigned char part[16] = {0}; /* of 4096 bytes each, if not more */
+    const size_t rest = whole(bytes) == bytes || bytes - at > page() ? page() : bytes - at;
+    if (syscall(SYS_mincore, (uint8_t *)p + at, rest, part)) return -1;
+    resident[at / page()] = 0;
+    for (size_t i = 0; i < sizeof part; i++) resident[at / page()] |= part[i];
+  }
+  return 0;
+}
+/* Mappings of io_uring, whose places are the kernel's choice. */
+static _Atomic(void *) elsewhere[1024];
+static int is_elsewhere(void *p, void *then) {
+  void *is = p;
+  for (size_t i = 0; i < sizeof elsewhere / sizeof *elsewhere; i++, is = p)
+    if (atomic_compare_exchange_strong(&elsewhere[i], &is, then)) return 1;
+  return 0;
+}
+int munmap(void *p, size_t bytes) {
+  if (is_elsewhere(p, NULL)) return (int)syscall(SYS_munmap, p, bytes);
+  return inside(p) ? refused() : (int)syscall(SYS_munmap, p, whole(bytes));
+}
 static void *map(void *p, size_t bytes, int protection, int flags, int fd, off_t offset) {
   return (void *)syscall(SYS_mmap, p, bytes, protection, flags, fd, offset);
 }
@@ -56,9 +79,9 @@ void *mmap(void *p, size_t bytes, int protection, int flags, int fd, off_t offse
   if (room + more > end) syscall(SYS_munmap, end, room + more - end);
   void *got = map(begin, bytes, protection, flags | MAP_FIXED, fd, offset);
   if (got == MAP_FAILED) {
-    const int error = errno;
     syscall(SYS_munmap, begin, whole(bytes));
-    errno = error;
+    got = map(p, bytes, protection, flags, fd, offset);
+    if (got != MAP_FAILED) is_elsewhere(NULL, got);
   }
   return got;
 }
