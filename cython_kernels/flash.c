@@ -29,6 +29,7 @@ enum { MOST_PIECES = 8192, LEAST_PIECE = 2 << 20 }; /* of registered memory. The
 const char *pi2_errno_name(int error) { /* strerrorname_np is of glibc 2.32 */
   switch (error) {
     case EPERM: return "EPERM";
+    case EAGAIN: return "EAGAIN";
     case EACCES: return "EACCES";
     case ENOSYS: return "ENOSYS";
     case EINVAL: return "EINVAL";
@@ -49,12 +50,13 @@ static int64_t counted(_Atomic int64_t *counter) { return atomic_load_explicit(c
 #define READER_NICE (-15)
 #define READER_SLICE_NS 100000 /* the shortest there is */
 
-void pi2_flash_begin_reader(const char *name) {
+void pi2_flash_begin_reader(const pi2_flash *f, const char *name) {
   pthread_setname_np(pthread_self(), name);
   const pid_t me = (pid_t)syscall(SYS_gettid); /* Linux has priorities by thread */
-  if (getpriority(PRIO_PROCESS, (id_t)me) > READER_NICE)
+  if (!f->deadly.signal[PI2_CALL_PRIORITY] && getpriority(PRIO_PROCESS, (id_t)me) > READER_NICE)
     setpriority(PRIO_PROCESS, (id_t)me, READER_NICE); /* or not: EACCES */
 #ifdef SYS_sched_setattr
+  if (f->deadly.signal[PI2_CALL_SLICE]) return;
   struct { uint32_t size, policy; uint64_t flags; int32_t nice; uint32_t priority; uint64_t runtime, deadline, period; } attributes;
   if (syscall(SYS_sched_getattr, me, &attributes, sizeof attributes, 0) || attributes.policy != 0) return; /* 0: SCHED_OTHER */
   attributes.runtime = READER_SLICE_NS; /* before 6.12 nobody reads it */
@@ -236,16 +238,17 @@ static int try_direct(int fd) {
 /* Whether reads of this file may wait where they were told not to, as those of FUSE do: io_uring then waits when a read is
  * started, and gains nothing. What is more, where such a file system has O_DIRECT, io_uring goes on after a short read at the
  * place where that one began, and reports success (seen in Linux 6.18). */
-static int waits_anyway(int fd) {
+static int waits_anyway(const pi2_flash *f) {
 #ifdef RWF_NOWAIT
+  if (f->deadly.signal[PI2_CALL_NOWAIT]) return 0;
   void *block = NULL;
   if (posix_memalign(&block, PI2_SECTOR, PI2_SECTOR)) return 1;
   const struct iovec part = {.iov_base = block, .iov_len = PI2_SECTOR};
-  const int refused = preadv2(fd, &part, 1, 0, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP;
+  const int refused = preadv2(f->fd, &part, 1, 0, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP;
   free(block);
   return refused;
 #else
-  return (void)fd, 0;
+  return (void)f, 0;
 #endif
 }
 
@@ -271,7 +274,7 @@ static int open_file(pi2_flash *f, const char *path) {
   if (mode < 0 || fcntl(f->fd, F_SETFL, mode & ~O_NONBLOCK)) return errno;
 #ifdef STATX_DIOALIGN
   struct statx x; /* says so where the file system would take O_DIRECT and read through the page cache all the same */
-  if (f->direct && !statx(f->fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &x) && (x.stx_mask & STATX_DIOALIGN) &&
+  if (f->direct && !f->deadly.signal[PI2_CALL_STATX] && !statx(f->fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &x) && (x.stx_mask & STATX_DIOALIGN) &&
       (x.stx_dio_offset_align == 0 || x.stx_dio_offset_align > PI2_SECTOR || x.stx_dio_mem_align > PI2_SECTOR))
     refused = EOPNOTSUPP;
 #endif
@@ -326,16 +329,17 @@ pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *erro
   pthread_cond_init(&f->work, NULL);
   pthread_cond_init(&f->finished, &clock);
   pthread_condattr_destroy(&clock);
+  f->deadly = pi2_deadly_calls();
   int problem = open_file(f, path);
   if (problem) return give_up(f, problem, error);
 
   if (io == PI2_IO_PREADV) snprintf(f->io_reason, sizeof f->io_reason, "preadv: asked for");
-  else if (waits_anyway(f->fd)) {
-    if (io == PI2_IO_URING) return give_up(f, EOPNOTSUPP, error);
-    snprintf(f->io_reason, sizeof f->io_reason, "preadv: reads of this file system cannot be told not to wait (EOPNOTSUPP)");
-  } else {
+  else {
     problem = pi2_uring_probe(f->io_reason, sizeof f->io_reason);
-    if (!problem) {
+    if (!problem && waits_anyway(f)) {
+      snprintf(f->io_reason, sizeof f->io_reason, "preadv: reads of this file system cannot be told not to wait (EOPNOTSUPP)");
+      problem = EOPNOTSUPP;
+    } else if (!problem) {
       f->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
       f->ring = f->wake_fd < 0 ? (problem = errno, NULL) : pi2_ring_open(f, &problem);
       if (!f->ring) snprintf(f->io_reason, sizeof f->io_reason, "io_uring: cannot be set up (%s)", pi2_errno_name(problem));

@@ -83,11 +83,11 @@ void pi2_flash_wake(pi2_flash *f);
  * reads must stay for good, and so must the addresses that the reads go to; see pi2_pages_abandon. */
 int64_t pi2_flash_close(pi2_flash *f, int64_t patience_ns);
 
-/* First thing of a thread that reads: names it, and lets it have a core at once when something has arrived. It needs one for
+/* First thing of a thread that reads `f`: names it, and lets it have a core at once when something has arrived. It needs one for
  * moments only, but where it waits for those that compute, up to `depth` reads end meanwhile and the device goes idle: with two
  * computing threads on two cores it waited 30 % of the time, 160 us each. A short slice, by which Linux 6.12 and later
  * run first whoever has one; and a higher priority where this process may take one (as root, or by RLIMIT_NICE). */
-void pi2_flash_begin_reader(const char *name);
+void pi2_flash_begin_reader(const pi2_flash *f, const char *name);
 
 /* How long a reader with this deadline waits for its reads when it closes: as long, but for a second at most, for an
  * executor has several readers and five seconds to close. */
@@ -102,6 +102,7 @@ static inline int64_t pi2_flash_left(int64_t since, int64_t deadline_ns, int64_t
 const char *pi2_flash_io_reason(const pi2_flash *f);
 void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s);
 
-/* Whether this process may use io_uring: 0, or an errno. `why`: a sentence either way. */
+/* Whether this thread may use io_uring: 0, or an errno. `why`: a sentence either way. A filter that would end whoever asks for
+ * io_uring is EPERM. */
 int pi2_uring_probe(char *why, int room);
 #endif

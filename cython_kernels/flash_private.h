@@ -5,12 +5,14 @@
 #include <stdatomic.h>
 
 #include "flash.h"
+#include "system_calls.h"
 
 typedef struct pi2_ring pi2_ring;
 
 struct pi2_flash {
   int fd, direct, depth, wake_fd; /* wake_fd: of io_uring */
   int64_t file_bytes, page;
+  pi2_deadly deadly; /* calls that nobody may make */
   int in_flight;              /* submitted and not reaped; of the one thread */
   atomic_int closing, woken;
   pi2_read *done, **done_end; /* finished, not reaped; of the preadv backend: under `mutex` */

@@ -362,8 +362,22 @@ int64_t pi2_ring_close(pi2_flash *f, int64_t patience_ns) {
   return 0;
 }
 
+/* Whether a filter ends whoever makes one of the calls. */
+static int is_deadly(char *why, int room) {
+  const pi2_deadly deadly = pi2_deadly_calls();
+  const int signal = deadly.signal[PI2_CALL_URING];
+  if (!signal) return 0;
+  if (deadly.untried)
+    snprintf(why, (size_t)room, "io_uring: not tried, seccomp may refuse it, and no child process could be started (%s)",
+             pi2_errno_name(deadly.untried));
+  else if (signal == SIGSYS) snprintf(why, (size_t)room, "io_uring: refused by seccomp (SIGSYS)");
+  else snprintf(why, (size_t)room, "io_uring: refused by seccomp (signal %d)", signal);
+  return 1;
+}
+
 int pi2_uring_probe(char *why, int room) {
   int error;
+  if (is_deadly(why, room)) return EPERM;
   pi2_ring *g = ring_new(1, &error);
   if (g) {
     struct io_uring_sqe *e = next_sqe(g); /* seccomp may forbid one call of the two */

@@ -11,6 +11,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "system_calls.h"
+
 int64_t pi2_now_ns(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
@@ -109,8 +111,9 @@ pi2_gang *pi2_gang_create(int n, const int *cores, int64_t spin_ns) {
   g->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   g->workers = calloc((size_t)n, sizeof *g->workers);
   if (g->event_fd < 0 || !g->workers) goto fail;
+  const int pins = !pi2_deadly_calls().signal[PI2_CALL_AFFINITY];
   for (int i = 0; i < n; i++) {
-    g->workers[i] = (pi2_worker){.gang = g, .index = i, .core = cores[i]};
+    g->workers[i] = (pi2_worker){.gang = g, .index = i, .core = pins ? cores[i] : -1};
     int error = pthread_create(&g->workers[i].thread, NULL, worker_main, &g->workers[i]);
     if (error) {
       g->n = i;

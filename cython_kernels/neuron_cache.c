@@ -402,7 +402,7 @@ static void *reader_main(void *argument) {
   pi2_neuron_cache *c = argument;
   pi2_read *done[PI2_FLASH_MOST];
   int64_t since = 0; /* a read ended last, or the first one began; 0: none is in flight */
-  pi2_flash_begin_reader("pi2rt/neurons");
+  pi2_flash_begin_reader(c->flash, "pi2rt/neurons");
   while (!atomic_load(&c->closing)) {
     const uint32_t work = atomic_load(&c->work);
     pthread_mutex_lock(&c->mutex);

@@ -173,7 +173,7 @@ static void *reader_main(void *argument) {
   pi2_stream *s = argument;
   pi2_read *done[64];
   int64_t since = 0; /* a read ended last, or the first one began; 0: none is in flight */
-  pi2_flash_begin_reader("pi2rt/flash");
+  pi2_flash_begin_reader(s->flash, "pi2rt/flash");
   while (!atomic_load(&s->closing)) {
     const uint32_t word = atomic_load(&s->work_word);
     if (follow_lending(s)) advance(s);
