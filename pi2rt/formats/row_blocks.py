@@ -12,8 +12,8 @@ ROWS = 16
 """Rows in a block; a matrix is padded to whole blocks with rows of zeros."""
 
 SECTOR = 4096
-"""Of a file, in bytes: reads begin and end at multiples of it. It says nothing of the pages of memory, whose size is the
-system's."""
+"""Of a file, in bytes: reads begin and end at multiples of it. It says nothing of the pages of memory, whose size is
+the system's."""
 
 PAGE_BYTES = 1 << 20
 """Of a page of a matrix, about: large enough for a device's full bandwidth, small enough for many of them."""

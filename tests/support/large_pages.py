@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SIZES = (16384, 65536)
-"""Of pages of arm64 kernels: of the Raspberry Pi 5, Asahi Linux and newer Android; of some distributions for servers."""
+"""Of pages of arm64 kernels: the Raspberry Pi 5, Asahi Linux and newer Android; some distributions for servers."""
 
 
 def build(folder: Path) -> Path:
