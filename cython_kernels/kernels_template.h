@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "elementary.h"
 #include "kernels.h"
 #include "layout.h"
 

@@ -37,6 +37,10 @@ cdef extern from *:
     void pi2_trim_heap() nogil
     void pi2_fix_heap_thresholds(int)
 
+cdef extern from "elementary.h" nogil:
+    void pi2_rotation(const double *, int64_t, int32_t, float, float *, float *)
+    double pi2_exp(double)
+
 cdef extern from "bundles.h" nogil:
     ctypedef struct pi2_bundle_layout:
         int64_t neurons_per_page, page_bytes, neuron_bytes, up_bytes
@@ -184,6 +188,30 @@ def fix_heap_thresholds(int nbytes):
     """Makes the C heap give blocks of ``nbytes`` and more back as soon as they are freed, and keep no more than that at
     the end of each thread's heap, where the C library can (glibc)."""
     pi2_fix_heap_thresholds(nbytes)
+
+
+def rotations(const double[::1] frequencies, int32_t first, int32_t count, float magnitude=1.0):
+    """Cosines and sines, float32 (count, frequencies), of positions ``first`` to ``first + count``, times ``magnitude``: those
+    that a program rotates by."""
+    cdef int64_t half = frequencies.shape[0]
+    cosines, sines = np.empty((2, count, half), np.float32)
+    cdef float[:, ::1] c = cosines, s = sines
+    cdef int32_t i
+    if half:
+        with nogil:
+            for i in range(count):
+                pi2_rotation(&frequencies[0], half, first + i, magnitude, &c[i, 0], &s[i, 0])
+    return cosines, sines
+
+
+def exponential(const double[::1] x):
+    """e to the power of each, as the native code has it where it softens choices and draws tokens."""
+    out = np.empty(x.shape[0])
+    cdef double[::1] o = out
+    cdef int64_t i
+    for i in range(x.shape[0]):
+        o[i] = pi2_exp(x[i])
+    return out
 
 
 def row_bytes(type_name, int64_t k):

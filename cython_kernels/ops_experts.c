@@ -3,9 +3,9 @@
  * An expert is a feed-forward block behind a router, and its operations are those of any such block, on the rows that chose
  * it: gathered on the way in, added times the expert's weight on the way out. Experts follow each other in ascending order,
  * so that a row's sum has one order, whoever computes it. An operation whose expert nobody chose is skipped. */
-#include <math.h>
 #include <string.h>
 
+#include "elementary.h"
 #include "program.h"
 
 #define WAIT_NS 20000000 /* after which a thread that waits looks whether the run was stopped */
@@ -29,13 +29,13 @@ static void choose(const pi2_program *p, const pi2_op *op, int64_t row) {
   pi2_largest(logit, op->n_experts, op->n_used, chosen);
   const float largest = logit[chosen[0]];
   if (op->normalized)
-    for (int i = 0; i < op->n_used; i++) sum += expf(logit[chosen[i]] - largest);
+    for (int i = 0; i < op->n_used; i++) sum += pi2_expf(logit[chosen[i]] - largest);
   else
-    for (int i = 0; i < op->n_experts; i++) sum += expf(logit[i] - largest);
-  for (int i = 0; i < op->n_used; i++) weight[i] = expf(logit[chosen[i]] - largest) / sum;
+    for (int i = 0; i < op->n_experts; i++) sum += pi2_expf(logit[i] - largest);
+  for (int i = 0; i < op->n_used; i++) weight[i] = pi2_expf(logit[chosen[i]] - largest) / sum;
   if (op->shared) {
     chosen[op->n_used] = op->n_experts;
-    weight[op->n_used] = 1.0f / (1.0f + expf(-logit[op->n_experts]));
+    weight[op->n_used] = 1.0f / (1.0f + pi2_expf(-logit[op->n_experts]));
   }
   memset(logit, 0, (size_t)p->dim * sizeof *logit);
 }

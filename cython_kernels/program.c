@@ -1,9 +1,10 @@
 #include "program.h"
 
 #include <errno.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "elementary.h"
 
 void *pi2_allocate(pi2_program *p, int64_t count, size_t size) {
   int64_t bytes = pi2_align(count * (int64_t)size + 64, 64);
@@ -388,11 +389,8 @@ static void op_embed(pi2_run *r, int index, pi2_worker *w) {
     }
     for (int i = 0; i < p->n_ropes; i++) {
       const pi2_rope *rope = &p->ropes[i];
-      for (int j = 0; j < rope->half; j++) {
-        double angle = r->position[row] * rope->frequencies[j];
-        rope->cosine[row * rope->half + j] = (float)cos(angle) * rope->magnitude;
-        rope->sine[row * rope->half + j] = (float)sin(angle) * rope->magnitude;
-      }
+      pi2_rotation(rope->frequencies, rope->half, r->position[row], rope->magnitude, rope->cosine + row * rope->half,
+                   rope->sine + row * rope->half);
     }
   }
 }

@@ -4,6 +4,8 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "elementary.h"
+
 static uint64_t splitmix64(uint64_t z) { /* Steele, Lea, Flood, 2014 */
   z += 0x9e3779b97f4a7c15u;
   z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
@@ -69,8 +71,8 @@ static int32_t draw(const pi2_kernels *k, const pi2_slot *s, const float *x, int
   float *scaled = (float *)head, inverse = fminf(1.0f / s->temperature, FLT_MAX);
   for (int64_t i = 0; i < vocab; i++) scaled[i] = (x[i] - largest) * inverse;
   const double all = k->logsumexp(scaled, vocab), u = pi2_uniform(s->seed, (uint64_t)position);
-  const double temperature = s->temperature, floor_ = (double)s->min_p * exp(-all);
-#define PROBABILITY(c) exp(((double)(c).value - largest) / temperature - all)
+  const double temperature = s->temperature, floor_ = (double)s->min_p * pi2_exp(-all);
+#define PROBABILITY(c) pi2_exp(((double)(c).value - largest) / temperature - all)
   for (float range = 12;; range *= 4) {
     const int whole = range > 1e4f;
     int64_t n = collect(x, vocab, whole ? -INFINITY : largest - range * s->temperature, head);

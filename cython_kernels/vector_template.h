@@ -158,7 +158,7 @@ INLINE vf act(int kind, vf x) {
     case PI2_GELU: {
       float e[16];
       v_store(e, x);
-      for (int i = 0; i < 16; i++) e[i] = 0.5f * e[i] * (1.0f + erff(e[i] * 0.70710678118654752f));
+      for (int i = 0; i < 16; i++) e[i] = 0.5f * e[i] * (1.0f + (float)pi2_erf((double)(e[i] * 0.70710678118654752f)));
       return v_load(e);
     }
     case PI2_RELU:
@@ -223,7 +223,7 @@ static double logsumexp(const float *x, int64_t n) {
     })
     total += (double)v_sum(sum);
   }
-  return (double)top + log(total);
+  return (double)top + pi2_log(total);
 }
 
 static void softcap(float *x, float cap, int64_t n) { /* tanh t = 1 - 2 / (e^2t + 1) */

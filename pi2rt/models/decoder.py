@@ -3,6 +3,7 @@ tensors."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from pi2rt._errors import ModelFormatError
@@ -38,7 +39,7 @@ def attention(
     qk_norm: bool = False,
     post_norm: str | None = None,
 ) -> Attention:
-    """``scale``: of the logits, ``head_dim ** -0.5`` if None. ``bias``: of q, k and v, None where it is up to
+    """``scale``: of the logits, ``1 / sqrt(head_dim)`` if None. ``bias``: of q, k and v, None where it is up to
     the file. ``post_norm``: role of the norm on the block's output."""
     return Attention(
         norm=c.norm("attn_norm", layer),
@@ -49,7 +50,7 @@ def attention(
         n_heads=c.n_heads,
         n_kv_heads=c.n_kv_heads,
         head_dim=c.head_dim,
-        scale=c.head_dim**-0.5 if scale is None else scale,
+        scale=1 / math.sqrt(c.head_dim) if scale is None else scale,
         rope=rope,
         window=window,
         softcap=c.optional_number("attn_logit_softcapping", "attn_logit_softcapping"),

@@ -64,7 +64,7 @@ vnni() {
 
 arm() {
   build arm aarch64-linux-gnu-gcc "-O3 -static" scalar neon &&
-    qemu-aarch64-static -cpu max "$work/arm/runner" "$cases" --other-libm
+    qemu-aarch64-static -cpu max "$work/arm/runner" "$cases"
 }
 
 # stress NAME STEPS FLAGS...: with the scalar kernels alone, which every sanitizer sees through

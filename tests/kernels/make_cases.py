@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from pi2rt.cython_kernels import native
 from pi2rt.formats import neuron_bundles
+from pi2rt.models import rope_scaling
 from tests.kernels.weights import FLOAT_TYPES, QUANT_TYPES, TYPE_NAMES, random_rows
 
 (
@@ -38,7 +39,9 @@ from tests.kernels.weights import FLOAT_TYPES, QUANT_TYPES, TYPE_NAMES, random_r
     UNPACK,
     NEURON_ROWS,
     NEURON_COLUMNS,
-) = range(16)
+    ROTATION,
+    EXPONENTIAL,
+) = range(18)
 ACTIVATIONS = tuple(native.ACTIVATIONS)
 LENGTHS = (1, 2, 7, 15, 16, 17, 31, 32, 33, 64, 100, 4095, 4097)
 
@@ -53,11 +56,10 @@ class Case:
     outputs: Sequence[Array]
     p: tuple[int, ...] = ()
     f: tuple[float, ...] = ()
-    libm: bool = False
     misalign: int = 0  # bytes, of the inputs and outputs of floats
 
     def to_bytes(self) -> bytes:
-        head = struct.pack("<4I", self.kernel, self.libm, len(self.inputs), len(self.outputs))
+        head = struct.pack("<3I", self.kernel, len(self.inputs), len(self.outputs))
         parameters = struct.pack(
             "<8q4f", *self.p, *[0] * (8 - len(self.p)), *self.f, *[0.0] * (4 - len(self.f))
         )
@@ -154,11 +156,11 @@ def vector_cases(rng: np.random.Generator) -> Iterator[Case]:
         for a in (x, y * 30, np.full(n, 2.5, np.float32), holes(rng, x)):
             yield Case(ARGMAX, [a], [np.array([SCALAR.argmax(a)], np.int64)], misalign=at)
         for a in (x, y * 30, np.where(rng.random(n) < 0.3, -np.inf, x).astype(np.float32)):
-            yield Case(LOGSUMEXP, [a], [np.array([SCALAR.logsumexp(a)])], libm=True, misalign=at)
+            yield Case(LOGSUMEXP, [a], [np.array([SCALAR.logsumexp(a)])], misalign=at)
         for kind in ACTIVATIONS:
             yield activate_case(kind, None, None, y * 3, at)
             yield activate_case(kind, kind if n % 2 else None, x, y, at)
-            if kind not in ("relu2", "gelu"):
+            if kind != "relu2":
                 yield activate_case(
                     kind, None, None, np.array([0, -0.0, 90, -90, 87.4, -87.4, 1e4, -1e4], np.float32), at
                 )
@@ -169,6 +171,22 @@ def vector_cases(rng: np.random.Generator) -> Iterator[Case]:
                 head = normal(rng, 2 * n + n % 3)
                 out = SCALAR.rope(head, cosine, sine, bool(interleaved))
                 yield Case(ROPE, [head, cosine, sine], [out], (interleaved,), misalign=at)
+
+
+def elementary_cases(rng: np.random.Generator) -> Iterator[Case]:
+    frequencies = rope_scaling.plain(64, 10_000.0)
+    many = np.concatenate([rope_scaling.plain(128, 500_000.0), rng.uniform(0, 1e-3, 7), [1e3, 1e15, 1e300]])
+    for values, first, count, magnitude in (
+        (frequencies, 0, 32_768, 1.0),
+        (many, 0, 3000, 1.0),
+        (many, (1 << 24) - 300, 300, 1.1902),
+    ):
+        outputs = native.rotations(values, first, count, magnitude)
+        yield Case(ROTATION, [values], outputs, (first, count), (float(np.float32(magnitude)),))
+    x = np.concatenate(
+        [rng.uniform(-1, 1, 20_000), rng.uniform(-800, 800, 20_000), [0.0, np.inf, -np.inf, np.nan]]
+    )
+    yield Case(EXPONENTIAL, [x], [native.exponential(x)])
 
 
 def holes(rng: np.random.Generator, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -188,7 +206,6 @@ def activate_case(
         inputs,
         [SCALAR.activate(kind, up_kind, gate, up)],
         p,
-        libm="gelu" in (kind, up_kind),
         misalign=misalign,
     )
 
@@ -273,9 +290,20 @@ def dense(type_name: str, raw: Array, x: npt.NDArray[np.float32], wide: bool) ->
     return out
 
 
+KINDS = (
+    quantize_cases,
+    gemm_cases,
+    vector_cases,
+    attention_cases,
+    memory_cases,
+    neuron_cases,
+    elementary_cases,
+)
+
+
 def main(path: Path) -> None:
     rng = np.random.default_rng(20240229)
     with path.open("wb") as file:
-        for cases in (quantize_cases, gemm_cases, vector_cases, attention_cases, memory_cases, neuron_cases):
+        for cases in KINDS:
             for case in cases(rng):
                 file.write(case.to_bytes())
