@@ -38,6 +38,7 @@ from pi2rt.runtime.executor import (
     ThreadStatistics,
 )
 from pi2rt.runtime.step import Step, StepResult
+from pi2rt.runtime.topology import own_cores
 from pi2rt.runtime.trace import Nanoseconds
 
 FLASH = "flash"
@@ -89,7 +90,7 @@ class CpuExecutor:
                 "bundles",
                 "are not read as exact floats; convert the model with --bundles off for that",
             )
-        cores = options.cores or tuple(sorted(os.sched_getaffinity(0)))
+        cores = options.cores or tuple(sorted(own_cores()))
         self._threads = [(options.actor, core) for core in cores]
         self._threads += [(actor, core) for actor, group in options.assistants for core in group]
         self._options = options

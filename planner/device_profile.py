@@ -70,10 +70,11 @@ def measure_device(
 def _native_read_bandwidth(count: int, cores: Sequence[int]) -> float:
     from pi2rt.cython_kernels.native import read_bandwidth
 
-    if not hasattr(os, "sched_setaffinity"):
+    try:
+        before = os.sched_getaffinity(0)  # of this thread; the reading threads inherit it
+        os.sched_setaffinity(0, cores)
+    except (AttributeError, OSError):  # not of this system, or refused by a sandbox
         return float(read_bandwidth(count, len(cores)))
-    before = os.sched_getaffinity(0)  # of this thread; the reading threads inherit it
-    os.sched_setaffinity(0, cores)
     try:
         return float(read_bandwidth(count, len(cores)))
     finally:

@@ -74,7 +74,7 @@ def read_topology(
         affinity: cores allowed; None asks the kernel for this process's.
     """
     root, proc = Path(root), Path(proc)
-    allowed = set(_own_affinity() if affinity is None else affinity)
+    allowed = set(own_cores() if affinity is None else affinity)
     cpus = root / "devices" / "system" / "cpu"
     present = {int(path.name[3:]) for path in cpus.glob("cpu[0-9]*") if path.name[3:].isdecimal()}
     present &= _cores_in(cpus / "online", present)
@@ -158,10 +158,12 @@ def parse_core_list(text: str) -> tuple[int, ...]:
     return tuple(cores)
 
 
-def _own_affinity() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
+def own_cores() -> set[int]:
+    """Cores that this thread may run on; all there are, where the system does not say."""
+    try:
         return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+    except (AttributeError, OSError):  # not of this system, or refused by a sandbox
+        return set(range(os.cpu_count() or 1))
 
 
 def _cores_in(path: Path, default: set[int]) -> set[int]:

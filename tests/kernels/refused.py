@@ -25,11 +25,13 @@ URING = {"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427}
 NUMBERS = {
     "x86_64": {
         "openat": 257, "pread64": 17, "preadv2": 327, "statx": 332, "getpriority": 140, "setpriority": 141,
-        "sched_getattr": 315, "sched_setattr": 314, "sched_setaffinity": 203, "clone": 56, **URING,
+        "sched_getattr": 315, "sched_setattr": 314, "sched_setaffinity": 203, "sched_getaffinity": 204,
+        "clone": 56, **URING,
     },
     "aarch64": {
         "openat": 56, "pread64": 67, "preadv2": 286, "statx": 291, "getpriority": 141, "setpriority": 140,
-        "sched_getattr": 275, "sched_setattr": 274, "sched_setaffinity": 122, "clone": 220, **URING,
+        "sched_getattr": 275, "sched_setattr": 274, "sched_setaffinity": 122, "sched_getaffinity": 123,
+        "clone": 220, **URING,
     },
 }  # fmt: skip
 OPTIONAL = (
