@@ -17,8 +17,9 @@ from typing import Literal
 
 from pi2rt._errors import BusyError, open_failure
 
-cdef extern from "stdlib.h" nogil:
-    int posix_memalign(void **, size_t, size_t)
+cdef extern from "pages.h" nogil:
+    void *pi2_pages_map(int64_t, int)
+    void pi2_pages_unmap(void *, int64_t)
 
 cdef extern from "gang.h" nogil:
     int64_t pi2_now_ns()
@@ -276,7 +277,8 @@ cdef class Reader:
         r.bytes = (offset - first + size + PI2_SECTOR - 1) // PI2_SECTOR * PI2_SECTOR
         f = self.use(idle=True)
         try:
-            if posix_memalign(&memory, PI2_SECTOR, r.bytes):
+            memory = pi2_pages_map(r.bytes, 0)
+            if memory == NULL:
                 raise MemoryError(f"{r.bytes} bytes")
             r.to, r.parts = <uint8_t *>memory, NULL
             with nogil:
@@ -289,7 +291,8 @@ cdef class Reader:
                 raise OSError(r.error, f"reading {size} bytes at {offset}: {os.strerror(r.error)}")
             return PyBytes_FromStringAndSize(<char *>r.to + (offset - first), size)
         finally:
-            free(memory)
+            if memory != NULL:
+                pi2_pages_unmap(memory, r.bytes)
             self.using.release()
 
     def statistics(self):
@@ -352,14 +355,16 @@ def measure(path, int64_t read_bytes, int depth=8, double seconds=0.2, io="auto"
         step = PI2_SECTOR if random else read_bytes
         places = (s.file_bytes - read_bytes) // step + 1
         reads = <pi2_read *>calloc(depth, sizeof(pi2_read))
-        if reads == NULL or posix_memalign(&memory, PI2_SECTOR, read_bytes * depth):
+        memory = pi2_pages_map(read_bytes * depth, 0)
+        if reads == NULL or memory == NULL:
             raise MemoryError(f"{read_bytes * depth} bytes")
         pi2_flash_register(f, memory, read_bytes * depth, read_bytes * depth, read_bytes)
         return run(f, reads, <uint8_t *>memory, depth, read_bytes, places, step, random, duration, path)
     finally:
         with nogil:
             pi2_flash_close(f, -1)
-        free(memory)
+        if memory != NULL:
+            pi2_pages_unmap(memory, read_bytes * depth)
         free(reads)
 
 

@@ -65,12 +65,22 @@ def collect() -> dict[str, Any]:
         "memory": {
             "total": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             "available": available_memory(),
+            **_pages(),
         },
         "flash": _flash(),
         "kernels": _kernels(),
         "executors": {name: _executor(name) for name in available_executors()},
         "cache": str(catalogue.cache_directory()),
     }
+
+
+def _pages() -> dict[str, int]:
+    """Sizes of the system's pages of memory."""
+    try:
+        from pi2rt.cython_kernels.native import huge_page_bytes, page_bytes
+    except ImportError:  # what is wrong is said where kernels are shown
+        return {}
+    return {"page": page_bytes(), "huge_page": huge_page_bytes()}
 
 
 def measure(path: str) -> None:
@@ -195,7 +205,13 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         f" (a quota of {found['quota_cores']:g} cores applies)" if found["quota_cores"] is not None else ""
     )
     yield f"threads by default: {found['threads']}{quota}"
-    yield f"memory: {size(found['memory']['available'])} available of {size(found['memory']['total'])}"
+    memory = found["memory"]
+    pages = (
+        f", in pages of {size(memory['page'])}, huge ones of {size(memory['huge_page'])}"
+        if "page" in memory
+        else ""
+    )
+    yield f"memory: {size(memory['available'])} available of {size(memory['total'])}{pages}"
     flash = found["flash"]
     yield f"flash: {flash['error']}" if "error" in flash else f"flash: {flash['io']} ({flash['why']})"
     for each in flash.get("measured", ()):

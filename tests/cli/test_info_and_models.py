@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from mmap import PAGESIZE
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ def test_info(capfd: pytest.CaptureFixture[str], cache: Path) -> None:
     memory, kernels, executors = found["memory"], found["kernels"], found["executors"]
     assert isinstance(memory, dict)
     assert 0 < memory["available"] <= memory["total"]
+    assert memory["page"] == PAGESIZE
+    assert memory["huge_page"] % PAGESIZE == 0
     permitted, why = probe()
     assert found["flash"] == {"io": "uring" if permitted else "preadv", "why": why, "measured": []}
     assert isinstance(executors, dict)
