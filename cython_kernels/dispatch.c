@@ -2,6 +2,9 @@
 #include "kernels.h"
 #include "variants.h" /* generated: PI2_HAVE_... */
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 #ifdef __aarch64__
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -39,11 +42,18 @@ static const pi2_kernels *const variants[] = {
 
 const pi2_kernels *const *pi2_variants(void) { return variants; }
 
+#if defined(__x86_64__) && defined(PI2_HAVE_avx2)
+static int has_f16c(void) { /* clang before 19 does not know the name; what the system must support is asked with avx2 */
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 int pi2_variant_runs(const pi2_kernels *k) {
 #ifdef __x86_64__
 #ifdef PI2_HAVE_avx2
   if (k == &pi2_kernels_avx2)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #endif
 #if defined(PI2_HAVE_avx512) || defined(PI2_HAVE_avx512vnni)
   int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

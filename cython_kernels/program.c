@@ -12,7 +12,7 @@ void *pi2_allocate(pi2_program *p, int64_t count, size_t size) {
   return aligned_alloc(64, (size_t)bytes); /* touched on use: the first large batch pays, not the start */
 }
 /* The rows of a buffer that short steps have no use for. */
-static void note_tail(pi2_program *p, const uint8_t *base, int64_t rows, int64_t bytes) {
+static void note_tail(pi2_program *p, uint8_t *base, int64_t rows, int64_t bytes) {
   if (!base || rows <= PI2_FEW_ROWS || p->n_tails == PI2_TAILS) return;
   const pi2_pages tail = pi2_pages_within(base + PI2_FEW_ROWS * bytes, (rows - PI2_FEW_ROWS) * bytes);
   if (!tail.bytes) return;
