@@ -15,6 +15,7 @@ from tests.kernels import refused
 from tests.support.tiny_models import TinyModel, write_gguf
 
 DEADLY = tuple(refused.ACTIONS)
+URING = tuple(refused.URING)
 BY_SECCOMP = "io_uring: refused by seccomp (SIGSYS)"
 BY_ERROR = "io_uring: not permitted by this system (EPERM)"
 ACTIONS = (*DEADLY, str(errno.EPERM))
@@ -29,21 +30,25 @@ def run(action: str, calls: tuple[str, ...], *module: str) -> subprocess.Complet
     return done
 
 
-@pytest.mark.parametrize("call", refused.URING)
-@pytest.mark.parametrize("action", DEADLY)
-def test_info_says_that_seccomp_refuses_io_uring(action: str, call: str) -> None:
-    done = run(action, (call,), "pi2rt", "info", "--json")
+@pytest.mark.parametrize(
+    ("action", "calls"),
+    [*(("trap", (call,)) for call in refused.URING), *((action, URING) for action in DEADLY)],
+)
+def test_info_says_that_seccomp_refuses_io_uring(action: str, calls: tuple[str, ...]) -> None:
+    done = run(action, calls, "pi2rt", "info", "--json")
     assert done.returncode == 0, done.stderr
     flash = json.loads(done.stdout)["flash"]
     assert (flash["io"], flash["why"]) == ("preadv", BY_SECCOMP)
 
 
-@pytest.mark.parametrize("action", ACTIONS)
-@pytest.mark.parametrize("call", refused.OPTIONAL)
-def test_reading_goes_on_without_any_of_them(tmp_path: Path, call: str, action: str) -> None:
+@pytest.mark.parametrize(
+    ("action", "calls"),
+    [*(("trap", (call,)) for call in refused.OPTIONAL), *((action, refused.OPTIONAL) for action in ACTIONS)],
+)
+def test_reading_goes_on_without_any_of_them(tmp_path: Path, action: str, calls: tuple[str, ...]) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(range(256)) * 64)
-    done = run(action, (call,), "tests.kernels.read_a_file", str(path))
+    done = run(action, calls, "tests.kernels.read_a_file", str(path))
     assert done.returncode == 0, done.stderr
 
 
@@ -51,7 +56,7 @@ def test_reading_goes_on_without_any_of_them(tmp_path: Path, call: str, action: 
 def test_io_uring_that_was_asked_for_is_refused_with_the_reason(tmp_path: Path, action: str) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(8192))
-    done = run(action, tuple(refused.URING), "tests.kernels.read_a_file", str(path), "uring")
+    done = run(action, URING, "tests.kernels.read_a_file", str(path), "uring")
     assert done.returncode == 1
     assert (BY_SECCOMP if action in DEADLY else BY_ERROR) in done.stderr.splitlines()[-1]
 
@@ -90,11 +95,12 @@ def test_a_model_answers_the_same_without_all_of_them(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (0, expected.stdout), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ABSENT)
 def test_the_tests_of_the_flash_reader_are_skipped_with_the_reason(action: str) -> None:
     """Where io_uring is absent, whether with an error or with a signal, none of them fails."""
     quick = ("-p", "no:cacheprovider", "-k", "not any_bytes and not many_reads")
     tests = str(Path(__file__).parent / "test_flash.py")
-    done = run(action, tuple(refused.URING), "pytest", "-q", "-rs", *quick, tests)
+    done = run(action, URING, "pytest", "-q", "-rs", *quick, tests)
     assert done.returncode == 0, done.stdout
     assert ABSENT[action] in done.stdout
