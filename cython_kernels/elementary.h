@@ -1,8 +1,8 @@
 /* Elementary functions that give the same bits on every machine: IEEE additions, multiplications and divisions of
- * doubles, and of the C library only what the standard defines exactly (rint, ldexp, frexp, fmod). Its sin, cos, exp, log
- * and erf differ in the last bit between libraries, their versions and architectures, and bits of logits with them.
- * Errors are below 1e-14 of the result: rounded to float, it is the float nearest to the function's value but for one in
- * millions.
+ * doubles, and of the C library only what the standard defines exactly (rint, ldexp, frexp, fmod). Its sin, cos,
+ * exp, log and erf differ in the last bit between libraries, their versions and architectures, and bits of logits
+ * with them. Errors are below 1e-14 of the result: rounded to float, it is the float nearest to the function's
+ * value but for one in millions.
  *
  * To be compiled with -ffp-contract=off, as everything here. */
 #ifndef PI2_ELEMENTARY_H
@@ -12,8 +12,8 @@
 
 #define PI2_PORTABLE static inline __attribute__((unused))
 
-/* Sine and cosine of x less the nearest multiple of pi/2, of which 130 bits are taken: up to |x| = 2^27. Beyond, only what
- * a double has of 2 pi, and the result says little of x; but it is the same everywhere. */
+/* Sine and cosine of x less the nearest multiple of pi/2, of which 130 bits are taken: up to |x| = 2^27. Beyond,
+ * only what a double has of 2 pi, and the result says little of x; but it is the same everywhere. */
 PI2_PORTABLE void pi2_sincos(double x, double *sine, double *cosine) {
   if (!(fabs(x) < 0x1p27)) x = fmod(x, 0x1.921fb54442d18p+2); /* NaN for NaN and infinity */
   const double n = rint(x * 0x1.45f306dc9c883p-1);
@@ -136,8 +136,8 @@ PI2_PORTABLE double pi2_erf(double x) {
 }
 
 /* The rotation of one position: (half) cosines and sines of position * frequencies, times the magnitude, in float. */
-PI2_PORTABLE void pi2_rotation(const double *frequencies, int64_t half, int32_t position, float magnitude, float *cosine,
-                               float *sine) {
+PI2_PORTABLE void pi2_rotation(const double *frequencies, int64_t half, int32_t position, float magnitude,
+                               float *cosine, float *sine) {
   for (int64_t i = 0; i < half; i++) {
     double s, c;
     pi2_sincos(position * frequencies[i], &s, &c);

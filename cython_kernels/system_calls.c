@@ -71,10 +71,10 @@ static void make(enum pi2_call call) {
 
 /* Tries call after call in a child, and those behind one that ended it in another one.
  *
- * The child is a raw clone: no handlers of atfork, and, in a process of many threads, nothing but system calls. It has no exit
- * signal, so that nobody else's SIGCHLD handler or wait() sees it. It shares no memory but one word: Linux before 5.16 ends, with
- * one that dumps core, all that share its memory. All signals are blocked meanwhile, or the child would run this process's
- * handlers; the one that ends it cannot be. */
+ * The child is a raw clone: no handlers of atfork, and, in a process of many threads, nothing but system calls.
+ * It has no exit signal, so that nobody else's SIGCHLD handler or wait() sees it. It shares no memory but one word:
+ * Linux before 5.16 ends, with one that dumps core, all that share its memory. All signals are blocked meanwhile,
+ * or the child would run this process's handlers; the one that ends it cannot be. */
 static pi2_deadly try_calls(void) {
   pi2_deadly found = {.untried = 0};
   volatile int *at = mmap(NULL, sizeof *at, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);

@@ -1,7 +1,9 @@
-/* A kernel with larger pages, imitated: to be loaded before the C library, with PAGES=16384 (or 65536) in the environment.
+/* A kernel with larger pages, imitated: to be loaded before the C library, with PAGES=16384 (or 65536) in the
+ * environment.
  *
  * What asks for the page size is told that one, mappings begin and end at multiples of it, and calls on ranges of
- * pages treat their arguments as such a kernel does: a beginning inside a page is EINVAL, and a length is rounded up. */
+ * pages treat their arguments as such a kernel does: a beginning inside a page is EINVAL, and a length is rounded
+ * up. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
