@@ -91,6 +91,11 @@ static int finish(pi2_flash *f, pi2_read *r, int error) {
 
 void pi2_read_fail(pi2_flash *f, pi2_read *r, int error) { finish(f, r, error); }
 
+static int ended(pi2_flash *f, pi2_read *r) {
+  atomic_store_explicit(&f->ended_at, r->offset + r->got, memory_order_relaxed);
+  return finish(f, r, PI2_EOF);
+}
+
 int pi2_read_settle(pi2_flash *f, pi2_read *r, int64_t result) {
   if (atomic_load(&f->closing)) return finish(f, r, ECANCELED); /* nobody reaps it */
   if (result < 0) {
@@ -105,14 +110,14 @@ int pi2_read_settle(pi2_flash *f, pi2_read *r, int64_t result) {
     return 0;
   }
   if (result < r->asked) count(&f->short_reads, 1);
-  if (result == 0) return finish(f, r, PI2_EOF);
+  if (result == 0) return ended(f, r);
   r->tries = 0;
   /* O_DIRECT continues at whole blocks only. Less than one block, twice: the file ends there. */
   const int64_t whole = f->direct ? result & -PI2_SECTOR : result;
   if (whole) r->stalls = 0;
   else if (r->stalls++) {
     r->got += result;
-    return finish(f, r, PI2_EOF);
+    return ended(f, r);
   }
   r->got += whole;
   if (r->got == r->bytes) return finish(f, r, 0);
@@ -318,6 +323,7 @@ pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *erro
     return NULL;
   }
   f->fd = f->wake_fd = -1;
+  atomic_init(&f->ended_at, -1);
   f->depth = depth;
   f->page = pi2_page_bytes();
   f->done_end = &f->done;
@@ -443,4 +449,5 @@ void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s) {
   memcpy(s->io_reason, f->io_reason, sizeof s->io_reason);
   memcpy(s->direct_reason, f->direct_reason, sizeof s->direct_reason);
 }
+int64_t pi2_flash_ended_at(pi2_flash *f) { return counted(&f->ended_at); }
 const char *pi2_flash_io_reason(const pi2_flash *f) { return f->io_reason; }

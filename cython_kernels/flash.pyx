@@ -10,12 +10,16 @@ from posix.unistd cimport getpid
 
 cimport cython
 
+from flash_errors cimport open_error, pi2_uring_probe
+
 import os
 import threading
 from dataclasses import dataclass
 from typing import Literal
 
-from pi2rt._errors import BusyError, open_failure
+from pi2rt._errors import BusyError
+from pi2rt._limits import memory_failure
+from pi2rt._read_errors import read_failure
 
 cdef extern from "pages.h" nogil:
     void *pi2_pages_map(int64_t, int)
@@ -50,8 +54,8 @@ cdef extern from "flash.h" nogil:
     int pi2_flash_reap(pi2_flash *, pi2_read **, int, int64_t)
     void pi2_flash_wake(pi2_flash *)
     int64_t pi2_flash_close(pi2_flash *, int64_t)
+    int64_t pi2_flash_ended_at(pi2_flash *)
     void c_take_statistics "pi2_flash_statistics"(pi2_flash *, c_statistics *)
-    int pi2_uring_probe(char *, int)
 
 SECTOR = PI2_SECTOR
 MOST_IN_FLIGHT = PI2_FLASH_MOST
@@ -96,7 +100,6 @@ def probe():
 
 cdef pi2_flash *open_flash(path, io, int depth) except NULL:
     cdef int error = 0
-    cdef char why[96]
     cdef pi2_flash *f
     if io not in IO:
         raise ValueError(f"io={io!r}: one of {', '.join(IO)}")
@@ -110,9 +113,7 @@ cdef pi2_flash *open_flash(path, io, int depth) except NULL:
     with nogil:
         f = pi2_flash_open(c_name, c_io, depth, &error)
     if f == NULL:
-        if c_io == PI2_IO_URING and pi2_uring_probe(why, sizeof(why)) == error:
-            raise OSError(error, (<bytes>why).decode())
-        raise open_failure(error, io, path)
+        raise open_error(error, io, path)
     return f
 
 
@@ -279,7 +280,7 @@ cdef class Reader:
         try:
             memory = pi2_pages_map(r.bytes, 0)
             if memory == NULL:
-                raise MemoryError(f"{r.bytes} bytes")
+                raise memory_failure(f"reading {size} bytes", r.bytes)
             r.to, r.parts = <uint8_t *>memory, NULL
             with nogil:
                 pi2_flash_submit(f, &r)
@@ -357,7 +358,7 @@ def measure(path, int64_t read_bytes, int depth=8, double seconds=0.2, io="auto"
         reads = <pi2_read *>calloc(depth, sizeof(pi2_read))
         memory = pi2_pages_map(read_bytes * depth, 0)
         if reads == NULL or memory == NULL:
-            raise MemoryError(f"{read_bytes * depth} bytes")
+            raise memory_failure(f"measuring {depth} reads at once", read_bytes * depth)
         pi2_flash_register(f, memory, read_bytes * depth, read_bytes * depth, read_bytes)
         return run(f, reads, <uint8_t *>memory, depth, read_bytes, places, step, random, duration, path)
     finally:
@@ -408,5 +409,5 @@ cdef double run(pi2_flash *f, pi2_read *reads, uint8_t *memory, int depth, int64
                 if done[i].error:
                     error = done[i].error
     if error:
-        raise EOFError(f"{os.fspath(path)} became shorter") if error == PI2_EOF else OSError(error, os.strerror(error), os.fspath(path))
+        raise read_failure("blocks to measure", error, path, None, pi2_flash_ended_at(f))
     return finished * read_bytes * 1e9 / max(1, now - begin)

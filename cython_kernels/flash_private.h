@@ -23,6 +23,7 @@ struct pi2_flash {
   pthread_cond_t work, finished;
   pi2_read *queue, **queue_end; /* under `mutex` */
   int64_t reading;              /* bytes of the reads that threads are at; under `mutex` */
+  _Atomic int64_t ended_at;     /* where the file ended in a read that failed for it; -1: none has */
   _Atomic int64_t registered_bytes, reads, bytes, errors, retries, short_reads, latency_ns, latency[PI2_FLASH_LATENCIES];
   char io_reason[96], direct_reason[96];
 };

@@ -12,6 +12,7 @@ import os
 import numpy as np
 
 from pi2rt._errors import KernelUnavailableError
+from pi2rt._limits import system_failure
 
 cdef extern from "pages.h" nogil:
     int64_t pi2_page_bytes()
@@ -129,7 +130,9 @@ cdef class Memory:
             raise ValueError(f"nbytes={nbytes}: must be positive")
         cdef void *p = pi2_pages_map(nbytes, huge_pages)
         if p == NULL:
-            raise MemoryError(f"mmap of {nbytes} bytes: {os.strerror(errno)}")
+            error = errno
+            what = "memory for weights, keys and values or buffers"
+            raise system_failure(what, error, nbytes) or OSError(error, os.strerror(error))
         self.base = <uintptr_t>p
         self.owner = getpid()
         self.nbytes = nbytes

@@ -30,6 +30,7 @@ class NeuronCache:
     deadline: float | None
     io_reason: str
     address: int
+    ended_at: int
     slots_used: int
     pinned_bytes: int
     counters: Counters

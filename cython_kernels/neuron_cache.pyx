@@ -6,18 +6,23 @@ from libc.string cimport memcpy
 from posix.types cimport pid_t
 from posix.unistd cimport getpid
 
+from flash_errors cimport open_error
+
 import os
 from dataclasses import dataclass
 
 import numpy as np
 
-from pi2rt._errors import InternalError, open_failure, read_failure
+from pi2rt._errors import InternalError
+from pi2rt._limits import memory_failure, system_failure
+from pi2rt._read_errors import read_failure
 
 cdef extern from "flash.h" nogil:
     enum: PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV, PI2_FLASH_MOST, PI2_SECTOR
     ctypedef struct pi2_flash:
         pass
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
+    int64_t pi2_flash_ended_at(pi2_flash *)
     const char *pi2_flash_io_reason(const pi2_flash *)
     int64_t pi2_flash_close(pi2_flash *, int64_t)
     int64_t pi2_flash_registered(pi2_flash *)
@@ -126,7 +131,7 @@ cdef class NeuronCache:
             raise InternalError(f"heads of {heads} bytes for pages of {regions}")
         self.regions = <pi2_region *>malloc(self.n_regions * sizeof(pi2_region))
         if self.regions == NULL:
-            raise MemoryError("neuron cache")
+            raise memory_failure("a cache of neurons", self.n_regions * sizeof(pi2_region))
         for i, (offset, size, total) in enumerate(regions):
             pages = -(-total // size)
             self.regions[i].offset, self.regions[i].page_bytes = offset, size
@@ -136,7 +141,7 @@ cdef class NeuronCache:
         with nogil:  # it reads: a device may not answer
             flash = pi2_flash_open(file, backend, depth, &error)
         if flash == NULL:
-            raise open_failure(error, io, self.path)
+            raise open_error(error, io, self.path)
         self.io_reason = (<bytes>pi2_flash_io_reason(flash)).decode()
         cdef int32_t most = max(slots, first)
         cdef int64_t deadline_ns = -1 if deadline is None else <int64_t>(deadline * 1e9)
@@ -145,9 +150,14 @@ cdef class NeuronCache:
                                                  slots, most, depth, deadline_ns, &error)
         if self.cache == NULL:
             pi2_flash_close(flash, -1)
-            raise OSError(error, os.strerror(error), os.fspath(self.path))
+            raise system_failure("starting the thread that reads neurons", error) or OSError(error, os.strerror(error))
         if pi2_neuron_cache_read_through(self.cache, read_through):
-            raise MemoryError("neuron cache")
+            raise memory_failure("a cache of neurons")
+
+    @property
+    def ended_at(self):
+        """The offset at which the file ended too early, in a read that failed for that; else -1."""
+        return -1 if self.cache == NULL else pi2_flash_ended_at(self.cache.flash)
 
     def fill(self, int region, int first, int count):
         """Reads these pages of a region into free slots, while there are any. Blocks; releases the GIL.
@@ -162,7 +172,7 @@ cdef class NeuronCache:
         with nogil:
             error = pi2_neuron_cache_fill(self.cache, region, first, count)
         if error:
-            raise read_failure("weights", error, self.path, self.deadline)
+            raise read_failure("weights", error, self.path, self.deadline, self.ended_at)
 
     def trace(self, int64_t reads):
         """From now on reads are recorded, the last ``reads`` of those that were not taken. Before any program runs."""
@@ -170,7 +180,7 @@ cdef class NeuronCache:
             raise InternalError(f"a trace of {reads} reads")
         self.records = <pi2_read_record *>malloc(reads * sizeof(pi2_read_record))
         if self.records == NULL or pi2_neuron_cache_trace(self.cache, reads):
-            raise MemoryError("trace of neuron reads")
+            raise memory_failure("a trace of neuron reads", reads * sizeof(pi2_read_record))
         self.n_records = reads
 
     def take_reads(self):

@@ -1,5 +1,6 @@
 """The data plane: a gang of native threads and the program it runs (gang.h, program.h)."""
 
+from libc.errno cimport errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
@@ -12,7 +13,9 @@ import os
 
 import numpy as np
 
-from pi2rt._errors import BusyError, InternalError, RequestError, read_failure
+from pi2rt._errors import BusyError, InternalError, RequestError
+from pi2rt._limits import memory_failure, system_failure
+from pi2rt._read_errors import read_failure
 from pi2rt.runtime.step import NeuronUse, Sampled, StepResult, Unusable
 
 cdef extern from "gang.h" nogil:
@@ -185,7 +188,8 @@ cdef class Gang:
             c[i] = core
         self.gang = pi2_gang_create(<int>len(self.cores), c, spin_ns)
         if self.gang == NULL:
-            raise MemoryError("cannot start the compute threads")
+            error = errno
+            raise system_failure(f"starting {len(self.cores)} compute threads", error) or OSError(error, os.strerror(error))
 
     @property
     def event_fd(self):
@@ -337,7 +341,7 @@ cdef class Program:
             self.capacity = max(64, 2 * self.capacity)
             ops = <pi2_op *>realloc(self.p.ops, self.capacity * sizeof(pi2_op))
             if ops == NULL:
-                raise MemoryError("program")
+                raise memory_failure("the operations of a step")
             self.p.ops = ops
         ops = &self.p.ops[self.p.n_ops]
         memset(ops, 0, sizeof(pi2_op))
@@ -392,12 +396,12 @@ cdef class Program:
         cdef const double[::1] f = frequencies
         cdef pi2_rope *ropes = <pi2_rope *>realloc(self.p.ropes, (self.p.n_ropes + 1) * sizeof(pi2_rope))
         if ropes == NULL:
-            raise MemoryError("program")
+            raise memory_failure("the operations of a step")
         self.p.ropes = ropes
         memset(&ropes[self.p.n_ropes], 0, sizeof(pi2_rope))
         cdef double *copy = <double *>malloc(max(1, f.shape[0]) * sizeof(double))
         if copy == NULL:
-            raise MemoryError("program")
+            raise memory_failure("the operations of a step")
         memcpy(copy, &f[0], f.shape[0] * sizeof(double))
         ropes[self.p.n_ropes].frequencies = copy
         ropes[self.p.n_ropes].half = <int>f.shape[0]
@@ -476,7 +480,7 @@ cdef class Program:
 
     def prepare(self):
         if pi2_program_prepare(&self.p):
-            raise MemoryError("activation buffers")
+            raise memory_failure("buffers for activations")
         self.prepared = True
 
     @property
@@ -539,14 +543,14 @@ cdef class Program:
             s.bias_ids = <int32_t *>malloc(n * 4)
             s.bias = <float *>malloc(n * 4)
             if s.bias_ids == NULL or s.bias == NULL:
-                raise MemoryError("logit bias")
+                raise memory_failure("a logit bias")
             for j, (token, value) in enumerate(o.logit_bias):
                 s.bias_ids[j], s.bias[j] = token, value
             s.n_bias = n
         if o.repetition_penalty != 1 or o.presence_penalty or o.frequency_penalty:
             s.counts = <int32_t *>calloc(self.p.vocab, 4)
             if s.counts == NULL:
-                raise MemoryError("penalty counts")
+                raise memory_failure("counts of tokens for penalties", self.p.vocab * 4)
             for i in range(history.shape[0]):
                 if 0 <= history[i] < self.p.vocab:
                     s.counts[history[i]] += 1
@@ -618,7 +622,7 @@ cdef class Program:
             row += count
         r.n_rows, r.n_slices, r.trace = <int>row, <int>len(step.slices), trace
         if pi2_run_post(r):
-            raise MemoryError("attention units")
+            raise memory_failure("units of attention")
         self.waiting.append((<uintptr_t>r, step, held))
 
     def stop(self, step_id):
@@ -655,8 +659,9 @@ cdef class Program:
             self.busy_ns[t] += <int64_t>(r.busy[t] * ns_per_tick)
         kernel_ns = <int64_t>(busy * ns_per_tick / self.p.threads)
         if r.error:
-            reader = self.neurons or self.clusters or self.stream or self.rows
-            raise read_failure("weights", r.error, getattr(reader, "path", None), getattr(reader, "deadline", None))
+            readers = [each for each in (self.neurons, self.clusters, self.stream, self.rows) if each is not None]
+            reader = readers[0]  # all read the same file; one of them knows where it ended
+            raise read_failure("weights", r.error, reader.path, reader.deadline, max(each.ended_at for each in readers))
         if r.stopped:
             return StepResult(step.id, stopped=True, started_ns=r.begin_ns, finished_ns=r.end_ns, kernel_ns=kernel_ns), None
         sampled, scores, logits = [], [], []
@@ -742,7 +747,7 @@ def sample(uintptr_t kernels, logits, sampling, counts, int64_t position):
         s.counts = &c[0]
     cdef pi2_candidate *scratch = <pi2_candidate *>malloc(n * sizeof(pi2_candidate))
     if scratch == NULL:
-        raise MemoryError("sample")
+        raise memory_failure("sampling", n * sizeof(pi2_candidate))
     pick = pi2_sample(<const pi2_kernels *>kernels, &s, &x[0], n, position, NULL, scratch)
     free(scratch)
     return pick.token, pick.logprob

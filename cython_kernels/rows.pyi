@@ -4,6 +4,7 @@ class Rows:
     path: str
     deadline: float | None
     address: int
+    ended_at: int
     def __init__(
         self,
         path: str,

@@ -4,21 +4,25 @@ from libc.stdint cimport int64_t, uint8_t, uintptr_t
 from posix.types cimport pid_t
 from posix.unistd cimport getpid
 
+from flash_errors cimport open_error
+
 import os
 
-from pi2rt._errors import InternalError, open_failure
+from pi2rt._errors import InternalError
+from pi2rt._limits import memory_failure
 
 cdef extern from "flash.h" nogil:
     enum: PI2_IO_PREADV, PI2_SECTOR
     ctypedef struct pi2_flash:
         pass
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
+    int64_t pi2_flash_ended_at(pi2_flash *)
     int64_t pi2_flash_close(pi2_flash *, int64_t)
 
 cdef extern from "rows.h" nogil:
     enum: PI2_ROWS_DEPTH
     ctypedef struct pi2_row_reader:
-        pass
+        pi2_flash *flash
     int64_t pi2_rows_buffer(int, int64_t)
     pi2_row_reader *pi2_rows_create(pi2_flash *, int, int64_t, int64_t, uint8_t *, int64_t)
     int64_t pi2_rows_destroy(pi2_row_reader *)
@@ -52,12 +56,17 @@ cdef class Rows:
         with nogil:  # it reads: a device may not answer
             flash = pi2_flash_open(file, PI2_IO_PREADV, PI2_ROWS_DEPTH, &error)
         if flash == NULL:
-            raise open_failure(error, "preadv", self.path)
+            raise open_error(error, "preadv", self.path)
         self.rows = pi2_rows_create(flash, type_id, k, offset, <uint8_t *>memory,
                                     -1 if deadline is None else <int64_t>(deadline * 1e9))
         if self.rows == NULL:
             pi2_flash_close(flash, -1)
-            raise MemoryError("rows")
+            raise memory_failure("reading rows of an embedding", sizeof(pi2_row_reader))
+
+    @property
+    def ended_at(self):
+        """The offset at which the file ended too early, in a read that failed for that; else -1."""
+        return -1 if self.rows == NULL else pi2_flash_ended_at(self.rows.flash)
 
     @property
     def address(self):

@@ -15,6 +15,7 @@ class Stream:
     ring_bytes: int
     lap_bytes: int
     address: int
+    ended_at: int
     pinned_bytes: int
     counters: tuple[int, int, int]
     def __init__(

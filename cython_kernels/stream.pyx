@@ -5,17 +5,21 @@ from libc.stdlib cimport free, malloc
 from posix.types cimport pid_t
 from posix.unistd cimport getpid
 
+from flash_errors cimport open_error
+
 import os
 
 import numpy as np
 
-from pi2rt._errors import InternalError, open_failure
+from pi2rt._errors import InternalError
+from pi2rt._limits import memory_failure, system_failure
 
 cdef extern from "flash.h" nogil:
     ctypedef struct pi2_flash:
         pass
     enum: PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
+    int64_t pi2_flash_ended_at(pi2_flash *)
     const char *pi2_flash_io_reason(const pi2_flash *)
     int64_t pi2_flash_close(pi2_flash *, int64_t)
     int64_t pi2_flash_registered(pi2_flash *)
@@ -76,7 +80,7 @@ cdef class Stream:
             raise InternalError(f"a ring of {ring_bytes} bytes for units of {largest}, reads of {read_bytes}, {depth} at once")
         self.units = <pi2_extent *>malloc(self.n * sizeof(pi2_extent))
         if self.units == NULL:
-            raise MemoryError("stream")
+            raise memory_failure("reading weights in every step", self.n * sizeof(pi2_extent))
         for i, (offset, size, skip) in enumerate(units):
             self.units[i].offset, self.units[i].bytes, self.units[i].skip = offset, size, skip
             self.units[i].home = -1
@@ -84,7 +88,7 @@ cdef class Stream:
         with nogil:  # it reads: a device may not answer
             flash = pi2_flash_open(file, backend, depth, &error)
         if flash == NULL:
-            raise open_failure(error, io, self.path)
+            raise open_error(error, io, self.path)
         self.io_reason = (<bytes>pi2_flash_io_reason(flash)).decode()
         cdef int64_t deadline_ns = -1 if deadline is None else <int64_t>(deadline * 1e9)
         with nogil:  # it touches all of the ring, where that is pinned
@@ -92,7 +96,7 @@ cdef class Stream:
                                             deadline_ns, &error)
         if self.stream == NULL:
             pi2_flash_close(flash, -1)
-            raise OSError(error, os.strerror(error), os.fspath(path))
+            raise system_failure("starting the thread that reads weights", error) or OSError(error, os.strerror(error))
 
     def check(self, units, int at_once):
         """Raises InternalError where so many of these units, one behind the other, cannot be in the ring."""
@@ -110,6 +114,11 @@ cdef class Stream:
                 raise InternalError(f"a home at {offset} of {address}, which is no sector")
             self.units[<int>number].home = offset
         pi2_stream_loan(self.stream, <uint8_t *>address)
+
+    @property
+    def ended_at(self):
+        """The offset at which the file ended too early, in a read that failed for that; else -1."""
+        return -1 if self.stream == NULL else pi2_flash_ended_at(self.stream.flash)
 
     @property
     def lent_bytes(self):

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import trio
 
-from pi2rt._errors import read_failure
+from pi2rt._read_errors import read_failure
 from pi2rt.cython_kernels import native
 
 T = TypeVar("T")

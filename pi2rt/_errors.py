@@ -6,9 +6,6 @@ else is ours or the world's and exits with 1.
 
 from __future__ import annotations
 
-import errno
-import os
-
 
 class Pi2rtError(Exception):
     """Base of all errors that pi2rt raises on purpose."""
@@ -88,6 +85,33 @@ class MemoryBudgetError(Pi2rtError):
         self.pack_fits = pack_fits
 
 
+class SystemLimitError(Pi2rtError):
+    """The operating system refused a thread, an open file or memory; the message names the limit and its value.
+
+    Args:
+        doing: what was attempted.
+        problem: which limit was met, and what to do.
+    """
+
+    def __init__(self, doing: str, problem: str) -> None:
+        super().__init__(f"{doing}: {problem}")
+        self.doing, self.problem = doing, problem
+
+
+class OutputError(Pi2rtError):
+    """Writing to a file, a device or standard output failed: no space, or nobody reads it. Of a regular file, what was
+    there before is still there.
+
+    Args:
+        path: where to.
+        problem: why, and what to do.
+    """
+
+    def __init__(self, path: object, problem: str) -> None:
+        super().__init__(f"{path}: cannot be written: {problem}")
+        self.path, self.problem = str(path), problem
+
+
 class KernelUnavailableError(Pi2rtError):
     """A kernel variant was asked for that this build lacks or this processor cannot run."""
 
@@ -132,40 +156,3 @@ class PluginError(Pi2rtError):
 
 class InternalError(Pi2rtError):
     """A bug in pi2rt: this should never happen. Please report it with the traceback."""
-
-
-def open_failure(error: int, io: str, path: object) -> OSError:
-    """Why a file cannot be opened for native reads.
-
-    Args:
-        error: an errno.
-        io: "auto", "uring" or "preadv", as it was asked for.
-        path: of the file.
-    """
-    problem = os.strerror(error)
-    if io == "uring" and error == errno.EOPNOTSUPP:
-        problem = (
-            "io='uring': reads of its file system cannot be told not to wait (FUSE, tmpfs and network file systems), "
-            "for which io_uring is of no use; take io='preadv' or 'auto'"
-        )
-    return OSError(error, problem, os.fspath(str(path)))
-
-
-def read_failure(what: str, error: int, path: object, deadline: float | None) -> OSError:
-    """What a native reader has failed with.
-
-    Args:
-        what: was read.
-        error: an errno, or -1 where the file ended too early.
-        path: of the file, or None.
-        deadline: seconds; see ``RuntimeOptions.read_deadline``.
-    """
-    if error < 0:
-        problem = "the file ends too early"
-    elif error == errno.ETIMEDOUT and deadline is not None:
-        problem = f"no read has ended for {deadline:g} s; the device does not answer"
-    else:
-        problem = os.strerror(error)
-    return OSError(
-        abs(error), f"reading {what}: {problem}", *([] if path is None else [os.fspath(str(path))])
-    )

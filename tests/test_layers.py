@@ -38,10 +38,14 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 ROOMS = frozenset(MAY_IMPORT) - {"errors", "faces"}  # folders; faces are the modules of pi2rt itself
 
 
+LOWEST = (["_errors"], ["_limits"], ["_output_file"], ["_read_errors"])
+"""Modules of pi2rt itself that everything may import."""
+
+
 def room_of(module: str) -> str:
     """The room that a module of pi2rt belongs to."""
     parts = module.split(".")
-    if parts[1:2] == ["_errors"]:
+    if parts[1:2] in LOWEST:
         return "errors"
     if parts[1:2] == ["__main__"]:  # the command line, where its script is not on the path
         return "cli"
