@@ -8,7 +8,6 @@ therefore never under the final name, and the next one removes it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -25,6 +24,7 @@ from typing import IO, TypeAlias
 import trio
 
 from pi2rt._errors import DownloadError
+from pi2rt._output_file import sync_directory, try_lock
 
 PullProgress: TypeAlias = Callable[[str, int, int], None]
 """``progress(stage, done, total)`` in bytes; stage is "waiting", "downloading" or "extracting"; total 0 is
@@ -39,19 +39,16 @@ _POLL_S = 0.1
 
 @asynccontextmanager
 async def exclusive(target: Path, on_wait: Callable[[], None]) -> AsyncIterator[None]:
-    """Holds the lock of ``target``; ``on_wait`` is called once if another process has it."""
+    """Holds the lock of ``target``; ``on_wait`` is called once if another process has it. Where the file system has no
+    locks, there is a RuntimeWarning and none is held."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with _open(target.with_name(f".{target.name}.lock")) as file:
         waited = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waited:
-                    on_wait()
-                    waited = True
-                await trio.sleep(_POLL_S)
+        while try_lock(file.fileno(), target) is False:
+            if not waited:
+                on_wait()
+                waited = True
+            await trio.sleep(_POLL_S)
         yield  # closing the file drops the lock; the file itself stays, since removing it would race
 
 
@@ -82,11 +79,7 @@ def publish(file: Path, target: Path) -> None:
     with open(file, "rb") as opened:
         os.fsync(opened.fileno())
     os.replace(file, target)
-    directory = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(target.parent)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Which limit of the operating system was met, told from an errno: by its name, its value and what raises it.
 
-An errno alone does not tell: ``pthread_create`` reports EAGAIN for too many threads as well as for a stack that does not
-fit into the address space, and ENOMEM may be a limit of the process or a machine that is full. So the limits are read
-here and compared with what the process has.
+An errno alone does not tell: ``pthread_create`` reports EAGAIN for too many threads as well as for a stack that does
+not fit into the address space, and ENOMEM may be a limit of the process or a machine that is full. So the limits are
+read here and compared with what the process has.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _seccomp() -> bool:
 
 
 def _read(path: str) -> str:
-    """"" where it cannot be read, for want of descriptors too."""
+    """ "" where it cannot be read, for want of descriptors too."""
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             return file.read().strip()

@@ -16,6 +16,7 @@ import trio
 
 from pi2rt import catalogue
 from pi2rt._errors import RequestError
+from pi2rt._output_file import OutputFile
 from pi2rt._perplexity import Perplexity, cut, perplexity
 from pi2rt.executors.layer_walk import Factors, walk
 from pi2rt.formats import open_model_file
@@ -28,7 +29,6 @@ from pi2rt.formats.calibration import (
     Method,
     PredictorRecord,
     calibration_path,
-    refuse_destination,
     write_calibration,
 )
 from pi2rt.formats.neuron_order import bundle_order, encode_order
@@ -128,7 +128,8 @@ async def calibrate(
         What was written. Its ``method`` is the one with the lower perplexity.
 
     Raises:
-        RequestError: the model is no such pack, the text is too short, or the output cannot be written.
+        RequestError: the model is no such pack, the text is too short, or the output cannot be written to.
+        OutputError: writing failed, such as for a full disk.
         Others: as ``open_runtime``.
     """
     if not 0 < resting < 1:
@@ -139,7 +140,7 @@ async def calibrate(
         raise RequestError(f"rank={rank!r}: an integer from 1 to {1 << 16} is needed")
     path = Path(catalogue.resolve(model))
     destination = calibration_path(path) if output is None else Path(output)
-    refuse_destination(destination, overwrite=overwrite)
+    written = OutputFile(destination, overwrite=overwrite)
     report, sample = progress or _ignore, sample or Sample()
     with await trio.to_thread.run_sync(open_model_file, path) as file:
         pack = calibratable(file, "calibrate")
@@ -202,7 +203,7 @@ async def calibrate(
             found = msgspec.structs.replace(found, predicted=Cost(1 - asked, _bounded(cost_of)))
     best = min(METHODS, key=lambda method: costs[method].perplexity)
     found = msgspec.structs.replace(found, costs=costs, method=best)
-    await trio.to_thread.run_sync(lambda: write_calibration(destination, found, overwrite=overwrite))
+    await trio.to_thread.run_sync(write_calibration, written, found)
     return found
 
 

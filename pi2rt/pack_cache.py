@@ -2,12 +2,14 @@
 
 The pack of a model is ``packs/NAME.PLACE.STATE.pi2`` in the cache directory. PLACE stands for where the model
 lies, STATE for what its files are (names, sizes, times of change, inodes): when a file of the model was replaced
-or written to, the pack is made anew, and the old one removed. Nothing but whole packs ever has such a name."""
+or written to, the pack is made anew, and the old one removed. Nothing but whole packs is ever given such a name; one
+that was damaged since (its length or header is wrong) is made anew too."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ import trio
 
 from pi2rt import _download, catalogue
 from pi2rt._download import PullProgress
-from pi2rt._errors import ConversionError
+from pi2rt._errors import ConversionError, ModelFormatError, ModelNotFoundError
 from pi2rt.formats import open_model_file
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.pack_header import VERSION
@@ -30,7 +32,11 @@ def packs_directory() -> Path:
     return catalogue.cache_directory() / "packs"
 
 
-async def ensure_pack(model: str | os.PathLike[str], on_progress: PullProgress | None = None) -> Path:
+async def ensure_pack(
+    model: str | os.PathLike[str],
+    on_progress: PullProgress | None = None,
+    on_damage: Callable[[str], None] | None = None,
+) -> Path:
     """The pack of a model: the one that was made before, if the model has not changed, or a new one. Cancelling
     it leaves nothing behind.
 
@@ -38,6 +44,7 @@ async def ensure_pack(model: str | os.PathLike[str], on_progress: PullProgress |
         model: as for ``open_runtime``; a pack is its own.
         on_progress: ``on_progress(stage, done, total)`` in bytes; stage is "waiting" (another process makes it) or
             "converting".
+        on_damage: called with what is wrong with the pack that was made before, which is made anew.
 
     Raises:
         ModelNotFoundError, ModelFormatError, UnsupportedModelError: the model cannot be read or converted.
@@ -48,7 +55,7 @@ async def ensure_pack(model: str | os.PathLike[str], on_progress: PullProgress |
     if target is None:
         return path
     report = on_progress or _ignore
-    if target.is_file():
+    if await trio.to_thread.run_sync(_damage, target) is None:
         return target
     async with AsyncExitStack() as stack:
         try:
@@ -56,8 +63,11 @@ async def ensure_pack(model: str | os.PathLike[str], on_progress: PullProgress |
                 target.with_name(_family(target).rstrip(".")), partial(report, "waiting", 0, 0)
             )
             await stack.enter_async_context(lock)
-            if target.is_file():  # whoever held the lock has made it
+            damage = await trio.to_thread.run_sync(_damage, target)
+            if damage is None:  # whoever held the lock has made it
                 return target
+            if damage and on_damage is not None:
+                on_damage(damage)
             _remove_others(target)  # first: there may be no room for both
         except OSError as error:
             problem = error.strerror or error
@@ -82,8 +92,20 @@ def _make(path: Path, target: Path, report: PullProgress) -> None:
         raise ConversionError(f"{error}; {_HINT}") from error
 
 
+def _damage(target: Path) -> str | None:
+    """What is wrong with a pack; "" where there is none, None where nothing is. Only its length and header are looked
+    at."""
+    try:
+        with PackFile(target):
+            return None
+    except ModelNotFoundError as error:
+        return str(error) if os.path.lexists(target) else ""
+    except ModelFormatError as error:
+        return str(error)
+
+
 def _remove_others(target: Path) -> None:
-    """Packs of what the model was before, and what killed processes have left of them."""
+    """Packs of what the model was before, damaged ones, and what killed processes have left of them."""
     family = _family(target)
     for found in target.parent.iterdir():
         if found.name.removeprefix(".").startswith(family) and found.name.endswith((".pi2", ".pi2.part")):

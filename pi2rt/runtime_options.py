@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypedDict
 
 from pi2rt._errors import RequestError
@@ -102,7 +101,7 @@ class RuntimeOptions:
     exact_floats: bool = False
     """Weights and activations as float32, for tests; slow."""
     trace: str | os.PathLike[str] | None = None
-    """A file to write a trace to at the end, for ui.perfetto.dev."""
+    """A file (or a FIFO, a device) to write a trace to at the end, for ui.perfetto.dev."""
     on_load: Progress | None = None
     """``on_load(done, total)``, in bytes, while the model loads."""
     prefill_chunk: int = 192
@@ -163,8 +162,6 @@ class RuntimeOptions:
             )
         if self.activations not in ("int16", "mixed", "int8"):
             raise RequestError(f"activations={self.activations!r}: one of 'int16', 'mixed', 'int8' is needed")
-        if self.trace is not None and not Path(self.trace).absolute().parent.is_dir():
-            raise RequestError(f"trace={os.fspath(self.trace)!r}: its folder does not exist")
 
     @property
     def memory_bytes(self) -> int:

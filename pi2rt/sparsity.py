@@ -16,7 +16,7 @@ from pi2rt.formats.calibration import (
     read_calibration,
 )
 from pi2rt.formats.pack import PackFile
-from pi2rt.formats.regular_file import RegularFile
+from pi2rt.formats.regular_file import RegularFile, file_mode
 from pi2rt.formats.row_blocks import matrix_bytes
 from pi2rt.runtime.executor import Predictor
 from pi2rt.runtime.step import Floats
@@ -93,7 +93,7 @@ def load_sparsity(file: ModelFile, chosen: RuntimeOptions) -> Lossy | None:
         return None
     pack = calibratable(file, f"sparsity={chosen.sparsity!r}")
     path = calibration_path(pack.path) if chosen.calibration is None else Path(chosen.calibration)
-    if not path.exists():
+    if not file_mode(path):
         raise RequestError(
             f"sparsity={chosen.sparsity!r}: there is no calibration {path}; make one with 'pi2rt calibrate'"
         )

@@ -14,6 +14,7 @@ import trio
 
 from pi2rt import catalogue
 from pi2rt._errors import ClosedError, RequestError
+from pi2rt._output_file import OutputFile
 from pi2rt.cython_kernels.native import trim_heap
 from pi2rt.engine import (
     Chunk,
@@ -340,9 +341,11 @@ async def open_runtime(
         RequestError: an option is out of its range.
     """
     chosen = RuntimeOptions(**options)
+    traced_to = None if chosen.trace is None else OutputFile(chosen.trace)  # refused before the work begins
     path = catalogue.resolve(model)
     make_executor = load_executor(chosen.executor) if isinstance(chosen.executor, str) else chosen.executor
     placement = default_placement(read_topology(), chosen.threads, _core_classes(chosen.cores))
+    placement = placement.named(make_executor().name)  # constructing one acquires nothing
     trace = None if chosen.trace is None else Trace()
     if chosen.memory is not None:
         await trio.to_thread.run_sync(OWN.give_up_unused)
@@ -405,9 +408,10 @@ async def open_runtime(
                             await runtime.aclose()
         finally:
             opening.close()
-            if trace is not None and chosen.trace is not None and not owner.elsewhere:
+            if trace is not None and traced_to is not None and not owner.elsewhere:
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(trace.write, chosen.trace)
+                    await trio.to_thread.run_sync(trace.write, traced_to)
+                    traced_to.close()
 
 
 async def _load(

@@ -117,11 +117,19 @@ def convert_file(
     destination = Path(destination)
     if isinstance(file, PackFile):
         raise RequestError(f"{file.path} is a pack already")
-    if destination.exists() and any(destination.samefile(path) for path in _source_paths(file)):
+    if any(_same_file(destination, path) for path in _source_paths(file)):
         raise RequestError(f"{destination} is the model itself; choose another name")
     work = _Conversion(file, destination, overwrite, bundles, findings or Findings(), progress or _ignore)
     work.run()
     return work.dense
+
+
+def _same_file(destination: Path, path: Path) -> bool:
+    """Whether they are. What is wrong with a destination is found when it is opened."""
+    try:
+        return destination.samefile(path)
+    except (OSError, ValueError):
+        return False
 
 
 def source_stamps(file: ModelFile) -> tuple[tuple[str, tuple[int, ...]], ...]:

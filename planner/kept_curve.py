@@ -7,12 +7,13 @@ not taken for it. A file that cannot be read, or of another version, is as good 
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from pi2rt._errors import RequestError
+from pi2rt._output_file import OutputFile
 from pi2rt.planner.read_curve import Io, ReadCurve
 
 VERSION = 1
@@ -46,25 +47,37 @@ def keep_curve(folder: Path, path: str | os.PathLike[str], curve: ReadCurve, dat
     """Writes the curve of the device that holds ``path``, in one step; returns the file.
 
     Raises:
-        OSError: it cannot be written.
+        RequestError, OutputError: it cannot be written.
+        OSError: there is no such ``path``.
     """
     device = device_of(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(prefix=".", dir=folder)
+    with place_for_curve(folder, path) as file:
+        file.write(msgspec.json.encode(KeptCurve(VERSION, device, date, curve)))
+        file.commit()
+    return file.path
+
+
+def place_for_curve(folder: Path, path: str | os.PathLike[str]) -> OutputFile:
+    """Where the curve of the device that holds ``path`` will be written.
+
+    Raises:
+        RequestError: it cannot be written there.
+        OSError: there is no such ``path``.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(msgspec.json.encode(KeptCurve(VERSION, device, date, curve)))
-        target = _file(folder, device)
-        os.replace(part, target)
-    except BaseException:
-        os.unlink(part)
-        raise
-    return target
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{folder}: cannot be made: {error.strerror}") from error
+    return OutputFile(_file(folder, device_of(path)))
 
 
 def kept_curves(folder: Path) -> list[KeptCurve]:
     """All that can be read, in the order of their files' names."""
-    found = [_read(file) for file in sorted(folder.glob("*.json"))]
+    try:
+        files = sorted(folder.glob("*.json"))
+    except OSError:  # the folder cannot be searched
+        return []
+    found = [_read(file) for file in files]
     return [kept for kept in found if kept is not None]
 
 

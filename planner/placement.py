@@ -7,7 +7,7 @@ assist it within each layer, so that a layer is shared without a hop through the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pi2rt._errors import RequestError
 from pi2rt.runtime.topology import CoreClass, Topology
@@ -27,6 +27,12 @@ class Placement:
     """At least one actor; the first one leads, and no core is in two."""
 
     actors: tuple[PlacedActor, ...]
+
+    def named(self, executor: str) -> Placement:
+        """The same for an executor of this name: only the CPU's lead is named after a class of cores."""
+        if executor == "cpu":
+            return self
+        return Placement((replace(self.lead, name=executor), *self.actors[1:]))
 
     @property
     def lead(self) -> PlacedActor:

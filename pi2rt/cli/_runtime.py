@@ -123,6 +123,7 @@ async def opened(
     """Fetches the model if it has to, converts it if that is asked for and it does not fit, and opens it;
     ``more`` goes to ``pi2rt.open_runtime``."""
     from pi2rt import MemoryBudgetError, RequestError, open_runtime  # imported before the clock starts
+    from pi2rt._output_file import OutputFile
     from pi2rt.cli._console import Bar
     from pi2rt.runtime.topology import parse_core_classes
 
@@ -130,6 +131,8 @@ async def opened(
         raise RequestError(
             "--convert is for a model that does not fit into --memory SIZE; say how much that is"
         )
+    if more.get("trace") is not None:
+        OutputFile(more["trace"])  # refused before a model is fetched
     path = await fetch(options.model)
     classes = parse_core_classes(options.cores) if options.cores else ()
 
@@ -193,7 +196,9 @@ async def converted(path: str) -> str:
         bar.stage(stage, done, total)
 
     with Bar("to a pack") as bar:
-        pack = await ensure_pack(path, report)
+        pack = await ensure_pack(
+            path, report, lambda problem: note(f"the pack made before is damaged, and made again: {problem}")
+        )
     note(f"running the pack {pack} ({size(pack.stat().st_size)})")
     return str(pack)
 

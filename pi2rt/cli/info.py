@@ -38,7 +38,7 @@ def main(options: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """Everything ``pi2rt info`` shows, for JSON. Sizes are bytes."""
-    from pi2rt import __version__, catalogue
+    from pi2rt import __version__
     from pi2rt.planner.placement import default_placement
     from pi2rt.runtime.host_memory import available_memory
     from pi2rt.runtime.registry import available_executors
@@ -70,7 +70,7 @@ def collect() -> dict[str, Any]:
         "flash": _flash(),
         "kernels": _kernels(),
         "executors": {name: _executor(name) for name in available_executors()},
-        "cache": str(catalogue.cache_directory()),
+        "cache": _cache(),
     }
 
 
@@ -83,15 +83,25 @@ def _pages() -> dict[str, int]:
     return {"page": page_bytes(), "huge_page": huge_page_bytes()}
 
 
+def _cache() -> str:
+    """The cache directory, or why there is none."""
+    from pi2rt import ModelNotFoundError, catalogue
+
+    try:
+        return str(catalogue.cache_directory())
+    except ModelNotFoundError as error:
+        return f"none: {error}"
+
+
 def measure(path: str) -> None:
     """Measures the device that holds a file, and keeps the curve.
 
     Raises:
-        RequestError: the file is too small, or cannot be read.
+        RequestError: the file is too small, cannot be read, or the curve cannot be kept.
     """
     from pi2rt import RequestError, catalogue
     from pi2rt.cli._runtime import note
-    from pi2rt.planner.kept_curve import keep_curve
+    from pi2rt.planner.kept_curve import keep_curve, place_for_curve
     from pi2rt.planner.read_curve import measure_read_curve
 
     try:
@@ -100,6 +110,7 @@ def measure(path: str) -> None:
             raise RequestError(
                 f"{path} has {size} bytes: too few to tell the device from its cache; take a file of 64 MiB at least"
             )
+        place_for_curve(catalogue.curves_directory(), path)  # refused before the measuring, if it is
         curve = measure_read_curve(path, MEASURE_SECONDS)
         kept = keep_curve(catalogue.curves_directory(), path, curve, datetime.now(UTC).date().isoformat())
     except OSError as error:
@@ -135,11 +146,15 @@ def _flash() -> dict[str, Any]:
 
 def _measured() -> Iterator[dict[str, Any]]:
     """The curves that are kept, and what they make of reading."""
-    from pi2rt import catalogue
+    from pi2rt import ModelNotFoundError, catalogue
     from pi2rt.planner.kept_curve import kept_curves
     from pi2rt.planner.read_choice import choose_reads
 
-    for kept in kept_curves(catalogue.curves_directory()):
+    try:
+        folder = catalogue.curves_directory()
+    except ModelNotFoundError:  # there is no cache
+        return
+    for kept in kept_curves(folder):
         points = [
             {
                 "pattern": each.pattern,

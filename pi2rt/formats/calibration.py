@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import struct
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -16,7 +14,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pi2rt._errors import ConversionError, ModelFormatError, RequestError, UnsupportedModelError
+from pi2rt._errors import ModelFormatError, UnsupportedModelError
+from pi2rt._output_file import OutputFile
 from pi2rt.formats.model_file import printable
 from pi2rt.formats.neuron_order import Order, decode_order
 from pi2rt.formats.pack import PackFile
@@ -217,40 +216,20 @@ def calibration_path(pack: Path) -> Path:
     return pack.with_name(f"{pack.name}.calibration")
 
 
-def write_calibration(path: Path, calibration: Calibration, *, overwrite: bool = False) -> None:
-    """Whole or not at all.
+def write_calibration(to: Path | OutputFile, calibration: Calibration, *, overwrite: bool = False) -> None:
+    """Writes it, whole or not at all. ``overwrite``: whether a file at this path may be replaced.
 
     Raises:
         RequestError: it is there already, or cannot be written to.
-        ConversionError: the disk is full.
+        OutputError: writing failed, such as for a full disk.
     """
-    refuse_destination(path, overwrite=overwrite)
+    output = to if isinstance(to, OutputFile) else OutputFile(to, overwrite=overwrite)
     body = msgspec.msgpack.encode(calibration)
     head = PREAMBLE.pack(MAGIC, VERSION, 0, len(body), bytes(DIGEST_BYTES))[:-DIGEST_BYTES]
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be written: {error.strerror}") from error
-    try:
-        with open(fd, "wb") as file:
-            file.write(head + _digest(head, body) + body)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
-
-
-def refuse_destination(path: Path, *, overwrite: bool) -> None:
-    """Raises RequestError where a calibration may not be written."""
-    if path.exists() and not overwrite:
-        raise RequestError(f"{path} is there already; remove it, or ask for it to be overwritten (--force)")
-    if not path.absolute().parent.is_dir():
-        raise RequestError(f"{path}: its folder does not exist")
+    with output:
+        output.write(head + _digest(head, body))
+        output.write(body)
+        output.commit()
 
 
 def read_calibration(path: Path, pack: PackFile) -> Calibration:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import msgspec
 
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
 from pi2rt.formats.model_file import ModelFile, TensorInfo, printable
-from pi2rt.formats.regular_file import RegularFile
+from pi2rt.formats.regular_file import RegularFile, file_mode
 from pi2rt.formats.safetensors_file import SafetensorsFile
 
 MAX_CONFIG_BYTES = 4 << 20
@@ -77,7 +78,7 @@ class HuggingFaceDirectory(ModelFile):
 
     def companion(self, name: str) -> Path | None:
         path = self._inside(name, "companion")
-        return path if path.is_file() else None
+        return path if stat.S_ISREG(file_mode(path)) else None
 
     def _inside(self, name: str, field: str) -> Path:
         """The path of a file that lies in the directory itself. Links in it may lead elsewhere, as the ones
@@ -118,10 +119,10 @@ class HuggingFaceDirectory(ModelFile):
         return value
 
     def _read_tensors(self) -> dict[str, TensorInfo]:
-        if (self.path / _SINGLE).exists():
+        if file_mode(self.path / _SINGLE):
             return self._open(self.path / _SINGLE).tensors
-        if not (self.path / _INDEX).exists():
-            if any((self.path / f"pytorch_model.bin{end}").exists() for end in ("", ".index.json")):
+        if not file_mode(self.path / _INDEX):
+            if any(file_mode(self.path / f"pytorch_model.bin{end}") for end in ("", ".index.json")):
                 problem = "is pickled, which can run code; convert it to safetensors first"
                 raise UnsupportedModelError(self.path, "pytorch_model.bin", problem)
             raise ModelFormatError(self.path, "weights", f"neither {_SINGLE} nor {_INDEX} is there")

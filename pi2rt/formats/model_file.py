@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from pi2rt._errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
 from pi2rt.formats.neuron_bundles import NeuronBundles
 from pi2rt.formats.quants import TYPES
-from pi2rt.formats.regular_file import RegularFile
+from pi2rt.formats.regular_file import RegularFile, file_mode
 
 _NO_BUNDLES: Mapping[str, NeuronBundles] = MappingProxyType({})
 
@@ -153,10 +154,11 @@ def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
     from pi2rt.formats.pack import PackFile, is_pack
 
     path = Path(path)
-    if path.is_dir():
-        return HuggingFaceDirectory(path)
-    if not path.exists():
+    mode = file_mode(path)
+    if not mode:
         raise ModelNotFoundError(f"{path}: no such file or directory")
-    if path.is_file():
+    if stat.S_ISDIR(mode):
+        return HuggingFaceDirectory(path)
+    if stat.S_ISREG(mode):
         return PackFile(path) if is_pack(path) else GgufFile(path)
     raise ModelFormatError(path, "file", "neither a regular file nor a directory")

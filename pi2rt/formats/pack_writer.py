@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import math
 import os
-import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +16,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pi2rt._errors import ConversionError, RequestError
+from pi2rt._errors import ConversionError, OutputError
+from pi2rt._output_file import FULL, OutputFile
 from pi2rt.formats import row_blocks
 from pi2rt.formats.neuron_bundles import NeuronBundles
 from pi2rt.formats.pack import PREAMBLE, header_digest
@@ -44,8 +43,6 @@ Bytes = npt.NDArray[np.uint8]
 
 FLUSH_BYTES = 64 << 20
 """Written between two flushes; what the page cache holds of the file at most."""
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +74,8 @@ class PackWriter:
     """A pack in the making; a context manager. What is planned is written in that order, each in as many parts as one
     likes; ``finish`` then puts the file under its name. Leaving without it removes what was written.
 
-    The temporary file is ``.NAME.part`` beside the destination, locked while it is written: what an interrupted run
-    left behind is taken over, and two runs at once are an error.
+    The temporary file is ``.NAME.part`` beside the destination, locked while it is written (see ``OutputFile``): what
+    an interrupted run left behind is taken over, and two runs at once are an error.
 
     Args:
         destination: where the pack will be.
@@ -109,11 +106,11 @@ class PackWriter:
         self._flags = flags | (ORDERED if ordered else 0)
         self._source, self._architecture, self._metadata = source, architecture, metadata
         self._plan = plan
-        self._overwrite = overwrite
+        with _conversion_errors():
+            self._output = OutputFile(destination, seeks=True, overwrite=overwrite)
         self._checksums: list[bytes] = []
         self._hash = hashlib.blake2b(digest_size=CHECKSUM_BYTES)
         self._written = 0  # of the entry that is being written
-        self._fd = -1
         offset = 0
         self._offsets: list[int] = []
         for each in plan:
@@ -158,82 +155,40 @@ class PackWriter:
         self._append(memoryview(preamble + header))
         self._flush()
         try:
-            os.ftruncate(self._fd, self.nbytes)  # an empty pack has nothing behind its header
-            os.fsync(self._fd)
-            drop_cache(self._fd, 0, self.nbytes)
-            self._refuse_destination()
-            os.replace(self._part, self.path)
-            _sync_directory(self.path.parent)
+            os.ftruncate(self._output.fd, self.nbytes)  # an empty pack has nothing behind its header
+            os.fsync(self._output.fd)
+            drop_cache(self._output.fd, 0, self.nbytes)
         except OSError as error:
             raise self._failure(error) from error
-        self._close()
+        with _conversion_errors():
+            self._output.commit()
 
     # -- the file
 
     def __enter__(self) -> Self:
-        self._refuse_destination()
-        self._fd = self._open_part()
+        with _conversion_errors():
+            self._output.__enter__()
         try:
-            os.ftruncate(self._fd, 0)
-            free = self._free()
+            free = self._output.free_bytes()
             if free < self.nbytes:
                 raise ConversionError(
                     f"{self.path}: the pack takes {_mib(self.nbytes)}, but only {_mib(free)} are free there; free "
                     f"{_mib(self.nbytes - free)} or choose another place"
                 )
         except BaseException:
-            self._discard()
+            self._output.__exit__(None, None, None)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._fd >= 0:
-            self._discard()
-
-    @property
-    def _part(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.part")
-
-    def _refuse_destination(self) -> None:
-        try:
-            mode = os.lstat(self.path).st_mode
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise self._failure(error) from error
-        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-            raise RequestError(f"{self.path} is there already, and is not a file; choose another name")
-        if not self._overwrite:
-            raise RequestError(
-                f"{self.path} is there already; remove it, or ask for it to be overwritten (--force)"
-            )
-
-    def _open_part(self) -> int:
-        while True:
-            try:
-                fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            except OSError as error:
-                raise RequestError(f"{self.path}: cannot be written: {error.strerror}") from error
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(fd), os.lstat(self._part)):
-                    return fd
-            except BlockingIOError:
-                os.close(fd)
-                raise ConversionError(f"{self.path}: another process is writing it") from None
-            except FileNotFoundError:
-                pass  # whoever had it has finished or given up since
-            except BaseException:
-                os.close(fd)
-                raise
-            os.close(fd)
+        self._output.__exit__(kind, error, traceback)
 
     def _append(self, data: memoryview) -> None:
         try:
             while data.nbytes:
-                count = os.pwrite(self._fd, data, self._at)
+                count = os.pwrite(self._output.fd, data, self._at)
                 self._at += count
                 data = data[count:]
         except OSError as error:
@@ -241,31 +196,19 @@ class PackWriter:
 
     def _flush(self) -> None:
         try:
-            os.fdatasync(self._fd)
+            os.fdatasync(self._output.fd)
         except OSError as error:
             raise self._failure(error) from error
-        drop_cache(self._fd, 0, self._at)
+        drop_cache(self._output.fd, 0, self._at)
         self._flushed = self._at
 
     def _failure(self, error: OSError) -> ConversionError:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             return ConversionError(
                 f"{self.path}: the disk is full ({error.strerror}): the pack takes {_mib(self.nbytes)}, "
-                f"{_mib(self._at)} of which were written, and {_mib(self._free())} are free"
+                f"{_mib(self._at)} of which were written, and {_mib(self._output.free_bytes())} are free"
             )
-        return ConversionError(f"{self.path}: cannot be written: {error.strerror}")
-
-    def _free(self) -> int:
-        status = os.statvfs(self.path.parent)
-        return status.f_bavail * status.f_frsize
-
-    def _discard(self) -> None:
-        self._part.unlink(missing_ok=True)
-        self._close()
-
-    def _close(self) -> None:
-        fd, self._fd = self._fd, -1
-        os.close(fd)
+        return ConversionError(str(self._output.failure(error)))
 
     def _header_bytes(self) -> int:
         """Length of the header, which is final, as checksums and digests have a fixed size.
@@ -317,17 +260,18 @@ class PackWriter:
         return msgspec.msgpack.encode(header)
 
 
+@contextmanager
+def _conversion_errors() -> Iterator[None]:
+    """What cannot be written is a pack that cannot be made."""
+    try:
+        yield
+    except OutputError as error:
+        raise ConversionError(str(error)) from error
+
+
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _mib(size: int) -> str:
     return f"{size / (1 << 20):.1f} MiB"
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

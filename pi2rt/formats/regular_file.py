@@ -8,6 +8,7 @@ from mmap import PAGESIZE
 from pathlib import Path
 
 from pi2rt._errors import ClosedError, ModelFormatError, ModelNotFoundError
+from pi2rt._limits import explained
 
 
 class RegularFile:
@@ -22,6 +23,7 @@ class RegularFile:
     Raises:
         ModelNotFoundError: it cannot be opened.
         ModelFormatError: it is a directory, a pipe or a device.
+        SystemLimitError: the process may have no more open files.
     """
 
     __slots__ = ("_fd", "path", "size")
@@ -31,8 +33,7 @@ class RegularFile:
             # Non-blocking, so that opening a pipe nobody writes to returns and is refused below.
             fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ModelNotFoundError(f"{path}: cannot be opened: {reason}") from error
+            raise explained(error) or not_found(path, error) from error
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             os.close(fd)
@@ -90,6 +91,26 @@ class RegularFile:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def file_mode(path: Path) -> int:
+    """``st_mode`` of what is there; 0 where nothing is.
+
+    Raises:
+        ModelNotFoundError: that cannot be found out: the name is too long, or a directory may not be searched.
+    """
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except (OSError, ValueError) as error:
+        raise not_found(path, error) from error
+
+
+def not_found(path: object, error: Exception) -> ModelNotFoundError:
+    """Why a path does not lead to a file."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return ModelNotFoundError(f"{path}: cannot be opened: {reason}")
 
 
 def drop_cache(fd: int, offset: int, count: int) -> None:

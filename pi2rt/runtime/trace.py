@@ -9,16 +9,18 @@ f) and metadata (M). Times are ``time.perf_counter_ns`` everywhere.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from pi2rt._output_file import OutputFile
 
 Nanoseconds = npt.NDArray[np.int64]
 
@@ -143,36 +145,28 @@ class Trace:
             (track, table, where, np.array(starts[:kept], np.int64), np.array(ends[:kept], np.int64))
         )
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything so far to ``path``, which holds either the old file or the whole new one.
+    def write(self, to: str | os.PathLike[str] | OutputFile) -> None:
+        """Writes everything so far. A regular file holds either what it had or the whole trace, whatever happens.
 
         Blocks for about two seconds per million events.
 
         Raises:
-            OSError: the file cannot be written; nothing is left behind.
+            RequestError: ``to`` is a path that cannot be written to.
+            OutputError: writing failed; of a regular file nothing is left behind.
         """
-        final = Path(path)
-        partial = final.with_name(f".{final.name}.{os.getpid()}.part")
-        try:
-            with partial.open("w", encoding="ascii") as file:
-                file.write('{"displayTimeUnit":"ms","otherData":')
-                file.write(_json(self._about()))
-                file.write(',"traceEvents":[\n')
-                chunk: list[str] = []
-                separator = ""
-                for event in self._formatted():
-                    chunk.append(event)
-                    if len(chunk) == _CHUNK:
-                        file.write(separator + ",\n".join(chunk))
-                        chunk.clear()
-                        separator = ",\n"
-                if chunk:
-                    file.write(separator + ",\n".join(chunk))
-                file.write("\n]}\n")
-            partial.replace(final)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with to if isinstance(to, OutputFile) else OutputFile(to) as file:
+            for text in self._text():
+                file.write(text.encode("ascii"))
+            file.commit()
+
+    def _text(self) -> Iterator[str]:
+        yield f'{{"displayTimeUnit":"ms","otherData":{_json(self._about())},"traceEvents":[\n'
+        separator = ""
+        events = self._formatted()
+        while chunk := list(itertools.islice(events, _CHUNK)):
+            yield separator + ",\n".join(chunk)
+            separator = ",\n"
+        yield "\n]}\n"
 
     def _add(self, event: _Event) -> None:
         if self._count < self.max_events:

@@ -95,7 +95,7 @@ def test_each_broken_tensor_is_a_line(pi2rt: Run, model: str, pack: Path) -> Non
         (("convert", "nobody", "x.pi2"), "'nobody': no such file, and no model of that name"),
         (("verify", "{model}"), "magic: is b'GGUF"),
         (("verify", "{pack}"), "cannot be opened: No such file or directory"),
-        (("convert", "{model}", "{pack}/x"), "cannot be written: No such file or directory"),
+        (("convert", "{model}", "{pack}/x"), "cannot be written: its folder does not exist"),
         (("convert", "{model}", "{model}", "--force"), "is the model itself; choose another name"),
         (("convert", "{model}"), "the following arguments are required: FILE.pi2"),
     ],

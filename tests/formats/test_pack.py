@@ -294,9 +294,10 @@ def test_what_an_interrupted_run_left_is_taken_over(path: Path) -> None:
 
 def test_two_writers_of_one_pack(path: Path) -> None:
     with PackWriter(path, SOURCE, "llama", encode_metadata({}), ()) as first:
-        second = PackWriter(path, SOURCE, "llama", encode_metadata({}), ())
-        with pytest.raises(ConversionError, match=r"model\.pi2: another process is writing it"), second:
-            pass
+        with pytest.raises(
+            ConversionError, match=r"model\.pi2: cannot be written: another process is writing it"
+        ):
+            PackWriter(path, SOURCE, "llama", encode_metadata({}), ())
         first.finish(SOURCE)
     PackFile(path).close()
 

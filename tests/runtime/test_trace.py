@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pi2rt._errors import RequestError
 from pi2rt.runtime.trace import Trace
 
 
@@ -170,8 +171,8 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         trace.write(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(FileNotFoundError):
-        trace.write(tmp_path / "nowhere" / "trace.json")
+    with pytest.raises(RequestError, match="cannot be written: its folder does not exist"):
+        Trace().write(tmp_path / "nowhere" / "trace.json")
 
 
 def test_clock_is_the_native_planes_clock() -> None:
