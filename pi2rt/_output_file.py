@@ -72,7 +72,7 @@ def try_lock(fd: int, path: object) -> bool | None:
             f"{path}: its file system has no locks ({error.strerror}); two processes that write it at once are not "
             f"kept apart",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
         return None
 

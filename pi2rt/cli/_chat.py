@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from pi2rt._errors import ExecutorError, Pi2rtError, RequestError
-from pi2rt.cli._console import write
+from pi2rt.cli._streams import write
 
 if TYPE_CHECKING:
     from pi2rt import Runtime, SamplingParams
@@ -57,13 +57,13 @@ def _read_line() -> str | None:
     try:
         return input("> ").strip()
     except KeyboardInterrupt:
-        write("\n")
+        print(flush=True)
         return ""
     except UnicodeDecodeError:
         print("that line is not UTF-8", file=sys.stderr)
         return ""
     except EOFError:
-        write("\n")
+        print(flush=True)
         return None
     finally:
         signal.signal(signal.SIGINT, before)
@@ -85,11 +85,11 @@ async def _answer(runtime: Runtime, messages: list[dict[str, str]], params: Samp
                 async with runtime.stream(messages, params) as chunks:
                     async for chunk in chunks:
                         text += chunk.text
-                        write(chunk.text)
+                        await write(chunk.text)
             except Pi2rtError as error:
                 failure = error
             nursery.cancel_scope.cancel()
-    write("\n")
+    await write("\n")
     if failure is not None:
         raise failure
     return text

@@ -89,12 +89,6 @@ class Bar:
             self._progress.refresh()
 
 
-def write(text: str) -> None:
-    """To standard output, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def size(count: float) -> str:
     """A number of bytes in the largest unit that leaves at least 1 of it: ``93.8 MiB``."""
     for unit in ("bytes", "KiB", "MiB"):

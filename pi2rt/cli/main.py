@@ -9,15 +9,17 @@ instant.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from pi2rt import __version__
 from pi2rt._errors import Pi2rtError
+from pi2rt._limits import explained
 from pi2rt.cli import bench, calibrate, convert, info, models, perplexity, pull, run, verify
+from pi2rt.cli._streams import standard_streams
 
 _COMMANDS = (run, pull, models, convert, verify, calibrate, info, bench, perplexity)
 
@@ -31,15 +33,23 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line ``arguments`` (None: those of the process) and returns its exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        status = int(options.command(options))
-        sys.stdout.flush()
-        return status
-    except (Exception, KeyboardInterrupt) as error:
-        if options.debug:
+    with standard_streams(), warnings.catch_warnings():
+        warnings.showwarning = _warn
+        debug = False
+        try:
+            try:
+                options = _parser().parse_args(arguments)
+                debug = options.debug
+                status = int(options.command(options))
+            finally:  # also behind the help, which ends in SystemExit
+                sys.stdout.flush()
+        except SystemExit:
             raise
-        return _report(error)
+        except BaseException as error:
+            if debug:
+                raise
+            return _report(error)
+        return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,10 +78,10 @@ def _report(error: BaseException) -> int:
         if isinstance(leaf, KeyboardInterrupt):
             return 128 + signal.SIGINT
         if isinstance(leaf, BrokenPipeError):
-            # Whoever read our output has gone, which is no error ('pi2rt run ... | head -1'). Python flushes
-            # stdout once more on its way out.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # Whoever read our output has gone, which is no error ('pi2rt run ... | head -1').
             return 128 + signal.SIGPIPE
+        if (limit := explained(leaf)) is not None:
+            return _say(str(limit), limit.exit_status)
     message = str(leaves[0]) or "no message"
     return _say(f"{type(leaves[0]).__name__}: {message}; run with --debug for the traceback", 1)
 
@@ -82,6 +92,11 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
             yield from _leaves(inner)
     else:
         yield error
+
+
+def _warn(message: Warning | str, *where: object, **more: object) -> None:
+    """As ``warnings.showwarning``, for people."""
+    print(f"pi2rt: warning: {message}", file=sys.stderr)
 
 
 def _say(message: str, status: int) -> int:

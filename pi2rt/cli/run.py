@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pi2rt.cli import _runtime
-from pi2rt.cli._console import write
+from pi2rt.cli._streams import write
 
 if TYPE_CHECKING:
     from pi2rt import Chunk, Runtime, SamplingParams
@@ -110,9 +110,6 @@ def main(options: argparse.Namespace) -> int:
         )
     if prompt == "":
         raise RequestError("the prompt is empty")
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     return run_until_interrupted(partial(_run, options, params, prompt))
 
 
@@ -152,14 +149,14 @@ async def _answer(runtime: Runtime, prompt: Any, params: SamplingParams, json_li
     try:
         async with runtime.stream(prompt, params) as chunks:
             async for chunk in chunks:
-                write(_json_line(chunk) if json_lines else chunk.text)
+                await write(_json_line(chunk) if json_lines else chunk.text)
                 last = chunk
     except trio.Cancelled:
         if not json_lines:
-            write("\n")
+            print(flush=True)
         raise
     if not json_lines:
-        write("\n")
+        await write("\n")
     return last
 
 
@@ -184,7 +181,7 @@ def _json_line(chunk: Chunk) -> str:
     if chunk.timing is not None:
         fields["timing"]["prefill_tokens_per_s"] = chunk.timing.prefill_tokens_per_s
         fields["timing"]["decode_tokens_per_s"] = chunk.timing.decode_tokens_per_s
-    return json.dumps(fields, ensure_ascii=False) + "\n"
+    return json.dumps(fields, ensure_ascii=sys.stdout.encoding.lower() != "utf-8") + "\n"
 
 
 def _prompt(options: argparse.Namespace) -> str | None:

@@ -324,9 +324,9 @@ def test_one_that_appears_meanwhile_is_kept(path: Path) -> None:
 def test_only_files_are_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(RequestError, match="folder is there already, and is not a file"):
+    with pytest.raises(RequestError, match="folder: cannot be written: it is a directory"):
         write_pack(folder, overwrite=True)
-    with pytest.raises(RequestError, match=r"absent/x\.pi2: cannot be written: No such file or directory"):
+    with pytest.raises(RequestError, match=r"absent/x\.pi2: cannot be written: its folder does not exist"):
         write_pack(tmp_path / "absent" / "x.pi2")
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pi2rt._errors import OutputError
 from pi2rt.cython_kernels.stream import MOST_DEPTH
 from pi2rt.planner.kept_curve import KeptCurve, device_of, keep_curve, kept_curve, kept_curves
 from pi2rt.planner.read_choice import CLUSTER_BUFFER, ENOUGH, STREAM_BUFFER, choose_reads
@@ -102,7 +103,7 @@ def test_a_write_that_fails_leaves_what_was_there(
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OutputError, match="cannot be written: No space left"):
         keep_curve(tmp_path, file, curve, "2026-11-23")
     kept = kept_curve(tmp_path, file)
     assert kept is not None
