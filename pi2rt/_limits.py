@@ -168,7 +168,7 @@ def _seccomp() -> bool:
 def _read(path: str) -> str:
     """ "" where it cannot be read, for want of descriptors too."""
     try:
-        with open(path, encoding="ascii", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:  # whose codec is always there
             return file.read().strip()
     except OSError:
         return ""

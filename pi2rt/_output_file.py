@@ -192,6 +192,8 @@ class OutputFile:
     # -- what the path is
 
     def _target(self) -> Path:
+        if self._given.endswith(os.sep) and not os.path.isdir(self._given):
+            raise RequestError(f"{self._given}: cannot be written: there is no such folder")
         if "\0" in self._given:
             raise RequestError(f"{self._given!r}: a path cannot have a NUL in it")
         try:
@@ -244,7 +246,7 @@ class OutputFile:
             ) from error
 
     def _check_folder(self) -> None:
-        if not os.path.isdir(self.target.parent) or self._given.endswith(os.sep):
+        if not os.path.isdir(self.target.parent):
             raise RequestError(f"{self.path}: cannot be written: its folder does not exist")
         longest = len(os.fsencode(self.target.name)) + len("..part") + len(str(os.getpid())) + 1
         if longest > MOST_NAME_BYTES:

@@ -122,7 +122,7 @@ def _expand(path: str | os.PathLike[str], what: str = "") -> Path:
             else f"HOME is not set, and user {os.getuid()} has no entry in the password database; set HOME or "
             f"PI2RT_CACHE"
         )
-        raise ModelNotFoundError(f"{what}{given!r}: {problem}")
+        raise ModelNotFoundError(f"{what}{problem}" if what and not user else f"{what}{given!r}: {problem}")
     return Path(expanded)
 
 
