@@ -92,7 +92,10 @@ static int finish(pi2_flash *f, pi2_read *r, int error) {
 void pi2_read_fail(pi2_flash *f, pi2_read *r, int error) { finish(f, r, error); }
 
 static int ended(pi2_flash *f, pi2_read *r) {
-  atomic_store_explicit(&f->ended_at, r->offset + r->got, memory_order_relaxed);
+  int64_t end = r->offset + r->got; /* or before: the read may lie beyond it */
+  struct stat s;
+  if (!fstat(f->fd, &s) && S_ISREG(s.st_mode) && s.st_size < end) end = s.st_size;
+  atomic_store_explicit(&f->ended_at, end, memory_order_relaxed);
   return finish(f, r, PI2_EOF);
 }
 

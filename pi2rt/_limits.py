@@ -79,6 +79,8 @@ def uring_failure(error: int, why: str) -> RequestError:
             cause += f": sysctl kernel.io_uring_disabled is {disabled}"
         elif _seccomp():
             cause += ": a seccomp filter applies to this process, as containers have it"
+    if error == errno.ENOMEM:
+        cause += f": RLIMIT_MEMLOCK is {_limit(resource.RLIMIT_MEMLOCK)[0]} ('ulimit -l')"
     return RequestError(f"io='uring': {cause}; take io='preadv' or 'auto'")
 
 
@@ -162,7 +164,8 @@ def _status(name: str) -> int:
 
 
 def _seccomp() -> bool:
-    return any(line.split() == ["Seccomp:", "2"] for line in _read("/proc/self/status").splitlines())
+    status = _read("/proc/thread-self/status")  # filters are of threads
+    return any(line.split() == ["Seccomp:", "2"] for line in status.splitlines())
 
 
 def _read(path: str) -> str:

@@ -19,16 +19,15 @@ def open_failure(error: int, io: str, path: object, uring: tuple[int, str] = (0,
         uring: (errno, sentence) of the probe of io_uring after the failure, which tells a refused io_uring from a file
             that cannot be opened.
     """
-    limit = system_failure(f"opening {path} for reads past the page cache", error)
-    if limit is not None:
-        return limit
     if io == "uring" and error == errno.EOPNOTSUPP:
         return RequestError(
             f"{path}: io='uring': reads of its file system cannot be told not to wait (FUSE, tmpfs and network file "
             f"systems), for which io_uring is of no use; take io='preadv' or 'auto'"
         )
-    if io == "uring" and uring[0] == error:
+    if io == "uring" and uring[0] == error and error not in (errno.EMFILE, errno.ENFILE):
         return uring_failure(*uring)
+    if (limit := system_failure(f"opening {path} for reads past the page cache", error)) is not None:
+        return limit
     return OSError(error, os.strerror(error), os.fspath(str(path)))
 
 

@@ -260,8 +260,10 @@ class Refused:
 
 @pytest.mark.parametrize(
     ("path", "problem", "seeks"),
-    [(*case, False) for case in Refused.CASES + Refused.STREAMED]
-    + [(*case, True) for case in Refused.CASES + Refused.SEEKING],
+    [
+        *((*case, False) for case in Refused.CASES + Refused.STREAMED),
+        *((*case, True) for case in Refused.CASES + Refused.SEEKING),
+    ],
     ids=lambda value: str(value)[:20],
 )
 def test_what_cannot_be_written_to_is_refused_early(

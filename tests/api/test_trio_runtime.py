@@ -224,7 +224,10 @@ async def test_requests_beyond_the_queue_are_refused_before_they_are_tokenised(
         ({"threads": 0}, r"^threads=0"),
         ({"executor": "abacus"}, r"^no executor 'abacus'"),
         ({"cores": {"big": [99999]}}, r"cannot use core 99999"),
-        ({"trace": "/no/such/folder/t.json"}, r"^trace='/no/such/folder/t.json': its folder does not exist"),
+        (
+            {"trace": "/no/such/folder/t.json"},
+            r"^/no/such/folder/t.json: cannot be written: its folder does not exist",
+        ),
     ],
 )
 async def test_options_that_cannot_be(tiny: Path, options: dict[str, object], message: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pi2rt._errors import ModelFormatError
 from pi2rt.executors.cpu import CpuExecutor
 from pi2rt.formats import ModelFile, open_model_file, row_blocks
 from pi2rt.models import ModelDescription, describe
@@ -149,7 +150,10 @@ async def test_a_file_that_shrinks_fails_the_step_and_no_other(
         expected = await one_by_one(executor, TOKENS)
         with path.open("r+b") as file:
             file.truncate(row_blocks.SECTOR * 20)
-        with pytest.raises(OSError, match="reading weights: the file ends too early"):
+        with pytest.raises(
+            ModelFormatError,
+            match=f"reading weights: the file ends too early at byte {row_blocks.SECTOR * 20}: ",
+        ):
             await one_by_one(executor, TOKENS)
         path.write_bytes(whole)
         np.testing.assert_array_equal(await one_by_one(executor, TOKENS), expected)
