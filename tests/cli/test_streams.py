@@ -79,17 +79,14 @@ def test_a_full_standard_output_is_an_error(
     assert (done.returncode, done.stderr) == (1, FULL_OUTPUT)
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "<&-", "<&- 2>&-"])
+@pytest.mark.parametrize("redirection", ["<&- 2>&-", "2>/dev/full"])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_not_needed_may_be_closed(
     environment: dict[str, str], commands: dict[str, tuple[str, ...]], name: str, redirection: str
 ) -> None:
-    whole = shell(environment, "", *commands[name])
     done = shell(environment, redirection, *commands[name])
-    assert whole.returncode == done.returncode == 0, whole.stderr + done.stderr
-    assert whole.stdout
-    if name != "info":  # which tells what is free
-        assert done.stdout == whole.stdout
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
 
 
 def test_everything_is_closed(environment: dict[str, str], commands: dict[str, tuple[str, ...]]) -> None:
