@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from pi2rt._errors import ConversionError, ModelNotFoundError
 from pi2rt.formats.pack import PackFile
 from pi2rt.pack_cache import ensure_pack, packs_directory
 from pi2rt.planner.convert import verify
+from tests.support.limited import run_limited
 from tests.support.sparse_model import sparse_model
 from tests.support.tiny_models import TinyModel, write_gguf, write_huggingface
 
@@ -127,3 +130,55 @@ async def test_names_of_any_bytes(tmp_path: Path) -> None:
         os.replace(source, tmp_path / name)
         source = tmp_path / name
         assert verify(await ensure_pack(source)) == ()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "header", "folder", "dangling link"])
+async def test_a_damaged_pack_is_made_again(tmp_path: Path, damage: str) -> None:
+    source = write_gguf(tmp_path / "m.gguf", TinyModel())
+    pack = await ensure_pack(source)
+    whole = pack.read_bytes()
+    if damage in ("cut", "empty"):
+        os.truncate(pack, len(whole) // 2 if damage == "cut" else 0)
+    elif damage == "header":
+        pack.write_bytes(whole[:100] + bytes(100) + whole[200:])
+    else:
+        pack.unlink()
+        if damage == "folder":
+            pack.mkdir()
+        else:
+            pack.symlink_to(tmp_path / "nothing")
+    told: list[str] = []
+    if damage == "folder":
+        with pytest.raises(ConversionError, match="Is a directory"):
+            await ensure_pack(source, on_damage=told.append)
+        assert told == [f"{pack}: file: is not a regular file"]
+        return
+    assert await ensure_pack(source, on_damage=told.append) == pack
+    assert len(told) == 1
+    assert told[0].startswith(f"{pack}: ")
+    assert (pack.read_bytes(), pack.is_symlink()) == (whole, False)
+    assert await ensure_pack(source, on_damage=told.append) == pack  # whole again
+    assert len(told) == 1
+    assert packs() == [pack.name]
+
+
+def test_a_cache_that_can_only_be_read_is_enough_for_a_pack_that_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    try:
+        model = write_gguf(folder / "m.gguf", TinyModel())
+        monkeypatch.setenv("PI2RT_CACHE", str(folder / "cache"))
+        program = """
+import trio
+from pi2rt.pack_cache import ensure_pack
+print(trio.run(ensure_pack, sys.argv[1]))
+become_stranger()
+print(trio.run(ensure_pack, sys.argv[1]))
+"""
+        done = run_limited(program, model)
+        first, second = done.stdout.splitlines()
+        assert first == second, done.stderr
+    finally:
+        shutil.rmtree(folder)

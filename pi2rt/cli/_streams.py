@@ -42,6 +42,7 @@ class StandardStream(io.RawIOBase):
         super().__init__()
         self._fd, self._name = fd, name
         self._dropped = False  # all that is written
+        self._hurries = False  # what cannot be written at once is dropped
         self._writer = 0  # the thread that is inside a write
 
     def fileno(self) -> int:
@@ -65,7 +66,10 @@ class StandardStream(io.RawIOBase):
         total = view.nbytes
         try:
             while view.nbytes and not self._dropped:
-                view = view[self._write_some(view) :]
+                if self._hurries and not self.ready():
+                    self._dropped = True
+                else:  # pieces that a pipe takes at once, or not at all
+                    view = view[self._write_some(view[: select.PIPE_BUF]) :]
         except KeyboardInterrupt:
             self._dropped = True
             raise
@@ -97,9 +101,11 @@ class StandardStream(io.RawIOBase):
     def interrupt(self) -> None:
         """From a signal handler: what cannot be written now is dropped, and a write that is blocked raises
         ``Interrupted``."""
-        self._dropped = not self.ready()
-        if self._writer == threading.get_ident():
-            raise Interrupted
+        self._hurries = True
+        if not self.ready():
+            self._dropped = True
+            if self._writer == threading.get_ident():
+                raise Interrupted
 
 
 _own: list[StandardStream] = []  # those of this process, while the command line runs

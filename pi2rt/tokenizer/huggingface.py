@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, TypeAlias
 from tokenizers import Tokenizer as Engine
 
 from pi2rt._errors import ModelFormatError, TemplateError, UnsupportedModelError
+from pi2rt._limits import explained
+from pi2rt.formats.regular_file import file_mode
 from pi2rt.tokenizer.chat_template import MAX_SOURCE_CHARACTERS, ChatTemplate
 from pi2rt.tokenizer.declared_tokens import ADDED, CONFIG, SPECIAL_MAP, read_declared_tokens
 from pi2rt.tokenizer.end_tokens import end_of_turn_ids
@@ -174,13 +177,14 @@ class _Loader:
 
 def _read_in(directory: Path, name: str, limit: int) -> bytes | None:
     path = directory / name
-    if not path.is_file():
+    if not stat.S_ISREG(file_mode(path)):
         return None
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
-        raise ModelFormatError(path, "file", f"cannot be read: {error.strerror}") from error
+        problem = ModelFormatError(path, "file", f"cannot be read: {error.strerror}")
+        raise explained(error) or problem from error
     if len(data) > limit:
         raise ModelFormatError(path, "file", f"has more than the {limit} bytes allowed")
     return data

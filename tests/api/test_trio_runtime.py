@@ -18,6 +18,7 @@ from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription
 from pi2rt.planner.convert import convert
 from pi2rt.runtime.executor import ExecutorOptions, Progress
+from pi2rt.runtime.step import Step
 from tests.support.tiny_models import BOS, EOS, TinyModel, write_gguf
 
 
@@ -370,3 +371,36 @@ async def test_two_runtimes_at_once(tiny: Path, plain: Path) -> None:
         assert (await one.generate([1, 2], max_tokens=9)).tokens == (
             await two.generate([1, 2], max_tokens=9)
         ).tokens
+
+
+async def test_an_executor_that_is_not_the_cpus_gives_its_actor_its_name(tiny: Path, tmp_path: Path) -> None:
+    class Mine(SimulatedExecutor):
+        def submit(self, step: Step) -> None:
+            raise ValueError("not I")
+
+    trace = tmp_path / "t.json"
+    async with pi2rt.open_runtime(tiny, executor=lambda: Mine(name="mine"), trace=trace) as runtime:
+        assert runtime.statistics().actors[0].name == "mine"
+        with pytest.raises(pi2rt.ExecutorError, match=r"^actor 'mine' failed on .*: not I$") as error:
+            await runtime.generate("hi", max_tokens=2)
+        assert error.value.actor == "mine"
+    names = [
+        event["args"]["name"]
+        for event in json.loads(trace.read_text())["traceEvents"]
+        if event["name"] == "thread_name"
+    ]
+    assert "mine" in names
+    assert "cpu" not in names
+    async with pi2rt.open_runtime(tiny, executor="simulated") as runtime:
+        assert runtime.statistics().actors[0].name == "simulated"
+    async with pi2rt.open_runtime(tiny, cores={"fast": [min(os.sched_getaffinity(0))]}) as runtime:
+        assert runtime.statistics().actors[0].name == "fast"  # a class of cores
+
+
+async def test_a_trace_that_cannot_be_written_is_refused_before_the_model_is_looked_for(
+    tmp_path: Path,
+) -> None:
+    for path in (tmp_path, tmp_path / "absent" / "t.json"):
+        with pytest.raises(pi2rt.RequestError, match="cannot be written: it"):
+            async with pi2rt.open_runtime(tmp_path / "nothing.gguf", trace=path):
+                pass

@@ -97,6 +97,11 @@ def test_each_broken_tensor_is_a_line(pi2rt: Run, model: str, pack: Path) -> Non
         (("verify", "{pack}"), "cannot be opened: No such file or directory"),
         (("convert", "{model}", "{pack}/x"), "cannot be written: its folder does not exist"),
         (("convert", "{model}", "{model}", "--force"), "is the model itself; choose another name"),
+        (
+            ("convert", "nobody", "/dev/null"),
+            "/dev/null: cannot be written: it is there already, and is a device",
+        ),
+        (("convert", "nobody", "/"), "/: cannot be written: it is a directory"),
         (("convert", "{model}"), "the following arguments are required: FILE.pi2"),
     ],
 )

@@ -112,6 +112,14 @@ def test_convert_makes_it_once(environment: dict[str, str], source: Path, enough
     assert (status, output) == (0, expected[1])
     assert errors.splitlines()[0] == f"pi2rt: running the pack {packs / pack} (93.4 MiB)"
     assert (packs / pack).stat().st_mtime_ns == before
+    os.truncate(packs / pack, 1 << 20)
+    status, output, errors = run(environment, *given)
+    assert (status, output) == (0, expected[1])
+    assert (
+        f"pi2rt: the pack made before is damaged, and made again: {packs / pack}: file length: is 1048576"
+        in errors
+    )
+    assert left(packs) == [pack]
     os.utime(source, ns=(5, 5))
     status, output, errors = run(environment, *given)
     assert (status, output) == (0, expected[1])

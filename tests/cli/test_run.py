@@ -7,6 +7,7 @@ import os
 import re
 import select
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -133,6 +134,27 @@ def test_a_trace_is_written(pi2rt: Run, model: str, tmp_path: Path) -> None:
     assert done.status == 0
     names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"request 1", "prefill", "decode"} <= names
+
+
+@pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="there is no /dev/full")
+def test_a_trace_to_a_device_leaves_it_in_place(pi2rt: Run, model: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/dev/full")
+    done = pi2rt("run", model, "-p", "Hi", "-n", "3", "--trace", str(tmp_path / "link"), *REFERENCE)
+    assert done.status == 1
+    error = f"pi2rt: error: {tmp_path / 'link'}: cannot be written: No space left on device\n"
+    assert done.errors.endswith(error)
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+    assert pi2rt("run", model, "-p", "Hi", "-n", "3", "--trace", "/dev/null", *REFERENCE).status == 0
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_the_model_is_looked_for(
+    pi2rt: Run, tmp_path: Path
+) -> None:
+    done = pi2rt("run", "nothing.gguf", "-p", "Hi", "--trace", str(tmp_path), *REFERENCE)
+    assert (done.status, done.output) == (2, "")
+    assert (
+        done.errors == f"pi2rt: error: {tmp_path}: cannot be written: it is a directory; name a file in it\n"
+    )
 
 
 def test_a_reader_that_leaves_is_no_error(model: str, environment: dict[str, str]) -> None:
