@@ -340,8 +340,9 @@ class OutputFile:
                 return os.open(self.target, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
             except OSError as error:
                 if error.errno != errno.ENXIO or time.monotonic() >= until:
-                    problem = "nobody reads it" if error.errno == errno.ENXIO else error.strerror
-                    raise OutputError(self.path, problem) from error
+                    if error.errno == errno.ENXIO:
+                        raise OutputError(self.path, "nobody reads it") from error
+                    raise self.failure(error) from error
             time.sleep(0.05)
 
     def _write_some(self, data: memoryview) -> int:

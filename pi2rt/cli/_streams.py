@@ -170,8 +170,9 @@ def _own_stream(now: TextIO | None, own: TextIO | None, stream: StandardStream, 
     if now is not None and now is not own:
         return now
     _own.append(stream)
+    raw: Any = stream  # without a buffer, in which something would be left when a write fails
     return io.TextIOWrapper(
-        stream,  # type: ignore[arg-type]  # raw, so that nothing is left in a buffer when a write fails
+        raw,
         encoding="utf-8" if now is None else now.encoding,
         errors=errors,
         line_buffering=stream.isatty() or stream.fileno() == 2,
