@@ -11,6 +11,7 @@ import errno
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pi2rt._errors import RequestError, SystemLimitError
 
@@ -63,6 +64,17 @@ def explained(error: BaseException) -> SystemLimitError | None:
     if isinstance(error, ImportError) and os.strerror(errno.EMFILE) in text:
         return system_failure(f"importing {error.name}", errno.EMFILE)
     return None
+
+
+@contextmanager
+def limits_explained() -> Iterator[None]:
+    """Turns such an exception of Python's own into a SystemLimitError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if (limit := explained(error)) is None:
+            raise
+        raise limit from error
 
 
 def uring_failure(error: int, why: str) -> RequestError:

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import trio
 
 from pi2rt._errors import ClosedError
+from pi2rt._limits import limits_explained
 from pi2rt.runtime.owner import Owner
 
 T = TypeVar("T")
@@ -30,7 +31,8 @@ class TrioThread(Generic[T]):
         self._began, self._over = threading.Event(), threading.Event()
         # A daemon, so that what nobody closed cannot keep the interpreter from exiting.
         self._thread = threading.Thread(target=self._run, name="pi2rt", daemon=True)
-        self._thread.start()
+        with limits_explained():
+            self._thread.start()
         self._began.wait()
 
     @property

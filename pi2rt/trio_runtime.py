@@ -14,6 +14,7 @@ import trio
 
 from pi2rt import catalogue
 from pi2rt._errors import ClosedError, RequestError
+from pi2rt._limits import limits_explained
 from pi2rt._output_file import OutputFile
 from pi2rt.cython_kernels.native import trim_heap
 from pi2rt.engine import (
@@ -347,9 +348,11 @@ async def open_runtime(
     placement = default_placement(read_topology(), chosen.threads, _core_classes(chosen.cores))
     placement = placement.named(make_executor().name)  # constructing one acquires nothing
     trace = None if chosen.trace is None else Trace()
-    if chosen.memory is not None:
-        await trio.to_thread.run_sync(OWN.give_up_unused)
-    with await trio.to_thread.run_sync(open_model_file, path) as file:
+    with limits_explained():  # of threads, of which this may be the first
+        if chosen.memory is not None:
+            await trio.to_thread.run_sync(OWN.give_up_unused)
+        opened = await trio.to_thread.run_sync(open_model_file, path)
+    with opened as file:
         description, info = await trio.to_thread.run_sync(_describe, file, chosen.context)
         lossy = await trio.to_thread.run_sync(load_sparsity, file, chosen)
         predictors = None if lossy is None else lossy.predictors

@@ -116,6 +116,30 @@ sys.exit(main(["verify", sys.argv[1]]))
     assert "pi2rt: error: starting a thread: no more threads: this user may have " in done.stderr
 
 
+def test_programs_are_told_too(model: Path) -> None:
+    program = """
+import pi2rt, trio
+
+async def opened():
+    async with pi2rt.open_runtime(sys.argv[1]):
+        pass
+
+with pi2rt.Engine(sys.argv[1]):
+    pass
+trio.run(opened)
+limit_threads()
+for what in (lambda: trio.run(opened), lambda: pi2rt.Engine(sys.argv[1])):
+    try:
+        what()
+    except pi2rt.SystemLimitError as error:
+        print(error)
+"""
+    done = run_limited(program, model)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stderr
+    assert all("no more threads: this user may have " in line for line in lines)
+
+
 def test_files_of_a_model_are_no_missing_files(model: Path) -> None:
     program = """
 from pi2rt.formats import open_model_file
