@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pi2rt._errors import ClosedError, RequestError, UnsupportedModelError, read_failure
+from pi2rt._errors import ClosedError, RequestError, UnsupportedModelError
+from pi2rt._read_errors import read_failure
 from pi2rt.cython_kernels import native, program
 from pi2rt.executors.page_cache import PageCache
 from pi2rt.executors.weights import Weights
