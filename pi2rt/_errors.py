@@ -60,15 +60,24 @@ class RequestError(Pi2rtError):
 
 
 class ContextOverflowError(RequestError):
-    """Prompt plus requested tokens exceed the context. Nothing is ever truncated silently."""
+    """Prompt plus requested tokens exceed the context. Nothing is ever truncated silently.
 
-    def __init__(self, prompt_tokens: int, max_tokens: int, context: int) -> None:
+    Args:
+        prompt_tokens: of the prompt.
+        max_tokens: how many more were asked for.
+        context: what both together may have.
+        at_least: ``prompt_tokens`` is a lower bound: a prompt that is far too long is not tokenised to its end.
+    """
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, context: int, *, at_least: bool = False) -> None:
+        least = "at least " if at_least else ""
         super().__init__(
-            f"prompt of {prompt_tokens} tokens plus max_tokens={max_tokens} exceeds the context of {context} tokens; "
-            f"shorten the prompt by {prompt_tokens + max_tokens - context} tokens, lower max_tokens, or open the "
-            f"runtime with a larger context"
+            f"prompt of {least}{prompt_tokens} tokens plus max_tokens={max_tokens} exceeds the context of {context} "
+            f"tokens; shorten the prompt by {least}{prompt_tokens + max_tokens - context} tokens, lower max_tokens, or "
+            f"open the runtime with a larger context"
         )
         self.prompt_tokens, self.max_tokens, self.context = prompt_tokens, max_tokens, context
+        self.at_least = at_least
 
 
 class MemoryBudgetError(Pi2rtError):

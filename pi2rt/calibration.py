@@ -146,7 +146,7 @@ async def calibrate(
         pack = calibratable(file, "calibrate")
         description = describe(pack)
         tokenizer = await trio.to_thread.run_sync(load_tokenizer, pack)
-        ids = await trio.to_thread.run_sync(tokenizer.encode, text)
+        ids = await trio.to_thread.run_sync(tokenizer.encode, text, abandon_on_cancel=True)
         size = min(sample.chunk, description.context_length)
         looked_at, held_out = sample.divide(cut(tokenizer, ids, size))
         texts = [np.array(chunk, np.int32) for chunk in looked_at]

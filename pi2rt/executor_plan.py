@@ -88,6 +88,7 @@ def plan_executor(
     *,
     own: int = 0,
     predictors: int = 0,
+    prompt: int = 0,
 ) -> ExecutorPlan:
     """What an executor is opened with: as many weights as have room beside a context's keys and values, and as many of
     these as have room beside the weights.
@@ -95,6 +96,7 @@ def plan_executor(
     Args:
         own: of a budget, bytes that the process itself takes; see ``own_memory``.
         predictors: bytes that an executor takes for them.
+        prompt: bytes that the text of a prompt takes, beside its keys and values.
 
     Raises:
         MemoryBudgetError: too little; the message says how much would do, and what it is made of.
@@ -117,7 +119,7 @@ def plan_executor(
     each = -(-context // PAGE_TOKENS)
     reads = replace(_reads(file, chosen.io), neuron_gap=chosen.read_through_bytes)
     if chosen.memory is not None:
-        own += chosen.read_through_bytes + predictors  # read through: where gaps go
+        own += chosen.read_through_bytes + predictors + prompt  # read through: where gaps go
         limit = min(available + own, chosen.memory_bytes)
         available = limit - own
         if not chosen.exact_floats:
@@ -131,7 +133,8 @@ def plan_executor(
             packed = None
             if not chosen.exact_floats and not isinstance(file, PackFile):
                 packed = plan_streaming(file, description, 0, reads=reads, as_pack=True)
-            raise _too_small(file, limit, own, predictors, need, streaming, each * need.page, packed)
+            kv = each * need.page
+            raise _too_small(file, limit, own, predictors, prompt, need, streaming, kv, packed)
     options = ExecutorOptions(
         slots=chosen.max_sequences,
         pages=need.pages(available, each, each * chosen.max_sequences),
@@ -182,6 +185,7 @@ def _too_small(
     limit: int,
     own: int,
     predictors: int,
+    prompt: int,
     need: MemoryNeed,
     streaming: StreamingPlan,
     kv: int,
@@ -190,8 +194,9 @@ def _too_small(
     """Of a memory budget: the least that would do, and what it is made of. ``packed``: of a file that is no pack,
     what would be the least of one."""
     parts = {
-        "interpreter, libraries and tokenizer": own - predictors,
+        "interpreter, libraries and tokenizer": own - predictors - prompt,
         "predictors": predictors,
+        "text of a prompt": prompt,
         "weights that stay": streaming.resident_bytes or need.weights,
         "matrices of an expert that are used together": streaming.cluster_bytes,
         "neurons that are computed together": streaming.neuron_bytes,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, Unpack
 
 import trio
@@ -34,6 +35,7 @@ from pi2rt.model_info import ModelInfo, model_info
 from pi2rt.models import ModelDescription, describe
 from pi2rt.own_memory import OWN
 from pi2rt.planner.placement import default_placement
+from pi2rt.prompt_encoder import PromptEncoder, prompt_bytes
 from pi2rt.runtime.actor import Actor, ActorStatistics
 from pi2rt.runtime.assistant import assistant_statistics
 from pi2rt.runtime.channel import ChannelStatistics
@@ -58,9 +60,6 @@ unless the model is opened with ``content_control_tokens``."""
 
 CLOSE_SECONDS = 5.0
 """How long steps in flight may take to stop when a runtime is closed."""
-
-LONG_TEXT = 50_000
-"""Characters from which on a prompt is tokenised in a worker thread: below, that takes a few milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ class Runtime:
     ) -> None:
         self._engine, self._actor, self._resize = engine, actor, resize
         self._content_control_tokens = content_control_tokens
-        self._tokenizer: Tokenizer | None = tokenizer
+        self._prompts: PromptEncoder | None = PromptEncoder(tokenizer, engine.options.context)
         self.model = model
         self._owner = Owner()
         self._entering = 0  # requests whose prompts are being tokenised
@@ -134,7 +133,7 @@ class Runtime:
         self._entering += 1
         try:
             with self._engine.reserve() as ticket:
-                tokens = await self._encode(prompt)
+                tokens = await self._encode(prompt, params.max_tokens)
                 stream = self._engine.stream(tokens, params, on_prefill=on_prefill, ticket=ticket)
         finally:
             self._entering -= 1
@@ -242,7 +241,9 @@ class Runtime:
         self._scope.cancel()
         await self._stopped.wait()
         await self._actor.aclose()
-        self._tokenizer = None  # of up to 100 MB, which whoever keeps a closed runtime should not hold
+        self._prompts = (
+            None  # with the tokenizer, of up to 100 MB, which whoever keeps a closed runtime should not hold
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -251,9 +252,13 @@ class Runtime:
         Raises:
             ClosedError: the runtime is closed. Who needs it longer keeps it.
         """
-        if self._tokenizer is None:
+        return self._encoder.tokenizer
+
+    @property
+    def _encoder(self) -> PromptEncoder:
+        if self._prompts is None:
             raise ClosedError("the engine is closed")
-        return self._tokenizer
+        return self._prompts
 
     @property
     def elsewhere(self) -> bool:
@@ -277,10 +282,10 @@ class Runtime:
         if self._engine.closed:
             raise ClosedError("the engine is closed")
 
-    async def _encode(self, prompt: Prompt) -> list[Any]:
+    async def _encode(self, prompt: Prompt, max_tokens: int | None) -> Iterable[Any]:
         """Token ids of any kind of prompt."""
         if isinstance(prompt, str):
-            return await self._tokenise(prompt, add_special=True)
+            return await self._encoder.tokenise(prompt, max_tokens, add_special=True)
         if isinstance(prompt, Mapping):
             raise RequestError(
                 "prompt: a mapping is given where a list of messages is needed; put the message into a list: "
@@ -288,32 +293,30 @@ class Runtime:
             )
         if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray):
             raise RequestError(f"prompt: text, token ids or messages are needed, not {type(prompt).__name__}")
-        parts: list[Any] = list(prompt)
+        items = iter(prompt)
+        parts: list[Any] = list(islice(items, self.model.context + 1))
         if all(hasattr(kind, "__index__") for kind in set(map(type, parts))):
-            return parts  # the engine checks each token
+            return prompt if isinstance(prompt, Sized) else iter(parts)  # the engine checks each token
         if not any(isinstance(part, Mapping) for part in parts):
             index, part = next((i, part) for i, part in enumerate(parts) if not hasattr(part, "__index__"))
             raise RequestError(
                 f"prompt: item {index} is {shown(part)}; a list has token ids, which are integers, or messages such as "
                 f"{{'role': 'user', 'content': '...'}}; text is given as one string"
             )
-        template = self.tokenizer.chat_template
+        parts += items
+        template = await self._encoder.template()
         if template is None:
             raise RequestError(
                 f"prompt: the model {self.model.name!r} has no chat template; pass text or token ids instead "
                 f"of messages"
             )
-        chat: str = template.render(parts, add_generation_prompt=True)
+        chat: str = await self._encoder.render(
+            parts, max_tokens, lambda: template.render(parts, add_generation_prompt=True)
+        )
         if self._content_control_tokens:
             chat = str(chat)  # forgets what the template wrote
         # Templates write the special tokens themselves, the one at the beginning too.
-        return await self._tokenise(chat, add_special=False)
-
-    async def _tokenise(self, text: str, *, add_special: bool) -> list[int]:
-        def encode() -> list[int]:
-            return self.tokenizer.encode(text, parse_special=True, add_special=add_special)
-
-        return encode() if len(text) < LONG_TEXT else await trio.to_thread.run_sync(encode)
+        return await self._encoder.tokenise(chat, max_tokens, add_special=False)
 
     async def _run(self, task_status: trio.TaskStatus[None]) -> None:
         """The engine's task."""
@@ -374,7 +377,8 @@ async def open_runtime(
             if own > chosen.memory_bytes:  # or the tokenizer alone would exceed it
                 divide(own=own)  # raises
             tokenizer = await trio.to_thread.run_sync(load_tokenizer, file)
-            plan = divide(own=await trio.to_thread.run_sync(OWN.with_tokenizer, description))
+            own = await trio.to_thread.run_sync(OWN.with_tokenizer, description)
+            plan = divide(own=own, prompt=prompt_bytes(tokenizer, info.context))
         if lossy is not None:
             info = replace(info, sparsity=lossy.label)
         for_neurons = (

@@ -54,12 +54,15 @@ def read_text(path: str) -> str:
 
 
 async def _run(options: argparse.Namespace, text: str) -> int:
+    import trio
+
     from pi2rt._errors import RequestError
     from pi2rt._perplexity import cut, perplexity
 
     size = options.chunk
     async with _runtime.opened(options, context=size, max_sequences=1) as opened:
-        ids = opened.runtime.tokenizer.encode(text)
+        encode = opened.runtime.tokenizer.encode
+        ids = await trio.to_thread.run_sync(encode, text, abandon_on_cancel=True)
         chunks = cut(opened.runtime.tokenizer, ids, size)
         if not chunks:
             raise RequestError(f"{options.file} has {len(ids)} tokens, fewer than one chunk of {size}")

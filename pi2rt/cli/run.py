@@ -17,8 +17,7 @@ from pi2rt.cli._streams import write
 
 if TYPE_CHECKING:
     from pi2rt import Chunk, Runtime, SamplingParams
-
-_LARGEST_PROMPT = 64 << 20
+    from pi2rt.cli._prompt import PromptFile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +75,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     from pi2rt._errors import RequestError
     from pi2rt.cli._interrupt import run_until_interrupted
+    from pi2rt.cli._prompt import read_prompt
     from pi2rt.engine.sampling_params import SamplingParams
 
     params = SamplingParams(
@@ -103,17 +103,21 @@ def main(options: argparse.Namespace) -> int:
         raise RequestError(
             "--content-control-tokens is about messages; with --raw, control tokens are such in all of the text anyway"
         )
-    prompt = _prompt(options)
+    prompt = read_prompt(options)
     if prompt is None and (options.raw or options.json_lines):
         raise RequestError(
             "a chat takes neither --raw nor --json-lines; give a prompt with -p, -f or standard input"
         )
-    if prompt == "":
-        raise RequestError("the prompt is empty")
-    return run_until_interrupted(partial(_run, options, params, prompt))
+    try:
+        return run_until_interrupted(partial(_run, options, params, prompt))
+    finally:
+        if prompt is not None and not isinstance(prompt, str):
+            prompt.close()
 
 
-async def _run(options: argparse.Namespace, params: SamplingParams, prompt: str | None) -> int:
+async def _run(options: argparse.Namespace, params: SamplingParams, prompt: str | PromptFile | None) -> int:
+    import trio
+
     from pi2rt._errors import RequestError
     from pi2rt.cli._chat import chat
 
@@ -134,6 +138,10 @@ async def _run(options: argparse.Namespace, params: SamplingParams, prompt: str 
             raw = True
         if prompt is None:
             return await chat(runtime, params, options.system)
+        if not isinstance(prompt, str):
+            context, tokenizer = runtime.model.context, runtime.tokenizer
+            read = partial(prompt.text, tokenizer, context, params.max_tokens)
+            prompt = await trio.to_thread.run_sync(read, abandon_on_cancel=True)
         messages = [{"role": "user", "content": prompt}]
         if options.system is not None:
             messages.insert(0, {"role": "system", "content": options.system})
@@ -182,44 +190,6 @@ def _json_line(chunk: Chunk) -> str:
         fields["timing"]["prefill_tokens_per_s"] = chunk.timing.prefill_tokens_per_s
         fields["timing"]["decode_tokens_per_s"] = chunk.timing.decode_tokens_per_s
     return json.dumps(fields, ensure_ascii=sys.stdout.encoding.lower() != "utf-8") + "\n"
-
-
-def _prompt(options: argparse.Namespace) -> str | None:
-    """The prompt; None for a chat.
-
-    Raises:
-        RequestError: it is not UTF-8, larger than 64 MiB, or cannot be read.
-    """
-    from pi2rt._errors import RequestError
-
-    if options.prompt is not None:
-        # Python passes bytes that are not UTF-8 through as lone surrogates.
-        return _decode(options.prompt.encode("utf-8", "surrogateescape"), "the prompt")
-    if options.file is None and sys.stdin.isatty():
-        return None
-    try:
-        if options.file is None:
-            data, what = sys.stdin.buffer.read(_LARGEST_PROMPT + 1), "the prompt on standard input"
-        else:
-            what = f"the prompt in {options.file}"
-            with open(options.file, "rb") as file:
-                data = file.read(_LARGEST_PROMPT + 1)
-    except OSError as error:
-        raise RequestError(f"cannot read {options.file or 'standard input'}: {error.strerror}") from error
-    if len(data) > _LARGEST_PROMPT:
-        raise RequestError(f"{what} is larger than {_LARGEST_PROMPT} bytes")
-    return _decode(data, what).removesuffix("\n")
-
-
-def _decode(data: bytes, what: str) -> str:
-    from pi2rt._errors import RequestError
-
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{what} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}"
-        ) from None
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -33,8 +33,9 @@ def prompt_tokens(tokens: Iterable[SupportsIndex], more: int | None, options: En
         check_token("prompt", token, options)
     more = 1 if more is None else more
     if len(known) + more > context:
-        count = len(tokens) if isinstance(tokens, Sized) else len(known)
-        raise ContextOverflowError(count, more, context)
+        if isinstance(tokens, Sized):
+            raise ContextOverflowError(len(tokens), more, context)
+        raise ContextOverflowError(len(known), more, context, at_least=len(known) > context)
     return known
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from secrets import token_hex
 from threading import Lock
@@ -13,8 +15,11 @@ from tokenizers import Tokenizer as Engine
 
 from pi2rt._errors import ModelFormatError
 from pi2rt.tokenizer.byte_level import CHARACTERS
+from pi2rt.tokenizer.huggingface_cuts import read_facts
 from pi2rt.tokenizer.marked_text import Runs
 from pi2rt.tokenizer.special_splitter import is_control_name, within
+
+WINDOW = 2048  # characters encoded at once: two milliseconds
 
 
 class HuggingFaceEncoder:
@@ -25,10 +30,12 @@ class HuggingFaceEncoder:
 
     Args:
         path: of the tokenizer.json, for messages.
+        window: characters encoded at once, where the file's way to split text is known.
         engine: it belongs to this object from now on. Added tokens that are named like control tokens become some.
     """
 
-    def __init__(self, path: Path, engine: Engine) -> None:
+    def __init__(self, path: Path, engine: Engine, window: int = WINDOW) -> None:
+        self.window = window
         self._path, self._engine = path, engine
         self._lock = Lock()  # whether special tokens are recognised is a property of the engine
         added = engine.get_added_tokens_decoder()
@@ -36,12 +43,40 @@ class HuggingFaceEncoder:
             if not token.special and is_control_name(token.content):
                 token.special = True
                 engine.add_special_tokens([token])
+        self._facts = read_facts(engine)
         self._special: dict[int, AddedToken] = {id_: token for id_, token in added.items() if token.special}
         self._secret = token_hex(8)  # no text has it by chance or on purpose
         self._aliases: dict[int, str] = {}
         self._originals: dict[int, int] = {}
 
-    def encode(self, text: str, trusted: Runs) -> list[int]:
+    @property
+    def dropped(self) -> bytes:
+        return self._facts.dropped
+
+    @property
+    def most_bytes(self) -> int:
+        return self._facts.most_bytes
+
+    def pieces(self, text: str, trusted: Runs) -> Iterator[list[int]]:
+        """Ids of a text, some at a time. Where the file's way to split text is not known, all at once."""
+        start, size, borders = 0, len(text), self._facts.borders
+        while size - start > self.window and borders is not None:
+            end = borders.last(text, start, start + self.window)
+            if not end:
+                end = borders.next(text, start + self.window, size) or size
+            yield self._encode_part(text, trusted, start, end)
+            start = end
+        if start < size:
+            yield self._encode_part(text, trusted, start, size)
+
+    def _encode_part(self, text: str, trusted: Runs, start: int, end: int) -> list[int]:
+        before = max(0, start - self._facts.overlap)
+        ids = self._encode_all(text[before:end], _clipped(trusted, before, end))
+        if before < start:  # nothing merges across the border
+            del ids[: len(self._encode_all(text[before:start], _clipped(trusted, before, start)))]
+        return ids
+
+    def _encode_all(self, text: str, trusted: Runs) -> list[int]:
         with self._lock:
             self._engine.encode_special_tokens = not trusted
             encoding = self._encode(text, add_special_tokens=False)
@@ -131,6 +166,16 @@ class HuggingFaceEncoder:
 
     def _encode(self, text: str, add_special_tokens: bool) -> Any:
         try:
-            return self._engine.encode(text, add_special_tokens=add_special_tokens)
+            if len(text) <= 2 * WINDOW:
+                return self._engine.encode(text, add_special_tokens=add_special_tokens)
+            # other threads run meanwhile
+            return self._engine.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         except Exception as error:  # the library's errors have no type of their own
             raise ModelFormatError(self._path, "file", f"cannot encode with it: {error}") from error
+
+
+def _clipped(runs: Runs, start: int, end: int) -> Runs:
+    """The parts of the runs between ``start`` and ``end``, counted from ``start``."""
+    first = bisect_right(runs, start, key=itemgetter(1))
+    last = bisect_left(runs, end, key=itemgetter(0))
+    return tuple((max(run[0], start) - start, min(run[1], end) - start) for run in runs[first:last])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
+from typing import TypeAlias
 
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
@@ -12,10 +14,15 @@ from tokenizers.models import WordLevel
 from pi2rt.tokenizer.marked_text import Runs
 
 _TEXT = 0  # the matcher's own id of what stands between tokens
+_WINDOW = 4096  # characters matched at once
+_SKIPPED = 1 << 17  # characters searched at once for one that a token begins with
 
 _BARS = ("|", "\uff5c")
 
 _start = itemgetter(0)
+
+Span: TypeAlias = tuple[int, int, int | None]
+"""(start, end, id): a token, or with None the text between two; never empty."""
 
 
 class SpecialSplitter:
@@ -35,30 +42,43 @@ class SpecialSplitter:
         self._user_defined, self._all = _Matcher(user_defined), _Matcher({**user_defined, **control})
         self._control = frozenset(control.values())
 
-    def split(self, text: str, trusted: Runs) -> list[str | int]:
-        """Text and token ids in order; joined, with ids as their texts, they are ``text`` again.
+    def split(self, text: str, trusted: Runs) -> Iterator[Span | None]:
+        """The spans of a text in order, which together are all of it; None where more work is to be done before the
+        next one.
 
         Args:
             text: any text.
             trusted: where control tokens are recognised. One that is not all in one of these ranges is text.
         """
+        size = len(text)
         if not trusted:
-            return self._of_any_text(text)
-        found = self._all.find(text)
-        if all(id_ not in self._control or within(trusted, start, end) for start, end, id_ in found):
-            return _pieces(text, found)
+            yield from _filled(self._user_defined.find(text, 0, size), 0, size)
+            return
+        if trusted == ((0, size),):
+            yield from _filled(self._all.find(text, 0, size), 0, size)
+            return
+        found: list[tuple[int, int, int] | None] = []
+        for each in self._all.find(text, 0, size):
+            if each is None:
+                yield None
+            elif each[2] in self._control and not within(trusted, each[0], each[1]):
+                break
+            else:
+                found.append(each)
+        else:
+            yield from _filled(found, 0, size)
+            return
         # What is spelled elsewhere must neither be cut out nor hide a trusted token. So these come first.
-        pieces: list[str | int] = []
         at = 0
         for first, last in trusted:
-            for start, end, id_ in self._all.find(text[first:last]):
-                if id_ in self._control:
-                    pieces += [*self._of_any_text(text[at : first + start]), id_]
-                    at = first + end
-        return pieces + self._of_any_text(text[at:])
-
-    def _of_any_text(self, text: str) -> list[str | int]:
-        return _pieces(text, self._user_defined.find(text))
+            for each in self._all.find(text, first, last):
+                if each is None:
+                    yield None
+                elif each[2] in self._control:
+                    yield from _filled(self._user_defined.find(text, at, each[0]), at, each[0])
+                    yield each
+                    at = each[1]
+        yield from _filled(self._user_defined.find(text, at, size), at, size)
 
 
 class _Matcher:
@@ -68,17 +88,36 @@ class _Matcher:
         self._engine = Tokenizer(WordLevel({"": _TEXT}, unk_token=""))
         self._engine.add_tokens([AddedToken(text, normalized=False) for text in tokens])
         self._ids = (-1, *tokens.values())
+        self._longest = max(map(len, tokens), default=0)
+        firsts = "".join(map(re.escape, sorted({text[0] for text in tokens})))
+        self._first = re.compile(f"[{firsts}]") if firsts else None
 
-    def find(self, text: str) -> list[tuple[int, int, int]]:
-        """(start, end, id) of each token, in order."""
-        if len(self._ids) == 1:
-            return []
-        encoding = self._engine.encode(text, add_special_tokens=False)
-        return [
-            (start, end, self._ids[id_])
-            for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
-            if id_ != _TEXT
-        ]
+    def find(self, text: str, start: int, end: int) -> Iterator[tuple[int, int, int] | None]:
+        """(start, end, id) of each token in ``text[start:end]``, in order; None after each part of the work.
+
+        A token that starts ``longest`` characters before the end of a window is found as in the whole text: where it
+        starts and which it is depends on nothing before it but where the last one ended, and on nothing after it.
+        """
+        if self._first is None:
+            return
+        window = max(_WINDOW, 2 * self._longest)
+        while start < end:
+            hit = self._first.search(text, start, min(end, start + _SKIPPED))
+            if hit is None:
+                start += _SKIPPED
+                yield None
+                continue
+            start = hit.start()
+            last = start + window >= end
+            sure = end if last else start + window - self._longest
+            following = sure
+            encoding = self._engine.encode(text[start : min(end, start + window)], add_special_tokens=False)
+            for id_, (first, after) in zip(encoding.ids, encoding.offsets, strict=True):
+                if id_ != _TEXT and start + first < sure:
+                    following = max(following, start + after)
+                    yield start + first, start + after, self._ids[id_]
+            start = following
+            yield None
 
 
 def is_control_name(text: str) -> bool:
@@ -93,14 +132,13 @@ def within(runs: Runs, start: int, end: int) -> bool:
     return index >= 0 and end <= runs[index][1]
 
 
-def _pieces(text: str, found: list[tuple[int, int, int]]) -> list[str | int]:
-    pieces: list[str | int] = []
-    at = 0
-    for start, end, id_ in found:
-        if at < start:
-            pieces.append(text[at:start])
-        pieces.append(id_)
-        at = end
-    if at < len(text):
-        pieces.append(text[at:])
-    return pieces
+def _filled(found: Iterable[tuple[int, int, int] | None], at: int, end: int) -> Iterator[Span | None]:
+    """The tokens found, and the text between them."""
+    for each in found:
+        if each is not None:
+            if at < each[0]:
+                yield at, each[0], None
+            at = each[1]
+        yield each
+    if at < end:
+        yield at, end, None

@@ -7,21 +7,24 @@ lists cannot say: therefore an encoder of our own, and not the one of ``tokenize
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterator
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from pi2rt.tokenizer.byte_level import HEXADECIMAL_NAMES, SPACE
+from pi2rt.tokenizer.greedy_cuts import greedy_pieces
 from pi2rt.tokenizer.marked_text import Runs
+from pi2rt.tokenizer.neighbours import Neighbours
 from pi2rt.tokenizer.special_splitter import SpecialSplitter, is_control_name
 from pi2rt.tokenizer.vocabulary import TokenKind, Vocabulary
 
+WINDOW = 1024  # a few milliseconds of merging
+
 _ADDED_SCORE = -1000.0
 
-_CACHED_CHUNKS = 1 << 16
+_CACHED_CHUNKS = 1 << 12  # about a megabyte
 _CACHED_CHARACTERS = 32  # of a chunk; longer ones hardly come twice
 
 
@@ -32,6 +35,9 @@ _NEVER_TEXT = (TokenKind.UNKNOWN, TokenKind.CONTROL, TokenKind.BYTE)
 class Spm:
     """Encodes text as its vocabulary says; special tokens per call.
 
+    ``window``: characters encoded at once, about. ``longest``: characters of the longest token that merging makes.
+    ``dropped``, ``most_bytes``: see ``Encoder``.
+
     A character that is no token becomes the tokens of its UTF-8 bytes, or the unknown token where the
     vocabulary has no byte tokens.
 
@@ -39,7 +45,10 @@ class Spm:
         ModelFormatError: some of the byte tokens are missing, or all of them and the unknown token too.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    dropped = b""
+
+    def __init__(self, vocabulary: Vocabulary, window: int = WINDOW) -> None:
+        self.window = window
         scores = vocabulary.scores
         assert scores is not None
         own, added = _user_defined(vocabulary)
@@ -55,8 +64,9 @@ class Spm:
         self._ranks = {
             text: rank for text, rank in zip(self._ids, order.tolist(), strict=True) if len(text) > 1
         }
-        self._longest = max(map(len, self._ranks), default=0)
-        self._pairs = _neighbours(self._ranks)
+        self.longest = max(map(len, self._ranks), default=1)
+        self.most_bytes = max(4, *(len(text.encode(errors="surrogatepass")) for text in vocabulary.tokens))
+        self._cuts = Neighbours(self._ranks).cuts  # makes words of most text, which then repeat
         self._bytes = _byte_tokens(vocabulary)
         self._unknown = vocabulary.unk_id
         if self._bytes is None and self._unknown is None:
@@ -66,48 +76,100 @@ class Spm:
         self._add_space_prefix = vocabulary.add_space_prefix is not False
         self._cache: dict[str, list[int]] = {}
 
-    def encode(self, text: str, trusted: Runs) -> list[int]:
-        ids: list[int] = []
-        for piece in self._splitter.split(text, trusted):
-            if isinstance(piece, int):
-                ids.append(piece)
+    def pieces(self, text: str, trusted: Runs) -> Iterator[list[int]]:
+        """Ids of a text, some at a time, each after a bounded part of the work."""
+        for span in self._splitter.split(text, trusted):
+            if span is None:
+                yield []
+            elif span[2] is not None:
+                yield [span[2]]
             else:
-                self._encode_run(piece, ids)
+                yield from self._run_pieces(text[span[0] : span[1]])
+
+    def _run_pieces(self, text: str) -> Iterator[list[int]]:
+        """Text between control tokens: one space before all of it, then its user-defined tokens, then the rest."""
+        if self._add_space_prefix:
+            text = " " + text
+        for span in self._own.split(text, ()):
+            if span is None:
+                yield []
+            elif span[2] is not None:
+                yield [span[2]]
+            else:
+                yield from self._text_pieces(text, span[0], span[1])
+
+    def _text_pieces(self, text: str, start: int, end: int) -> Iterator[list[int]]:
+        rest = ""  # of a chunk that has begun
+        while True:
+            stop = min(start + self.window, end)
+            part = rest + text[start:stop].replace(" ", SPACE)
+            start = stop
+            cuts = self._cuts(part)
+            if start < end:
+                cuts.pop()  # the last chunk may go on
+            ids: list[int] = []
+            for chunk in pairwise(cuts):
+                ids += self._chunk(part[slice(*chunk)])
+            yield ids
+            if start == end:
+                return
+            rest = part[cuts[-1] :]
+            if len(rest) >= self.window:
+                stop = yield from self._chunk_end(text, start, end)
+                yield from self._long_chunk(rest, text, start, stop)
+                if stop == end:
+                    return
+                rest, start = "", stop
+
+    def _chunk(self, chunk: str) -> list[int]:
+        known = self._cache.get(chunk)
+        if known is None:
+            known = self.ids(chunk)
+            if len(chunk) <= _CACHED_CHARACTERS:
+                if len(self._cache) >= _CACHED_CHUNKS:
+                    self._cache = {}
+                self._cache[chunk] = known
+        return known
+
+    def _chunk_end(self, text: str, start: int, end: int) -> Generator[list[int], None, int]:
+        """Where the chunk ends that ``text[start - 1]`` belongs to."""
+        while start < end:
+            stop = min(start + self.window, end)
+            cuts = self._cuts(text[start - 1 : stop].replace(" ", SPACE))
+            if len(cuts) > 2:
+                return start - 1 + cuts[1]
+            yield []
+            start = stop
+        return end
+
+    def _long_chunk(self, rest: str, text: str, start: int, end: int) -> Iterator[list[int]]:
+        """Of ``rest + text[start:end]``, a chunk that is merged piece by piece."""
+        before = len(rest)
+
+        def part(first: int, last: int) -> str:
+            own = text[start + max(0, first - before) : start + max(0, last - before)]
+            return rest[first:last] + own.replace(" ", SPACE)
+
+        return greedy_pieces(self, part, before + end - start, self.window)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a chunk, in O(n log n)."""
+        ids: list[int] = []
+        for start, end in pairwise((0, *self.ends(text))):
+            symbol = text[start:end]
+            id_ = self._ids.get(symbol)
+            if id_ is not None:
+                ids.append(id_)
+            elif self._bytes is not None:  # only a single character can be no token
+                ids += [self._bytes[byte] for byte in symbol.encode()]
+            elif self._unknown is not None:
+                ids.append(self._unknown)
         return ids
 
-    def _encode_run(self, text: str, ids: list[int]) -> None:
-        """Text between control tokens: one space before all of it, then its user-defined tokens, then the rest."""
-        for piece in self._own.split(" " + text if self._add_space_prefix else text, ()):
-            if isinstance(piece, int):
-                ids.append(piece)
-            else:
-                self._encode_text(piece.replace(" ", SPACE), ids)
-
-    def _encode_text(self, text: str, ids: list[int]) -> None:
-        cache = self._cache
-        for start, end in pairwise(self._cuts(text)):
-            chunk = text[start:end]
-            known = cache.get(chunk)
-            if known is None:
-                known = self._merge(chunk)
-                if len(chunk) <= _CACHED_CHARACTERS:
-                    if len(cache) >= _CACHED_CHUNKS:
-                        self._cache = cache = {}
-                    cache[chunk] = known
-            ids += known
-
-    def _cuts(self, text: str) -> list[int]:
-        """Ends of chunks that cannot merge with each other, 0 first: two characters that are neighbours in no
-        token stay apart whatever merges around them. Makes words of most text, which then repeat."""
-        pairs = _pairs(text)
-        at = np.searchsorted(self._pairs, pairs)
-        apart = self._pairs[np.minimum(at, self._pairs.size - 1)] != pairs
-        return [0, *(np.flatnonzero(apart) + 1).tolist(), len(text)]
-
-    def _merge(self, text: str) -> list[int]:
-        """Token ids of a chunk, in O(n log n)."""
+    def ends(self, text: str) -> list[int]:
+        """Where each symbol ends that is left when no two neighbours merge."""
         n = len(text)
-        ranks, longest, base = self._ranks, self._longest, n + 1
+        ranks, longest, base = self._ranks, self.longest, n + 1
         # a symbol is text[i:end[i]]; end[i] is 0 where i is inside another symbol
         end = list(range(1, n + 1))
         previous = list(range(-1, n - 1))
@@ -137,19 +199,11 @@ class Spm:
                     rank = ranks.get(text[start:after])
                     if rank is not None:
                         heappush(candidates, (rank * base + start) * base + after)
-        ids: list[int] = []
-        start = 0
+        ends, start = [], 0
         while start < n:
-            symbol = text[start : end[start]]
-            id_ = self._ids.get(symbol)
-            if id_ is not None:
-                ids.append(id_)
-            elif self._bytes is not None:  # only a single character can be no token
-                ids += [self._bytes[byte] for byte in symbol.encode()]
-            elif self._unknown is not None:
-                ids.append(self._unknown)
             start = end[start]
-        return ids
+            ends.append(start)
+        return ends
 
 
 def _user_defined(vocabulary: Vocabulary) -> tuple[dict[str, int], dict[str, int]]:
@@ -166,18 +220,6 @@ def _user_defined(vocabulary: Vocabulary) -> tuple[dict[str, int], dict[str, int
         group = added if vocabulary.scores[id_] == _ADDED_SCORE else own
         group[text.replace(SPACE, " ")] = id_
     return own, added
-
-
-def _pairs(text: str) -> npt.NDArray[np.int64]:
-    """Every two neighbouring characters as one number; int64 (len(text) - 1,)."""
-    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.int64)
-    return codes[:-1] << 21 | codes[1:]
-
-
-def _neighbours(pieces: Iterable[str]) -> npt.NDArray[np.int64]:
-    """Every two characters that are neighbours in some piece, sorted; never empty."""
-    joined = "\0\0".join(pieces)  # zeros make pairs of their own, which cost a needless chunk border at most
-    return np.unique(np.append(_pairs(joined), 0)) if joined else np.zeros(1, np.int64)
 
 
 def _byte_tokens(vocabulary: Vocabulary) -> list[int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -14,12 +14,27 @@ from pi2rt.tokenizer.marked_text import RenderedChat, Runs
 
 _log = logging.getLogger(__name__)
 
+_CHECKED = 1 << 18  # characters at once
+
 
 class Encoder(Protocol):
     """What turns text into ids, without the tokens a file asks for at both ends. Called from several
-    threads. Control tokens are recognised inside the ``trusted`` ranges, and nowhere else."""
+    threads.
 
-    def encode(self, text: str, trusted: Runs) -> list[int]: ...
+    ``dropped``: bytes that the vocabulary lacks, and that become no token. ``most_bytes``: of text in UTF-8 without
+    these, what one token stands for at most; 0 where nothing is known.
+    """
+
+    @property
+    def dropped(self) -> bytes: ...
+
+    @property
+    def most_bytes(self) -> int: ...
+
+    def pieces(self, text: str, trusted: Runs) -> Iterator[list[int]]:
+        """The ids of a text, which joined are the same however the work is divided: each step does a few milliseconds
+        of it and takes little memory. Control tokens are recognised inside the ``trusted`` ranges, and nowhere else."""
+        ...
 
 
 class Tokenizer:
@@ -71,6 +86,11 @@ class Tokenizer:
         """
         return self._make_chat_template()
 
+    @property
+    def has_compiled_template(self) -> bool:
+        """Whether ``chat_template`` is there at once."""
+        return "chat_template" in self.__dict__
+
     def encode(self, text: str, *, parse_special: bool = False, add_special: bool = True) -> list[int]:
         """Token ids of a text.
 
@@ -86,22 +106,58 @@ class Tokenizer:
         Raises:
             RequestError: the text has surrogates, so it cannot be written as UTF-8.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start} and "
-                f"is not valid Unicode; decode its bytes with errors='replace'"
-            ) from None
+        ids: list[int] = []
+        for piece in self.encode_pieces(text, parse_special=parse_special, add_special=add_special):
+            ids += piece
+        return ids
+
+    def encode_pieces(
+        self, text: str, *, parse_special: bool = False, add_special: bool = True
+    ) -> Iterator[list[int]]:
+        """``encode`` in steps of a few milliseconds: the ids that each step adds, which may be none. Arguments and
+        errors as for ``encode``."""
+        yield from _check_text(text)
+        if add_special:
+            yield [*self._prefix_ids]
         trusted: Runs = ()
         if parse_special and text:
             trusted = text.trusted if isinstance(text, RenderedChat) else ((0, len(text)),)
-        ids = self._encoder.encode(str(text), trusted)
-        if not add_special:
-            return ids
-        if ids[:1] == [self.bos_id] and self.bos_id in self._prefix_ids:
-            self._warn_of_two()
-        return [*self._prefix_ids, *ids, *self._suffix_ids]
+        begun = not add_special or self.bos_id not in self._prefix_ids
+        for ids in self._encoder.pieces(str(text), trusted):
+            if ids and not begun:
+                begun = True
+                if ids[0] == self.bos_id:
+                    self._warn_of_two()
+            yield ids
+        if add_special:
+            yield [*self._suffix_ids]
+
+    @property
+    def most_bytes(self) -> int:
+        """Of text in UTF-8, what one token stands for at most; 0 where nothing is known. Bytes that become no token,
+        since the vocabulary lacks them, do not count."""
+        return self._encoder.most_bytes
+
+    def least_tokens(self, text: str | bytes, enough: int | None = None) -> int:
+        """A lower bound of the tokens of a text, or of its UTF-8, or of a part: found without encoding it.
+
+        Args:
+            text: any.
+            enough: not to count on from here.
+        """
+        most, dropped = self._encoder.most_bytes, self._encoder.dropped
+        if not most:
+            return 0
+        size = 0
+        for start in range(0, len(text), _CHECKED):
+            part = text[start : start + _CHECKED]
+            if isinstance(part, bytes):
+                size += len(part) - sum(map(part.count, dropped))
+            else:  # of every other character at least one byte is left
+                size += len(part) - sum(part.count(chr(byte)) for byte in dropped if byte < 0x80)
+            if enough is not None and size >= enough * most:
+                break
+        return -(-size // most)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, continuation: bool = False) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD.
@@ -167,3 +223,21 @@ class Tokenizer:
     def _check(self, id_: int) -> None:
         if not 0 <= id_ < self.vocab_size:
             raise RequestError(f"token id {id_} is outside the vocabulary of {self.vocab_size} tokens")
+
+
+def _check_text(text: str) -> Iterator[list[int]]:
+    """Raises:
+    RequestError: it cannot be written as UTF-8.
+    """
+    if text.isascii():
+        return
+    for start in range(0, len(text), _CHECKED):
+        try:
+            text[start : start + _CHECKED].encode()
+        except UnicodeEncodeError as error:
+            at = start + error.start
+            raise RequestError(
+                f"text has the lone surrogate U+{ord(text[at]):04X} at character {at} and is not valid Unicode; decode "
+                f"its bytes with errors='replace'"
+            ) from None
+        yield []

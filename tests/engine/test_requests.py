@@ -59,9 +59,13 @@ async def test_no_more_of_a_prompt_is_read_than_the_context_holds(
             yield 5
 
     async with opened(tokenizer, context=256) as o:
-        with pytest.raises(ContextOverflowError, match=r"^prompt of 257 tokens plus max_tokens=1 exceeds"):
+        with pytest.raises(
+            ContextOverflowError, match=r"^prompt of at least 257 tokens plus max_tokens=1 exceeds"
+        ):
             o.engine.stream(endless())
-        with pytest.raises(ContextOverflowError, match=r"^prompt of 257 tokens plus max_tokens=0 exceeds"):
+        with pytest.raises(
+            ContextOverflowError, match=r"^prompt of at least 257 tokens plus max_tokens=0 exceeds"
+        ):
             await o.engine.score(endless())
         assert read == 2 * 257
         with pytest.raises(ContextOverflowError, match=r"^prompt of 100000 tokens plus"):
