@@ -8,8 +8,8 @@ that was damaged since (its length or header is wrong) is made anew too."""
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from pi2rt.formats.pack import PackFile
 from pi2rt.formats.pack_header import VERSION
 from pi2rt.planner.convert import convert, source_stamps
 
+_log = logging.getLogger(__name__)
+
 _DIGITS = 12  # of PLACE and STATE
 _LONGEST_NAME = 160  # bytes; a file's name has 255 at most
 
@@ -32,19 +34,14 @@ def packs_directory() -> Path:
     return catalogue.cache_directory() / "packs"
 
 
-async def ensure_pack(
-    model: str | os.PathLike[str],
-    on_progress: PullProgress | None = None,
-    on_damage: Callable[[str], None] | None = None,
-) -> Path:
-    """The pack of a model: the one that was made before, if the model has not changed, or a new one. Cancelling
-    it leaves nothing behind.
+async def ensure_pack(model: str | os.PathLike[str], on_progress: PullProgress | None = None) -> Path:
+    """The pack of a model: the one that was made before, if the model has not changed, or a new one. A pack that is
+    damaged is made again, with a warning in the log. Cancelling it leaves nothing behind.
 
     Args:
         model: as for ``open_runtime``; a pack is its own.
         on_progress: ``on_progress(stage, done, total)`` in bytes; stage is "waiting" (another process makes it) or
             "converting".
-        on_damage: called with what is wrong with the pack that was made before, which is made anew.
 
     Raises:
         ModelNotFoundError, ModelFormatError, UnsupportedModelError: the model cannot be read or converted.
@@ -66,8 +63,8 @@ async def ensure_pack(
             damage = await trio.to_thread.run_sync(_damage, target)
             if damage is None:  # whoever held the lock has made it
                 return target
-            if damage and on_damage is not None:
-                on_damage(damage)
+            if damage:
+                _log.warning("%s; the pack is made again", damage)
             _remove_others(target)  # first: there may be no room for both
         except OSError as error:
             problem = error.strerror or error

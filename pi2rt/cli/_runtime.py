@@ -122,6 +122,9 @@ async def opened(
 ) -> AsyncIterator[Opened]:
     """Fetches the model if it has to, converts it if that is asked for and it does not fit, and opens it;
     ``more`` goes to ``pi2rt.open_runtime``."""
+    import logging
+
+    logging.basicConfig(level=logging.WARNING, format="pi2rt: warning: %(message)s")
     from pi2rt import MemoryBudgetError, RequestError, open_runtime  # imported before the clock starts
     from pi2rt._output_file import OutputFile
     from pi2rt.cli._console import Bar
@@ -196,9 +199,7 @@ async def converted(path: str) -> str:
         bar.stage(stage, done, total)
 
     with Bar("to a pack") as bar:
-        pack = await ensure_pack(
-            path, report, lambda problem: note(f"the pack made before is damaged, and made again: {problem}")
-        )
+        pack = await ensure_pack(path, report)
     note(f"running the pack {pack} ({size(pack.stat().st_size)})")
     return str(pack)
 
