@@ -10,6 +10,7 @@ import resource
 import struct
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,18 @@ _NO_NEW_PRIVS, _SECCOMP = 38, 22
 def run_limited(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs a program, with its ``arguments`` in ``sys.argv[1:]``, that imposes limits on itself by the functions below.
     Skips the test, with the reason, where the system does not permit that."""
+    start = f"import sys; sys.path.append({str(ROOT)!r})"  # the checkout last: what is installed is tested
     done = subprocess.run(
-        [sys.executable, "-P", "-c", f"from tests.support.limited import *\n{program}", *map(str, arguments)],
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            f"{start}\nfrom tests.support.limited import *\n{program}",
+            *map(str, arguments),
+        ],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         timeout=120,
         check=False,
     )
@@ -94,6 +102,10 @@ def become_stranger() -> None:
     os.setgroups([])
     os.setresgid(STRANGER, STRANGER, STRANGER)
     os.setresuid(STRANGER, STRANGER, STRANGER)
+    for module in ("pi2rt", "numpy"):  # more of them will be imported
+        found = find_spec(module)
+        if found is None or found.origin is None or not os.access(found.origin, os.R_OK):
+            _not_permitted(f"strangers may not read {module}, as installed here")
 
 
 def _limit(which: int, value: int) -> None:
