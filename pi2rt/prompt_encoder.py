@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import trio
 
 from pi2rt._errors import ContextOverflowError
+from pi2rt._limits import limits_explained
 from pi2rt.tokenizer import ChatTemplate, Tokenizer
 
 T = TypeVar("T")
@@ -49,7 +50,8 @@ class PromptEncoder:
         """
         tokenizer = self.tokenizer
         if not tokenizer.has_compiled_template:
-            await trio.to_thread.run_sync(lambda: tokenizer.chat_template, abandon_on_cancel=True)
+            with limits_explained():
+                await trio.to_thread.run_sync(lambda: tokenizer.chat_template, abandon_on_cancel=True)
         return tokenizer.chat_template
 
     async def render(self, messages: Sequence[Any], max_tokens: int | None, render: Callable[[], str]) -> str:
@@ -92,7 +94,8 @@ class PromptEncoder:
         ):  # who works may hold a lock of the tokenizer's
             return function()
         limiter = self._limiter if size > LONG_TEXT else None
-        return await trio.to_thread.run_sync(function, abandon_on_cancel=True, limiter=limiter)
+        with limits_explained():
+            return await trio.to_thread.run_sync(function, abandon_on_cancel=True, limiter=limiter)
 
     def _check_size(self, texts: Sequence[str], max_tokens: int | None) -> None:
         """Raises:

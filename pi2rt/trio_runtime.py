@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, Unpack
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypeVar, Unpack
 
 import trio
 
@@ -51,6 +51,8 @@ from pi2rt.runtime_options import MIXED_CHUNK, RuntimeKeywords, RuntimeOptions
 from pi2rt.sparsity import load_sparsity
 from pi2rt.tokenizer import Tokenizer, load_tokenizer
 from pi2rt.tokenizer.messages import shown
+
+T = TypeVar("T")
 
 Prompt: TypeAlias = str | Iterable[SupportsIndex] | Iterable[Mapping[str, Any]]
 """Text, token ids, or messages for the model's chat template: ``{"role": "user", "content": "..."}``, where ``content``
@@ -351,13 +353,12 @@ async def open_runtime(
     placement = default_placement(read_topology(), chosen.threads, _core_classes(chosen.cores))
     placement = placement.named(make_executor().name)  # constructing one acquires nothing
     trace = None if chosen.trace is None else Trace()
-    with limits_explained():  # of threads, of which this may be the first
-        if chosen.memory is not None:
-            await trio.to_thread.run_sync(OWN.give_up_unused)
-        opened = await trio.to_thread.run_sync(open_model_file, path)
+    if chosen.memory is not None:
+        await _in_thread(OWN.give_up_unused)
+    opened = await _in_thread(open_model_file, path)
     with opened as file:
-        description, info = await trio.to_thread.run_sync(_describe, file, chosen.context)
-        lossy = await trio.to_thread.run_sync(load_sparsity, file, chosen)
+        description, info = await _in_thread(_describe, file, chosen.context)
+        lossy = await _in_thread(load_sparsity, file, chosen)
         predictors = None if lossy is None else lossy.predictors
         divide = partial(
             plan_executor,
@@ -373,11 +374,11 @@ async def open_runtime(
         if chosen.memory is None:
             plan = divide()
         else:  # a budget is divided once it is known what the tokenizer takes, up to 100 MB
-            own = await trio.to_thread.run_sync(OWN.before_tokenizer, description)
+            own = await _in_thread(OWN.before_tokenizer, description)
             if own > chosen.memory_bytes:  # or the tokenizer alone would exceed it
                 divide(own=own)  # raises
-            tokenizer = await trio.to_thread.run_sync(load_tokenizer, file)
-            own = await trio.to_thread.run_sync(OWN.with_tokenizer, description)
+            tokenizer = await _in_thread(load_tokenizer, file)
+            own = await _in_thread(OWN.with_tokenizer, description)
             plan = divide(own=own, prompt=prompt_bytes(tokenizer, info.context))
         if lossy is not None:
             info = replace(info, sparsity=lossy.label)
@@ -397,7 +398,8 @@ async def open_runtime(
         actor = Actor(placement.lead.name, make_executor, opening.open, trace)
         try:
             async with open_own_nursery() as nursery:
-                tokenizer = await _load(nursery, actor, file, tokenizer)
+                with limits_explained():
+                    tokenizer = await _load(nursery, actor, file, tokenizer)
                 engine = Engine(
                     actor, tokenizer, _engine_options(description, opening.options, chosen), trace
                 )
@@ -419,6 +421,12 @@ async def open_runtime(
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(trace.write, traced_to)
                     traced_to.close()
+
+
+async def _in_thread(function: Callable[..., T], *args: object) -> T:
+    """Runs it on a worker thread; where the system gives no more of those, SystemLimitError says so."""
+    with limits_explained():
+        return await trio.to_thread.run_sync(function, *args)
 
 
 async def _load(

@@ -116,8 +116,13 @@ sys.exit(main(["verify", sys.argv[1]]))
     assert "pi2rt: error: starting a thread: no more threads: this user may have " in done.stderr
 
 
-def test_programs_are_told_too(model: Path) -> None:
-    program = """
+@pytest.mark.parametrize("idle", range(4))
+def test_programs_are_told_too(model: Path, idle: int) -> None:
+    """Whichever thread is the first one too many: ``idle`` of Trio's worker threads are there and wait for work."""
+    program = (
+        f"idle = {idle}"
+        + """
+import threading
 import pi2rt, trio
 
 async def opened():
@@ -127,6 +132,15 @@ async def opened():
 with pi2rt.Engine(sys.argv[1]):
     pass
 trio.run(opened)
+
+async def workers():
+    together = threading.Barrier(idle)
+    async with trio.open_nursery() as nursery:
+        for _ in range(idle):
+            nursery.start_soon(trio.to_thread.run_sync, together.wait)
+
+if idle:
+    trio.run(workers)
 limit_threads()
 for what in (lambda: trio.run(opened), lambda: pi2rt.Engine(sys.argv[1])):
     try:
@@ -134,6 +148,7 @@ for what in (lambda: trio.run(opened), lambda: pi2rt.Engine(sys.argv[1])):
     except pi2rt.SystemLimitError as error:
         print(error)
 """
+    )
     done = run_limited(program, model)
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done.stderr
