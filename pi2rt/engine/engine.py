@@ -307,9 +307,12 @@ class Engine:
             BusyError: ``max_queue`` requests wait already.
             ClosedError: the engine is closed.
         """
+        self._check_open()
+        return self._queue.reserve(self._scheduler.open_slots, trio.current_time())
+
+    def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the engine is closed")
-        return self._queue.reserve(self._scheduler.open_slots, trio.current_time())
 
     def stream(
         self,
@@ -341,6 +344,7 @@ class Engine:
         on_prefill: Callable[[int, int], None] | None,
         ticket: Ticket,
     ) -> TokenStream:
+        self._check_open()  # first: a closed engine has no tokenizer
         self.check(params)
         options, tokenizer = self.options, self._tokenizer
         known = prompt_tokens(prompt, params.max_tokens, options)
@@ -415,6 +419,7 @@ class Engine:
         reading = Reading(kind)
         stream = TokenStream(self.options.stream_buffer)
         with ticket or self.reserve() as place:
+            self._check_open()
             known = prompt_tokens(tokens, 0, self.options)
             self._enqueue(known, len(known), Sampling(), stream, reading, place, None)
         async with stream:
@@ -432,8 +437,6 @@ class Engine:
         ticket: Ticket,
         on_prefill: Callable[[int, int], None] | None,
     ) -> None:
-        if self._closed:
-            raise ClosedError("the engine is closed")
         ticket.use()
         self._requests += 1
         table = PageTable(self._index, -(-limit // PAGE_TOKENS))

@@ -3,8 +3,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +20,10 @@ from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription
 from pi2rt.planner.convert import convert
+from pi2rt.prompt_encoder import LONG_TEXT
 from pi2rt.runtime.executor import ExecutorOptions, Progress
 from pi2rt.runtime.step import Step
+from pi2rt.tokenizer import Tokenizer
 from tests.support.tiny_models import BOS, EOS, TinyModel, write_gguf
 
 
@@ -340,6 +345,33 @@ async def test_closing_early(tiny: Path, autojump_clock: MockClock) -> None:
         with pytest.raises(pi2rt.ClosedError):
             await runtime.score([1, 2])
         await runtime.aclose()
+
+
+@pytest.mark.parametrize("drain", [0, 0.01])
+async def test_closing_while_a_prompt_is_tokenised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drain: float
+) -> None:
+    model = write_gguf(tmp_path / "m.gguf", TinyModel(context=4096))
+    begun, go_on = threading.Event(), threading.Event()
+    encode = Tokenizer.encode_pieces
+
+    def held(self: Tokenizer, text: str, **keywords: Any) -> Iterator[Any]:
+        begun.set()
+        go_on.wait()
+        yield from encode(self, text, **keywords)
+
+    monkeypatch.setattr(Tokenizer, "encode_pieces", held)
+    async with pi2rt.open_runtime(model, **simulated()) as runtime:  # type: ignore[arg-type]
+
+        async def request() -> None:
+            with pytest.raises(pi2rt.ClosedError, match=r"^the engine is closed$"):
+                await runtime.generate("a" * (LONG_TEXT + 1), max_tokens=2)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(request)
+            await trio.to_thread.run_sync(begun.wait)
+            await runtime.aclose(drain=drain)
+            go_on.set()
 
 
 async def test_closing_an_executor_that_hangs_is_bounded(tiny: Path, autojump_clock: MockClock) -> None:
