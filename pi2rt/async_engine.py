@@ -105,6 +105,7 @@ class AsyncEngine:
             return
         thread.close(seconds)
         await _shielded(asyncio.get_running_loop().run_in_executor(None, thread.join), thread.close)
+        self._finalizer.detach()
         thread.check_end()
 
     async def __aenter__(self) -> Self:
