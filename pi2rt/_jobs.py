@@ -57,7 +57,7 @@ class Job:
         self._thread = thread
         self._timeout = timeout
         self._scope = trio.CancelScope(relative_deadline=math.inf if timeout is None else timeout)
-        self._cancelled = False
+        self.cancelled = False  # by its caller
 
     async def run(self, runtime: Runtime) -> None:
         """Never raises an Exception, so that no job takes others with it."""
@@ -69,7 +69,7 @@ class Job:
 
     def cancel(self) -> None:
         """From any thread, also from a finaliser. A job that is over does not mind."""
-        self._cancelled = True
+        self.cancelled = True
         try:
             self._thread.call_soon(self._scope.cancel)
         except ClosedError:
@@ -77,7 +77,7 @@ class Job:
 
     def _expired(self, what: str) -> TimeoutError | None:
         """The error, where the timeout has ended it."""
-        if self._timeout is None or not self._scope.cancelled_caught or self._cancelled:
+        if self._timeout is None or not self._scope.cancelled_caught or self.cancelled:
             return None
         return TimeoutError(f"timeout={self._timeout:g}: {what}")
 
@@ -164,7 +164,7 @@ class Pump(Job):
             with self._scope:
                 await self._send(runtime)
                 end = End()
-            if self._cancelled:  # by its consumer, which has left
+            if self.cancelled:  # by its consumer, which has left
                 end = End(ClosedError(CLOSED))
             elif expired := self._expired(
                 f"the request took longer, and was cancelled after {self.timing.generated_tokens} tokens"

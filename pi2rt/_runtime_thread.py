@@ -19,6 +19,7 @@ from pi2rt._jobs import Call, Job, Report, reporter
 from pi2rt._trio_thread import TrioThread
 from pi2rt.engine import SamplingParams
 from pi2rt.engine.sampling_params import SamplingKeywords, number
+from pi2rt.engine.token_stream import CLOSED
 from pi2rt.runtime_options import RuntimeKeywords
 from pi2rt.trio_runtime import Runtime, open_runtime
 
@@ -29,6 +30,10 @@ EXIT_SECONDS = 10.0
 
 ANSWER_SECONDS = 5.0
 """How long ``ask`` waits. Nothing holds the runtime's loop for more than some 50 ms."""
+
+LEAVING_TURNS = 3
+"""Turns of the loop until a cancelled task has ended: it may take what has come for it, meets the cancellation at the
+next checkpoint, and that takes two."""
 
 
 class RuntimeThread:
@@ -79,7 +84,7 @@ class RuntimeThread:
         self.check_open()
 
         def start() -> None:
-            if self._nursery is None:
+            if self._nursery is None or self.trio.scope.cancel_called:  # its nursery may be closed already
                 self._jobs.discard(job)
                 job.refuse(ClosedError("the engine is closed"))
             else:
@@ -180,7 +185,15 @@ class RuntimeThread:
 
     async def _work(self, job: Job) -> None:
         try:
-            await job.run(self.ready.result())
+            if any(
+                other.cancelled for other in self._jobs.copy()
+            ):  # this one may need the places that they hold
+                for _ in range(LEAVING_TURNS):
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+            if job.cancelled:
+                job.refuse(ClosedError(CLOSED))
+            else:
+                await job.run(self.ready.result())
         finally:
             self._jobs.discard(job)
             if self._draining and not self._jobs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,39 @@ def test_a_load_that_fails(tiny: Path, tmp_path: Path) -> None:
             await pi2rt.AsyncEngine(tiny, executor=simulated(faults=Faults(raise_in_open=True))).start()
         with pytest.raises(pi2rt.RequestError, match=r"^context=0"):
             pi2rt.AsyncEngine(tiny, context=0)
+
+    run(main)
+
+
+def test_a_load_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    async def main() -> list[weakref.ref[pi2rt.AsyncEngine]]:
+        made = []
+        for _ in range(3):
+            engine = pi2rt.AsyncEngine(tmp_path / "no.gguf")
+            made.append(weakref.ref(engine))
+            with pytest.raises(pi2rt.ModelNotFoundError):
+                await engine.start()
+            del engine
+        return made
+
+    left = asyncio.run(main())
+    gc.collect()
+    assert [reference() for reference in left] == [None] * 3
+
+
+def test_a_request_whose_task_was_cancelled_makes_a_place_for_the_next(tiny: Path) -> None:
+    async def main() -> None:
+        options: Any = {"executor": simulated(), "max_sequences": 1, "max_queue": 0}
+        async with pi2rt.AsyncEngine(tiny, **options) as engine:
+            for turns in range(40):  # before it starts, while it waits, when a token has come
+                request = asyncio.create_task(engine.generate("hi", ignore_eos=True))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                request.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await request
+                assert len((await engine.generate("ho", max_tokens=2, ignore_eos=True)).tokens) == 2
+            assert engine.statistics().engine.queue.refused == 0
 
     run(main)
 

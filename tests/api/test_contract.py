@@ -148,6 +148,16 @@ async def test_a_full_queue_is_met_by_entering(api: TrioApi, tiny: Path) -> None
 
 
 @contract
+async def test_whoever_leaves_makes_a_place_for_the_next_request(api: TrioApi, tiny: Path) -> None:
+    async with api.open(tiny, executor=simulated(), max_sequences=1, max_queue=0) as engine:
+        for _ in range(20):  # tasks run in a random order
+            async with engine.stream("hi", ignore_eos=True) as chunks:
+                await anext(chunks)
+            assert len((await engine.generate("ho", max_tokens=2, ignore_eos=True)).tokens) == 2
+        assert engine.statistics().engine.queue.refused == 0
+
+
+@contract
 async def test_parameters_that_leave_no_token_are_met_by_iterating(api: TrioApi, tiny: Path) -> None:
     nothing = dict.fromkeys(range(320), float("-inf"))
     async with api.open(tiny, context=128) as engine:

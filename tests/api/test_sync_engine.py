@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import trio
 
 import pi2rt
 from pi2rt import _jobs
@@ -199,6 +200,37 @@ def test_life(tiny: Path) -> None:
         list(engine.stream("hi"))
     engine.close()
     assert not alive()
+
+
+class StartsAnother(_jobs.Job):
+    """At its end another thread, which has found the engine open, starts a job."""
+
+    def __init__(self, engine: pi2rt.Engine, then: Callable[[], None]) -> None:
+        super().__init__(engine._thread.trio)
+        self._then = then
+        self.refused: BaseException | None = None
+
+    async def run(self, runtime: pi2rt.Runtime) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            self._then()
+
+    def refuse(self, error: BaseException) -> None:
+        self.refused = error
+
+
+def test_a_request_that_comes_when_the_last_one_has_ended(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(12):  # tasks run in a random order
+        engine = pi2rt.Engine(tiny, executor=simulated())
+        thread, late = engine._thread, StartsAnother(engine, lambda: None)
+        thread.start(StartsAnother(engine, lambda thread=thread, late=late: thread.start(late)))  # type: ignore[misc]
+        with monkeypatch.context() as patched:
+            patched.setattr(thread, "check_open", lambda: None)
+            engine.close()
+        assert str(late.refused) == "the engine is closed"
 
 
 def test_an_engine_that_nobody_closes(tiny: Path) -> None:
