@@ -6,6 +6,7 @@ from pi2rt._errors import ClosedError
 from pi2rt._jobs import End, Item, Pump, Report, Started
 from pi2rt._runtime_thread import RuntimeThread
 from pi2rt.engine import Chunk, Timing
+from pi2rt.engine.blame import carried
 from pi2rt.engine.token_stream import CLOSED
 
 
@@ -51,12 +52,10 @@ class RequestStream:
     def _report(self, report: Report) -> None:
         try:
             report.call()
-        except Exception as error:
-            self._leave(error)
-            raise
-        except BaseException:
-            self._leave(ClosedError("this stream was interrupted"))
-            raise
+        except BaseException as error:
+            given = carried(error)
+            self._leave(given if isinstance(given, Exception) else ClosedError("this stream was interrupted"))
+            raise given from given.__cause__
 
     def _leave(self, error: BaseException | None = None) -> bool:
         """Ends the request, if it has not ended. Returns whether it had to. From any thread, also from a finaliser."""

@@ -244,6 +244,22 @@ async def test_an_error_of_a_progress_callback_comes_out(api: TrioApi, tiny: Pat
         await settled(api, engine)
 
 
+@contract
+async def test_a_progress_callback_cannot_make_a_text_look_whole(api: TrioApi, tiny: Path) -> None:
+    async with api.open(tiny, executor="simulated") as engine:
+        for kind in StopIteration, StopAsyncIteration, GeneratorExit:
+
+            def raises(done: int, total: int, kind: type[BaseException] = kind) -> None:
+                raise kind
+
+            with pytest.raises(pi2rt.RequestError, match=rf"^on_prefill raised {kind.__name__}, "):
+                await engine.generate("hi", on_prefill=raises)
+            async with engine.stream("hi", on_prefill=raises) as chunks:
+                for _ in range(2):
+                    with pytest.raises(pi2rt.RequestError, match=rf"^on_prefill raised {kind.__name__}, "):
+                        await anext(chunks)
+
+
 # The end of a stream
 
 
