@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import trio
@@ -16,6 +17,9 @@ T = TypeVar("T")
 
 LONG_TEXT = 2048
 """Characters from which on text is rendered and tokenised in a worker thread: below, that takes a few milliseconds."""
+
+MESSAGE = 16
+"""Characters that take as long to render as a message without text does, some 20 us."""
 
 MOST_BYTES = 256
 """Of text, that a token stands for, as far as a budget counts them: longer tokens are of hostile vocabularies."""
@@ -61,9 +65,13 @@ class PromptEncoder:
             ContextOverflowError: the text in the messages is too long for the context, whatever else is put beside it.
             TemplateError, RequestError: as ``render`` does.
         """
-        texts = list(_texts(messages))
-        self._check_size(texts, max_tokens)
-        return await self._work(sum(map(len, texts)), render)
+
+        def check_and_render() -> str:
+            self._check_size(_texts(messages), max_tokens)
+            return render()
+
+        few = islice(_texts(messages), LONG_TEXT // MESSAGE + 1)  # enough to tell a long text
+        return await self._work(sum(MESSAGE + len(text) for text in few), check_and_render)
 
     async def tokenise(self, text: str, max_tokens: int | None, *, add_special: bool) -> array[int]:
         """Token ids of a text.
@@ -97,7 +105,7 @@ class PromptEncoder:
         with limits_explained():
             return await trio.to_thread.run_sync(function, abandon_on_cancel=True, limiter=limiter)
 
-    def _check_size(self, texts: Sequence[str], max_tokens: int | None) -> None:
+    def _check_size(self, texts: Iterable[str], max_tokens: int | None) -> None:
         """Raises:
         ContextOverflowError: texts of this size have too many tokens, whatever they are.
         """
@@ -117,10 +125,9 @@ class PromptEncoder:
 
 
 def _texts(messages: Sequence[Any]) -> Iterator[str]:
-    """The contents of messages; whatever else is in them is the template's business."""
+    """The contents of messages, "" for what is no text; whatever else is in them is the template's business."""
     for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
-        for part in content if isinstance(content, list | tuple) else [content]:
+        for part in content if isinstance(content, list | tuple) and content else [content]:
             text = part.get("text") if isinstance(part, Mapping) else part
-            if isinstance(text, str):
-                yield text
+            yield text if isinstance(text, str) else ""

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -13,7 +14,7 @@ import trio.lowlevel
 
 import pi2rt
 from pi2rt.formats import open_model_file
-from pi2rt.prompt_encoder import LONG_TEXT, MOST_BYTES, PromptEncoder, prompt_bytes
+from pi2rt.prompt_encoder import LONG_TEXT, MESSAGE, MOST_BYTES, PromptEncoder, prompt_bytes
 from pi2rt.tokenizer import Tokenizer, load_tokenizer
 from pi2rt.tokenizer.marked_text import Runs
 from tests.support.real_model import smollm2
@@ -151,11 +152,23 @@ async def test_long_prompts_go_one_at_a_time_and_short_ones_pass() -> None:
 async def test_long_conversations_are_rendered_beside_the_loop() -> None:
     prompts = PromptEncoder(tokenizer_of(Slow(lambda: None)), 1 << 20)
     loop = threading.get_ident()
-    threads = []
-    for content in ("hi", LETTERS):
-        message = {"role": "user", "content": content}
-        await prompts.render([message], None, lambda: threads.append(threading.get_ident()) or "")  # type: ignore[func-returns-value]
-    assert threads[0] == loop != threads[1]
+    beside: list[bool] = []
+    messages: list[dict[str, Any]]
+    many = LONG_TEXT // MESSAGE + 1
+    for messages in (
+        [{"content": "hi"}] * 3,
+        [{"content": LETTERS}],
+        [{"content": ""}] * many,
+        [{}] * many,
+        [{"content": []}] * many,
+        [{"content": [{"type": "text", "text": ""}] * many}],
+    ):
+        await prompts.render(
+            messages,
+            None,
+            lambda: beside.append(threading.get_ident() != loop) or "",  # type: ignore[func-returns-value]
+        )
+    assert beside == [False, True, True, True, True, True]
 
 
 async def test_the_runtime_refuses_what_is_too_long(tiny: Path) -> None:
