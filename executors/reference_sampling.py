@@ -35,8 +35,8 @@ def sample(logits: Floats, sampling: Sampling, counts: Int32s, position: int) ->
     if sampling.logprobs < 0:
         return Sampled(token)
     logprobs = log_softmax(changed)
-    likeliest = _descending(changed)[: sampling.logprobs]
-    return Sampled(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in likeliest))
+    ranked = _descending(changed)[: sampling.logprobs]
+    return Sampled(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in ranked))
 
 
 def penalised(logits: Floats, sampling: Sampling, counts: Int32s) -> Floats | Unusable:

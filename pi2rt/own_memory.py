@@ -27,7 +27,7 @@ OWN_MEMORY_LOADED = 1 << 20
 """The same once a tokenizer was loaded, and no engine has run."""
 
 TOKEN_BYTES = 480
-"""Of the tokenizer, for each token, rounded up: 442 of the 32,000 of Llama, 420 of SmolLM2's 49,152."""
+"""Bytes of a tokenizer for each token, rounded up: measured were 442 for Llama's 32,000, 420 for SmolLM2's 49,152."""
 
 HEAP_THRESHOLD = 128 << 10
 """Bytes. glibc begins with this, and raises it to what was freed: a thread's heap that was given 5 MB once then keeps
@@ -77,4 +77,4 @@ class OwnMemory:
 
 
 OWN = OwnMemory()
-"""Of this process: its heap is one, however many engines there are."""
+"""The one of this process, which has one heap, however many engines there are."""

@@ -22,10 +22,10 @@ MESSAGE = 16
 """Characters that take as long to render as a message without text does, some 20 us."""
 
 MOST_BYTES = 256
-"""Of text, that a token stands for, as far as a budget counts them: longer tokens are of hostile vocabularies."""
+"""Bytes of text for one token that a budget counts at most: only hostile vocabularies have longer tokens."""
 
 _COPIES = 4
-"""Of a prompt's text that may be there at once: as it was given, two while a template puts it together, and bytes."""
+"""Copies of a prompt's text at the same time: as it was given, two while a template puts it together, and bytes."""
 
 
 def prompt_bytes(tokenizer: Tokenizer, context: int) -> int:

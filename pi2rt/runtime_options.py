@@ -69,7 +69,7 @@ class RuntimeOptions:
     activations: Literal["int16", "mixed", "int8"] = "mixed"
     """What activations become where they meet quantised weights: "mixed" is int8, but int16 for the largest blocks of
     32. Prefill and many sequences are faster with "int8", and more exact with "int16". Against float32, SmolLM2-135M's
-    likeliest token is another at 4 % of positions with int8, 1.3 % with mixed, 0.1 % with int16."""
+    top-1 token is another at 4 % of positions with int8, 1.3 % with mixed, 0.1 % with int16."""
     kernels: str | None = None
     """A kernel variant by name; None: the best for this processor."""
     memory: int | str | None = None

@@ -49,12 +49,20 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (default: greedy)")
     group.add_argument("-n", "--max-tokens", type=int, metavar="N", help="default: until the context is full")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, the default")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens")
     group.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest that reach P together"
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="keep the most probable tokens that reach P together",
     )
     group.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="keep what has P of the likeliest"
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="keep tokens with P of the probability of the top-1 token",
     )
     group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is off")
     group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="0 is off")
@@ -68,7 +76,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--ignore-eos", action="store_true", help="do not end where the model does")
     group.add_argument(
-        "--logprobs", type=int, metavar="N", help="with --json-lines: of the N likeliest tokens too"
+        "--logprobs", type=int, metavar="N", help="with --json-lines: of the N most probable tokens too"
     )
 
 

@@ -27,7 +27,7 @@ class Timing:
     decode_s, what it spent in the queue again after it was preempted or its executor was lost. Rates are 0.0 where
     there was nothing to measure.
 
-    Of a request that has not finished, what it used so far; of one that was cancelled or has failed, what it had used
+    A request that has not finished shows what it used so far; one that was cancelled or has failed, what it had used
     by then. Times that have not begun are 0.0.
     """
 

@@ -36,7 +36,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
-    logprobs: int = -1  # -1: none; 0: of the chosen token; n: and of the n likeliest
+    logprobs: int = -1  # -1: none; 0: of the chosen token; n: and of the n most probable
 
 
 @dataclass(frozen=True, slots=True)
