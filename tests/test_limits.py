@@ -155,6 +155,39 @@ for what in (lambda: trio.run(opened), lambda: pi2rt.Engine(sys.argv[1])):
     assert all("no more threads: this user may have " in line for line in lines)
 
 
+def test_a_long_prompt_that_gets_no_thread(model: Path) -> None:
+    program = """
+import threading
+import pi2rt, trio, trio.testing
+
+LONG = "a" * 3000
+
+async def main():
+    go_on = threading.Event()
+    async with pi2rt.open_runtime(sys.argv[1], max_sequences=1, max_queue=0) as runtime:
+        await runtime.generate(LONG, max_tokens=1)
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):  # all idle threads, and some more
+                nursery.start_soon(trio.to_thread.run_sync, go_on.wait)
+            await trio.testing.wait_all_tasks_blocked()
+            limit_threads()
+            for _ in range(2):  # the first one has given its place back
+                try:
+                    await runtime.generate(LONG, max_tokens=1)
+                except pi2rt.SystemLimitError as error:
+                    print(error)
+            go_on.set()
+        print((await runtime.generate(LONG, max_tokens=1)).finish_reason)
+
+trio.run(main)
+"""
+    done = run_limited(program, model)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    assert all(line.startswith("starting a thread: no more threads: ") for line in lines[:2])
+    assert lines[2] == "length"
+
+
 def test_files_of_a_model_are_no_missing_files(model: Path) -> None:
     program = """
 from pi2rt.formats import open_model_file
