@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import trio
 
 from pi2rt._errors import BusyError, ClosedError, RequestError, UnsupportedModelError
+from pi2rt._limits import explained
 from pi2rt.cython_kernels import native, program
 from pi2rt.cython_kernels.neuron_cache import NeuronCache
 from pi2rt.executors.clusters import Clusters
@@ -292,8 +294,7 @@ class CpuExecutor:
                 for step_id in self._in_flight:
                     self._program.stop(step_id)
             trio.lowlevel.notify_closing(gang.event_fd)  # whoever waits learns that it is over
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(gang.close)  # joins the threads: each stops at its next barrier
+            await _closed(gang.close)  # joins the threads: each stops at its next barrier
         self._program = None
         self._in_flight.clear()
         self._draw_reads()  # that ended since the last step
@@ -305,8 +306,7 @@ class CpuExecutor:
         self._ring = self._rows = self._neurons = self._clusters = None
         for reader in readers:  # joined: afterwards nobody writes to their memory
             if reader is not None:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(reader.close)
+                await _closed(reader.close)
         if self._cache is not None:
             self._cache.close()
             self._cache = None
@@ -395,3 +395,14 @@ class CpuExecutor:
             details=details,
             recent=tuple(self._recent),
         )
+
+
+async def _closed(close: Callable[[], object]) -> None:
+    """Calls it in a worker thread; where no thread can be started, here, since what is not closed keeps its memory."""
+    with trio.CancelScope(shield=True):
+        try:
+            await trio.to_thread.run_sync(close)
+        except RuntimeError as error:
+            if explained(error) is None:
+                raise
+            close()

@@ -188,6 +188,34 @@ trio.run(main)
     assert lines[2] == "length"
 
 
+def test_an_engine_is_closed_without_another_thread(model: Path) -> None:
+    program = """
+import threading
+import pi2rt, trio, trio.testing
+
+def native_threads():
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    return sum(name.startswith("pi2rt/") for name in names)
+
+async def main():
+    go_on = threading.Event()
+    async with trio.open_nursery() as nursery:
+        async with pi2rt.open_runtime(sys.argv[1], threads=2) as runtime:
+            await runtime.generate([1, 2, 3], max_tokens=1)
+            for _ in range(10):  # all idle threads, and some more
+                nursery.start_soon(trio.to_thread.run_sync, go_on.wait)
+            await trio.testing.wait_all_tasks_blocked()
+            print(native_threads())
+            limit_threads()
+        go_on.set()
+    print(native_threads())
+
+trio.run(main)
+"""
+    done = run_limited(program, model)
+    assert done.stdout.split() == ["2", "0"], done.stderr
+
+
 def test_files_of_a_model_are_no_missing_files(model: Path) -> None:
     program = """
 from pi2rt.formats import open_model_file
