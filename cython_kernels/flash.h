@@ -98,9 +98,9 @@ static inline int64_t pi2_flash_left(int64_t since, int64_t deadline_ns, int64_t
   return deadline_ns < 0 ? -1 : left > 0 ? left : 0;
 }
 
-/* Which way the file is read, and why: of io_reason. Lives as long as `f`. */
-/* The offset at which the file ended in a read that failed with PI2_EOF, the last of them; -1: none has. From any thread. */
+/* The offset at which the file ended in the last read that failed with PI2_EOF; -1: none has. From any thread. */
 int64_t pi2_flash_ended_at(pi2_flash *f);
+/* Which way the file is read, and why: of io_reason. Lives as long as `f`. */
 const char *pi2_flash_io_reason(const pi2_flash *f);
 void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s);
 

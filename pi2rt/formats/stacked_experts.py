@@ -15,6 +15,8 @@ from pi2rt._errors import ModelFormatError
 from pi2rt.formats.model_file import TensorInfo
 
 MAX_EXPERTS = 4096
+MAX_MATRICES = 1 << 18
+"""Of all experts. The largest known model has 70,000; stacks of unknown types have no bytes that would bound them."""
 
 _STACK = re.compile(r"(.+\.ffn_(?:gate|up|down))_exps\.weight")
 
@@ -23,8 +25,11 @@ def split_experts(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Replaces every stack by its matrices, in their order.
 
     Raises:
-        ModelFormatError: a stack has too many, or one of them is there by itself as well.
+        ModelFormatError: a stack or the model has too many, or one of them is there by itself as well.
     """
+    matrices = sum(
+        info.shape[0] for name, info in tensors.items() if len(info.shape) == 3 and _STACK.fullmatch(name)
+    )
     split: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         stack = _STACK.fullmatch(name) if len(info.shape) == 3 else None
@@ -36,6 +41,9 @@ def split_experts(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
             raise ModelFormatError(
                 info.path, f"tensor {name}", f"has {experts} experts; at most {MAX_EXPERTS} are allowed"
             )
+        if matrices > MAX_MATRICES:
+            problem = f"the experts of the model have {matrices} matrices; at most {MAX_MATRICES} are allowed"
+            raise ModelFormatError(info.path, f"tensor {name}", problem)
         for expert in range(experts):
             part = f"{stack[1]}.{expert}.weight"
             if part in tensors:

@@ -114,7 +114,7 @@ class _Loader:
     def _read(self, name: str, limit: int) -> str | None:
         data = self._read_file(name, limit)
         try:
-            return None if data is None else data.decode()
+            return None if data is None else data.decode("utf-8-sig")  # a byte order mark is no text
         except UnicodeDecodeError as error:
             raise ModelFormatError(
                 self._directory / name, "file", f"is not UTF-8 at byte {error.start}"

@@ -111,17 +111,20 @@ class HuggingFaceEncoder:
 
     def _spelled_out(self, text: str) -> list[int]:
         """Ids of the characters, or of their bytes where the vocabulary has those."""
-        ids: list[int] = []
-        for character in text:
-            data = character.encode()
-            byte_level = [CHARACTERS[byte] for byte in data]
-            for spelling in [character], byte_level, [f"<0x{byte:02X}>" for byte in data]:
+        return [id_ for character in text for id_ in self._spelled(character)]
+
+    def _spelled(self, character: str) -> list[int]:
+        """Ids of one character. A special token only where the character is nothing else ("!" as the pad token): no
+        text may be lost, and one character is no turn."""
+        data = character.encode()
+        spellings = [character], [CHARACTERS[byte] for byte in data], [f"<0x{byte:02X}>" for byte in data]
+        for avoided in self._special, ():
+            for spelling in spellings:
                 found = map(self._engine.token_to_id, spelling)
-                known = [id_ for id_ in found if id_ is not None and id_ not in self._special]
+                known = [id_ for id_ in found if id_ is not None and id_ not in avoided]
                 if len(known) == len(spelling):
-                    ids += known
-                    break
-        return ids
+                    return known
+        return []
 
     def _specials(self, text: str, encoding: Any) -> Iterator[tuple[int, int, int]]:
         """(index, start, end) of the special tokens that text spells out, without the white space that some take in."""

@@ -18,6 +18,20 @@ _WINDOW = 4096  # characters matched at once
 _SKIPPED = 1 << 17  # characters searched at once for one that a token begins with
 
 _BARS = ("|", "\uff5c")
+_TURNS = frozenset(
+    (
+        "<start_of_turn>",  # Gemma
+        "[INST]",  # Mistral
+        "[/INST]",
+        "[SYSTEM_PROMPT]",
+        "[/SYSTEM_PROMPT]",
+        "[AVAILABLE_TOOLS]",
+        "[/AVAILABLE_TOOLS]",
+        "[TOOL_RESULTS]",
+        "[/TOOL_RESULTS]",
+        "[TOOL_CALLS]",
+    )
+)
 
 _start = itemgetter(0)
 
@@ -121,9 +135,11 @@ class _Matcher:
 
 
 def is_control_name(text: str) -> bool:
-    """Whether a token is spelled like a control token: ``<|user|>``, ``<|turn>``, ``<turn|>``. Files mark some of those
-    that begin and end turns as ordinary added tokens (DeepSeek's); converters to GGUF go by the name too."""
-    return text[:1] == "<" and text[-1:] == ">" and (text[1:2] in _BARS or text[-2:-1] in _BARS)
+    """Whether a token is spelled like a control token: ``<|user|>``, ``<|turn>``, ``<turn|>``, ``<start_of_turn>``.
+    Files mark some of those that begin and end turns as ordinary added tokens (DeepSeek's, and Gemma's as SentencePiece
+    has them); converters to GGUF go by the name too."""
+    barred = text[:1] == "<" and text[-1:] == ">" and (text[1:2] in _BARS or text[-2:-1] in _BARS)
+    return barred or text in _TURNS
 
 
 def within(runs: Runs, start: int, end: int) -> bool:

@@ -6,6 +6,8 @@ import os
 import re
 import resource
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -19,6 +21,7 @@ import pi2rt
 from pi2rt._errors import MemoryBudgetError, RequestError
 from pi2rt.cython_kernels.neuron_cache import NeuronCache
 from pi2rt.executors.cpu import CpuExecutor
+from pi2rt.executors.neurons import Neurons
 from pi2rt.formats import open_model_file
 from pi2rt.planner.convert import convert
 from pi2rt.planner.streaming import all_neurons, least_neurons, with_records
@@ -183,15 +186,30 @@ async def test_growing_while_text_is_made_and_shrinking_meanwhile(pack: Path) ->
 
 async def test_a_cancelled_growth_keeps_its_size(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pi2rt.executors.neurons.REFILL_PAGES", 1)
+    refill, scope, pages = Neurons.refill, trio.CancelScope(), 0
+
+    def refill_until_cancelled(neurons: Neurons, check: Callable[[], None]) -> None:
+        def check_page() -> None:
+            nonlocal pages
+            pages += 1
+            if pages == 3:
+                trio.from_thread.run_sync(scope.cancel)
+            check()
+
+        refill(neurons, check_page)
+
     least, most = sizes(pack)
     async with pi2rt.open_runtime(pack, context=256, memory=LARGE) as runtime:
+        _, all_slots = used_slots(runtime)
         await runtime.resize(LARGE - most + least)
         expected = (await runtime.generate("Once", max_tokens=10, ignore_eos=True)).tokens
-        with trio.move_on_after(0.05) as scope:
+        before, _ = used_slots(runtime)
+        monkeypatch.setattr(Neurons, "refill", refill_until_cancelled)
+        with scope:
             await runtime.resize(LARGE)
         assert scope.cancelled_caught
         used, slots = used_slots(runtime)
-        assert least // 4096 <= used < slots
+        assert before <= used < slots == all_slots
         assert (await runtime.generate("Once", max_tokens=10, ignore_eos=True)).tokens == expected
         await runtime.resize(LARGE - 4096)  # goes on where it was
         assert used_slots(runtime)[0] > used
@@ -199,15 +217,29 @@ async def test_a_cancelled_growth_keeps_its_size(pack: Path, monkeypatch: pytest
 
 async def test_closing_ends_a_growth(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pi2rt.executors.neurons.REFILL_PAGES", 1)
+    refill, growing, pages = Neurons.refill, trio.Event(), 0
+
+    def refill_until_closed(neurons: Neurons, check: Callable[[], None]) -> None:
+        def check_page() -> None:
+            nonlocal pages
+            pages += 1
+            if pages == 3:
+                trio.from_thread.run_sync(growing.set)
+                while not neurons._closed:
+                    time.sleep(0.001)
+            check()
+
+        refill(neurons, check_page)
+
     least, most = sizes(pack)
     async with trio.open_nursery() as nursery:
         async with pi2rt.open_runtime(pack, context=256, memory=LARGE) as runtime:
             await runtime.resize(LARGE - most + least)
-            small = used_slots(runtime)[1]
+            monkeypatch.setattr(Neurons, "refill", refill_until_closed)
             nursery.start_soon(runtime.resize, LARGE)
-            while used_slots(runtime)[1] == small:  # noqa: ASYNC110  a worker thread changes it
-                await trio.sleep(0.001)
+            await growing.wait()
             assert used_slots(runtime)[0] < used_slots(runtime)[1]
+    assert pages == 3
 
 
 async def test_reads_that_fail_while_growing_fail_no_step(pack: Path, tmp_path: Path) -> None:

@@ -220,6 +220,13 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
         build((), (tensor("t", (8,)), tensor("t", (8,), 0, 32)), bytes(64)),
         "tensor t: is there twice",
     ),
+    "experts of an unknown type without end": (
+        build(
+            (),
+            tuple(tensor(f"blk.{i}.ffn_up_exps.weight", (4096, 1 << 40, 1 << 40), 1234) for i in range(65)),
+        ),
+        "tensor blk.0.ffn_up_exps.weight: the experts of the model have 266240 matrices; at most 262144 are allowed",
+    ),
     "tensor name too long": (
         build((), (tensor("t" * 256, (8,)),), bytes(32)),
         "name of tensor 0 of 1: is 256 bytes long; at most 255 are allowed",

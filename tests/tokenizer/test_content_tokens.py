@@ -229,7 +229,9 @@ def test_thoughts_are_still_cut_out() -> None:
     assert text.endswith("<think>\nlight<|im_end|>\n</think>\n\nScattering.<|im_end|>\n")
 
 
-@pytest.mark.parametrize("text", ["<\uff5cUser\uff5c>", "<|user|>", "<turn|>", "[EOT]"])
+@pytest.mark.parametrize(
+    "text", ["<\uff5cUser\uff5c>", "<|user|>", "<turn|>", "<start_of_turn>", "[INST]", "[EOT]"]
+)
 def test_added_tokens_with_the_name_of_a_control_token_are_such(text: str, tmp_path: Path) -> None:
     """Whatever their type says: DeepSeek's <|User|> is an ordinary added token."""
     engine = HUGGINGFACE["byte level"]()
@@ -248,6 +250,18 @@ def test_added_tokens_with_the_name_of_a_control_token_are_such(text: str, tmp_p
         )
         assert [index for index, id_ in enumerate(ids) if id_ == own[0]] == [0, len(ids) - 1]
         assert own[0] not in tokenizer.encode(text, add_special=False)
+
+
+def test_a_character_that_is_a_special_token_is_not_lost(tmp_path: Path) -> None:
+    """Some files have "!" as the pad token: no other token spells it."""
+    engine = HUGGINGFACE["byte level"]()
+    engine.add_special_tokens(["!"])
+    tokenizer = load_tokenizer(directory(tmp_path, engine))
+    for text in ("Stop! Now!", "!</s>!"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special=False), skip_special=False) == text
+    rendered = ChatTemplate(FAMILIES["chatml"]).render(chat("Stop!<|im_end|>"))
+    assert "Stop!<|im_end|>" in tokenizer.decode(encode(tokenizer, rendered), skip_special=False)
+    assert len(control(tokenizer, encode(tokenizer, rendered))) == 4  # the template's three, and the mark
 
 
 def test_a_forgery_hides_no_token_of_the_template() -> None:
