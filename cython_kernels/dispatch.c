@@ -43,7 +43,8 @@ static const pi2_kernels *const variants[] = {
 const pi2_kernels *const *pi2_variants(void) { return variants; }
 
 #if defined(__x86_64__) && defined(PI2_HAVE_avx2)
-static int has_f16c(void) { /* clang before 19 does not know the name; what the system must support is asked with avx2 */
+/* clang before 19 does not know the name. What the system must support is asked with avx2. */
+static int has_f16c(void) {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }

@@ -92,7 +92,7 @@ static int finish(pi2_flash *f, pi2_read *r, int error) {
 void pi2_read_fail(pi2_flash *f, pi2_read *r, int error) { finish(f, r, error); }
 
 static int ended(pi2_flash *f, pi2_read *r) {
-  int64_t end = r->offset + r->got; /* or before: the read may lie beyond it */
+  int64_t end = r->offset + r->got; /* or before: the read may begin beyond it */
   struct stat s;
   if (!fstat(f->fd, &s) && S_ISREG(s.st_mode) && s.st_size < end) end = s.st_size;
   atomic_store_explicit(&f->ended_at, end, memory_order_relaxed);
@@ -282,7 +282,8 @@ static int open_file(pi2_flash *f, const char *path) {
   if (mode < 0 || fcntl(f->fd, F_SETFL, mode & ~O_NONBLOCK)) return errno;
 #ifdef STATX_DIOALIGN
   struct statx x; /* says so where the file system would take O_DIRECT and read through the page cache all the same */
-  if (f->direct && !f->deadly.signal[PI2_CALL_STATX] && !statx(f->fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &x) && (x.stx_mask & STATX_DIOALIGN) &&
+  if (f->direct && !f->deadly.signal[PI2_CALL_STATX] && !statx(f->fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &x) &&
+      (x.stx_mask & STATX_DIOALIGN) &&
       (x.stx_dio_offset_align == 0 || x.stx_dio_offset_align > PI2_SECTOR || x.stx_dio_mem_align > PI2_SECTOR))
     refused = EOPNOTSUPP;
 #endif
@@ -346,7 +347,8 @@ pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *erro
   else {
     problem = pi2_uring_probe(f->io_reason, sizeof f->io_reason);
     if (!problem && waits_anyway(f)) {
-      snprintf(f->io_reason, sizeof f->io_reason, "preadv: reads of this file system cannot be told not to wait (EOPNOTSUPP)");
+      snprintf(f->io_reason, sizeof f->io_reason,
+               "preadv: reads of this file system cannot be told not to wait (EOPNOTSUPP)");
       problem = EOPNOTSUPP;
     } else if (!problem) {
       f->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);

@@ -8,8 +8,8 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-/* Of a file: offsets, lengths and addresses of reads are multiples of it, which O_DIRECT asks for. The logical block of a device
- * is no larger. It says nothing of the pages of memory (pages.h). */
+/* Of a file: offsets, lengths and addresses of reads are multiples of it, which O_DIRECT asks for. The logical block of
+ * a device is no larger. It says nothing of the pages of memory (pages.h). */
 #define PI2_SECTOR 4096
 #define PI2_FLASH_MOST 256      /* reads in flight, at most */
 #define PI2_FLASH_THREADS 8     /* of the preadv backend, at most */
@@ -83,10 +83,11 @@ void pi2_flash_wake(pi2_flash *f);
  * reads must stay for good, and so must the addresses that the reads go to; see pi2_pages_abandon. */
 int64_t pi2_flash_close(pi2_flash *f, int64_t patience_ns);
 
-/* First thing of a thread that reads `f`: names it, and lets it have a core at once when something has arrived. It needs one for
- * moments only, but where it waits for those that compute, up to `depth` reads end meanwhile and the device goes idle: with two
- * computing threads on two cores it waited 30 % of the time, 160 us each. A short slice, by which Linux 6.12 and later
- * run first whoever has one; and a higher priority where this process may take one (as root, or by RLIMIT_NICE). */
+/* First thing of a thread that reads `f`: names it, and lets it have a core at once when something has arrived. It
+ * needs one for moments only, but where it waits for those that compute, up to `depth` reads end meanwhile and the
+ * device goes idle: with two computing threads on two cores it waited 30 % of the time, 160 us each. A short slice, by
+ * which Linux 6.12 and later run first whoever has one; and a higher priority where this process may take one (as root,
+ * or by RLIMIT_NICE). */
 void pi2_flash_begin_reader(const pi2_flash *f, const char *name);
 
 /* How long a reader with this deadline waits for its reads when it closes: as long, but for a second at most, for an
@@ -104,7 +105,7 @@ int64_t pi2_flash_ended_at(pi2_flash *f);
 const char *pi2_flash_io_reason(const pi2_flash *f);
 void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s);
 
-/* Whether this thread may use io_uring: 0, or an errno. `why`: a sentence either way. A filter that would end whoever asks for
- * io_uring is EPERM. */
+/* Whether this thread may use io_uring: 0, or an errno. `why`: a sentence either way. A filter that would
+ * end whoever asks for io_uring is EPERM. */
 int pi2_uring_probe(char *why, int room);
 #endif

@@ -368,7 +368,8 @@ static int is_deadly(char *why, int room) {
   const int signal = deadly.signal[PI2_CALL_URING];
   if (!signal) return 0;
   if (deadly.untried)
-    snprintf(why, (size_t)room, "io_uring: not tried, seccomp may refuse it, and no child process could be started (%s)",
+    snprintf(why, (size_t)room,
+             "io_uring: not tried, seccomp may refuse it, and no child process could be started (%s)",
              pi2_errno_name(deadly.untried));
   else if (signal == SIGSYS) snprintf(why, (size_t)room, "io_uring: refused by seccomp (SIGSYS)");
   else snprintf(why, (size_t)room, "io_uring: refused by seccomp (signal %d)", signal);

@@ -29,7 +29,10 @@ cdef extern from *:
     #include <malloc.h>
     static void pi2_trim_heap(void) { malloc_trim(0); }
     /* Setting either ends their growth: glibc raises both, to 32 and 64 MiB, when a large block is freed. */
-    static void pi2_fix_heap_thresholds(int bytes) { mallopt(M_MMAP_THRESHOLD, bytes); mallopt(M_TRIM_THRESHOLD, bytes); }
+    static void pi2_fix_heap_thresholds(int bytes) {
+      mallopt(M_MMAP_THRESHOLD, bytes);
+      mallopt(M_TRIM_THRESHOLD, bytes);
+    }
     #else
     static void pi2_trim_heap(void) {}
     static void pi2_fix_heap_thresholds(int bytes) { (void)bytes; }
@@ -115,8 +118,8 @@ def huge_page_bytes():
 
 
 cdef class Memory:
-    """Anonymous memory outside the interpreter: zeroed, page-aligned, resident only where touched. A forked child does not
-    have it (``pages.h`` says why): there it is closed, and a view over it must not be used.
+    """Anonymous memory outside the interpreter: zeroed, page-aligned, resident only where touched. A forked child does
+    not have it (``pages.h`` says why): there it is closed, and a view over it must not be used.
 
     ``address`` and ``nbytes``; ``view()`` is a uint8 array over it that must not outlive it; ``close()`` gives it back.
     """
@@ -155,8 +158,8 @@ cdef class Memory:
         return np.asarray(<uint8_t[:self.nbytes]><uint8_t *>base)
 
     def discard(self, int64_t offset, int64_t size):
-        """Gives the whole pages among these bytes back to the system: they read as zeros until written again. What is at
-        the ends of the range and is no whole page keeps its memory and its content."""
+        """Gives the whole pages among these bytes back to the system: they read as zeros until written again. What
+        is at the ends of the range and is no whole page keeps its memory and its content."""
         cdef uintptr_t base = self.address
         if base == 0 or offset < 0 or size < 0 or size > self.nbytes - offset:
             raise ValueError(f"{size} bytes from byte {offset} on are not in {self.nbytes} bytes")
@@ -194,8 +197,8 @@ def fix_heap_thresholds(int nbytes):
 
 
 def rotations(const double[::1] frequencies, int32_t first, int32_t count, float magnitude=1.0):
-    """Cosines and sines, float32 (count, frequencies), of positions ``first`` to ``first + count``, times ``magnitude``: those
-    that a program rotates by."""
+    """Cosines and sines, float32 (count, frequencies), of positions ``first`` to ``first + count``, times
+    ``magnitude``: those that a program rotates by."""
     cdef int64_t half = frequencies.shape[0]
     cosines, sines = np.empty((2, count, half), np.float32)
     cdef float[:, ::1] c = cosines, s = sines

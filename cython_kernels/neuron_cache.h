@@ -111,8 +111,8 @@ typedef struct pi2_neuron_cache {
   _Atomic int64_t stall_ns; /* of all threads, in which they had nothing to compute before something arrives */
 } pi2_neuron_cache;
 
-/* Starts the reader. `regions` and `memory` (capacity * slot_bytes, aligned to PI2_SECTOR) outlive the cache. NULL and *error on
- * failure. */
+/* Starts the reader. `regions` and `memory` (capacity * slot_bytes, aligned to PI2_SECTOR) outlive the cache.
+ * NULL and *error on failure. */
 pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *regions, int n_regions, int32_t n_pages,
                                           int64_t slot_bytes, uint8_t *memory, int32_t n_slots, int32_t capacity, int depth,
                                           int64_t deadline_ns, int *error);

@@ -52,7 +52,8 @@ static int64_t lendable(const pi2_run *r) {
     pi2_pages_discard(p->tail_of[i].base, p->tail_of[i].bytes);
   p->tails_touched = !few;
   const uintptr_t huge = (uintptr_t)pi2_huge_page_bytes(); /* of which all may be taken where one byte is touched */
-  int64_t bytes = (int64_t)(p->kv + (uintptr_t)p->kv_bytes - ((p->kv + (uintptr_t)p->kv_used + huge - 1) & ~(huge - 1)));
+  const uintptr_t used = (p->kv + (uintptr_t)p->kv_used + huge - 1) & ~(huge - 1);
+  int64_t bytes = (int64_t)(p->kv + (uintptr_t)p->kv_bytes - used);
   bytes = (bytes > 0 ? bytes : 0) + (few ? p->tail_bytes : 0);
   return (bytes < p->loan_bytes ? bytes : p->loan_bytes) / PI2_SECTOR * PI2_SECTOR;
 }

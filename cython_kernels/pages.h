@@ -21,7 +21,7 @@ pi2_pages pi2_pages_within(void *base, int64_t bytes);
  *
  * A child of fork() does not have it (MADV_DONTFORK). Reads that are under way write to the pages that they found
  * when they began: after a fork, whoever of parent and child writes first would get a copy, and what arrives may
- * come to lie in the other's. Nor does a child make the parent copy gigabytes of weights. So in a child nobody may
+ * end up in the other's. Nor does a child make the parent copy gigabytes of weights. So in a child nobody may
  * touch it or unmap it: its addresses may be somebody else's by then. */
 void *pi2_pages_map(int64_t bytes, int huge);
 void pi2_pages_unmap(void *base, int64_t bytes);
@@ -29,7 +29,7 @@ void pi2_pages_unmap(void *base, int64_t bytes);
  * is not a whole page stays as it is. 0 or an errno. */
 int pi2_pages_discard(void *base, int64_t bytes);
 /* In place of unmapping, for memory that reads which do not end go to: what has reached a device cannot be
- * cancelled. The addresses stay taken, so that nobody else's memory comes to lie there, but have no memory any
+ * cancelled. The addresses stay taken, so that nobody else's memory gets them, but have no memory any
  * more. A read that copies fails there; the pages that a device writes to by itself are the kernel's, which frees
  * them after it. 0 or an errno: then the memory is as it was. */
 int pi2_pages_abandon(void *base, int64_t bytes);

@@ -189,7 +189,8 @@ cdef class Gang:
         self.gang = pi2_gang_create(<int>len(self.cores), c, spin_ns)
         if self.gang == NULL:
             error = errno
-            raise system_failure(f"starting {len(self.cores)} compute threads", error) or OSError(error, os.strerror(error))
+            what = f"starting {len(self.cores)} compute threads"
+            raise system_failure(what, error) or OSError(error, os.strerror(error))
 
     @property
     def event_fd(self):
@@ -707,8 +708,8 @@ cdef class Program:
                           neurons), times
 
     def __dealloc__(self):
-        # The gang was closed before (it joins its threads after finishing what was posted). A forked child leaves all as
-        # it is: buffers that a device may write to are not mapped there.
+        # The gang was closed before (it joins its threads after finishing what was posted). A forked child leaves all
+        # as it is: buffers that a device may write to are not mapped there.
         if self.prepared and self.owner == getpid():
             pi2_program_free(&self.p)
 

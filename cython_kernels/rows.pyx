@@ -36,8 +36,8 @@ def memory_bytes(int type_id, int64_t k):
 cdef class Rows:
     """Reads rows of the matrix of ``k`` columns whose row blocks lie at ``offset`` in ``path``.
 
-    ``memory``: address of ``memory_bytes``, aligned to PI2_SECTOR, which outlives this. ``name``: what errors call the file, where
-    that is not ``path``. ``deadline``: seconds; when no read in flight ends for so long, reading fails.
+    ``memory``: address of ``memory_bytes``, aligned to PI2_SECTOR, which outlives this. ``name``: what errors call
+    the file, where that is not ``path``. ``deadline``: seconds; when no read in flight ends for so long, reading fails.
     """
 
     cdef pi2_row_reader *rows

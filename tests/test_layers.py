@@ -1,4 +1,4 @@
-"""Imports go down. Floors and what they may import are in ``MAY_IMPORT``; a new room is added there."""
+"""Imports go down. Layers and what they may import are in ``MAY_IMPORT``; a new layer is added there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDERS = {
     "plugins": "pi2rt.plugins",
 }
 
-GROUND = frozenset({"errors", "formats", "tokenizer", "models", "memory", "runtime"})
+LOWER = frozenset({"errors", "formats", "tokenizer", "models", "memory", "runtime"})
 BESIDE = frozenset({"cython_kernels", "executors", "planner"})
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "errors": frozenset(),
@@ -26,32 +26,32 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "formats": frozenset({"errors"}),
     "tokenizer": frozenset({"errors", "formats"}),
     "models": frozenset({"errors", "formats"}),
-    "memory": GROUND - {"memory", "runtime"},
-    "runtime": GROUND - {"runtime"},
-    "engine": GROUND,
-    "executors": GROUND | {"cython_kernels"},
-    "planner": GROUND | {"cython_kernels"},
-    "faces": GROUND | BESIDE | {"engine"},
-    "cli": GROUND | BESIDE | {"engine", "faces"},
-    "plugins": GROUND | BESIDE | {"engine", "faces"},
+    "memory": LOWER - {"memory", "runtime"},
+    "runtime": LOWER - {"runtime"},
+    "engine": LOWER,
+    "executors": LOWER | {"cython_kernels"},
+    "planner": LOWER | {"cython_kernels"},
+    "api": LOWER | BESIDE | {"engine"},
+    "cli": LOWER | BESIDE | {"engine", "api"},
+    "plugins": LOWER | BESIDE | {"engine", "api"},
 }
-ROOMS = frozenset(MAY_IMPORT) - {"errors", "faces"}  # folders; faces are the modules of pi2rt itself
+FOLDERS_OF_LAYERS = frozenset(MAY_IMPORT) - {"errors", "api"}  # the API layer is the modules of pi2rt itself
 
 
 LOWEST = (["_errors"], ["_limits"], ["_output_file"], ["_read_errors"])
 """Modules of pi2rt itself that everything may import."""
 
 
-def room_of(module: str) -> str:
-    """The room that a module of pi2rt belongs to."""
+def layer_of(module: str) -> str:
+    """The layer that a module of pi2rt belongs to."""
     parts = module.split(".")
     if parts[1:2] in LOWEST:
         return "errors"
     if parts[1:2] == ["__main__"]:  # the command line, where its script is not on the path
         return "cli"
-    if len(parts) > 1 and parts[1] in ROOMS:
+    if len(parts) > 1 and parts[1] in FOLDERS_OF_LAYERS:
         return parts[1]
-    return "faces"
+    return "api"
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -82,14 +82,14 @@ def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, 
 
 
 def offences(source: str, module: str, is_package: bool = False) -> list[str]:
-    room = room_of(module)
+    layer = layer_of(module)
     found = []
     for line, name in imported(source, module, is_package):
-        target = room_of(name)
+        target = layer_of(name)
         if name == "pi2rt.__version__":  # known before anything else of pi2rt is imported
             continue
-        if target != room and target not in MAY_IMPORT[room]:
-            found.append(f"line {line}: {module} ({room}) imports {name} ({target})")
+        if target != layer and target not in MAY_IMPORT[layer]:
+            found.append(f"line {line}: {module} ({layer}) imports {name} ({target})")
     return found
 
 
@@ -98,16 +98,16 @@ def test_imports_go_down(module: str, path: Path) -> None:
     assert offences(path.read_text(), module, path.name == "__init__.py") == []
 
 
-def test_every_folder_is_a_known_room() -> None:
+def test_every_folder_is_a_known_layer() -> None:
     folders = {path.name for path in (ROOT / "pi2rt").iterdir() if path.is_dir() and any(path.glob("*.py"))}
-    assert folders <= ROOMS, f"add {folders - ROOMS} to MAY_IMPORT"
+    assert folders <= FOLDERS_OF_LAYERS, f"add {folders - FOLDERS_OF_LAYERS} to MAY_IMPORT"
 
 
 def test_no_import_goes_both_ways() -> None:
-    for room, below in MAY_IMPORT.items():
-        assert room not in below
+    for layer, below in MAY_IMPORT.items():
+        assert layer not in below
         for other in below:
-            assert room not in MAY_IMPORT[other], f"{room} and {other}"
+            assert layer not in MAY_IMPORT[other], f"{layer} and {other}"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """The documents' blocks, run as a reader would run them: in order, in one folder for each document, with the real
-model under the names that the document uses for a model of the reader's own."""
+model under the names that the document uses for a model of the reader's own, and a tiny one with ReLU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 from pi2rt.cli.main import _parser
 from tests.docs.document_blocks import Block, Command, blocks
 from tests.support.real_model import smollm2
+from tests.support.tiny_models import TinyModel, write_gguf
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
@@ -23,6 +24,11 @@ BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 RUNNABLE = [block for block in BLOCKS if block.language in ("python", "console")]
 OWN_MODELS = ("model.gguf", "big.gguf", "SmolLM2-135M-Instruct.Q4_1.gguf")
 """What documents call a model file that the reader has."""
+RELU_MODEL = "relu.gguf"
+"""What they call one with ReLU feed-forward blocks."""
+RELU = TinyModel(
+    "llama", seed=1, dim=256, hidden=1024, layers=2, heads=4, kv_heads=2, head_dim=64, config={"hidden_act": "drelu"}
+)  # fmt: skip
 
 _ASSIGNMENT = re.compile(r"[A-Z_]+=")
 _NUMBER = re.compile(r"\d+(\.\d+)?( (ms|s|bytes|[KMG]iB)\b)?")
@@ -103,6 +109,7 @@ def run_document(document: Path, folder: Path) -> None:
     model = smollm2()
     for name in OWN_MODELS:
         (folder / name).symlink_to(model)
+    write_gguf(folder / RELU_MODEL, RELU, weight_type="Q4_0")
     shutil.copy(ROOT / "tests" / "golden" / "text.txt", folder / "text.txt")
     for name in ("benchmarks", "docs", "tests"):
         (folder / name).symlink_to(ROOT / name)

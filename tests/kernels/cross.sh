@@ -74,7 +74,8 @@ stress() {
   mkdir -p "$work/$name"
   echo "#define PI2_HAVE_scalar 1" >"$work/$name/variants.h"
   "$compiler" "${common[@]}" "$@" -I"$work/$name" "$here/stress.c" \
-    "$source"/{dispatch,repack,bundles,sampler,gang,flash,flash_uring,stream,rows,pages,system_calls,neuron_cache,program,ops_linear,ops_attention,ops_sparse,ops_experts,ops_streamed,kernels_scalar}.c \
+    "$source"/{dispatch,repack,bundles,sampler,gang,flash,flash_uring,stream,rows,pages,system_calls}.c \
+    "$source"/{neuron_cache,program,ops_linear,ops_attention,ops_sparse,ops_experts,ops_streamed,kernels_scalar}.c \
     -lm -pthread -o "$work/$name/stress" && (cd "$work" && "$name/stress" "$steps")
 }
 
@@ -82,13 +83,14 @@ stress() {
 flash() {
   local name=$1 reads=$2
   shift 2
-  "$compiler" "${common[@]}" "$@" "$here/flash_stress.c" "$source"/{flash,flash_uring,gang,pages,system_calls}.c -pthread \
-    -o "$work/flash_$name" && (cd "$work" && "./flash_$name" "$reads")
+  "$compiler" "${common[@]}" "$@" "$here/flash_stress.c" "$source"/{flash,flash_uring,gang,pages,system_calls}.c \
+    -pthread -o "$work/flash_$name" && (cd "$work" && "./flash_$name" "$reads")
 }
 
 # Under the emulator there is no io_uring: this is about the other backend, and about falling back to it.
 flash_arm() {
-  aarch64-linux-gnu-gcc "${common[@]}" -O2 -static "$here/flash_stress.c" "$source"/{flash,flash_uring,gang,pages,system_calls}.c -pthread \
+  aarch64-linux-gnu-gcc "${common[@]}" -O2 -static "$here/flash_stress.c" \
+    "$source"/{flash,flash_uring,gang,pages,system_calls}.c -pthread \
     -o "$work/flash_arm" && (cd "$work" && qemu-aarch64-static -cpu max ./flash_arm 500)
 }
 

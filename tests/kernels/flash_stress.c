@@ -94,7 +94,8 @@ static reader open_reader(const char *path, enum pi2_io io, int depth) {
     r.reads[i].to = r.memory + i * (int64_t)MOST_BLOCKS * PI2_SECTOR;
     r.free[r.n_free++] = &r.reads[i];
   }
-  if (below(2)) pi2_flash_register(r.flash, r.memory, bytes, bytes, PI2_SECTOR); /* may fail: it makes no difference to the bytes */
+  if (below(2)) /* may fail: it makes no difference to the bytes */
+    pi2_flash_register(r.flash, r.memory, bytes, bytes, PI2_SECTOR);
   return r;
 }
 static void start(reader *r) {

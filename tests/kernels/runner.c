@@ -19,7 +19,8 @@ enum { /* the same in make_cases.py */
   QUANTIZE, GEMM, RMSNORM, ADD, ACTIVATE, ROPE, ATTENTION, SCALE, ARGMAX, LOGSUMEXP, SOFTCAP, READ, REPACK, UNPACK,
   NEURON_ROWS, NEURON_COLUMNS, ROTATION, EXPONENTIAL, KERNELS };
 static const char *const names[KERNELS] = {"quantize", "gemm", "rmsnorm", "add", "activate", "rope", "attention",
-                                           "scale", "argmax", "logsumexp", "softcap", "read", "repack", "unpack", "neuron rows", "neuron columns", "rotation", "exponential"};
+                                           "scale", "argmax", "logsumexp", "softcap", "read", "repack", "unpack",
+                                           "neuron rows", "neuron columns", "rotation", "exponential"};
 enum { BYTES, FLOATS, DOUBLES };
 
 typedef struct {
