@@ -92,7 +92,10 @@ class GgufFile(ModelFile):
             )
         names = part_names(opened.path.name)
         number = _split_number(opened, "split.no", 0)
-        if len(names) != count or not 0 <= number < count or names[number] != opened.path.name:
+        if not 0 <= number < count:
+            problem = f"is {number}; the parts are numbered from 0 to {count - 1}"
+            raise ModelFormatError(opened.path, "metadata split.no", problem)
+        if len(names) != count or names[number] != opened.path.name:
             raise ModelFormatError(
                 opened.path,
                 "name",

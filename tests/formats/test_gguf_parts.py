@@ -135,3 +135,9 @@ def test_a_count_of_one_or_none_is_a_whole_model(tmp_path: Path) -> None:
         with open_model_file(path) as file:
             assert isinstance(file, GgufFile)
             assert file.paths == (path,)
+
+
+def test_a_number_beyond_the_parts_is_refused(parts: list[Path]) -> None:
+    change(parts[1], u16_key("split.no", 1), u16_key("split.no", 65535))
+    with pytest.raises(ModelFormatError, match=r"split\.no: is 65535; the parts are numbered from 0 to 2"):
+        open_model_file(parts[1])
