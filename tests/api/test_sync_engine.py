@@ -114,10 +114,10 @@ def test_a_timeout_ends_the_request(tiny: Path) -> None:
     faults = Faults(hang=frozenset([4]))
     with pi2rt.Engine(tiny, executor=simulated(faults=faults)) as engine:
         got: list[int] = []
-        with engine.stream([1, 2], ignore_eos=True, timeout=1) as chunks:
+        with engine.stream([1, 2], ignore_eos=True, timeout=3) as chunks:
             for _ in range(2):  # what ended it is raised again
                 with pytest.raises(
-                    TimeoutError, match=r"^timeout=1: the request took longer, .* after 3 tokens$"
+                    TimeoutError, match=r"^timeout=3: the request took longer, .* after 3 tokens$"
                 ):
                     got.extend(chunk.token for chunk in chunks)
             assert len(got) == 3

@@ -3,7 +3,7 @@
  *   runner CASES [VARIANT...]
  *
  * Without names: every variant this processor runs. A named variant runs whatever the processor says (for emulation).
- * Needs no Python, so it runs under emulators and sanitizers: each array lies in a heap
+ * Needs no Python, so it runs under emulators and sanitizers: each array is in a heap
  * block of exactly its size, ending where the array ends, so that a read beyond it is caught. */
 #include <inttypes.h>
 #include <math.h>
