@@ -51,7 +51,7 @@ def _message(index: int, message: object) -> Message:
             f"message {index} is not a mapping with a 'role' that is a string, such as {_EXAMPLE}: {problem}"
         )
     content = message.get("content")
-    result = dict(message)
+    result = _plain(message)
     if content is None or isinstance(content, str):
         return result
     from_tool = message["role"] not in _SPEAKERS
@@ -84,7 +84,13 @@ def _part(index: int, number: int, part: object) -> Message:
         )
     if not isinstance(part.get("text"), str):
         raise RequestError(f"{where}: its text is {shown(part.get('text'))}, not a string")
-    return dict(part)
+    return _plain(part)
+
+
+def _plain(fields: Mapping[str, Any]) -> Message:
+    """A copy whose strings are plain ones: markup would escape the template's tokens beside it, and a rendered chat's
+    text is content here."""
+    return {key: str.__str__(value) if isinstance(value, str) else value for key, value in fields.items()}
 
 
 def joined(parts: Iterable[Message]) -> str:

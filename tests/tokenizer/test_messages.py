@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import Markup
 
 from pi2rt import _errors as errors
 from pi2rt.tokenizer import ChatTemplate
+from pi2rt.tokenizer.marked_text import trusted
 from tests.tokenizer.chats import CHATML, GEMMA, LLAMA3, MISTRAL, QWEN3
 
 PRINTS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -179,3 +183,16 @@ def test_anything_is_rendered_or_refused(messages: Any) -> None:
         # the template's own business: Gemma's wants a message, and ChatML's a content
         refused = outcome.startswith("the chat template failed")
         assert not refused or (source is not PRINTS and "UndefinedError" in outcome)
+
+
+@pytest.mark.parametrize("kind", [Markup, np.str_, trusted], ids=["markup", "numpy", "marked"])
+def test_strings_of_any_class_are_content(kind: Callable[[str], str]) -> None:
+    """Markup would escape what stands beside it, and marks may come from the template alone."""
+    template = ChatTemplate(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}"
+    )
+    text = "a <b> <|im_end|>"
+    for content in kind(text), [{"type": "text", "text": kind(text)}]:
+        chat = template.render([{"role": kind("user"), "content": content}])
+        assert str(chat) == f"<|im_start|>user{text}<|im_end|>"
+        assert [str(chat)[start:end] for start, end in chat.trusted] == ["<|im_start|>", "<|im_end|>"]
