@@ -84,7 +84,7 @@ class Engine:
         )
         self._queue = Queue(options.max_queue, options.slots)
         self._flights: deque[Flight] = deque()
-        self._depth = 2  # steps in flight, at most
+        self._depth = 2  # steps in flight, at most, while none of them has prompt tokens
         self._work = trio.Event()
         self._departed = trio.Event()  # set when a request ends
         self._closed = False
@@ -111,8 +111,7 @@ class Engine:
         while True:
             if self._actor.generation != self._generation:
                 await self._recover(None, None)
-            depth = min(self._depth, self._actor.max_in_flight)
-            while len(self._flights) < depth and (flight := self._scheduler.compose()) is not None:
+            while self._may_run_ahead() and (flight := self._scheduler.compose()) is not None:
                 await self._submit(flight)
             if self._flights:
                 await self._receive()
@@ -121,6 +120,12 @@ class Engine:
             else:
                 self._work = trio.Event()
                 await self._work.wait()
+
+    def _may_run_ahead(self) -> bool:
+        """Whether another step may wait behind those in flight. How long one with prompt tokens takes, the time of the
+        last step does not tell, so that a single step waits behind such a one."""
+        prefills = any(flight.prefills for flight in self._flights)
+        return len(self._flights) < min(2 if prefills else self._depth, self._actor.max_in_flight)
 
     async def _submit(self, flight: Flight) -> None:
         self._flights.append(flight)

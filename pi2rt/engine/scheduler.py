@@ -49,11 +49,12 @@ _by_age = attrgetter("id")
 @dataclass(slots=True)
 class Flight:
     """A step and the sequence of each of its slices. ``begun``: those whose first slice it has, since they left the
-    queue."""
+    queue. ``prefills``: whether it computes more than the next token of each."""
 
     step: Step
     members: list[Sequence]
     begun: list[Sequence]
+    prefills: bool
     stopped: bool = False
 
 
@@ -130,7 +131,8 @@ class Scheduler:
         if not slices:
             return None
         self._steps += 1
-        return Flight(Step(self._steps, tuple(slices), tuple(s.bind() for s in begun)), members, begun)
+        step = Step(self._steps, tuple(slices), tuple(s.bind() for s in begun))
+        return Flight(step, members, begun, prefills=step.tokens > len(slices))
 
     def drop(self, sequence: Sequence) -> None:
         """A waiting sequence is no longer wanted."""
