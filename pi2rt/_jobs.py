@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class End:
 Item: TypeAlias = Started | Chunk | Report | End
 
 
-class Job:
+class Job(ABC):
     """A task on the runtime's thread that another thread can cancel.
 
     Args:
@@ -59,13 +60,13 @@ class Job:
         self._scope = trio.CancelScope(relative_deadline=math.inf if timeout is None else timeout)
         self.cancelled = False  # by its caller
 
+    @abstractmethod
     async def run(self, runtime: Runtime) -> None:
         """Never raises an Exception, so that no job takes others with it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def refuse(self, error: BaseException) -> None:
         """It will not run, or has not come to its end."""
-        raise NotImplementedError
 
     def cancel(self) -> None:
         """From any thread, also from a finaliser. A job that is over does not mind."""
