@@ -21,9 +21,9 @@ from typing import Any
 from ladder import COLUMNS, child, flash_rates, row
 from offload import HERE, measure
 
-from pi2rt.planner.device_profile import measure_device
+from pi2rt.host.topology import read_topology
+from pi2rt.planner.measure.device_profile import measure_device
 from pi2rt.planner.placement import default_placement
-from pi2rt.runtime.topology import read_topology
 
 
 def main() -> None:

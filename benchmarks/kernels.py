@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from pi2rt.cython_kernels import native
+from pi2rt.cython_kernels.kernels import native
 from pi2rt.formats.quants import TYPES
 
 ROWS, K = 256, 1536

@@ -12,7 +12,7 @@ neurons. Needs root. Prints a Markdown table. Packs that are not given are made 
 Rungs: no bundles (a pack without them: matrices that do not fit are read whole for each token), bundles (neurons are
 read for each token, gates known, reading and computing in turn), with the cache, with reading overlapped matrix by
 matrix, and cluster by cluster with a look ahead (docs/design.md). ``efficiency``: of the law of docs/design.md
-(``planner/decode_law.py``), bytes computed with over memory bandwidth, or what was missing at the rate that flash gives
+(``planner/laws.py``), bytes computed with over memory bandwidth, or what was missing at the rate that flash gives
 at that size and depth, whichever is longer; flash is measured before and after each run, for it is shared with others.
 Misses and reads are pages of neurons for each token; what was read in vain is no miss.
 
@@ -36,15 +36,15 @@ from typing import Any
 
 from offload import HERE, measure
 
-from pi2rt.cython_kernels.flash import measure as measure_flash
+from pi2rt.cython_kernels.flash.reader import measure as measure_flash
 from pi2rt.formats import open_model_file
+from pi2rt.host.topology import read_topology
 from pi2rt.models import FeedForward, describe, iterate_tensors
-from pi2rt.planner.convert import convert
-from pi2rt.planner.decode_law import STREAM_DEPTH, STREAM_READ_BYTES, DecodeUse, Rates, bound_s
-from pi2rt.planner.device_profile import measure_device
+from pi2rt.planner.laws import STREAM_DEPTH, STREAM_READ_BYTES, DecodeUse, Rates, bound_s
+from pi2rt.planner.measure.device_profile import measure_device
+from pi2rt.planner.pack.convert import convert
 from pi2rt.planner.placement import default_placement
 from pi2rt.runtime.flash_reads import FlashReads
-from pi2rt.runtime.topology import read_topology
 
 PAGE = 4096
 NEURON_DEPTH = FlashReads().neuron_depth

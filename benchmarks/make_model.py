@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_gguf(model, options.path)
         else:
             from pi2rt import Pi2rtError
-            from pi2rt.planner.convert import (
+            from pi2rt.planner.pack.convert import (
                 convert_file,
             )  # needs the native module, which a GGUF file does not
 

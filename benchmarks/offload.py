@@ -7,7 +7,7 @@ Each engine runs alone in a group of that share of the GGUF's size, page cache i
 uncached; they take turns. Needs root. llama.cpp keeps its weights in the mapped file, for the copies it would make
 of them do not fit. Prints a Markdown table. ``efficiency`` is the bound over what a token took; the bound is the law
 of docs/design.md: bytes in memory over memory bandwidth, or bytes read over flash bandwidth, whichever is longer,
-both measured before (``planner/decode_law.py``). Above 1: what is read again and again comes faster than the
+both measured before (``planner/laws.py``). Above 1: what is read again and again comes faster than the
 whole file did, from caches below this machine."""
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any
 
 from memory_group import forget, memory_group
 
-from pi2rt.cython_kernels.flash import measure as measure_flash
-from pi2rt.planner.decode_law import STREAM_DEPTH, STREAM_READ_BYTES, DecodeUse, Rates, bound_s
-from pi2rt.planner.device_profile import measure_device
+from pi2rt.cython_kernels.flash.reader import measure as measure_flash
+from pi2rt.host.topology import read_topology
+from pi2rt.planner.laws import STREAM_DEPTH, STREAM_READ_BYTES, DecodeUse, Rates, bound_s
+from pi2rt.planner.measure.device_profile import measure_device
 from pi2rt.planner.placement import default_placement
-from pi2rt.runtime.topology import read_topology
 
 HERE = Path(__file__).parent
 

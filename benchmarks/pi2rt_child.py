@@ -14,9 +14,9 @@ from typing import Any
 import trio
 
 import pi2rt
-from pi2rt.planner.decode_law import DecodeUse, percentile
+from pi2rt.host.memory import peak_rss_bytes
+from pi2rt.planner.laws import DecodeUse, percentile
 from pi2rt.runtime.executor import ExecutorStatistics
-from pi2rt.runtime.host_memory import peak_rss_bytes
 
 
 class Model:

@@ -16,7 +16,7 @@ from synthetic_shape import SHAPES
 from synthetic_tensors import topic_of
 
 from pi2rt._errors import UnsupportedModelError
-from pi2rt.executors.reference_model import ReferenceModel
+from pi2rt.executors.reference.model import ReferenceModel
 from pi2rt.formats import ModelFile
 from pi2rt.formats.quants import dequantize
 from pi2rt.models import FeedForward, describe

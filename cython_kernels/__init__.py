@@ -1,1 +1,1 @@
-"""C kernels behind thin Cython: ``native`` (kernel variants, layout, memory) and ``program`` (the data plane)."""
+"""C kernels and the data plane behind thin Cython, one subpackage for each part."""

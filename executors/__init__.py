@@ -1,1 +1,1 @@
-"""Executors: one file per hardware unit, each found through the entry point group ``pi2rt.executors``."""
+"""Executors: one package per hardware unit, each found through the entry point group ``pi2rt.executors``."""

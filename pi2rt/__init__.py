@@ -38,13 +38,13 @@ if TYPE_CHECKING:
         TemplateError,
         UnsupportedModelError,
     )
-    from pi2rt.async_engine import AsyncEngine, AsyncStream
+    from pi2rt.api.async_engine import AsyncEngine, AsyncStream
+    from pi2rt.api.runtime import Prompt, Runtime, RuntimeStatistics, open_runtime
+    from pi2rt.api.sync_engine import Engine, Stream
     from pi2rt.catalogue import pull
     from pi2rt.engine import Chunk, Completion, SamplingParams, Timing, TokenStream
-    from pi2rt.model_info import ModelInfo
-    from pi2rt.pack_cache import ensure_pack
-    from pi2rt.sync_engine import Engine, Stream
-    from pi2rt.trio_runtime import Prompt, Runtime, RuntimeStatistics, open_runtime
+    from pi2rt.opening.model_info import ModelInfo
+    from pi2rt.opening.pack_cache import ensure_pack
 
 __version__ = "0.1.0"
 
@@ -89,21 +89,21 @@ __all__ = [
 
 # Imported at first use: 'import pi2rt' takes a millisecond, so a command that only prints help is quick.
 _MODULES = {
-    "AsyncEngine": "pi2rt.async_engine",
-    "AsyncStream": "pi2rt.async_engine",
+    "AsyncEngine": "pi2rt.api.async_engine",
+    "AsyncStream": "pi2rt.api.async_engine",
     "Chunk": "pi2rt.engine",
     "Completion": "pi2rt.engine",
-    "Engine": "pi2rt.sync_engine",
-    "ModelInfo": "pi2rt.model_info",
-    "Prompt": "pi2rt.trio_runtime",
-    "Runtime": "pi2rt.trio_runtime",
-    "RuntimeStatistics": "pi2rt.trio_runtime",
+    "Engine": "pi2rt.api.sync_engine",
+    "ModelInfo": "pi2rt.opening.model_info",
+    "Prompt": "pi2rt.api.runtime",
+    "Runtime": "pi2rt.api.runtime",
+    "RuntimeStatistics": "pi2rt.api.runtime",
     "SamplingParams": "pi2rt.engine",
-    "Stream": "pi2rt.sync_engine",
+    "Stream": "pi2rt.api.sync_engine",
     "Timing": "pi2rt.engine",
     "TokenStream": "pi2rt.engine",
-    "ensure_pack": "pi2rt.pack_cache",
-    "open_runtime": "pi2rt.trio_runtime",
+    "ensure_pack": "pi2rt.opening.pack_cache",
+    "open_runtime": "pi2rt.api.runtime",
     "pull": "pi2rt.catalogue",
 }
 

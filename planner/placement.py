@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pi2rt._errors import RequestError
-from pi2rt.runtime.topology import CoreClass, Topology
+from pi2rt.host.topology import CoreClass, Topology
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pi2rt.cython_kernels.stream import MOST_DEPTH
+from pi2rt.cython_kernels.flash.stream import MOST_DEPTH
 from pi2rt.formats.row_blocks import SECTOR
-from pi2rt.planner.read_curve import ReadCurve
+from pi2rt.planner.measure.read_curve import ReadCurve
 from pi2rt.runtime.flash_reads import FlashReads
 
 STREAM_BUFFER = 32 << 20

@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pi2rt._download import LEASHED, bytes_on_disk
 from pi2rt._errors import DownloadError, ModelNotFoundError
 from pi2rt.catalogue import Source
+from pi2rt.catalogue.download import LEASHED, bytes_on_disk
 
 _POLL_S = 0.1
 

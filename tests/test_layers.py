@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,51 +17,79 @@ FOLDERS = {
     "executors": "pi2rt.executors",
     "planner": "pi2rt.planner",
     "plugins": "pi2rt.plugins",
+    "cython_kernels": "pi2rt.cython_kernels",
 }
 
-LOWER = frozenset({"errors", "formats", "tokenizer", "models", "memory", "runtime"})
-BESIDE = frozenset({"cython_kernels", "executors", "planner"})
+IN_ORDER = (
+    "errors",
+    "host",
+    "cython_kernels.kernels",
+    "cython_kernels.flash",
+    "formats",
+    "tokenizer",
+    "models",
+    "memory",
+    "catalogue",
+    "runtime",
+    "cython_kernels.plane",
+)
+"""Each may import those before it, except as ``NARROWER`` says."""
+
+NARROWER: dict[str, frozenset[str]] = {
+    "cython_kernels.flash": frozenset({"errors", "host"}),
+    "formats": frozenset({"errors", "host"}),
+    "tokenizer": frozenset({"errors", "host", "formats"}),
+    "models": frozenset({"errors", "host", "formats"}),
+    "memory": frozenset({"errors", "host", "formats", "models", "cython_kernels.kernels"}),
+    "catalogue": frozenset({"errors", "host", "formats"}),
+    "runtime": frozenset({"errors", "host", "formats", "models", "memory"}),
+    "cython_kernels.plane": frozenset(
+        {"errors", "host", "cython_kernels.kernels", "cython_kernels.flash", "runtime"}
+    ),
+}
+
+BELOW = frozenset(IN_ORDER) - {"catalogue"}
 MAY_IMPORT: dict[str, frozenset[str]] = {
-    "errors": frozenset(),
-    "cython_kernels": frozenset({"errors"}),
-    "formats": frozenset({"errors"}),
-    "tokenizer": frozenset({"errors", "formats"}),
-    "models": frozenset({"errors", "formats"}),
-    "memory": LOWER - {"memory", "runtime"},
-    "runtime": LOWER - {"runtime"},
-    "engine": LOWER,
-    "executors": LOWER | {"cython_kernels"},
-    "planner": LOWER | {"cython_kernels"},
-    "api": LOWER | BESIDE | {"engine"},
-    "cli": LOWER | BESIDE | {"engine", "api"},
-    "plugins": LOWER | BESIDE | {"engine", "api"},
+    layer: NARROWER.get(layer, frozenset(IN_ORDER[:at])) for at, layer in enumerate(IN_ORDER)
+} | {
+    "engine": frozenset({"errors", "host", "tokenizer", "memory", "runtime"}),
+    "executors": BELOW - {"tokenizer"},
+    "planner": BELOW - {"tokenizer"},
+    "opening": frozenset(IN_ORDER) | {"engine", "planner"},
+    "api": frozenset(IN_ORDER) | {"engine", "planner", "opening"},
+    "tools": frozenset(IN_ORDER) | {"engine", "executors", "planner", "opening", "api"},
+    "cli": frozenset(IN_ORDER) | {"engine", "executors", "planner", "opening", "api", "tools"},
+    "plugins": frozenset(IN_ORDER) | {"engine", "executors", "planner", "opening", "api"},
 }
-FOLDERS_OF_LAYERS = frozenset(MAY_IMPORT) - {"errors", "api"}  # the API layer is the modules of pi2rt itself
-
-
-LOWEST = (["_errors"], ["_limits"], ["_output_file"], ["_read_errors"])
-"""Modules of pi2rt itself that everything may import."""
 
 
 def layer_of(module: str) -> str:
     """The layer that a module of pi2rt belongs to."""
     parts = module.split(".")
-    if parts[1:2] in LOWEST:
+    if parts[1:] == ["cython_kernels"]:  # empty
+        return "errors"
+    if parts[1:2] == ["cython_kernels"]:
+        return ".".join(parts[1:3])
+    if parts[1:2] == ["_errors"]:
         return "errors"
     if parts[1:2] == ["__main__"]:  # the command line, where its script is not on the path
         return "cli"
-    if len(parts) > 1 and parts[1] in FOLDERS_OF_LAYERS:
+    if len(parts) > 1 and parts[1] in MAY_IMPORT:
         return parts[1]
-    return "api"
+    return "api"  # names of pi2rt itself
 
 
 def modules() -> Iterator[tuple[str, Path]]:
     for folder, package in FOLDERS.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        for path in sorted([*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.pyx")]):
             names = path.relative_to(ROOT / folder).with_suffix("").parts
             yield ".".join((package, *(name for name in names if name != "__init__"))), path
-    for path in sorted((ROOT / "cython_kernels").rglob("*.py")):
-        yield f"pi2rt.cython_kernels.{path.stem}", path
+
+
+def as_python(source: str) -> str:
+    """The import statements of a Cython module, each on the line where it was."""
+    statement = re.compile(r"\s*(from [\w.]+ import [\w*, ]+|import [\w.]+( as \w+)?)$")
+    return "\n".join(line.strip() if statement.match(line) else "" for line in source.split("\n"))
 
 
 def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
@@ -95,12 +124,31 @@ def offences(source: str, module: str, is_package: bool = False) -> list[str]:
 
 @pytest.mark.parametrize(("module", "path"), [pytest.param(*found, id=found[0]) for found in modules()])
 def test_imports_go_down(module: str, path: Path) -> None:
-    assert offences(path.read_text(), module, path.name == "__init__.py") == []
+    source = path.read_text()
+    if path.suffix == ".pyx":
+        source = as_python(source)
+    assert offences(source, module, path.name == "__init__.py") == []
 
 
 def test_every_folder_is_a_known_layer() -> None:
     folders = {path.name for path in (ROOT / "pi2rt").iterdir() if path.is_dir() and any(path.glob("*.py"))}
-    assert folders <= FOLDERS_OF_LAYERS, f"add {folders - FOLDERS_OF_LAYERS} to MAY_IMPORT"
+    assert folders <= set(MAY_IMPORT), f"add {folders - set(MAY_IMPORT)} to MAY_IMPORT"
+
+
+def test_the_root_holds_no_more_than_names_and_errors() -> None:
+    assert {path.name for path in (ROOT / "pi2rt").glob("*.py")} == {
+        "__init__.py",
+        "__main__.py",
+        "_errors.py",
+    }
+
+
+def test_imports_of_cython_are_found() -> None:
+    source = "from libc.stdint cimport int8_t\n\ncdef f():\n    from pi2rt.runtime.step import Step, Slice\n"
+    assert list(imported(as_python(source), "pi2rt.cython_kernels.flash.x", False)) == [
+        (4, "pi2rt.runtime.step.Step"),
+        (4, "pi2rt.runtime.step.Slice"),
+    ]
 
 
 def test_no_import_goes_both_ways() -> None:
@@ -116,17 +164,18 @@ def test_no_import_goes_both_ways() -> None:
         ("pi2rt.formats.gguf", "from pi2rt.models import ModelDescription"),
         ("pi2rt.tokenizer.bpe", "import pi2rt.memory.page_pool"),
         ("pi2rt.models.llama", "def f():\n    from pi2rt.runtime.actor import Actor"),
-        ("pi2rt.runtime.actor", "from pi2rt.executors.simulated import SimulatedExecutor"),
+        ("pi2rt.runtime.actor", "from pi2rt.executors.simulated.executor import SimulatedExecutor"),
         ("pi2rt.runtime.actor", "from pi2rt import executors"),
         ("pi2rt.runtime.actor", "from ..executors import cpu"),
         ("pi2rt.memory.page_pool", "from pi2rt.runtime.step import PAGE_TOKENS"),
         ("pi2rt.memory.page_pool", "from pi2rt.runtime.actor import Actor"),
-        ("pi2rt.engine.engine", "import pi2rt.cython_kernels.native"),
+        ("pi2rt.engine.engine", "import pi2rt.cython_kernels.kernels.native"),
+        ("pi2rt.cython_kernels.flash.reader", "from pi2rt.runtime.step import Step"),
         ("pi2rt.engine.engine", "if TYPE_CHECKING:\n    from pi2rt import open_runtime"),
-        ("pi2rt.executors.cpu", "from pi2rt.engine import Engine"),
+        ("pi2rt.executors.cpu.executor", "from pi2rt.engine import Engine"),
         ("pi2rt.planner.placement", "from pi2rt.cli import main"),
-        ("pi2rt.open_runtime", "from pi2rt.cli import main"),
-        ("pi2rt.open_runtime", "from pi2rt.plugins.huggingface import fetch"),
+        ("pi2rt.api.runtime", "from pi2rt.cli import main"),
+        ("pi2rt.api.runtime", "from pi2rt.plugins.huggingface import fetch"),
         ("pi2rt._errors", "import pi2rt.formats"),
     ],
 )
@@ -144,7 +193,7 @@ def test_the_test_finds(module: str, source: str) -> None:
         ),
         ("pi2rt.runtime.actor", "from .step import Step\nimport trio, numpy.typing"),
         ("pi2rt.cli.main", "from pi2rt import __version__, open_runtime\nfrom pi2rt.engine import engine"),
-        ("pi2rt.executors.cpu", "from pi2rt.cython_kernels.native import read_bandwidth"),
+        ("pi2rt.executors.cpu.executor", "from pi2rt.cython_kernels.kernels.native import read_bandwidth"),
         ("pi2rt.formats.gguf", "from pi2rt import __version__"),
     ],
 )

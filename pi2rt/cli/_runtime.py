@@ -126,9 +126,9 @@ async def opened(
 
     logging.basicConfig(level=logging.WARNING, format="pi2rt: warning: %(message)s")
     from pi2rt import MemoryBudgetError, RequestError, open_runtime  # imported before the clock starts
-    from pi2rt._output_file import OutputFile
     from pi2rt.cli._console import Bar
-    from pi2rt.runtime.topology import parse_core_classes
+    from pi2rt.host.output_file import OutputFile
+    from pi2rt.host.topology import parse_core_classes
 
     if options.convert and options.memory is None:
         raise RequestError(
@@ -187,7 +187,7 @@ async def opened(
 async def converted(path: str) -> str:
     """The pack of a model in the cache directory, made with a progress bar if it is not there; says where it is."""
     from pi2rt.cli._console import Bar, size
-    from pi2rt.pack_cache import ensure_pack, packs_directory
+    from pi2rt.opening.pack_cache import ensure_pack, packs_directory
 
     said: set[str] = set()
 
@@ -218,8 +218,8 @@ def positive(text: str) -> int:
 
 def placement(options: argparse.Namespace) -> Placement:
     """The cores that these options choose, as ``open_runtime`` places them."""
+    from pi2rt.host.topology import parse_core_classes, read_topology
     from pi2rt.planner.placement import default_placement
-    from pi2rt.runtime.topology import parse_core_classes, read_topology
 
     topology = read_topology()
     classes = parse_core_classes(options.cores, topology) if options.cores else ()
@@ -230,7 +230,7 @@ def kernels(options: argparse.Namespace) -> str | None:
     """The kernel variant that these options choose; None for an executor that has its own."""
     if options.executor != "cpu":
         return None
-    from pi2rt.cython_kernels import native
+    from pi2rt.cython_kernels.kernels import native
 
     return str(native.current(options.kernels))
 

@@ -7,7 +7,7 @@ over the repeats. The memory bandwidth is measured after them, with the same cor
 
 The bound of decode: each token computes with the weights once, so it takes at least bytes_per_token / bandwidth; of a
 model larger than its memory also as long as flash takes for what was missing, at the rate measured afterwards
-(``planner/decode_law.py``). ``efficiency`` is that time over the one measured.
+(``planner/laws.py``). ``efficiency`` is that time over the one measured.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pi2rt.cli import _runtime
 
 if TYPE_CHECKING:
     from pi2rt import Runtime
-    from pi2rt.planner.decode_law import DecodeUse, Rates
+    from pi2rt.planner.laws import DecodeUse, Rates
     from pi2rt.runtime.executor import StepUse
 
 _SHORT_PROMPT = 16
@@ -95,8 +95,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 async def _run(options: argparse.Namespace) -> int:
-    from pi2rt.planner import decode_law
-    from pi2rt.runtime.host_memory import peak_rss_bytes
+    from pi2rt.host.memory import peak_rss_bytes
+    from pi2rt.planner import laws
 
     context = max(options.prefill, _SHORT_PROMPT + options.decode) + 1
     async with _runtime.opened(options, context=context, max_sequences=1) as opened:
@@ -125,7 +125,7 @@ async def _run(options: argparse.Namespace) -> int:
     # Measured when the model is gone, for the buffers of that are not part of its memory budget.
     use = _use(opened.path, steps)
     rates = await _measure_rates(options, opened.path, use, details)
-    bound = decode_law.bound_s(use, rates)
+    bound = laws.bound_s(use, rates)
     decode = median(decodes)
     result = Result(
         model=runtime.model.name,
@@ -165,7 +165,7 @@ async def _run(options: argparse.Namespace) -> int:
 
 def _use(path: str, steps: Sequence[StepUse]) -> DecodeUse:
     """What decode took for each token, as the executor counted it; where it does not count, what the file has."""
-    from pi2rt.planner.decode_law import DecodeUse
+    from pi2rt.planner.laws import DecodeUse
     from pi2rt.runtime.executor import StepUse
 
     counted = [step for step in steps if step.tokens == 1 and step.weight_bytes]
@@ -177,8 +177,8 @@ async def _measure_rates(
 ) -> Rates:
     import trio
 
-    from pi2rt.planner.decode_law import Rates, measure_flash
-    from pi2rt.planner.device_profile import measure_device
+    from pi2rt.planner.laws import Rates, measure_flash
+    from pi2rt.planner.measure.device_profile import measure_device
 
     def measure() -> Rates:
         flash, reads = measure_flash(

@@ -83,11 +83,11 @@ def main(options: argparse.Namespace) -> int:
 async def _calibrate(options: argparse.Namespace, text: str) -> int:
     from pathlib import Path
 
-    from pi2rt._output_file import OutputFile
-    from pi2rt.calibration import Sample, calibrate
     from pi2rt.cli._console import Bar
     from pi2rt.cli.pull import fetch
     from pi2rt.formats.calibration import calibration_path
+    from pi2rt.host.output_file import OutputFile
+    from pi2rt.tools.calibrate import Sample, calibrate
 
     if options.output is not None:
         OutputFile(options.output, overwrite=options.force)  # refused before a model is fetched

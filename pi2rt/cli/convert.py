@@ -44,10 +44,10 @@ async def _convert(options: argparse.Namespace) -> int:
     import os
 
     from pi2rt._errors import RequestError
-    from pi2rt._output_file import OutputFile
     from pi2rt.cli._console import Bar, size, work_in_thread
     from pi2rt.cli.pull import fetch
-    from pi2rt.planner.convert import convert
+    from pi2rt.host.output_file import OutputFile
+    from pi2rt.planner.pack.convert import convert
 
     if options.dense_above is not None and options.calibration is None:
         raise RequestError("--dense-above needs a --calibration, which says how many neurons fire")

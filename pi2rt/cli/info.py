@@ -39,10 +39,10 @@ def main(options: argparse.Namespace) -> int:
 def collect() -> dict[str, Any]:
     """Everything ``pi2rt info`` shows, for JSON. Sizes are bytes."""
     from pi2rt import __version__
+    from pi2rt.host.memory import available_memory
+    from pi2rt.host.topology import read_topology
     from pi2rt.planner.placement import default_placement
-    from pi2rt.runtime.host_memory import available_memory
     from pi2rt.runtime.registry import available_executors
-    from pi2rt.runtime.topology import read_topology
 
     topology = read_topology()
     return {
@@ -77,7 +77,7 @@ def collect() -> dict[str, Any]:
 def _pages() -> dict[str, int]:
     """Sizes of the system's pages of memory."""
     try:
-        from pi2rt.cython_kernels.native import huge_page_bytes, page_bytes
+        from pi2rt.cython_kernels.kernels.native import huge_page_bytes, page_bytes
     except ImportError:  # what is wrong is said where kernels are shown
         return {}
     return {"page": page_bytes(), "huge_page": huge_page_bytes()}
@@ -101,8 +101,8 @@ def measure(path: str) -> None:
     """
     from pi2rt import RequestError, catalogue
     from pi2rt.cli._runtime import note
-    from pi2rt.planner.kept_curve import keep_curve, place_for_curve
-    from pi2rt.planner.read_curve import measure_read_curve
+    from pi2rt.planner.measure.kept_curve import keep_curve, place_for_curve
+    from pi2rt.planner.measure.read_curve import measure_read_curve
 
     try:
         size = Path(path).stat().st_size
@@ -137,7 +137,7 @@ def processor() -> str:
 def _flash() -> dict[str, Any]:
     """How weights that do not fit are read, and why."""
     try:
-        from pi2rt.cython_kernels.flash import probe
+        from pi2rt.cython_kernels.flash.reader import probe
     except ImportError as error:
         return {"error": f"the native module cannot be imported: {error}"}
     permitted, why = probe()
@@ -147,7 +147,7 @@ def _flash() -> dict[str, Any]:
 def _measured() -> Iterator[dict[str, Any]]:
     """The curves that are kept, and what they make of reading."""
     from pi2rt import ModelNotFoundError, catalogue
-    from pi2rt.planner.kept_curve import kept_curves
+    from pi2rt.planner.measure.kept_curve import kept_curves
     from pi2rt.planner.read_choice import choose_reads
 
     try:
@@ -179,7 +179,7 @@ def _kernels() -> dict[str, Any]:
     from pi2rt._errors import KernelUnavailableError
 
     try:
-        from pi2rt.cython_kernels import native
+        from pi2rt.cython_kernels.kernels import native
     except ImportError as error:
         return {"error": f"the native module cannot be imported: {error}"}
     variants = [{"name": name, "runs_here": runs} for name, runs, _ in native.variants()]

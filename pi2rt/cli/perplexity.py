@@ -57,7 +57,7 @@ async def _run(options: argparse.Namespace, text: str) -> int:
     import trio
 
     from pi2rt._errors import RequestError
-    from pi2rt._perplexity import cut, perplexity
+    from pi2rt.tools.perplexity import cut, perplexity
 
     size = options.chunk
     async with _runtime.opened(options, context=size, max_sequences=1) as opened:

@@ -179,7 +179,7 @@ async def _answer(runtime: Runtime, prompt: Any, params: SamplingParams, json_li
 def closing_line(last: Chunk) -> str:
     """What it took, for the chunk that ended it."""
     from pi2rt.cli._console import duration, size
-    from pi2rt.runtime.host_memory import peak_rss_bytes
+    from pi2rt.host.memory import peak_rss_bytes
 
     timing = last.timing
     assert timing is not None

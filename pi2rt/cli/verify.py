@@ -18,7 +18,7 @@ def main(options: argparse.Namespace) -> int:
 
 async def _verify(path: str) -> int:
     from pi2rt.cli._console import Bar, work_in_thread
-    from pi2rt.planner.convert import verify
+    from pi2rt.planner.pack.convert import verify
 
     with Bar("verifying") as bar:
         broken = await work_in_thread(partial(verify, path), bar)

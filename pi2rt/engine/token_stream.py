@@ -16,7 +16,7 @@ import trio
 
 from pi2rt._errors import BusyError, ClosedError
 from pi2rt.engine.chunk import Chunk, Timing
-from pi2rt.runtime.owner import Owner
+from pi2rt.host.owner import Owner
 
 CLOSED = "this stream was closed"
 BUSY = "another consumer is waiting for a chunk of this stream; give each request one consumer"

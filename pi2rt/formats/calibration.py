@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
-from pi2rt._output_file import OutputFile
 from pi2rt.formats.model_file import printable
 from pi2rt.formats.neuron_order import Order, decode_order
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.regular_file import RegularFile
+from pi2rt.host.output_file import OutputFile
 
 MAGIC = b"PI2\x00CALI"
 VERSION = 1

@@ -1,8 +1,8 @@
 """Neuron bundles of a pack: the up row and the down column of each neuron (its gate row too, where that is wanted) side
 by side, in pages.
 
-Sizes and places, for readers that have to check a file without the native module; ``cython_kernels/bundles.h`` and
-``docs/pack-format.md`` describe the bytes.
+Sizes and places, for readers that have to check a file without the native module; the bytes are described in
+``cython_kernels/kernels/bundles.h`` and ``docs/pack-format.md``.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pi2rt.formats.neuron_bundles import NeuronBundles
 
 CLUSTER = 512
-"""Neurons that are asked for together (``PI2_CLUSTER`` in ``cython_kernels/sparse.h``)."""
+"""Neurons that are asked for together (``PI2_CLUSTER`` in ``cython_kernels/plane/sparse.h``)."""
 
 Order: TypeAlias = npt.NDArray[np.uint16]
 """(neurons,): of each place the neuron that lies there, counted from the first of its cluster."""

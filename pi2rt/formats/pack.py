@@ -1,6 +1,6 @@
 """Our own container, the pack: everything where a reader with O_DIRECT wants it, matrices as the kernels want them.
 
-Written by ``pi2rt convert`` (``planner/convert.py``). ``docs/pack-format.md`` has the byte layout.
+Written by ``pi2rt convert`` (``planner/pack/convert.py``). ``docs/pack-format.md`` has the byte layout.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PackFile(ModelFile):
 
     ``metadata`` and ``architecture`` are the source's, as its own reader gives them; ``source`` says what that was.
     ``tensors`` are in the order of the file; matrices have the layout "blocks16", or "neurons" where they are in one of
-    ``bundles``. Content is not verified here; see ``sections`` and ``pi2rt.planner.convert.verify``.
+    ``bundles``. Content is not verified here; see ``sections`` and ``pi2rt.planner.pack.convert.verify``.
 
     Args:
         path: the file.

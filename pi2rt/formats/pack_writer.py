@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pi2rt._errors import ConversionError, OutputError
-from pi2rt._output_file import FULL, OutputFile
 from pi2rt.formats import row_blocks
 from pi2rt.formats.neuron_bundles import NeuronBundles
 from pi2rt.formats.pack import PREAMBLE, header_digest
@@ -38,6 +37,7 @@ from pi2rt.formats.pack_header import (
 )
 from pi2rt.formats.quants import TYPES
 from pi2rt.formats.regular_file import drop_cache
+from pi2rt.host.output_file import FULL, OutputFile
 
 Bytes = npt.NDArray[np.uint8]
 

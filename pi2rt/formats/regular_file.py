@@ -8,7 +8,7 @@ from mmap import PAGESIZE
 from pathlib import Path
 
 from pi2rt._errors import ClosedError, ModelFormatError, ModelNotFoundError
-from pi2rt._limits import explained
+from pi2rt.host.limits import explained
 
 
 class RegularFile:

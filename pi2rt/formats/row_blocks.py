@@ -1,5 +1,6 @@
 """Sizes of the run-time layout of matrices, "blocks16": what ``native.matrix_bytes`` says, for readers that have to
-check a file without the native module. ``cython_kernels/kernels.h`` and ``docs/pack-format.md`` describe the layout.
+check a file without the native module. The layout is described in ``cython_kernels/kernels/kernels.h`` and
+``docs/pack-format.md``.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def estimate_need(
 
 
 def _activations(file: ModelFile, model: ModelDescription, rows: int, slots: int, threads: int) -> int:
-    """Bytes that the CPU executor takes for steps of so many tokens (``cython_kernels/program.c``), and for what
+    """Bytes that the CPU executor takes for steps of so many tokens (``cython_kernels/plane/program.c``), and for what
     sampling knows of each sequence."""
     dim, vocab = model.dim, model.vocab_size
     columns = attention = hidden = heads = head_dim = experts = used = halves = blocks = 0
@@ -122,8 +122,8 @@ def _activations(file: ModelFile, model: ModelDescription, rows: int, slots: int
 
 _REPLICATED, _RUNS, _LOGITS = 4, 8, 32
 _TILE = 2 * 32 * (256 + 16) * 4
-"""As in ``cython_kernels/program.h``: rows that every thread prepares by itself, steps in flight, rows of logits at
-once, and bytes of the tiles of a thread."""
+"""As in ``cython_kernels/plane/program.h``: rows that every thread prepares by itself, steps in flight, rows of logits
+at once, and bytes of the tiles of a thread."""
 
 
 def _quantized(columns: int, *, words_alone: bool = False) -> int:

@@ -17,7 +17,7 @@ from pi2rt.models.description import Attention, FeedForward, ModelDescription
 
 TILE_BLOCKS = 16
 """Row blocks of which larger pieces are a multiple, and of which smaller ones have a half, a fourth or an eighth: so a
-tile of a product with many rows lies in one piece (``cython_kernels/ops_streamed.c``)."""
+tile of a product with many rows lies in one piece (``cython_kernels/plane/ops_streamed.c``)."""
 
 
 def operations_in_order(model: ModelDescription) -> Iterator[tuple[tuple[str, ...], bool]]:

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pi2rt._output_file import OutputFile
+from pi2rt.host.output_file import OutputFile
 
 Nanoseconds = npt.NDArray[np.int64]
 

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 from tokenizers import Tokenizer as Engine
 
 from pi2rt._errors import ModelFormatError, TemplateError, UnsupportedModelError
-from pi2rt._limits import explained
 from pi2rt.formats.regular_file import file_mode
+from pi2rt.host.limits import explained
 from pi2rt.tokenizer.chat_template import MAX_SOURCE_CHARACTERS, ChatTemplate
 from pi2rt.tokenizer.declared_tokens import ADDED, CONFIG, SPECIAL_MAP, read_declared_tokens
 from pi2rt.tokenizer.end_tokens import end_of_turn_ids

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import trio
 
 import pi2rt
-from pi2rt.executors.simulated import SimulatedExecutor
+from pi2rt.executors.simulated.executor import SimulatedExecutor
 from pi2rt.runtime.step import StepResult
 
 T = TypeVar("T")

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import pi2rt
-from pi2rt import _jobs
+from pi2rt.api import jobs
 from pi2rt.engine import EngineStatistics
-from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
+from pi2rt.executors.simulated.executor import Faults, SimulatedExecutor, scripted
 from tests.api.adapters import Gate, GatedExecutor
 from tests.support.tiny_models import EOS
 
@@ -206,7 +206,7 @@ def test_errors_reach_the_caller(tiny: Path) -> None:
 
 
 def test_a_slow_consumer_pauses_its_request(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_jobs, "STREAM_BUFFER", 8)
+    monkeypatch.setattr(jobs, "STREAM_BUFFER", 8)
 
     async def main() -> None:
         async with pi2rt.AsyncEngine(tiny, executor="simulated") as engine:

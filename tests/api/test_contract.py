@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import pi2rt
-from pi2rt import catalogue, pack_cache
-from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
+from pi2rt.catalogue import names
+from pi2rt.executors.simulated.executor import Faults, SimulatedExecutor, scripted
 from pi2rt.formats import open_model_file
+from pi2rt.opening import pack_cache
 from tests.api.adapters import APIS, Gate, GatedExecutor, TrioApi, parameters
 from tests.support.tiny_models import BOS, EOS
 
@@ -569,7 +570,7 @@ class Fetched:
 def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fetched:
     fetched = Fetched()
     monkeypatch.setenv("PI2RT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(catalogue, "_sources", lambda: {"test": fetched})
+    monkeypatch.setattr(names, "_sources", lambda: {"test": fetched})
     return fetched
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import pi2rt
-from pi2rt.planner.convert import convert
+from pi2rt.planner.pack.convert import convert
 from tests.support.tiny_models import TinyModel, write_gguf
 
 REFUSED = "ClosedError: this engine belongs to another process (PID {}); open one in this process"

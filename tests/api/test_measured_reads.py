@@ -8,9 +8,9 @@ import pytest
 
 import pi2rt
 from pi2rt import catalogue
-from pi2rt.planner.convert import convert
-from pi2rt.planner.kept_curve import keep_curve
-from pi2rt.planner.read_curve import ReadCurve, ReadPoint
+from pi2rt.planner.measure.kept_curve import keep_curve
+from pi2rt.planner.measure.read_curve import ReadCurve, ReadPoint
+from pi2rt.planner.pack.convert import convert
 from tests.support.tiny_models import TinyModel, write_gguf
 
 CURVE = ReadCurve(

@@ -38,6 +38,6 @@ def test_the_keywords_are_the_options() -> None:
     from dataclasses import fields
     from typing import get_type_hints
 
-    from pi2rt.runtime_options import RuntimeKeywords, RuntimeOptions
+    from pi2rt.opening.options import RuntimeKeywords, RuntimeOptions
 
     assert list(get_type_hints(RuntimeKeywords)) == [field.name for field in fields(RuntimeOptions)]

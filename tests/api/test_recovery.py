@@ -19,8 +19,8 @@ import trio.testing
 import pi2rt
 from pi2rt._errors import ExecutorError
 from pi2rt.formats import open_model_file
-from pi2rt.planner.convert import convert
-from pi2rt.planner.streaming import all_neurons, least_neurons, with_records
+from pi2rt.planner.pack.convert import convert
+from pi2rt.planner.weights import all_neurons, least_neurons, with_records
 from tests.support.faulty_disk import FaultyDisk
 from tests.support.native_threads import settles_at
 from tests.support.tiny_models import TinyModel, write_gguf

@@ -16,8 +16,8 @@ import trio
 
 import pi2rt
 from pi2rt._errors import ClosedError, MemoryBudgetError
-from pi2rt.executors.simulated import Faults, SimulatedExecutor
-from pi2rt.planner.convert import convert
+from pi2rt.executors.simulated.executor import Faults, SimulatedExecutor
+from pi2rt.planner.pack.convert import convert
 from tests.support.real_model import smollm2
 from tests.support.tiny_models import TinyModel, write_gguf
 
@@ -51,8 +51,8 @@ MEASURE = """
 import gc, os, re, sys, threading
 import trio, pi2rt
 from pathlib import Path
-from pi2rt.cython_kernels.native import trim_heap
-from pi2rt.executors.simulated import Faults, SimulatedExecutor
+from pi2rt.cython_kernels.kernels.native import trim_heap
+from pi2rt.executors.simulated.executor import Faults, SimulatedExecutor
 
 PACK, ROUNDS, CONTEXT, SMALL, ENOUGH = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 broken = Path(PACK).with_name("broken.pi2")
@@ -183,12 +183,12 @@ async def test_a_failed_opening_leaves_nothing_to_the_garbage_collector(
     """What it had opened is freed with its error: no cycle holds it."""
     files: list[weakref.ref[Any]] = []
 
-    def opened(path: Path, real: Any = pi2rt.trio_runtime.open_model_file) -> Any:
+    def opened(path: Path, real: Any = pi2rt.api.runtime.open_model_file) -> Any:
         file = real(path)
         files.append(weakref.ref(file))
         return file
 
-    monkeypatch.setattr("pi2rt.trio_runtime.open_model_file", opened)
+    monkeypatch.setattr("pi2rt.api.runtime.open_model_file", opened)
 
     def failing() -> SimulatedExecutor:
         return SimulatedExecutor(faults=Faults(raise_in_open=True))

@@ -19,12 +19,12 @@ import trio.testing
 
 import pi2rt
 from pi2rt._errors import MemoryBudgetError, RequestError
-from pi2rt.cython_kernels.neuron_cache import NeuronCache
-from pi2rt.executors.cpu import CpuExecutor
-from pi2rt.executors.neurons import Neurons
+from pi2rt.cython_kernels.flash.neuron_cache import NeuronCache
+from pi2rt.executors.cpu.executor import CpuExecutor
+from pi2rt.executors.cpu.neurons import Neurons
 from pi2rt.formats import open_model_file
-from pi2rt.planner.convert import convert
-from pi2rt.planner.streaming import all_neurons, least_neurons, with_records
+from pi2rt.planner.pack.convert import convert
+from pi2rt.planner.weights import all_neurons, least_neurons, with_records
 from tests.support.tiny_models import TinyModel, write_gguf
 
 MODEL = TinyModel(
@@ -185,7 +185,7 @@ async def test_growing_while_text_is_made_and_shrinking_meanwhile(pack: Path) ->
 
 
 async def test_a_cancelled_growth_keeps_its_size(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pi2rt.executors.neurons.REFILL_PAGES", 1)
+    monkeypatch.setattr("pi2rt.executors.cpu.neurons.REFILL_PAGES", 1)
     refill, scope, pages = Neurons.refill, trio.CancelScope(), 0
 
     def refill_until_cancelled(neurons: Neurons, check: Callable[[], None]) -> None:
@@ -216,7 +216,7 @@ async def test_a_cancelled_growth_keeps_its_size(pack: Path, monkeypatch: pytest
 
 
 async def test_closing_ends_a_growth(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pi2rt.executors.neurons.REFILL_PAGES", 1)
+    monkeypatch.setattr("pi2rt.executors.cpu.neurons.REFILL_PAGES", 1)
     refill, growing, pages = Neurons.refill, trio.Event(), 0
 
     def refill_until_closed(neurons: Neurons, check: Callable[[], None]) -> None:

@@ -19,9 +19,9 @@ import pytest
 import trio
 
 import pi2rt
-from pi2rt import _jobs
+from pi2rt.api import jobs
 from pi2rt.engine import EngineStatistics
-from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
+from pi2rt.executors.simulated.executor import Faults, SimulatedExecutor, scripted
 from tests.support.tiny_models import EOS
 
 
@@ -157,7 +157,7 @@ def test_calls_have_timeouts(tiny: Path) -> None:
 
 
 def test_a_slow_consumer_pauses_its_request(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_jobs, "STREAM_BUFFER", 8)
+    monkeypatch.setattr(jobs, "STREAM_BUFFER", 8)
     with pi2rt.Engine(tiny, executor="simulated") as engine:
         expected = engine.generate("hi", max_tokens=300, ignore_eos=True)
         stream = engine.stream("hi", max_tokens=300, ignore_eos=True)
@@ -202,7 +202,7 @@ def test_life(tiny: Path) -> None:
     assert not alive()
 
 
-class StartsAnother(_jobs.Job):
+class StartsAnother(jobs.Job):
     """At its end another thread, which has found the engine open, starts a job."""
 
     def __init__(self, engine: pi2rt.Engine, then: Callable[[], None]) -> None:

@@ -15,12 +15,12 @@ import trio
 from trio.testing import MockClock
 
 import pi2rt
-from pi2rt import executor_plan
-from pi2rt.executors.simulated import Faults, SimulatedExecutor, scripted
+from pi2rt.engine.prompt_encoder import LONG_TEXT
+from pi2rt.executors.simulated.executor import Faults, SimulatedExecutor, scripted
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription
-from pi2rt.planner.convert import convert
-from pi2rt.prompt_encoder import LONG_TEXT
+from pi2rt.opening import executor_plan
+from pi2rt.planner.pack.convert import convert
 from pi2rt.runtime.executor import ExecutorOptions, Progress
 from pi2rt.runtime.step import Step
 from pi2rt.tokenizer import Tokenizer

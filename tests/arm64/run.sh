@@ -135,7 +135,7 @@ inside() {
   local failed=0
   # Not executors/test_faulty_disk.py: its FUSE file system hangs where the emulator serves it.
   # Processes of their own: under the emulator memory grows with what a process ran, and budgets count it.
-  start formats formats runtime
+  start formats formats host runtime
   start kernels kernels engine
   start streaming planner/test_streaming.py executors/test_{read_through,read_trace,streaming}.py
   finish || failed=1

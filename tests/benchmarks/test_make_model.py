@@ -20,7 +20,7 @@ import pi2rt
 from pi2rt.formats import TensorInfo, open_model_file
 from pi2rt.formats.pack import PackFile
 from pi2rt.models import describe
-from pi2rt.planner.convert import convert, convert_file, verify
+from pi2rt.planner.pack.convert import convert, convert_file, verify
 
 SHAPE = Shape(128, 192, 2, 4, 2, 512, "drelu")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pi2rt import calibration
 from pi2rt.formats.pack import PackFile
+from pi2rt.tools import calibrate
 from tests.cli.conftest import Run
 from tests.support.real_model import smollm2
 from tests.support.tiny_models import TinyModel, write_gguf
@@ -107,7 +107,7 @@ def test_experts_are_calibrated_each_by_itself(pi2rt: Run, tmp_path: Path, text:
 def test_predictors_that_have_no_room_are_refused_before_the_work(
     pi2rt: Run, packs: dict[str, str], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(calibrate, "MAX_BYTES", 10_000)
     done = pi2rt("calibrate", packs["gates"], text, *FEW)
     assert (done.status, done.output) == (2, "")
     assert re.search(
@@ -206,7 +206,7 @@ def test_an_order(pi2rt: Run, tmp_path: Path, text: str) -> None:
             ("--calibration", f"{ordered}.calibration"),
             "has no order of neurons, and no block whose neurons rarely rest",
         ),
-        (("--calibration", calibration, "--bundles", "off"), "is not stored by neuron (--bundles off)"),
+        (("--calibration", calibrate, "--bundles", "off"), "is not stored by neuron (--bundles off)"),
         (("--calibration", plain), "magic: is b'PI2\\x00PACK'"),
         (("--calibration", str(tmp_path / "absent")), "cannot be opened"),
     ]

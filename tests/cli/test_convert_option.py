@@ -22,7 +22,7 @@ PROMPT = ("-p", "Why is the sky blue?", "-n", "12", "--context", "256")
 
 INTERRUPTED = """
 import os, sys
-from pi2rt import pack_cache
+from pi2rt.opening import pack_cache
 from pi2rt.cli.main import main
 
 convert, number = pack_cache.convert, int(sys.argv[1])

@@ -11,7 +11,7 @@ import pytest
 
 from pi2rt import __version__
 from pi2rt.cli.main import main
-from pi2rt.cython_kernels.flash import probe
+from pi2rt.cython_kernels.flash.reader import probe
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_info(capfd: pytest.CaptureFixture[str], cache: Path) -> None:
         "memory: ",
         "flash: ",
         "  scalar: runs here\n",
-        "  cpu: pi2rt.executors.cpu",
+        "  cpu: pi2rt.executors.cpu.executor",
     ):
         assert words in text
 

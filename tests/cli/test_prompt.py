@@ -11,7 +11,7 @@ import pytest
 
 from pi2rt._errors import ContextOverflowError, RequestError
 from pi2rt.cli._prompt import LARGEST, PromptFile
-from pi2rt.planner.convert import convert
+from pi2rt.planner.pack.convert import convert
 from pi2rt.tokenizer import Tokenizer, load_tokenizer
 from tests.cli.conftest import COMMAND, Run
 from tests.support.real_model import smollm2

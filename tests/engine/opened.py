@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from pi2rt.engine import Chunk, Engine, EngineOptions, SamplingParams
-from pi2rt.executors.simulated import SimulatedExecutor, hashed_token
+from pi2rt.executors.simulated.executor import SimulatedExecutor, hashed_token
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.actor import Actor

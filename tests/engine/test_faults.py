@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from pi2rt._errors import ExecutorError
 from pi2rt.engine import SamplingParams
-from pi2rt.executors.simulated import Faults
+from pi2rt.executors.simulated.executor import Faults
 from pi2rt.runtime.actor import FAILURE_WINDOW, MAX_FAILURES
 from pi2rt.runtime.executor import Executor
 from pi2rt.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from trio.testing import MockClock
 from pi2rt._errors import BusyError, ClosedError, ContextOverflowError, RequestError
 from pi2rt.engine import EngineOptions, QueueStatistics, SamplingParams, Ticket
 from pi2rt.engine.queue import Queue
-from pi2rt.executors.simulated import Faults
+from pi2rt.executors.simulated.executor import Faults
 from pi2rt.tokenizer import Tokenizer
 from tests.engine.opened import continuation, numbers, opened
 

@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from pi2rt._errors import BusyError, ContextOverflowError, RequestError
 from pi2rt.engine import Chunk, Completion, SamplingParams
-from pi2rt.executors.simulated import scripted
+from pi2rt.executors.simulated.executor import scripted
 from pi2rt.tokenizer import Tokenizer
 from tests.engine.opened import EOS, continuation, numbers, opened
 from tests.support.tiny_models import VOCAB_SIZE

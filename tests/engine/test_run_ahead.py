@@ -7,7 +7,7 @@ import trio
 from trio.testing import MockClock
 
 from pi2rt.engine import SamplingParams
-from pi2rt.executors.simulated import scripted
+from pi2rt.executors.simulated.executor import scripted
 from pi2rt.tokenizer import Tokenizer
 from tests.engine.opened import EOS, numbers, opened
 

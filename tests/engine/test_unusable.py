@@ -16,7 +16,7 @@ from trio.testing import MockClock
 import pi2rt
 from pi2rt._errors import ClosedError, ExecutorError, RequestError
 from pi2rt.engine import Chunk, SamplingParams
-from pi2rt.executors.simulated import Faults, SimulatedExecutor
+from pi2rt.executors.simulated.executor import Faults, SimulatedExecutor
 from pi2rt.runtime.step import Sampled, StepResult
 from pi2rt.tokenizer import Tokenizer
 from tests.engine.opened import continuation, numbers, opened

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import pytest
 import trio
 
-from pi2rt.executors.cpu import CpuExecutor
+from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.models import describe
-from pi2rt.planner.streaming import plan_streaming
+from pi2rt.planner.weights import plan_streaming
 from pi2rt.runtime.executor import ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads
 from tests.support.running import all_logits

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import pytest
 
 from pi2rt._errors import ModelFormatError
-from pi2rt.cython_kernels import native
-from pi2rt.executors.cpu import CpuExecutor
-from pi2rt.executors.reference import ReferenceExecutor
+from pi2rt.cython_kernels.kernels import native
+from pi2rt.executors.cpu.executor import CpuExecutor
+from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription, describe
 from pi2rt.runtime.executor import Executor, ExecutorOptions

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from pi2rt._errors import ModelFormatError
-from pi2rt.executors.cpu import CpuExecutor
+from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.formats import ModelFile, open_model_file, row_blocks
 from pi2rt.models import ModelDescription, describe
-from pi2rt.planner.convert import convert, verify
-from pi2rt.planner.streaming import StreamingPlan, expert_operations, plan_streaming
+from pi2rt.planner.pack.convert import convert, verify
+from pi2rt.planner.weights import StreamingPlan, expert_operations, plan_streaming
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.trace import Trace

@@ -16,13 +16,13 @@ import pytest
 import trio
 
 from pi2rt._errors import ExecutorError, RequestError
-from pi2rt.cython_kernels import native
-from pi2rt.cython_kernels.program import CLUSTER
-from pi2rt.executors.cpu import CpuExecutor
+from pi2rt.cython_kernels.kernels import native
+from pi2rt.cython_kernels.plane.program import CLUSTER
+from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.models import describe
 from pi2rt.models.stream_pieces import cut, matrices_in_order
-from pi2rt.planner.convert import convert
+from pi2rt.planner.pack.convert import convert
 from pi2rt.runtime.actor import Actor
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads

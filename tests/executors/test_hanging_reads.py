@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pi2rt.planner.convert import convert
+from pi2rt.planner.pack.convert import convert
 from tests.support.tiny_models import TinyModel, write_gguf
 
 HERE = Path(__file__).parent

@@ -10,14 +10,14 @@ import numpy.typing as npt
 import pytest
 
 from pi2rt._errors import ModelFormatError
-from pi2rt.executors.layer_walk import Factors, walk
-from pi2rt.executors.reference_model import ReferenceModel, activate
+from pi2rt.executors.cpu.layer_walk import Factors, walk
+from pi2rt.executors.reference.model import ReferenceModel, activate
 from pi2rt.formats import open_model_file
 from pi2rt.formats.quants import dequantize
 from pi2rt.models import FeedForward, describe, feed_forwards
 from pi2rt.models.tensors import iterate_tensors
-from pi2rt.planner.bundling import Bundling
-from pi2rt.planner.convert import convert
+from pi2rt.planner.pack.bundling import Bundling
+from pi2rt.planner.pack.convert import convert
 from tests.support.sparse_model import poke
 from tests.support.tiny_models import TinyModel, write_gguf
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi2rt.cython_kernels import program
-from pi2rt.executors.cpu import CpuExecutor
-from pi2rt.executors.layer_walk import walk
+from pi2rt.cython_kernels.plane import program
+from pi2rt.executors.cpu.executor import CpuExecutor
+from pi2rt.executors.cpu.layer_walk import walk
 from pi2rt.formats import neuron_order, open_model_file
 from pi2rt.formats.pack import PackFile
 from pi2rt.models import describe
-from pi2rt.planner.bundling import Bundling
-from pi2rt.planner.convert import convert, verify
-from pi2rt.planner.findings import Findings
+from pi2rt.planner.pack.bundling import Bundling
+from pi2rt.planner.pack.convert import convert, verify
+from pi2rt.planner.pack.findings import Findings
 from pi2rt.runtime.flash_reads import FlashReads
 from tests.executors import test_experts, test_predicted, test_sparse
 from tests.executors.test_sparse import cache_sizes, one_by_one

@@ -10,18 +10,18 @@ import numpy.typing as npt
 import pytest
 
 from pi2rt._errors import RequestError
-from pi2rt.cython_kernels import native
-from pi2rt.executors.cpu import CpuExecutor
-from pi2rt.executors.reference_model import ReferenceModel
+from pi2rt.cython_kernels.kernels import native
+from pi2rt.executors.cpu.executor import CpuExecutor
+from pi2rt.executors.reference.model import ReferenceModel
 from pi2rt.formats import open_model_file
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.quants import dequantize
 from pi2rt.models import FeedForward, describe
 from pi2rt.models.tensors import iterate_tensors
-from pi2rt.planner.bundling import Bundling
-from pi2rt.planner.convert import convert, verify
-from pi2rt.planner.predictors import ask_for_all
-from pi2rt.planner.streaming import plan_streaming
+from pi2rt.planner.learn.predictors import ask_for_all
+from pi2rt.planner.pack.bundling import Bundling
+from pi2rt.planner.pack.convert import convert, verify
+from pi2rt.planner.weights import plan_streaming
 from pi2rt.runtime.executor import Predictor
 from tests.executors.test_experts import READS, planned
 from tests.executors.test_sparse import cache_sizes, one_by_one

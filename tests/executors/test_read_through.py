@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import pi2rt
 from pi2rt._errors import InternalError, RequestError
-from pi2rt.cython_kernels import native
-from pi2rt.cython_kernels.neuron_cache import MOST_READ_THROUGH, Counters, NeuronCache
-from pi2rt.executors.cpu import CpuExecutor
-from pi2rt.planner.convert import convert
+from pi2rt.cython_kernels.flash.neuron_cache import MOST_READ_THROUGH, Counters, NeuronCache
+from pi2rt.cython_kernels.kernels import native
+from pi2rt.executors.cpu.executor import CpuExecutor
+from pi2rt.planner.pack.convert import convert
 from pi2rt.runtime.flash_reads import FlashReads
 from tests.executors.test_sparse import cache_sizes, one_by_one
 from tests.support.faulty_disk import FaultyDisk

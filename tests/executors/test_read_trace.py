@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi2rt.cython_kernels.neuron_cache import RECORD
-from pi2rt.executors.cpu import CpuExecutor
-from pi2rt.executors.read_trace import PAUSE_NS, SAMPLE_NS, ReadTrace
-from pi2rt.planner.convert import convert
+from pi2rt.cython_kernels.flash.neuron_cache import RECORD
+from pi2rt.executors.cpu.executor import CpuExecutor
+from pi2rt.executors.flash.read_trace import PAUSE_NS, SAMPLE_NS, ReadTrace
+from pi2rt.planner.pack.convert import convert
 from pi2rt.runtime.trace import Trace
 from tests.executors.test_sparse import TOKENS, cache_sizes, one_by_one
 from tests.support.running import all_logits, opened

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from pi2rt._errors import ClosedError, InternalError
-from pi2rt.executors.simulated import (
+from pi2rt.executors.simulated.executor import (
     Faults,
     SimulatedExecutor,
     SimulatedFault,

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from pi2rt._errors import ModelFormatError, RequestError
-from pi2rt.cython_kernels.stream import SECTOR, Stream
-from pi2rt.executors.cpu import CpuExecutor
-from pi2rt.executors.reference import ReferenceExecutor
+from pi2rt.cython_kernels.flash.stream import SECTOR, Stream
+from pi2rt.executors.cpu.executor import CpuExecutor
+from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription, describe
 from pi2rt.models.stream_pieces import cut, matrices_in_order
-from pi2rt.planner.convert import convert
+from pi2rt.planner.pack.convert import convert
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.trace import Trace
@@ -260,7 +260,7 @@ async def test_the_reference_executor_refuses_to_stream(pack: Path) -> None:
 
 
 def test_a_stream_that_nobody_takes_from_closes(pack: Path) -> None:
-    from pi2rt.cython_kernels import native
+    from pi2rt.cython_kernels.kernels import native
 
     ring = native.Memory(1 << 20)
     descriptors = len(os.listdir("/proc/self/fd"))

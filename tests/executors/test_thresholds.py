@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pi2rt.cython_kernels import native
-from pi2rt.executors.cpu import CpuExecutor
-from pi2rt.executors.reference_model import ReferenceModel
+from pi2rt.cython_kernels.kernels import native
+from pi2rt.executors.cpu.executor import CpuExecutor
+from pi2rt.executors.reference.model import ReferenceModel
 from pi2rt.formats import open_model_file
 from pi2rt.formats.quants import dequantize
 from pi2rt.models import FeedForward, describe
 from pi2rt.models.tensors import iterate_tensors
-from pi2rt.planner.convert import convert
+from pi2rt.planner.pack.convert import convert
 from tests.executors.test_sparse import cache_sizes, one_by_one
 from tests.support.running import all_logits, opened
 from tests.support.tiny_models import TinyModel, write_gguf

@@ -33,7 +33,7 @@ from pi2rt.formats.calibration import (
 )
 from pi2rt.formats.neuron_order import encode_order
 from pi2rt.formats.pack import PackFile
-from pi2rt.planner.convert import convert
+from pi2rt.planner.pack.convert import convert
 from tests.support.tiny_models import TinyModel, write_gguf
 
 

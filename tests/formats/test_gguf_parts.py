@@ -14,7 +14,7 @@ from pi2rt._errors import ModelFormatError, ModelNotFoundError
 from pi2rt.formats.gguf import GgufFile
 from pi2rt.formats.model_file import open_model_file
 from pi2rt.models import describe
-from pi2rt.planner.convert import convert, source_stamps
+from pi2rt.planner.pack.convert import convert, source_stamps
 from tests.support.tiny_models import TinyModel, write_gguf
 
 

@@ -185,7 +185,9 @@ def same(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("type_name", TYPES)
 def test_sizes_are_those_of_the_native_module(type_name: str) -> None:
-    native = pytest.importorskip("pi2rt.cython_kernels.native", reason="the native module is not built")
+    native = pytest.importorskip(
+        "pi2rt.cython_kernels.kernels.native", reason="the native module is not built"
+    )
     for blocks in (1, 2, 3, 7, 64):
         columns = blocks * TYPES[type_name].block_elements
         for rows in (1, 15, 16, 17, 160):

@@ -15,8 +15,8 @@ import pytest
 
 from pi2rt.formats import open_model_file
 from pi2rt.formats.quants import TYPES, dequantize
-from pi2rt.planner.convert import convert
-from pi2rt.planner.findings import Findings
+from pi2rt.planner.pack.convert import convert
+from pi2rt.planner.pack.findings import Findings
 from tests.support.tiny_models import TinyModel, write_gguf
 
 Bytes = npt.NDArray[np.uint8]

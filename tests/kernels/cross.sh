@@ -11,15 +11,16 @@ set -u
 root=$(cd "$(dirname "$0")/../.." && pwd)
 here=$root/tests/kernels
 source=$root/cython_kernels
+folders=(kernels system flash plane) # of the C files, and of what they include
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-compiler=${CC:-cc}
+read -ra compiler <<<"${CC:-cc}" # may be "ccache gcc"
 machine=$(uname -m)
 cases=$work/cases.bin
 
 has() { grep -qw "$1" /proc/cpuinfo; }
 
-common=(-std=gnu11 -ffp-contract=off -Wall -Wextra -Werror -I"$source" -I"$here")
+common=(-std=gnu11 -ffp-contract=off -Wall -Wextra -Werror "${folders[@]/#/-I$source/}" -I"$here")
 # Calls instead of inlined checks, or the compiler takes minutes; null is found by the address sanitizer anyway.
 checks=(-O1 -g1 -fno-var-tracking -fsanitize=address --param asan-instrumentation-with-call-threshold=0
   -fsanitize=undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all)
@@ -35,13 +36,13 @@ build() {
   for variant in "$@"; do echo "#define PI2_HAVE_$variant 1"; done >"$work/$name/variants.h"
   # shellcheck disable=SC2086  # flags are words
   for variant in "$@"; do
-    $with "${common[@]}" $flags ${isa[$variant]} -c "$source/kernels_$variant.c" -o "$work/$name/$variant.o" &
+    $with "${common[@]}" $flags ${isa[$variant]} -c "$source/kernels/kernels_$variant.c" -o "$work/$name/$variant.o" &
     jobs+=($!)
   done
   for job in "${jobs[@]}"; do wait "$job" || status=1; done
   # shellcheck disable=SC2086
-  [ $status = 0 ] && $with "${common[@]}" $flags -I"$work/$name" "$here/runner.c" "$source/dispatch.c" \
-    "$source/repack.c" "$source/bundles.c" "$work/$name"/*.o -lm -o "$work/$name/runner"
+  [ $status = 0 ] && $with "${common[@]}" $flags -I"$work/$name" "$here/runner.c" \
+    "$source"/kernels/{dispatch,repack,bundles}.c "$work/$name"/*.o -lm -o "$work/$name/runner"
 }
 
 native() {
@@ -54,12 +55,12 @@ native() {
       ;;
     aarch64) has asimddp && variants+=(neon) ;;
   esac
-  build native "$compiler" "${checks[*]}" "${variants[@]}" && "$work/native/runner" "$cases"
+  build native "${compiler[*]}" "${checks[*]}" "${variants[@]}" && "$work/native/runner" "$cases"
 }
 
 vnni() {
   isa[avx512vnni]="$avx512 -include emulate_vnni.h"
-  build vnni "$compiler" -O2 scalar avx512vnni && "$work/vnni/runner" "$cases" avx512vnni
+  build vnni "${compiler[*]}" -O2 scalar avx512vnni && "$work/vnni/runner" "$cases" avx512vnni
 }
 
 arm() {
@@ -73,30 +74,30 @@ stress() {
   shift 2
   mkdir -p "$work/$name"
   echo "#define PI2_HAVE_scalar 1" >"$work/$name/variants.h"
-  "$compiler" "${common[@]}" "$@" -I"$work/$name" "$here/stress.c" \
-    "$source"/{dispatch,repack,bundles,sampler,gang,flash,flash_uring,stream,rows,pages,system_calls}.c \
-    "$source"/{neuron_cache,program,ops_linear,ops_attention,ops_sparse,ops_experts,ops_streamed,kernels_scalar}.c \
+  "${compiler[@]}" "${common[@]}" "$@" -I"$work/$name" "$here/stress.c" \
+    "$source"/kernels/{dispatch,repack,bundles,kernels_scalar}.c "$source"/{system,flash,plane}/*.c \
     -lm -pthread -o "$work/$name/stress" && (cd "$work" && "$name/stress" "$steps")
 }
 
+reader=("$source"/flash/{flash,flash_uring}.c "$source/plane/gang.c" "$source"/system/{pages,system_calls}.c)
 # flash NAME READS FLAGS...
 flash() {
   local name=$1 reads=$2
   shift 2
-  "$compiler" "${common[@]}" "$@" "$here/flash_stress.c" "$source"/{flash,flash_uring,gang,pages,system_calls}.c \
+  "${compiler[@]}" "${common[@]}" "$@" "$here/flash_stress.c" "${reader[@]}" \
     -pthread -o "$work/flash_$name" && (cd "$work" && "./flash_$name" "$reads")
 }
 
 # Under the emulator there is no io_uring: this is about the other backend, and about falling back to it.
 flash_arm() {
   aarch64-linux-gnu-gcc "${common[@]}" -O2 -static "$here/flash_stress.c" \
-    "$source"/{flash,flash_uring,gang,pages,system_calls}.c -pthread \
+    "${reader[@]}" -pthread \
     -o "$work/flash_arm" && (cd "$work" && qemu-aarch64-static -cpu max ./flash_arm 500)
 }
 
 prefetches() {
   local built count
-  built=$(python -P -c 'from pi2rt.cython_kernels import native; print(native.__file__)') || return 1
+  built=$(python -P -c 'from pi2rt.cython_kernels.kernels import native; print(native.__file__)') || return 1
   count=$(objdump -d "$built" | grep -cE '\s(prefetch[a-z0-9]*|prfm)\s')
   echo "$count instructions in $(basename "$built")"
   [ "$count" -ge 200 ] # at least five for each of some forty products; 12 were left when they had been removed

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pi2rt.cython_kernels import native
+from pi2rt.cython_kernels.kernels import native
 from pi2rt.formats import neuron_bundles
 from pi2rt.models import rope_scaling
 from tests.kernels.weights import FLOAT_TYPES, QUANT_TYPES, TYPE_NAMES, random_rows

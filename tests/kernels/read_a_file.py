@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from pi2rt.cython_kernels.flash import Reader
+from pi2rt.cython_kernels.flash.reader import Reader
 
 WALL = 0x40000000  # waitpid: children of any kind
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi2rt.cython_kernels import native
+from pi2rt.cython_kernels.kernels import native
 from pi2rt.formats import neuron_bundles, quants
 from pi2rt.formats.neuron_bundles import Matrix, NeuronBundles
 from tests.kernels.weights import TYPE_NAMES, Bytes, random_rows

@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi2rt._errors import BusyError, RequestError
-from pi2rt.cython_kernels import flash
-from pi2rt.cython_kernels.flash import EOF, SECTOR, Io, Reader
+from pi2rt.cython_kernels.flash import reader as flash
+from pi2rt.cython_kernels.flash.reader import EOF, SECTOR, Io, Reader
 from tests.kernels.refused import Refusal, in_thread, refuse
 from tests.support.native_threads import settles_at
 

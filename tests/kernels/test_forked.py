@@ -10,7 +10,9 @@ import pytest
 
 CODE = """
 import mmap, os, signal, sys
-from pi2rt.cython_kernels import flash, native, program
+from pi2rt.cython_kernels.flash import reader as flash
+from pi2rt.cython_kernels.kernels import native
+from pi2rt.cython_kernels.plane import program
 
 memory, gang = native.Memory(1 << 20), program.Gang([-1, -1])
 reader = flash.Reader(sys.argv[1], sys.argv[2], depth=2)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi2rt.cython_kernels import native
+from pi2rt.cython_kernels.kernels import native
 from pi2rt.formats import quants
 from tests.kernels.variants import KERNELS
 from tests.kernels.weights import FLOAT_TYPES, QUANT_TYPES, TYPE_NAMES, random_rows

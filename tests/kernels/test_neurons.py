@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi2rt.cython_kernels import native
+from pi2rt.cython_kernels.kernels import native
 from pi2rt.formats import neuron_bundles, quants
 from pi2rt.formats.neuron_bundles import Matrix
 from tests.kernels.variants import KERNELS, SCALAR, Floats, assert_same_bits

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi2rt.cython_kernels import flash, native, neuron_cache, stream
+from pi2rt.cython_kernels.flash import reader as flash
+from pi2rt.cython_kernels.flash.reader import neuron_cache, stream
+from pi2rt.cython_kernels.kernels import native
 from pi2rt.formats import pack_header, row_blocks
 from tests.support import large_pages
 from tests.support.real_model import smollm2
@@ -23,7 +25,7 @@ PAGE = native.page_bytes()
 
 DISCARD = """
 import numpy as np
-from pi2rt.cython_kernels import native
+from pi2rt.cython_kernels.kernels import native
 page = native.page_bytes()
 memory = native.Memory(8 * page)
 assert memory.address % page == 0

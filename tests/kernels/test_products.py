@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pi2rt.cython_kernels import native
+from pi2rt.cython_kernels.kernels import native
 from pi2rt.formats import quants
 from tests.kernels.variants import EPSILON, KERNELS, OTHERS, SCALAR, Floats, assert_same_bits, misaligned
 from tests.kernels.weights import FLOAT_TYPES, QUANT_TYPES, TYPE_NAMES, Bytes, random_rows, without_quants

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pi2rt.planner.convert import convert
+from pi2rt.planner.pack.convert import convert
 from tests.kernels import refused
 from tests.support.tiny_models import TinyModel, write_gguf
 

@@ -1,4 +1,4 @@
-"""The native sampler picks what ``pi2rt.executors.reference_sampling`` says."""
+"""The native sampler picks what ``pi2rt.executors.reference.sampling`` says."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pi2rt.cython_kernels import native, program
-from pi2rt.executors import reference_sampling
+from pi2rt.cython_kernels.kernels import native
+from pi2rt.cython_kernels.plane import program
+from pi2rt.executors.reference.executor import sampling as reference_sampling
 from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Unusable
 from tests.kernels.variants import KERNELS
 

@@ -7,7 +7,7 @@ import platform
 import pytest
 
 from pi2rt._errors import KernelUnavailableError
-from pi2rt.cython_kernels import native
+from pi2rt.cython_kernels.kernels import native
 
 
 def test_scalar_comes_first_and_the_best_that_runs_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

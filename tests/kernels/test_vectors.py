@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi2rt.cython_kernels import native
+from pi2rt.cython_kernels.kernels import native
 from tests.kernels.variants import EPSILON, KERNELS, OTHERS, SCALAR, Floats, assert_same_bits, misaligned
 
 Doubles = npt.NDArray[np.float64]

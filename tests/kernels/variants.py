@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pi2rt.cython_kernels import native
+from pi2rt.cython_kernels.kernels import native
 
 Floats = npt.NDArray[np.float32]
 

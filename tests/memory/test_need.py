@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from pi2rt._errors import MemoryBudgetError
-from pi2rt.executors.cpu import CpuExecutor
+from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.memory import MemoryNeed, estimate_need
 from pi2rt.models import describe
-from pi2rt.planner.bundling import Bundling
-from pi2rt.planner.convert import convert
+from pi2rt.planner.pack.bundling import Bundling
+from pi2rt.planner.pack.convert import convert
 from tests.support.running import opened
 from tests.support.tiny_models import VOCAB_SIZE, TinyModel, write_gguf
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
-from pi2rt.executors.reference import ReferenceExecutor
+from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.models import FeedForward, MixtureOfExperts, ModelDescription, describe
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step

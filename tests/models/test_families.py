@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi2rt.executors.reference import ReferenceExecutor
+from pi2rt.executors.reference.executor import ReferenceExecutor
 from tests.support.families import FAMILIES
 from tests.support.running import all_logits, opened
 from tests.support.tiny_models import TinyModel, write_gguf, write_huggingface

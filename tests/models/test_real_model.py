@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pi2rt.executors.reference import ReferenceExecutor
+from pi2rt.executors.reference.executor import ReferenceExecutor
 from tests.golden.compare import compare_logits, load_greedy, load_logits
 from tests.support.real_model import smollm2
 from tests.support.running import all_logits, greedy, opened

@@ -12,8 +12,8 @@ import pytest
 import trio
 
 from pi2rt._errors import BusyError, ClosedError, ModelFormatError
-from pi2rt.executors import reference_model
-from pi2rt.executors.reference import ReferenceExecutor
+from pi2rt.executors.reference.executor import ReferenceExecutor
+from pi2rt.executors.reference.executor import model as reference_model
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription, describe
 from pi2rt.runtime.executor import Executor, ExecutorOptions

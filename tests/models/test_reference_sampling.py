@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi2rt.executors.reference_sampling import log_softmax, penalised, sample, splitmix64, uniform
+from pi2rt.executors.reference.sampling import log_softmax, penalised, sample, splitmix64, uniform
 from pi2rt.runtime.step import Sampling, Unusable
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))  # likeliest first: 1, 3, 4, 2, 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pi2rt.executors.reference import ReferenceExecutor
+from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.formats import open_model_file
 from tests.support.running import greedy, opened
 from tests.support.stories260k import BOS, GOLDEN_TEXT, write_stories260k

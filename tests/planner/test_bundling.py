@@ -14,13 +14,13 @@ import pytest
 
 from pi2rt import open_runtime
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
-from pi2rt.cython_kernels import native
-from pi2rt.executors.cpu import CpuExecutor
+from pi2rt.cython_kernels.kernels import native
+from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.quants import dequantize
-from pi2rt.planner import bundling
-from pi2rt.planner.convert import Broken, convert, verify
+from pi2rt.planner.pack import bundling
+from pi2rt.planner.pack.convert import Broken, convert, verify
 from tests.support.sparse_model import poke
 from tests.support.tiny_models import TinyModel, write_gguf, write_huggingface
 
@@ -194,8 +194,8 @@ async def test_an_executor_that_does_not_know_them_gets_none(tmp_path: Path, pac
 
 MEASURED = """
 import sys
-from pi2rt.planner.convert import convert
-from pi2rt.runtime.host_memory import peak_rss_bytes
+from pi2rt.planner.pack.convert import convert
+from pi2rt.host.memory import peak_rss_bytes
 convert(sys.argv[1], sys.argv[2])  # imports and first uses are no growth
 before = peak_rss_bytes()
 convert(sys.argv[3], sys.argv[4])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from pi2rt.formats.neuron_order import CLUSTER, decode_order, encode_order, neurons_at, own_order
-from pi2rt.planner.coactivation import CoActivation, Fired, by_page, find_order, reading
+from pi2rt.planner.learn.coactivation import CoActivation, Fired, by_page, find_order, reading
 
 
 @st.composite

@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 
 from pi2rt._errors import ConversionError, ModelFormatError, RequestError, UnsupportedModelError
-from pi2rt.executors.cpu import CpuExecutor
-from pi2rt.executors.reference import ReferenceExecutor
-from pi2rt.executors.weights import Weights
+from pi2rt.executors.cpu.executor import CpuExecutor
+from pi2rt.executors.cpu.weights import Weights
+from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.quants import TYPES
 from pi2rt.formats.regular_file import drop_cache
 from pi2rt.models import describe
-from pi2rt.planner import convert as module
-from pi2rt.planner.convert import Broken, convert, verify
+from pi2rt.planner.pack import convert as module
+from pi2rt.planner.pack.convert import Broken, convert, verify
 from pi2rt.tokenizer import load_tokenizer
 from tests.support.families import FAMILIES
 from tests.support.running import all_logits, opened
@@ -314,7 +314,7 @@ def test_interrupted_anywhere_it_leaves_nothing(many_types: Path, pack: Path) ->
 
 def test_killed_it_can_be_run_again(tmp_path: Path, pack: Path) -> None:
     source = sparse_model(tmp_path / "m.gguf", 256 << 20)
-    code = "import sys; from pi2rt.planner.convert import convert; convert(*sys.argv[1:])"
+    code = "import sys; from pi2rt.planner.pack.convert import convert; convert(*sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-P", "-c", code, source, pack])
     part = pack.with_name(f".{pack.name}.part")
     deadline = time.monotonic() + 60
@@ -421,8 +421,8 @@ def test_what_cannot_be_read_is_broken(many_types: Path, pack: Path, monkeypatch
 
 MEASURED = """
 import sys
-from pi2rt.planner.convert import convert
-from pi2rt.runtime.host_memory import peak_rss_bytes
+from pi2rt.planner.pack.convert import convert
+from pi2rt.host.memory import peak_rss_bytes
 convert(sys.argv[1], sys.argv[2])  # imports and first uses are no growth
 before = peak_rss_bytes()
 convert(sys.argv[3], sys.argv[4])

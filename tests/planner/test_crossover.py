@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from pi2rt.cython_kernels import native
-from pi2rt.cython_kernels.block_work import BlockWork
+from pi2rt.cython_kernels.kernels import native
+from pi2rt.cython_kernels.kernels.block_work import BlockWork
 from pi2rt.formats.neuron_bundles import Matrix, NeuronBundles, arrange
-from pi2rt.planner import crossover
+from pi2rt.planner.measure import crossover
 from tests.kernels.variants import KERNELS
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pi2rt.planner.decode_law import DecodeUse, Rates, bound_s, measure_flash, percentile
+from pi2rt.planner.laws import DecodeUse, Rates, bound_s, measure_flash, percentile
 from pi2rt.runtime.executor import StepUse
 from pi2rt.runtime.step import NeuronUse
 

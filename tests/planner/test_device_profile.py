@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import pytest
 
 from pi2rt._errors import MemoryBudgetError
-from pi2rt.planner.device_profile import DeviceProfile, measure_device
+from pi2rt.host.topology import read_topology
+from pi2rt.planner.measure.device_profile import DeviceProfile, measure_device
 from pi2rt.planner.placement import PlacedActor, Placement, default_placement
-from pi2rt.runtime.topology import read_topology
 
 TWO = Placement((PlacedActor("big", (4, 5), True), PlacedActor("little", (0,), False)))
 
@@ -42,6 +42,6 @@ def test_bad_settings(settings: dict[str, int]) -> None:
 
 
 def test_this_machine() -> None:
-    pytest.importorskip("pi2rt.cython_kernels.native", reason="the native module is not built")
+    pytest.importorskip("pi2rt.cython_kernels.kernels.native", reason="the native module is not built")
     profile = measure_device(default_placement(read_topology()), buffer_bytes=32 << 20, repeat=1)
     assert 1e8 < profile.read_bandwidth < 1e13

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from pi2rt._errors import RequestError
+from pi2rt.host.topology import CoreClass, Topology, parse_core_classes
 from pi2rt.planner.placement import PlacedActor, Placement, default_placement
-from pi2rt.runtime.topology import CoreClass, Topology, parse_core_classes
 
 PHONE = Topology(
     (CoreClass("prime", (7,)), CoreClass("big", (2, 3, 4, 5, 6), 870), CoreClass("little", (0, 1), 325))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pi2rt.planner.predictors import ask_for_all, default_rank, measure, train
+from pi2rt.planner.learn.predictors import ask_for_all, default_rank, measure, train
 
 RANDOM = np.random.default_rng(3)
 DIM, NEURONS = 64, 192

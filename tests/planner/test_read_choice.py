@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi2rt._errors import OutputError
-from pi2rt.cython_kernels.stream import MOST_DEPTH
-from pi2rt.planner.kept_curve import KeptCurve, device_of, keep_curve, kept_curve, kept_curves
+from pi2rt.cython_kernels.flash.stream import MOST_DEPTH
+from pi2rt.planner.measure.kept_curve import KeptCurve, device_of, keep_curve, kept_curve, kept_curves
+from pi2rt.planner.measure.read_curve import DEPTHS, READ_BYTES, ReadCurve, measure_read_curve
 from pi2rt.planner.read_choice import CLUSTER_BUFFER, ENOUGH, STREAM_BUFFER, choose_reads
-from pi2rt.planner.read_curve import DEPTHS, READ_BYTES, ReadCurve, measure_read_curve
 from pi2rt.runtime.flash_reads import FlashReads
 
 

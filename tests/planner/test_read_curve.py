@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pi2rt.planner.read_curve import Pattern, ReadCurve, ReadPoint, measure_read_curve
+from pi2rt.planner.measure.read_curve import Pattern, ReadCurve, ReadPoint, measure_read_curve
 
 KNEE = ReadCurve(
     "uring",

@@ -11,8 +11,8 @@ import pytest
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import describe, iterate_tensors
 from pi2rt.models.stream_pieces import cut, matrices_in_order
-from pi2rt.planner.convert import convert
-from pi2rt.planner.streaming import (
+from pi2rt.planner.pack.convert import convert
+from pi2rt.planner.weights import (
     AHEAD_SHARE,
     FIRST_NEURONS,
     LEAST_AHEAD,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pi2rt.planner.thresholds import Activations, calibrate_block, cats, chess
+from pi2rt.planner.learn.thresholds import Activations, calibrate_block, cats, chess
 
 RANDOM = np.random.default_rng(7)
 FACTORS = [

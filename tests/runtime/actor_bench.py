@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pi2rt.executors.simulated import Faults, SimulatedExecutor
+from pi2rt.executors.simulated.executor import Faults, SimulatedExecutor
 from pi2rt.models import Linear, ModelDescription, Norm
 from pi2rt.runtime.actor import Actor
 from pi2rt.runtime.executor import Executor, ExecutorOptions

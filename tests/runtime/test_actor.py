@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from pi2rt._errors import BusyError, ClosedError, ExecutorError, InternalError
-from pi2rt.executors.simulated import SimulatedFault
+from pi2rt.executors.simulated.executor import SimulatedFault
 from pi2rt.runtime.actor import MAX_FAILURES, Actor, NotRebuilt
 from pi2rt.runtime.executor import Executor
 from pi2rt.runtime.step import StepResult

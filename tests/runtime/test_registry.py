@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pi2rt._errors import PluginError, RequestError
-from pi2rt.executors.simulated import SimulatedExecutor
+from pi2rt.executors.simulated.executor import SimulatedExecutor
 from pi2rt.runtime.registry import available_executors, check_executor, load_executor
 
 

@@ -1,0 +1,1 @@
+"""Kernels of each instruction set, memory, and the layout of weights: native."""

@@ -1,0 +1,15 @@
+from pi2rt.cython_kernels.kernels.native import BundleLayout, Memory
+
+class BlockWork:
+    nbytes: int
+    def __init__(
+        self,
+        up_type: str | None,
+        down_type: str,
+        dim: int,
+        neurons: int,
+        layout: BundleLayout,
+        every: int,
+        name: str | None = None,
+    ) -> None: ...
+    def compute(self, weights: Memory, copies: int) -> None: ...

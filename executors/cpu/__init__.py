@@ -1,0 +1,1 @@
+"""The processor: a step as one native program on pinned threads."""

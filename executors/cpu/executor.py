@@ -1,0 +1,409 @@
+"""The processor: a model's whole step runs as one native program on pinned threads of this executor's own.
+
+The lead executor of a device holds the program; the cores of its assistants (another class of cores, an actor of their
+own name in traces and statistics) are threads of the same gang and take rows from the same cursors, so that a layer is
+shared without a hop through the control plane.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+import trio
+
+from pi2rt._errors import BusyError, ClosedError, RequestError, UnsupportedModelError
+from pi2rt.cython_kernels.flash.neuron_cache import NeuronCache
+from pi2rt.cython_kernels.kernels import native
+from pi2rt.cython_kernels.plane import program
+from pi2rt.executors.cpu.expert_pages import Clusters
+from pi2rt.executors.cpu.neurons import Neurons
+from pi2rt.executors.cpu.predictors import LoadedPredictors
+from pi2rt.executors.cpu.program_builder import ProgramBuilder, cache_layouts, kv_type
+from pi2rt.executors.cpu.weights import Weights
+from pi2rt.executors.flash.embedding_rows import EmbeddingRows
+from pi2rt.executors.flash.late_reads import LateReads
+from pi2rt.executors.flash.page_cache import PageCache
+from pi2rt.executors.flash.read_trace import ReadTrace
+from pi2rt.executors.flash.ring import Ring
+from pi2rt.formats import ModelFile
+from pi2rt.host.limits import explained
+from pi2rt.host.topology import own_cores
+from pi2rt.models import ModelDescription
+from pi2rt.runtime.executor import (
+    RECENT_STEPS,
+    ExecutorOptions,
+    ExecutorStatistics,
+    Progress,
+    StepUse,
+    ThreadStatistics,
+)
+from pi2rt.runtime.step import Step, StepResult
+from pi2rt.runtime.trace import Nanoseconds
+
+FLASH = "flash"
+"""Name of the actor that reads streamed weights and neurons."""
+
+TRACED_READS = 1 << 16
+"""Reads of neurons between two steps whose times are kept for a trace."""
+
+SPIN_NS = 50_000
+"""How long a thread spins at a barrier before it sleeps. A wake-up costs 50 to 100 us."""
+
+
+class CpuExecutor:
+    """See ``pi2rt.runtime.executor.Executor``."""
+
+    name = "cpu"
+    reads_bundles = True
+    sparsities = ("exact", "thresholded", "predicted")
+    max_in_flight = program.MOST_IN_FLIGHT
+
+    def __init__(self) -> None:
+        self._weights: Weights | None = None
+        self._cache: native.Memory | None = None
+        self._ring: Ring | None = None
+        self._neurons: Neurons | None = None
+        self._predictors: LoadedPredictors | None = None
+        self._clusters: Clusters | None = None
+        self._rows: EmbeddingRows | None = None
+        self._gang: program.Gang | None = None
+        self._program: program.Program | None = None
+        self._options: ExecutorOptions | None = None
+        self._in_flight: deque[int] = deque()
+        self._threads: list[tuple[str, int]] = []  # (actor, core) of each thread
+        self._traced_reads = 0
+        self._read_traces: list[tuple[NeuronCache, ReadTrace]] = []
+        self._in_a_row = 0  # results taken without letting other tasks run
+        self._steps = self._tokens = self._busy_ns = self._kernel_ns = self._finished_ns = 0
+        self._tokens_of: deque[int] = deque()
+        self._recent: deque[StepUse] = deque(maxlen=RECENT_STEPS)
+        self._resizing = trio.Lock()
+
+    async def open(
+        self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
+    ) -> None:
+        """Loads the weights with as many threads as will compute; ``progress`` counts bytes of the file."""
+        if options.exact_floats and file.bundles:
+            raise UnsupportedModelError(
+                file.path,
+                "bundles",
+                "are not read as exact floats; convert the model with --bundles off for that",
+            )
+        cores = options.cores or tuple(sorted(own_cores()))
+        self._threads = [(options.actor, core) for core in cores]
+        self._threads += [(actor, core) for actor, group in options.assistants for core in group]
+        self._options = options
+        self._weights = Weights(
+            file,
+            model,
+            exact_floats=options.exact_floats,
+            streamed=options.streamed,
+            piece_bytes=options.reads.stream_bytes,
+            paged=options.paged,
+            read_by_row=options.read_by_row,
+        )
+        reads = LateReads(file.path, options.read_deadline)
+        await self._load(file, model, options, progress, reads)
+        if options.read_by_row is not None:
+            name = options.read_by_row
+            self._rows = await reads.run(
+                "weights", lambda: EmbeddingRows(file, name, options.read_deadline), EmbeddingRows.close
+            )
+        if options.streamed:
+            pieces, ring_bytes, io = self._weights.pieces.pieces, options.ring_bytes, options.io
+            deadline = options.read_deadline
+            self._ring = await reads.run(
+                "weights", lambda: Ring(file, pieces, ring_bytes, io, deadline, options.reads), Ring.close
+            )
+        layouts, page_bytes = cache_layouts(model, kv_type(options))
+        self._cache = native.Memory(max(1, options.pages * page_bytes))
+        pinned = [core for _, core in self._threads]
+        spin = SPIN_NS if len(set(pinned)) == len(pinned) else 0  # two on one core would spin for each other
+        self._gang = program.Gang(pinned, spin_ns=spin)
+        wanted = options.predictors
+        self._predictors = await reads.run(
+            "weights", lambda: LoadedPredictors(file, wanted), LoadedPredictors.close
+        )
+        builder = ProgramBuilder(
+            file,
+            model,
+            self._weights,
+            options,
+            self._gang,
+            None if self._ring is None else self._ring.stream,
+            None if self._rows is None else self._rows.rows,
+            self._neurons,
+            self._clusters,
+            self._predictors.by_down,
+        )
+        self._program = builder.build(self._cache, layouts, page_bytes)
+        if self._ring is not None:
+            lent = self._ring.borrow(self._program.rarely_used_bytes + self._cache.nbytes - page_bytes)
+            kv, kv_bytes = self._cache.address, self._cache.nbytes
+            self._program.lend(lent, kv=kv, kv_bytes=kv_bytes, kv_page_bytes=page_bytes)
+        if options.trace is not None and self._neurons is not None:
+            trace = ReadTrace(options.trace, FLASH, self._neurons.layers)
+            self._read_traces.append((self._neurons.cache, trace))
+        if options.trace is not None and self._clusters is not None:
+            matrices = tuple(name.removesuffix(".weight") for name in options.paged)
+            trace = ReadTrace(options.trace, FLASH, matrices, "experts")
+            self._read_traces.append((self._clusters.cache, trace))
+        for reading, _ in self._read_traces:
+            reading.trace(TRACED_READS)
+
+    async def _load(
+        self,
+        file: ModelFile,
+        model: ModelDescription,
+        options: ExecutorOptions,
+        progress: Progress,
+        reads: LateReads,
+    ) -> None:
+        """Weights, and as many neurons and clusters of experts as there is room for."""
+        assert self._weights is not None
+        caches: list[Neurons | Clusters] = []
+        io, deadline, at_once = options.io, options.read_deadline, options.reads
+        if options.paged:
+            paged, nbytes = options.paged, options.cluster_bytes
+            self._clusters = await reads.run(
+                "weights",
+                lambda: Clusters(file, paged, nbytes, io, deadline, at_once),
+                Clusters.close,
+            )
+            caches.append(self._clusters)
+        if self._weights.scales:
+            self._neurons = neurons = await reads.run(
+                "weights",
+                lambda: Neurons(
+                    file, model, options.neuron_bytes, io, deadline, at_once, two_phase=options.two_phase
+                ),
+                Neurons.close,
+            )
+            caches.append(neurons)
+        if not caches:
+            await self._weights.load(progress, len(self._threads), deadline)
+            return
+        total, done = self._weights.file_bytes + sum(each.nbytes for each in caches), 0
+        await self._weights.load(lambda read, _: progress(read, total), len(self._threads), deadline)
+        done = self._weights.file_bytes
+
+        def report(count: int) -> None:
+            nonlocal done
+            done += count
+            trio.from_thread.check_cancelled()
+            trio.from_thread.run_sync(progress, min(done, total), total)
+
+        for each in caches:
+            await trio.to_thread.run_sync(each.load, report)
+        progress(total, total)  # each block's share of a cache is rounded down
+
+    def submit(self, step: Step) -> None:
+        if self._program is None or self._options is None:
+            raise ClosedError("the cpu executor is not open")
+        if len(self._in_flight) >= self.max_in_flight:
+            raise BusyError(f"{len(self._in_flight)} steps are in flight already; wait for one")
+        self._program.post(step, self._options.trace is not None)
+        self._in_flight.append(step.id)
+        self._tokens_of.append(step.tokens)
+
+    async def wait(self) -> StepResult:
+        if self._program is None or self._gang is None:
+            raise ClosedError("the cpu executor is not open")
+        event_fd = self._gang.event_fd
+        # Results that are there already are taken in a row, for a pass of Trio's loop costs as much as handling one;
+        # but steps that are always done early must not starve other tasks.
+        self._in_a_row = self._in_a_row + 1 if self._program.ready() else 0
+        if 0 < self._in_a_row < self.max_in_flight:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        elif self._in_a_row:
+            self._in_a_row = 0
+            await trio.lowlevel.checkpoint()
+        while not self._program.ready():
+            try:
+                await trio.lowlevel.wait_readable(event_fd)
+            except trio.ClosedResourceError:
+                raise ClosedError("the cpu executor was closed") from None
+            with contextlib.suppress(
+                BlockingIOError
+            ):  # the event of a step that was ready before it was waited for
+                os.read(event_fd, 8)
+        self._in_flight.popleft()
+        tokens = self._tokens_of.popleft()
+        result, times = self._program.result()
+        busy_ns = result.finished_ns - result.started_ns
+        self._steps += 1
+        self._tokens += tokens
+        self._busy_ns += busy_ns
+        self._kernel_ns += result.kernel_ns
+        self._finished_ns = result.finished_ns
+        self._recent.append(
+            StepUse(tokens, busy_ns, result.weight_bytes, result.streamed_bytes, result.neurons)
+        )
+        if times is not None and not result.stopped:
+            self._record(*times)
+        return result
+
+    def _record(self, starts: Nanoseconds, ends: Nanoseconds, waits: list[Nanoseconds]) -> None:
+        assert self._options is not None
+        assert self._options.trace is not None
+        assert self._program is not None
+        names = self._program.operations
+        for thread, (actor, core) in enumerate(self._threads):
+            track = self._options.trace.track(actor, f"core {core}")
+            self._options.trace.extend_native(track, names, starts[thread], ends[thread])
+            waited = waits[thread]
+            index = np.zeros(len(waited), np.intp)
+            self._options.trace.extend_native(track, ("wait",), waited[:, 0], waited[:, 1], index)
+        self._draw_reads()
+        if self._ring is not None:
+            begin, end = self._ring.stream.times()
+            read = end > np.maximum(begin, self._traced_reads)
+            if read.any():
+                track = self._options.trace.track(FLASH, "reads")
+                pieces = zip(self._ring.pieces, read, strict=True)
+                reads = tuple(piece.matrix for piece, new in pieces if new)
+                self._options.trace.extend_native(track, reads, begin[read], end[read])
+                self._traced_reads = int(end[read].max())
+
+    def _draw_reads(self) -> None:
+        for cache, trace in self._read_traces:
+            trace.draw(*cache.take_reads())
+
+    def stop(self, step_id: int) -> None:
+        if self._program is not None:
+            self._program.stop(step_id)
+
+    async def resize(self, neuron_bytes: int) -> None:
+        """See ``pi2rt.runtime.executor.Resizable``."""
+        neurons = self._neurons
+        if neurons is None:
+            raise RequestError("there are no neurons in a cache: their memory cannot be resized")
+        # Not to be left half done: the thread would go on, and the memory might be freed under it.
+        with trio.CancelScope(shield=True):
+            async with self._resizing:  # in the order of the calls
+                await trio.to_thread.run_sync(neurons.resize, neuron_bytes)
+        await trio.to_thread.run_sync(neurons.refill, trio.from_thread.check_cancelled)
+
+    async def aclose(self) -> None:
+        gang, self._gang = self._gang, None
+        if gang is not None:
+            if self._program is not None:
+                for step_id in self._in_flight:
+                    self._program.stop(step_id)
+            trio.lowlevel.notify_closing(gang.event_fd)  # whoever waits learns that it is over
+            await _closed(gang.close)  # joins the threads: each stops at its next barrier
+        self._program = None
+        self._in_flight.clear()
+        self._draw_reads()  # that ended since the last step
+        self._read_traces.clear()
+        if self._predictors is not None:
+            self._predictors.close()
+            self._predictors = None
+        readers = (self._ring, self._rows, self._neurons, self._clusters)
+        self._ring = self._rows = self._neurons = self._clusters = None
+        for reader in readers:  # joined: afterwards nobody writes to their memory
+            if reader is not None:
+                await _closed(reader.close)
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
+        if self._weights is not None:
+            self._weights.close()
+            self._weights = None
+        await trio.lowlevel.checkpoint()
+
+    def statistics(self) -> ExecutorStatistics:
+        """``details``: "kernels", the variant that runs. Where anything is read from flash, "flash_bytes" read,
+        "flash_reads" of single pages, "flash_stall_ns", for which steps have waited, "flash_io", through what and why,
+        "flash_pinned_bytes" of memory that reads need not pin one by one, and "flash_reads_from": "a measured curve"
+        or "defaults". Where matrices are streamed, "stream_read_bytes" and "stream_reads_at_once", and
+        "stream_lent_bytes": of activations and of a KV cache that are not needed now, and hold pieces. Where neurons
+        ("neuron_") or matrices of experts ("cluster_") are cached, their "hits", "early", "misses" and "evictions"
+        (``neuron_cache.Counters``), "page_bytes", what one read takes at least, and "reads_at_once"; of neurons also
+        "completed", "read_through" and "read_through_bytes"."""
+        held: dict[str, int] = {}
+        if self._weights is not None and self._cache is not None and self._program is not None:
+            assert self._options is not None
+            vectors = (*self._weights.vectors.values(), *self._options.thresholds.values())
+            held = {
+                "weights": self._weights.nbytes + sum(v.nbytes for v in vectors),
+                "kv": self._cache.nbytes,
+                "activations": self._program.activation_bytes
+                + (0 if self._rows is None else self._rows.nbytes),
+            }
+        details: dict[str, object] = {
+            "kernels": None if self._options is None else native.current(self._options.kernels)
+        }
+        if self._predictors is not None and self._predictors.by_down:
+            held["predictors"] = self._predictors.nbytes
+        sources: list[PageCache | Ring] = []
+        reads = flash_bytes = flash_ns = stall_ns = pinned = 0
+        for name, pages in ("neuron", self._neurons), ("cluster", self._clusters):
+            if pages is None:
+                continue
+            sources.append(pages)
+            counters = pages.counters
+            held[f"{name}s"] = pages.nbytes
+            counted = ["hits", "early", "misses", "evictions"]
+            if pages is self._neurons:  # a matrix is read as a whole, its pages side by side
+                counted += ["completed", "read_through", "read_through_bytes"]
+            details |= {f"{name}_{each}": getattr(counters, each) for each in counted}
+            details |= {f"{name}_page_bytes": pages.slot_bytes, f"{name}_reads_at_once": pages.depth}
+            reads += counters.reads
+            flash_bytes += counters.bytes
+            flash_ns += counters.busy_ns
+            pinned += pages.cache.pinned_bytes
+            # for neurons any thread may wait, for an expert's matrix one does while the others meet it at a barrier
+            stall_ns += counters.stall_ns // (len(self._threads) if pages is self._neurons else 1)
+        if self._ring is not None:
+            sources.append(self._ring)
+            held["ring"] = self._ring.nbytes
+            pinned += self._ring.stream.pinned_bytes
+            nbytes, busy_ns, waited_ns = self._ring.stream.counters
+            flash_bytes, flash_ns, stall_ns = flash_bytes + nbytes, flash_ns + busy_ns, stall_ns + waited_ns
+            details |= {
+                "stream_read_bytes": self._ring.reads.stream_bytes,
+                "stream_reads_at_once": self._ring.reads.stream_depth,
+                "stream_lent_bytes": self._ring.stream.lent_bytes,
+            }
+        flash: tuple[ThreadStatistics, ...] = ()
+        if sources:
+            assert self._options is not None
+            details |= {
+                "flash_io": sources[-1].io_reason,
+                "flash_reads": reads,
+                "flash_bytes": flash_bytes,
+                "flash_stall_ns": stall_ns,
+                "flash_pinned_bytes": pinned,
+                "flash_reads_from": "a measured curve" if self._options.reads.measured else "defaults",
+            }
+            flash = (ThreadStatistics(FLASH, -1, flash_ns),)
+        busy = (0,) * len(self._threads) if self._program is None else self._program.thread_ns
+        threads = zip(self._threads, busy, strict=True)
+        return ExecutorStatistics(
+            steps=self._steps,
+            tokens=self._tokens,
+            in_flight=len(self._in_flight),
+            busy_ns=self._busy_ns,
+            kernel_ns=self._kernel_ns,
+            finished_ns=self._finished_ns,
+            bytes=held,
+            threads=(*(ThreadStatistics(actor, core, ns) for (actor, core), ns in threads), *flash),
+            details=details,
+            recent=tuple(self._recent),
+        )
+
+
+async def _closed(close: Callable[[], object]) -> None:
+    """Calls it in a worker thread; where no thread can be started, here, since what is not closed keeps its memory."""
+    with trio.CancelScope(shield=True):
+        try:
+            await trio.to_thread.run_sync(close)
+        except RuntimeError as error:
+            if explained(error) is None:
+                raise
+            close()

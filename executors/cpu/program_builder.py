@@ -1,0 +1,270 @@
+"""From a model description to a native program: one operation after another, with pointers to weights and cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pi2rt._errors import UnsupportedModelError
+from pi2rt.cython_kernels.flash.rows import Rows
+from pi2rt.cython_kernels.flash.stream import Stream
+from pi2rt.cython_kernels.kernels import native
+from pi2rt.cython_kernels.plane import program
+from pi2rt.executors.cpu.expert_pages import Clusters
+from pi2rt.executors.cpu.neurons import Neurons
+from pi2rt.executors.cpu.predictors import LoadedPredictor
+from pi2rt.executors.cpu.weights import PackedMatrix, Weights
+from pi2rt.formats import ModelFile
+from pi2rt.models import Attention, FeedForward, Linear, MixtureOfExperts, ModelDescription, Norm, Rope
+from pi2rt.runtime.executor import ExecutorOptions
+from pi2rt.runtime.step import Floats
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """Where one attention layer's keys and values lie inside a page; bytes.
+
+    A page holds all layers: ``offset`` of the layer, ``head_stride`` from one KV head to the next, ``v_offset`` from a
+    head's keys to its values (``cython_kernels/kernels/attention_template.h`` has the layout of both).
+    """
+
+    offset: int
+    head_stride: int
+    v_offset: int
+
+
+def kv_type(options: ExecutorOptions) -> str:
+    """Type of the cache: float32 where exact floats were asked for, or half precision would be their largest error."""
+    return "f32" if options.exact_floats else options.kv_type
+
+
+def cache_layouts(model: ModelDescription, kv_type: str) -> tuple[list[CacheLayout], int]:
+    """Layouts in order of the attention blocks, and the bytes of a whole page."""
+    layouts, offset = [], 0
+    for layer in model.layers:
+        for block in layer.blocks:
+            if isinstance(block, Attention):
+                padded = (block.head_dim + 15) // 16 * 16  # whole vectors; padding is zero
+                half = native.kv_half_bytes(kv_type, padded)
+                layouts.append(CacheLayout(offset, 2 * half, half))
+                offset += block.n_kv_heads * 2 * half
+    return layouts, offset
+
+
+class ProgramBuilder:
+    """Builds the program of a model for one gang of threads."""
+
+    def __init__(
+        self,
+        file: ModelFile,
+        model: ModelDescription,
+        weights: Weights,
+        options: ExecutorOptions,
+        gang: program.Gang,
+        stream: Stream | None,
+        rows: Rows | None,
+        neurons: Neurons | None,
+        clusters: Clusters | None,
+        predictors: Mapping[str, LoadedPredictor],
+    ) -> None:
+        self._file, self._model, self._weights, self._options = file, model, weights, options
+        self._program = program.Program(
+            gang,
+            native.kernels_address(options.kernels),
+            dim=model.dim,
+            vocab=model.vocab_size,
+            max_rows=options.max_tokens,
+            max_slots=options.slots,
+            context=options.context,
+            pages=options.pages,
+            wide=options.activations != "int8",
+            mixed=options.activations == "mixed",
+            embedding_scale=model.embedding_scale,
+            logit_softcap=model.logit_softcap or 0.0,
+            stream=stream,
+            neurons=None if neurons is None else neurons.cache,
+            clusters=None if clusters is None else clusters.cache,
+            pipeline=options.pipeline,
+            traced=options.trace is not None,
+        )
+        self._neurons = neurons
+        self._clusters = clusters
+        self._predictors = predictors
+        self._rows = rows
+        self._ropes: dict[Rope, int] = {}
+
+    def build(self, cache: native.Memory, layouts: list[CacheLayout], page_bytes: int) -> program.Program:
+        """``cache``: the memory of ``options.pages`` pages."""
+        p, model = self._program, self._model
+        embedding = self._matrix(Linear(model.embedding))
+        p.embed(embedding, rows=self._rows)
+        attention = iter(layouts)
+        for index, layer in enumerate(model.layers):
+            for block in layer.blocks:
+                if isinstance(block, Attention):
+                    self._attention(index, block, cache.address, next(attention), page_bytes)
+                elif isinstance(block, FeedForward):
+                    self._feed_forward(index, block)
+                    self._close(index, block.post_norm)
+                else:
+                    self._mixture(index, block)
+        p.head(self._norm(model.final_norm), self._matrix(model.head))
+        p.prepare()
+        return p
+
+    def _attention(
+        self, index: int, block: Attention, cache: int, layout: CacheLayout, page_bytes: int
+    ) -> None:
+        p = self._program
+        group = block.n_heads // block.n_kv_heads
+        if group > 128:
+            raise UnsupportedModelError(
+                self._file.path,
+                "attention",
+                f"{group} query heads for each KV head; at most 128 are supported",
+            )
+        # The output is quantised where it is made, if its int8 blocks lie within one KV head's share of it.
+        # Which blocks of a row are fine depends on all of it.
+        mixed = self._is_mixed(block.out)
+        q8 = not mixed and not self._is_float(block.out) and group * block.head_dim % 32 == 0
+        p.linear(
+            index,
+            self._norm(block.norm),
+            "x",
+            "y",
+            [self._matrix(m) for m in (block.q, block.k, block.v)],
+            mixed=self._is_mixed(block.q, block.k, block.v),
+        )
+        p.attention(
+            index,
+            n_heads=block.n_heads,
+            n_kv_heads=block.n_kv_heads,
+            head_dim=block.head_dim,
+            window=block.window or 0,
+            scale=block.scale,
+            softcap=block.softcap or 0.0,
+            rope=self._rope(block.rope),
+            q_norm=self._norm(block.q_norm),
+            k_norm=self._norm(block.k_norm),
+            kv=cache + layout.offset,
+            page_stride=page_bytes,
+            head_stride=layout.head_stride,
+            v_offset=layout.v_offset,
+            kv_type=native.KV_TYPES[kv_type(self._options)],
+            q8_out=q8,
+        )
+        sink = "x" if block.post_norm is None else "y"
+        p.linear(index, None, "attention", sink, [self._matrix(block.out)], q8_in=q8, mixed=mixed)
+        self._close(index, block.post_norm)
+
+    def _feed_forward(self, index: int, block: FeedForward, expert: int = -1) -> None:
+        """``expert``: the number of one of a mixture's; -1: the block stands by itself."""
+        sink = "mix" if expert >= 0 else "x" if block.post_norm is None else "y"
+        mixed = self._is_mixed(block.up, *(() if block.gate is None else (block.gate,)))
+        mixed_down = self._is_mixed(block.down)
+        if self._neurons is not None and block.down.weight in self._weights.scales:
+            self._program.sparse_ffn(
+                index,
+                self._norm(block.norm),
+                sink,
+                self._deciding(index, block, expert),
+                self._neurons.block(block, self._weights, self._options.thresholds.get(block.down.weight)),
+                native.ACTIVATIONS[block.activation],
+                native.ACTIVATIONS[block.up_activation],
+                mixed=mixed,
+                mixed_down=mixed_down,
+                expert=expert,
+            )
+            return
+        q8 = not mixed_down and not self._is_float(block.down)  # then hidden is a multiple of 32
+        self._program.ffn(
+            index,
+            self._norm(block.norm),
+            self._matrix(block.up),
+            None if block.gate is None else self._matrix(block.gate),
+            native.ACTIVATIONS[block.activation],
+            native.ACTIVATIONS[block.up_activation],
+            q8_out=q8,
+            mixed=mixed,
+            expert=expert,
+        )
+        down = [self._matrix(block.down)]
+        self._program.linear(index, None, "hidden", sink, down, q8_in=q8, mixed=mixed_down, expert=expert)
+
+    def _deciding(self, index: int, block: FeedForward, expert: int) -> program.Matrix | None:
+        """What says which neurons of a block are read. None: all of them."""
+        decides = block.up if block.gate is None else block.gate
+        if decides.weight not in self._weights.scales:
+            return self._matrix(decides)
+        predictor = self._predictors.get(block.down.weight)
+        if predictor is None:
+            return None
+        self._program.linear(index, self._norm(block.norm), "x", "reduced", [predictor.first], expert=expert)
+        return predictor.second
+
+    def _mixture(self, index: int, block: MixtureOfExperts) -> None:
+        p, shared = self._program, block.shared_expert()
+        routers = [self._matrix(block.router)]
+        if block.shared is not None:
+            routers.append(self._matrix(Linear(block.shared.router)))
+        p.linear(index, self._norm(block.norm), "x", "y", routers)
+        p.route(
+            index,
+            n_experts=block.n_experts,
+            n_used=block.n_used,
+            normalized=block.normalized,
+            shared=shared is not None,
+        )
+        for expert in range(block.n_experts):
+            self._feed_forward(index, block.expert(expert), expert)
+        if shared is not None:
+            self._feed_forward(index, shared, block.n_experts)
+        p.add(index, self._norm(block.post_norm))
+
+    def _close(self, index: int, post_norm: Norm | None) -> None:
+        """The block's output is added to the residual stream through its second norm, where it has one."""
+        if post_norm is not None:
+            self._program.add(index, self._norm(post_norm))
+
+    def _is_mixed(self, *linears: Linear) -> bool:
+        """Whether rows that meet these matrices become int16 in both forms. By the type in the file, whatever form a
+        matrix has here, so that each of them gives the same bits."""
+        types = {self._file.tensors[each.weight].type for each in linears}
+        return self._options.activations == "mixed" and not types <= set(FLOATS)
+
+    def _is_float(self, linear: Linear) -> bool:
+        return self._weights.matrices[linear.weight].type in FLOATS
+
+    def _matrix(self, linear: Linear) -> program.Matrix:
+        packed: PackedMatrix = self._weights.matrices[linear.weight]
+        bias = None if linear.bias is None else self._weights.vectors[linear.bias]
+        paged = None if self._clusters is None else self._clusters.matrices.get(linear.weight)
+        region, page_blocks = (-1, 0) if paged is None else paged
+        streamed = self._weights.pieces.matrices.get(linear.weight)
+        if streamed is not None:
+            page_blocks = streamed.blocks
+        return program.Matrix(
+            native.TYPE_IDS[packed.type],
+            packed.rows,
+            packed.columns,
+            packed.address,
+            bias,
+            piece=None if streamed is None else (streamed.first, streamed.stride),
+            region=region,
+            page_blocks=page_blocks,
+        )
+
+    def _norm(self, norm: Norm | None) -> tuple[Floats, float, float] | None:
+        return None if norm is None else (self._weights.vectors[norm.weight], norm.offset, norm.eps)
+
+    def _rope(self, rope: Rope | None) -> int:
+        if rope is None:
+            return -1
+        if rope not in self._ropes:
+            frequencies = np.array(rope.inverse_frequencies, np.float64)
+            self._ropes[rope] = self._program.rope(frequencies, rope.style == "interleaved", rope.magnitude)
+        return self._ropes[rope]

@@ -1,0 +1,1 @@
+"""Weights that are read while steps run: the ring of streamed pieces, page caches, single rows."""

@@ -1,0 +1,1 @@
+"""An executor that only keeps time, on Trio's mock clock."""

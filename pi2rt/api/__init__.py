@@ -1,0 +1,1 @@
+"""The three APIs of one runtime: Trio, asyncio and synchronous."""

@@ -1,0 +1,225 @@
+"""What an executor is opened with: a memory budget, divided between weights, keys and values, and all else."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass, replace
+
+from pi2rt import catalogue
+from pi2rt._errors import MemoryBudgetError, ModelNotFoundError
+from pi2rt.formats import ModelFile
+from pi2rt.formats.pack import PackFile
+from pi2rt.formats.row_blocks import SECTOR
+from pi2rt.host.memory import available_memory, rss_bytes
+from pi2rt.memory import MemoryNeed, estimate_need
+from pi2rt.models import ModelDescription
+from pi2rt.opening.options import RuntimeOptions
+from pi2rt.planner.measure.kept_curve import kept_curve
+from pi2rt.planner.measure.read_curve import Io
+from pi2rt.planner.placement import Placement
+from pi2rt.planner.read_choice import choose_reads
+from pi2rt.planner.weights import (
+    StreamingPlan,
+    all_neurons,
+    least_neurons,
+    plan_streaming,
+    with_records,
+    without_records,
+)
+from pi2rt.runtime.executor import ExecutorOptions
+from pi2rt.runtime.flash_reads import FlashReads
+from pi2rt.runtime.step import PAGE_TOKENS
+from pi2rt.runtime.trace import Trace
+
+STREAMED_CHUNK = 128
+"""Prompt tokens in one step at most where weights are read in every step: reading lies under the computing of so
+many already, and what activations of more would take holds weights instead."""
+
+OF_PLAN = ("streamed", "read_by_row", "ring_bytes", "paged", "cluster_bytes", "neuron_bytes")
+"""Fields of a streaming plan that are options of an executor."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorPlan:
+    """``beside``: bytes of a budget that are for anything but weights and neurons: these keep their size."""
+
+    options: ExecutorOptions
+    chosen: RuntimeOptions
+    beside: int
+
+    def resized(
+        self, file: ModelFile, description: ModelDescription, now: ExecutorOptions, memory: int
+    ) -> ExecutorOptions:
+        """The options ``now`` with another budget for weights, or for neurons where the model has those; ``now`` itself
+        where that changes no weights.
+
+        Raises:
+            MemoryBudgetError: it is too small.
+        """
+        if file.bundles:
+            beside = self.chosen.memory_bytes - with_records(
+                file, self.options.neuron_bytes or all_neurons(file)
+            )
+            neurons, least = without_records(file, memory - beside), least_neurons(file)
+            if neurons < least:
+                raise _too_small_for_a_change(memory, beside + with_records(file, least))
+            return replace(now, neuron_bytes=neurons)
+        room = max(0, min(memory, available_memory() + rss_bytes()) - self.beside)
+        streaming = plan_streaming(file, description, room, self.chosen.cache_bytes, reads=now.reads)
+        if streaming.nbytes > room:
+            raise _too_small_for_a_change(memory, self.beside + streaming.nbytes)
+        return _with(streaming, now)
+
+
+def _too_small_for_a_change(memory: int, least: int) -> MemoryBudgetError:
+    return MemoryBudgetError(
+        f"a memory of {_mib(memory)} is too small; the least that a running model can change to is {_mib(least)}"
+    )
+
+
+def plan_executor(
+    file: ModelFile,
+    description: ModelDescription,
+    chosen: RuntimeOptions,
+    context: int,
+    placement: Placement,
+    trace: Trace | None,
+    *,
+    own: int = 0,
+    predictors: int = 0,
+    prompt: int = 0,
+) -> ExecutorPlan:
+    """What an executor is opened with: as many weights as have room beside a context's keys and values, and as many of
+    these as have room beside the weights.
+
+    Args:
+        own: of a budget, bytes that the process itself takes; see ``own_memory``.
+        predictors: bytes that an executor takes for them.
+        prompt: bytes that the text of a prompt takes, beside its keys and values.
+
+    Raises:
+        MemoryBudgetError: too little; the message says how much would do, and what it is made of.
+    """
+
+    def need_of(max_tokens: int) -> MemoryNeed:
+        return estimate_need(
+            file,
+            description,
+            page_tokens=PAGE_TOKENS,
+            max_tokens=max_tokens,
+            slots=chosen.max_sequences,
+            kv_type=chosen.kv_type,
+            exact_floats=chosen.exact_floats,
+            threads=placement.threads,
+        )
+
+    tokens, available = chosen.step_tokens, available_memory()
+    need, streaming = need_of(tokens), StreamingPlan()
+    each = -(-context // PAGE_TOKENS)
+    reads = replace(_reads(file, chosen.io), neuron_gap=chosen.read_through_bytes)
+    if chosen.memory is not None:
+        own += chosen.read_through_bytes + predictors + prompt  # read through: where gaps go
+        limit = min(available + own, chosen.memory_bytes)
+        available = limit - own
+        if not chosen.exact_floats:
+            if need.weights + need.activations + each * need.page > available:
+                tokens = min(tokens, max(STREAMED_CHUNK, chosen.max_sequences))
+                need = need_of(tokens)
+            room = available - need.activations - each * need.page
+            streaming = plan_streaming(file, description, room, chosen.cache_bytes, reads=reads)
+            need = replace(need, weights=streaming.nbytes)
+        if own + need.weights + need.activations + each * need.page > limit:
+            packed = None
+            if not chosen.exact_floats and not isinstance(file, PackFile):
+                packed = plan_streaming(file, description, 0, reads=reads, as_pack=True)
+            kv = each * need.page
+            raise _too_small(file, limit, own, predictors, prompt, need, streaming, kv, packed)
+    options = ExecutorOptions(
+        slots=chosen.max_sequences,
+        pages=need.pages(available, each, each * chosen.max_sequences),
+        context=context,
+        max_tokens=tokens,
+        cores=placement.lead.cores,
+        actor=placement.lead.name,
+        assistants=placement.assistants,
+        kv_type=chosen.kv_type,
+        activations=chosen.activations,
+        exact_floats=chosen.exact_floats,
+        kernels=chosen.kernels,
+        io=chosen.io,
+        read_deadline=chosen.read_deadline,
+        pipeline=chosen.pipeline,
+        two_phase=chosen.two_phase,
+        reads=reads,
+        trace=trace,
+    )
+    beside = own + need.activations + options.pages * need.page
+    return ExecutorPlan(_with(streaming, options), chosen, beside)
+
+
+def _with(streaming: StreamingPlan, options: ExecutorOptions) -> ExecutorOptions:
+    """``options`` itself where it has that plan."""
+    changes = {name: getattr(streaming, name) for name in OF_PLAN}
+    same = all(getattr(options, name) == change for name, change in changes.items())
+    return options if same else replace(options, **changes)
+
+
+def _reads(file: ModelFile, io: Io) -> FlashReads:
+    """What is read at once: by the curve that ``pi2rt info --measure`` kept of the file's device, if it did."""
+    try:
+        kept = kept_curve(catalogue.curves_directory(), file.path, io)
+    except ModelNotFoundError:  # there is no cache directory, which an open does not need
+        kept = None
+    if kept is None:
+        return FlashReads()
+    page = max((each.page_bytes for each in file.bundles.values()), default=SECTOR)
+    try:
+        return choose_reads(kept.curve, page)
+    except ValueError:  # it has no points for that
+        return FlashReads()
+
+
+def _too_small(
+    file: ModelFile,
+    limit: int,
+    own: int,
+    predictors: int,
+    prompt: int,
+    need: MemoryNeed,
+    streaming: StreamingPlan,
+    kv: int,
+    packed: StreamingPlan | None,
+) -> MemoryBudgetError:
+    """Of a memory budget: the least that would do, and what it is made of. ``packed``: of a file that is no pack,
+    what would be the least of one."""
+    parts = {
+        "interpreter, libraries and tokenizer": own - predictors - prompt,
+        "predictors": predictors,
+        "text of a prompt": prompt,
+        "weights that stay": streaming.resident_bytes or need.weights,
+        "matrices of an expert that are used together": streaming.cluster_bytes,
+        "neurons that are computed together": streaming.neuron_bytes,
+        "a ring for those that are read in every step": streaming.ring_bytes,
+        "KV cache of one context": kv,
+        "activations": need.activations,
+    }
+    made_of = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items() if size)
+    advice, pack_fits = "", False
+    if packed is not None:
+        least = own + packed.nbytes + need.activations + kv
+        pack_fits = least <= limit
+        advice = f"as a pack the model would need {_mib(least)}; "
+        if pack_fits:
+            source = shlex.quote(os.fspath(file.path))
+            pack = shlex.quote(f"{file.path.resolve().name.removesuffix('.gguf')}.pi2")
+            advice += f"'pi2rt convert {source} {pack}' writes one, --convert makes and keeps one by itself; "
+    return MemoryBudgetError(
+        f"a memory of {_mib(limit)} is too small; the least is {_mib(own + need.weights + need.activations + kv)}: "
+        f"{made_of}; {advice}a smaller context or kv_type='q8' needs less",
+        pack_fits=pack_fits,
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // (1 << 20))} MiB"

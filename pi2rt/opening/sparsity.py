@@ -1,0 +1,139 @@
+"""Which neurons of a model rest beyond those that are zero, as a runtime is opened: lossy, so never by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pi2rt._errors import ModelFormatError, RequestError
+from pi2rt.formats import ModelFile
+from pi2rt.formats.calibration import (
+    Calibration,
+    PredictorRecord,
+    calibration_path,
+    predictor_arrays,
+    read_calibration,
+)
+from pi2rt.formats.pack import PackFile
+from pi2rt.formats.regular_file import RegularFile, file_mode
+from pi2rt.formats.row_blocks import matrix_bytes
+from pi2rt.opening.options import RuntimeOptions
+from pi2rt.runtime.executor import Predictor
+from pi2rt.runtime.step import Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Lossy:
+    """``thresholds``, ``predictors``: as ``ExecutorOptions`` has them; ``label``: what the mode leaves out and
+    costs, for people."""
+
+    label: str
+    thresholds: Mapping[str, Floats] = field(default_factory=dict)
+    predictors: StoredPredictors | None = None
+
+
+class StoredPredictors(Mapping[str, Predictor]):
+    """Predictors of a calibration by the name of the down tensor, each read from its file when it is asked for: an
+    executor has them in a form of its own, and memory for both would be wasted.
+
+    Args:
+        path: of the calibration.
+        records: as they were read from it just now.
+
+    Raises:
+        ModelFormatError: by access, where the file is another than it was.
+        ModelNotFoundError: by access, where it is gone.
+    """
+
+    def __init__(self, path: Path, records: Mapping[str, PredictorRecord]) -> None:
+        self._path = path
+        self._places = {name: (each.rank, each.dim, each.extents) for name, each in records.items()}
+        self._written = _written(path)
+        sizes = [
+            matrix_bytes("F16", rank, dim) + matrix_bytes("F16", bias // 4, rank) + bias
+            for rank, dim, (_, _, (_, bias)) in self._places.values()
+        ]
+        self.nbytes = sum(sizes) + 2 * max(sizes)
+        """What they take in an executor, and two more of them on their way there."""
+
+    def __getitem__(self, name: str) -> Predictor:
+        rank, dim, extents = self._places[name]
+        file = RegularFile(self._path)
+        try:
+            if _written(self._path) != self._written:
+                raise ModelFormatError(
+                    self._path, "file", "has changed since it was opened; open the model again"
+                )
+            parts = [file.read(offset, size) for offset, size in extents]
+        finally:
+            file.close()
+        return Predictor(*predictor_arrays(rank, dim, *parts))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _written(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def load_sparsity(file: ModelFile, chosen: RuntimeOptions) -> Lossy | None:
+    """What a mode other than exact needs; None for exact. Reads a file: for a worker thread.
+
+    Raises:
+        RequestError: the mode would do nothing, or there is no calibration.
+        ModelFormatError: the calibration is malformed, or of another model.
+    """
+    if chosen.sparsity == "exact":
+        return None
+    pack = calibratable(file, f"sparsity={chosen.sparsity!r}")
+    path = calibration_path(pack.path) if chosen.calibration is None else Path(chosen.calibration)
+    if not file_mode(path):
+        raise RequestError(
+            f"sparsity={chosen.sparsity!r}: there is no calibration {path}; make one with 'pi2rt calibrate'"
+        )
+    calibration = read_calibration(path, pack)
+    if chosen.sparsity == "predicted":
+        return _predicted(pack, path, calibration)
+    thresholds = calibration.thresholds()
+    if calibration.does_nothing(calibration.method):
+        raise RequestError(
+            f"sparsity={chosen.sparsity!r}: the thresholds of {path} are all zero, so that it would do nothing; more "
+            f"neurons than were asked for rest already"
+        )
+    return Lossy(f"thresholded ({calibration.summary(calibration.method)})", thresholds=thresholds)
+
+
+def _predicted(pack: PackFile, path: Path, calibration: Calibration) -> Lossy:
+    wanted = {name for name, each in pack.bundles.items() if each.gate is not None}
+    if not wanted:
+        raise RequestError(
+            f"sparsity='predicted': the gates of {pack.path} are in memory, and say exactly who fires; convert the "
+            f"model with --bundles gates for memory that is too small for gates"
+        )
+    records = {block.down: block.predictor for block in calibration.blocks if block.predictor is not None}
+    if wanted - records.keys() or calibration.predicted is None:
+        raise RequestError(
+            f"sparsity='predicted': {path} has no predictors, for its gates were in memory; calibrate this pack"
+        )
+    predictors = StoredPredictors(path, {name: records[name] for name in wanted})
+    return Lossy(calibration.summary("predicted"), predictors=predictors)
+
+
+def calibratable(file: ModelFile, what: str) -> PackFile:
+    """The file as a pack with neurons stored one by one, without which no neuron can rest.
+
+    Raises:
+        RequestError: it is none; ``what`` asked for it.
+    """
+    if not isinstance(file, PackFile) or not file.bundles:
+        raise RequestError(
+            f"{what}: that takes a pack whose feed-forward blocks are stored by neuron, and {file.path} is none; "
+            f"convert the model with --bundles all"
+        )
+    return file

@@ -1,0 +1,1 @@
+"""What is learnt from text: thresholds, predictors, orders of neurons."""

@@ -1,0 +1,1 @@
+"""Measurements of this device: reads, memory, kernels."""
