@@ -23,22 +23,25 @@
 #endif
 
 enum { EIO_TRIES = 2, PASSING_TRIES = 64 };
-enum { MOST_PIECES = 8192, LEAST_PIECE = 2 << 20 }; /* of registered memory. The kernel's limits are 16,384 of them, and 1 GiB each */
+enum {
+  MOST_PIECES = 8192,
+  LEAST_PIECE = 2 << 20
+};                           /* of registered memory. The kernel's limits are 16,384 of them, and 1 GiB each */
 #define MOST_ASKED (1 << 30) /* the kernel gives at most 2 GiB at a time */
 
 const char *pi2_errno_name(int error) { /* strerrorname_np is of glibc 2.32 */
   switch (error) {
-    case EPERM: return "EPERM";
-    case EAGAIN: return "EAGAIN";
-    case EACCES: return "EACCES";
-    case ENOSYS: return "ENOSYS";
-    case EINVAL: return "EINVAL";
-    case ENOMEM: return "ENOMEM";
-    case EMFILE: return "EMFILE";
-    case ENFILE: return "ENFILE";
-    case EOPNOTSUPP: return "EOPNOTSUPP";
-    case ETIME: return "ETIME";
-    default: return "another error";
+  case EPERM: return "EPERM";
+  case EAGAIN: return "EAGAIN";
+  case EACCES: return "EACCES";
+  case ENOSYS: return "ENOSYS";
+  case EINVAL: return "EINVAL";
+  case ENOMEM: return "ENOMEM";
+  case EMFILE: return "EMFILE";
+  case ENFILE: return "ENFILE";
+  case EOPNOTSUPP: return "EOPNOTSUPP";
+  case ETIME: return "ETIME";
+  default: return "another error";
   }
 }
 
@@ -57,8 +60,15 @@ void pi2_flash_begin_reader(const pi2_flash *f, const char *name) {
     setpriority(PRIO_PROCESS, (id_t)me, READER_NICE); /* or not: EACCES */
 #ifdef SYS_sched_setattr
   if (f->deadly.signal[PI2_CALL_SLICE]) return;
-  struct { uint32_t size, policy; uint64_t flags; int32_t nice; uint32_t priority; uint64_t runtime, deadline, period; } attributes;
-  if (syscall(SYS_sched_getattr, me, &attributes, sizeof attributes, 0) || attributes.policy != 0) return; /* 0: SCHED_OTHER */
+  struct {
+    uint32_t size, policy;
+    uint64_t flags;
+    int32_t nice;
+    uint32_t priority;
+    uint64_t runtime, deadline, period;
+  } attributes;
+  if (syscall(SYS_sched_getattr, me, &attributes, sizeof attributes, 0) || attributes.policy != 0)
+    return;                             /* 0: SCHED_OTHER */
   attributes.runtime = READER_SLICE_NS; /* before 6.12 nobody reads it */
   attributes.size = sizeof attributes;
   syscall(SYS_sched_setattr, me, &attributes, 0);
@@ -117,7 +127,8 @@ int pi2_read_settle(pi2_flash *f, pi2_read *r, int64_t result) {
   r->tries = 0;
   /* O_DIRECT continues at whole blocks only. Less than one block, twice: the file ends there. */
   const int64_t whole = f->direct ? result & -PI2_SECTOR : result;
-  if (whole) r->stalls = 0;
+  if (whole)
+    r->stalls = 0;
   else if (r->stalls++) {
     r->got += result;
     return ended(f, r);
@@ -243,9 +254,9 @@ static int try_direct(int fd) {
   return error;
 }
 
-/* Whether reads of this file may wait where they were told not to, as those of FUSE do: io_uring then waits when a read is
- * started, and gains nothing. What is more, where such a file system has O_DIRECT, io_uring goes on after a short read at the
- * place where that one began, and reports success (seen in Linux 6.18). */
+/* Whether reads of this file may wait where they were told not to, as those of FUSE do: io_uring then waits when a read
+ * is started, and gains nothing. What is more, where such a file system has O_DIRECT, io_uring goes on after a short
+ * read at the place where that one began, and reports success (seen in Linux 6.18). */
 static int waits_anyway(const pi2_flash *f) {
 #ifdef RWF_NOWAIT
   if (f->deadly.signal[PI2_CALL_NOWAIT]) return 0;
@@ -296,9 +307,11 @@ static int open_file(pi2_flash *f, const char *path) {
     if (fcntl(f->fd, F_SETFL, mode & ~(O_NONBLOCK | O_DIRECT))) return errno;
     f->direct = 0;
   }
-  if (f->direct) snprintf(f->direct_reason, sizeof f->direct_reason, "O_DIRECT: the page cache is bypassed");
+  if (f->direct)
+    snprintf(f->direct_reason, sizeof f->direct_reason, "O_DIRECT: the page cache is bypassed");
   else {
-    snprintf(f->direct_reason, sizeof f->direct_reason, "buffered: no O_DIRECT on this file (%s); pages are dropped after reading",
+    snprintf(f->direct_reason, sizeof f->direct_reason,
+             "buffered: no O_DIRECT on this file (%s); pages are dropped after reading",
              O_DIRECT ? pi2_errno_name(refused) : "not of this system");
     posix_fadvise(f->fd, 0, 0, POSIX_FADV_RANDOM); /* no readahead, which nobody would drop */
   }
@@ -343,7 +356,8 @@ pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *erro
   int problem = open_file(f, path);
   if (problem) return give_up(f, problem, error);
 
-  if (io == PI2_IO_PREADV) snprintf(f->io_reason, sizeof f->io_reason, "preadv: asked for");
+  if (io == PI2_IO_PREADV)
+    snprintf(f->io_reason, sizeof f->io_reason, "preadv: asked for");
   else {
     problem = pi2_uring_probe(f->io_reason, sizeof f->io_reason);
     if (!problem && waits_anyway(f)) {
@@ -353,7 +367,8 @@ pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *erro
     } else if (!problem) {
       f->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
       f->ring = f->wake_fd < 0 ? (problem = errno, NULL) : pi2_ring_open(f, &problem);
-      if (!f->ring) snprintf(f->io_reason, sizeof f->io_reason, "io_uring: cannot be set up (%s)", pi2_errno_name(problem));
+      if (!f->ring)
+        snprintf(f->io_reason, sizeof f->io_reason, "io_uring: cannot be set up (%s)", pi2_errno_name(problem));
     }
     if (problem && io == PI2_IO_URING) return give_up(f, problem, error);
   }
@@ -389,15 +404,20 @@ int pi2_flash_submit(pi2_flash *f, pi2_read *r) {
   const int wrong = (r->parts && (r->n_parts > PI2_FLASH_PARTS || parts != r->bytes || parts > MOST_ASKED)) ||
                     r->offset < 0 || r->offset % PI2_SECTOR || r->bytes <= 0 || r->bytes % PI2_SECTOR ||
                     r->bytes > INT64_MAX - r->offset || (!r->parts && (uintptr_t)r->to % PI2_SECTOR);
-  if (!wrong) pi2_read_next(r);
-  else pi2_read_fail(f, r, EINVAL);
+  if (!wrong)
+    pi2_read_next(r);
+  else
+    pi2_read_fail(f, r, EINVAL);
   if (f->ring) {
-    if (wrong) pi2_done_push(f, r);
-    else pi2_ring_submit(f, r);
+    if (wrong)
+      pi2_done_push(f, r);
+    else
+      pi2_ring_submit(f, r);
     return 0;
   }
   pthread_mutex_lock(&f->mutex);
-  if (wrong) pi2_done_push(f, r);
+  if (wrong)
+    pi2_done_push(f, r);
   else {
     *f->queue_end = r;
     f->queue_end = &r->next;
@@ -417,7 +437,8 @@ void pi2_flash_wake(pi2_flash *f) {
   if (f->ring) {
     const uint64_t one = 1;
     if (!atomic_exchange(&f->woken, 1))
-      if (write(f->wake_fd, &one, sizeof one) < 0) { /* full counter: it is readable already */ }
+      if (write(f->wake_fd, &one, sizeof one) < 0) { /* full counter: it is readable already */
+      }
     return;
   }
   pthread_mutex_lock(&f->mutex);

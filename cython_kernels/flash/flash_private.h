@@ -13,7 +13,7 @@ struct pi2_flash {
   int fd, direct, depth, wake_fd; /* wake_fd: of io_uring */
   int64_t file_bytes, page;
   pi2_deadly deadly; /* calls that nobody may make */
-  int in_flight;              /* submitted and not reaped; of the one thread */
+  int in_flight;     /* submitted and not reaped; of the one thread */
   atomic_int closing, woken;
   pi2_read *done, **done_end; /* finished, not reaped; of the preadv backend: under `mutex` */
   pi2_ring *ring;             /* NULL: preadv */
@@ -24,7 +24,8 @@ struct pi2_flash {
   pi2_read *queue, **queue_end; /* under `mutex` */
   int64_t reading;              /* bytes of the reads that threads are at; under `mutex` */
   _Atomic int64_t ended_at;     /* where the file ended in a read that failed for it; -1: none has */
-  _Atomic int64_t registered_bytes, reads, bytes, errors, retries, short_reads, latency_ns, latency[PI2_FLASH_LATENCIES];
+  _Atomic int64_t registered_bytes, reads, bytes, errors, retries, short_reads, latency_ns,
+      latency[PI2_FLASH_LATENCIES];
   char io_reason[96], direct_reason[96];
 };
 

@@ -46,7 +46,7 @@ struct pi2_ring {
   uint8_t *base;              /* of memory that is registered in pieces, or NULL */
   int64_t most, piece;        /* bytes of all that may be, and of one piece */
   _Atomic int64_t registered; /* the first bytes that are */
-  int live; /* reads that the ring has */
+  int live;                   /* reads that the ring has */
   pi2_read *reads[PI2_FLASH_MOST];
 };
 
@@ -58,14 +58,19 @@ static int ring_register(int fd, unsigned what, const void *argument, unsigned n
 }
 /* timeout_ns < 0: for ever. Returns 0 or an errno. */
 static int ring_enter(pi2_ring *g, unsigned submit, unsigned wait, int64_t timeout_ns) {
-  struct timespec64 { int64_t sec, nsec; } t = {timeout_ns / 1000000000, timeout_ns % 1000000000};
+  struct timespec64 {
+    int64_t sec, nsec;
+  } t = {timeout_ns / 1000000000, timeout_ns % 1000000000};
   struct io_uring_getevents_arg argument = {.ts = timeout_ns < 0 ? 0 : (uint64_t)(uintptr_t)&t};
   return syscall(__NR_io_uring_enter, g->fd, submit, wait, IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG, &argument,
-                 sizeof argument) < 0 ? errno : 0;
+                 sizeof argument) < 0
+             ? errno
+             : 0;
 }
 
 static uint32_t unsent(pi2_ring *g) {
-  return atomic_load_explicit(g->sq_tail, memory_order_relaxed) - atomic_load_explicit(g->sq_head, memory_order_acquire);
+  return atomic_load_explicit(g->sq_tail, memory_order_relaxed) -
+         atomic_load_explicit(g->sq_head, memory_order_acquire);
 }
 /* There is room always: one per read in flight and one to wake, or, while closing, one per read. */
 static struct io_uring_sqe *next_sqe(pi2_ring *g) {
@@ -149,7 +154,8 @@ static void advance(pi2_flash *f, int64_t timeout_ns) {
     if (!error || error == EINTR || error == ETIME) return;
     if (error == EAGAIN || error == EBUSY) { /* the kernel is short of memory, or wants completions taken first */
       const struct timespec moment = {.tv_nsec = 1000000};
-      if (atomic_load_explicit(g->cq_tail, memory_order_acquire) == atomic_load_explicit(g->cq_head, memory_order_relaxed))
+      if (atomic_load_explicit(g->cq_tail, memory_order_acquire) ==
+          atomic_load_explicit(g->cq_head, memory_order_relaxed))
         nanosleep(&moment, NULL);
       return;
     }
@@ -166,7 +172,8 @@ static void advance(pi2_flash *f, int64_t timeout_ns) {
 static int was_woken(pi2_flash *f) {
   uint64_t n;
   if (!atomic_load(&f->woken)) return 0;
-  if (read(f->wake_fd, &n, sizeof n) < 0) { /* its writer is a moment late: a completion for nothing, later */ }
+  if (read(f->wake_fd, &n, sizeof n) < 0) { /* its writer is a moment late: a completion for nothing, later */
+  }
   return atomic_exchange(&f->woken, 0);
 }
 
@@ -284,11 +291,11 @@ pi2_ring *pi2_ring_open(pi2_flash *f, int *error) {
 
 #ifdef IORING_RSRC_REGISTER_SPARSE /* kernel headers of 5.19 or later */
 
-/* One of the pieces becomes the first `bytes` of it, or with 0 none of it. Reads in flight keep what they have pinned. */
+/* One of the pieces becomes the first `bytes` of it, or with 0 none of it. Reads in flight keep what they have pinned.
+ */
 static int update_piece(pi2_ring *g, int64_t piece, int64_t bytes) {
   const struct iovec part = {bytes ? g->base + piece * g->piece : NULL, (size_t)bytes};
-  const struct io_uring_rsrc_update2 update = {
-      .offset = (uint32_t)piece, .data = (uint64_t)(uintptr_t)&part, .nr = 1};
+  const struct io_uring_rsrc_update2 update = {.offset = (uint32_t)piece, .data = (uint64_t)(uintptr_t)&part, .nr = 1};
   return ring_register(g->fd, IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof update);
 }
 /* What of a piece is among the first `bytes`. */
@@ -301,7 +308,8 @@ int pi2_ring_register(pi2_ring *g, void *base, int64_t bytes, int64_t most, int6
   *registered = before;
   if (g->base && (base != g->base || most != g->most || piece != g->piece)) return EBUSY;
   if (!g->base) {
-    const struct io_uring_rsrc_register all = {.nr = (uint32_t)((most + piece - 1) / piece), .flags = IORING_RSRC_REGISTER_SPARSE};
+    const struct io_uring_rsrc_register all = {.nr = (uint32_t)((most + piece - 1) / piece),
+                                               .flags = IORING_RSRC_REGISTER_SPARSE};
     const int error = ring_register(g->fd, IORING_REGISTER_BUFFERS2, &all, sizeof all);
     if (error) return error == EINVAL ? EOPNOTSUPP : error;
     g->base = base, g->most = most, g->piece = piece;
@@ -371,8 +379,10 @@ static int is_deadly(char *why, int room) {
     snprintf(why, (size_t)room,
              "io_uring: not tried, seccomp may refuse it, and no child process could be started (%s)",
              pi2_errno_name(deadly.untried));
-  else if (signal == SIGSYS) snprintf(why, (size_t)room, "io_uring: refused by seccomp (SIGSYS)");
-  else snprintf(why, (size_t)room, "io_uring: refused by seccomp (signal %d)", signal);
+  else if (signal == SIGSYS)
+    snprintf(why, (size_t)room, "io_uring: refused by seccomp (SIGSYS)");
+  else
+    snprintf(why, (size_t)room, "io_uring: refused by seccomp (signal %d)", signal);
   return 1;
 }
 
@@ -391,8 +401,10 @@ int pi2_uring_probe(char *why, int room) {
                        : error == ENOSYS                 ? "not in this kernel, or older than 5.11"
                        : error == ENOMEM                 ? "no memory for it, or over RLIMIT_MEMLOCK"
                                                          : "cannot be set up";
-  if (error) snprintf(why, (size_t)room, "io_uring: %s (%s)", reason, pi2_errno_name(error));
-  else snprintf(why, (size_t)room, "io_uring: permitted");
+  if (error)
+    snprintf(why, (size_t)room, "io_uring: %s (%s)", reason, pi2_errno_name(error));
+  else
+    snprintf(why, (size_t)room, "io_uring: permitted");
   return error;
 }
 

@@ -14,7 +14,7 @@
 #include "pages.h"
 
 enum { ABSENT, COMING, PRESENT }; /* state of a slot: of no page, being read, usable */
-enum { WHOLE, HEAD, REST }; /* part of a page: REST while it is being read behind a head */
+enum { WHOLE, HEAD, REST };       /* part of a page: REST while it is being read behind a head */
 enum { RUNNING, WAITS_FOR_WORK, WAITS_FOR_READS };
 
 static void futex_wake(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
@@ -40,8 +40,10 @@ static int region_of(const pi2_neuron_cache *c, int32_t page) {
   int low = 0, high = c->n_regions - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (c->regions[middle].first <= page) low = middle;
-    else high = middle - 1;
+    if (c->regions[middle].first <= page)
+      low = middle;
+    else
+      high = middle - 1;
   }
   return low;
 }
@@ -97,12 +99,15 @@ static void drop(pi2_neuron_cache *c, pi2_page_slot *s) {
 }
 /* Of a slot that nobody needs any more: it may be given up, or is one of those that go. */
 static void unpin(pi2_neuron_cache *c, pi2_page_slot *s) {
-  if (s - c->slots < c->n_slots) c->unpinned++;
-  else drop(c, s);
+  if (s - c->slots < c->n_slots)
+    c->unpinned++;
+  else
+    drop(c, s);
 }
 /* Slots are pinned for reads once, where that is permitted. */
 static void pin_memory(pi2_neuron_cache *c) {
-  pi2_flash_register(c->flash, c->memory, atomic_load(&c->n_slots) * c->slot_bytes, c->capacity * c->slot_bytes, c->slot_bytes);
+  pi2_flash_register(c->flash, c->memory, atomic_load(&c->n_slots) * c->slot_bytes, c->capacity * c->slot_bytes,
+                     c->slot_bytes);
 }
 int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots) {
   int32_t left = 0;
@@ -138,7 +143,7 @@ void pi2_neuron_cache_block(pi2_neuron_cache *c) {
 }
 pi2_neuron_counts pi2_neuron_cache_counts(pi2_neuron_cache *c) {
   pthread_mutex_lock(&c->mutex);
-  const pi2_neuron_counts n = {c->hits + c->misses, c->misses + c->early, c->early, c->missed_bytes,
+  const pi2_neuron_counts n = {c->hits + c->misses,         c->misses + c->early,   c->early,     c->missed_bytes,
                                atomic_load(&c->reads_done), atomic_load(&c->bytes), c->gap_pages, c->gap_bytes};
   pthread_mutex_unlock(&c->mutex);
   return n;
@@ -290,8 +295,10 @@ int pi2_neuron_cache_read_through(pi2_neuron_cache *c, int64_t bytes) {
   pthread_mutex_unlock(&c->mutex);
   return 0;
 }
-/* Pages from the end of what a read has, `next`, to that of the slot: 0 where that is the neighbour, -1 where they are too many. */
-static int32_t gap_to(const pi2_neuron_cache *c, const pi2_fetch *f, int32_t next, const pi2_page_slot *s, int64_t page_bytes) {
+/* Pages from the end of what a read has, `next`, to that of the slot: 0 where that is the neighbour, -1 where they are
+ * too many. */
+static int32_t gap_to(const pi2_neuron_cache *c, const pi2_fetch *f, int32_t next, const pi2_page_slot *s,
+                      int64_t page_bytes) {
   const int32_t gap = s->page - next;
   if (gap <= 0) return gap ? -1 : 0;
   return s->part == WHOLE && !s->alone && !c->slots[f->slot[0]].alone && gap <= c->read_through / page_bytes ? gap : -1;
@@ -303,8 +310,8 @@ static void read_alone(pi2_neuron_cache *c, const pi2_fetch *f) {
     enqueue(c, f->slot[i]);
   }
 }
-/* The next read: the oldest page that waits, and those behind it that are its neighbours in the file, or nearly. Under the
- * mutex. */
+/* The next read: the oldest page that waits, and those behind it that are its neighbours in the file, or nearly. Under
+ * the mutex. */
 static void start(pi2_neuron_cache *c) {
   pi2_fetch *f = c->spare[--c->n_spare];
   const int32_t first = c->slots[c->queue[c->queue_head % (uint64_t)c->capacity]].page; /* COMING: nobody changes it */
@@ -317,9 +324,11 @@ static void start(pi2_neuron_cache *c) {
   f->begin_ns = c->records ? pi2_now_ns() : 0;
   const int part = c->slots[c->queue[c->queue_head % (uint64_t)c->capacity]].part;
   const int64_t from = part == REST ? g->head_bytes : 0;
-  for (f->count = 0; c->queue_head != c->queue_tail && f->count < (part == WHOLE ? PI2_MERGED : 1); c->queue_head++, f->count++) {
+  for (f->count = 0; c->queue_head != c->queue_tail && f->count < (part == WHOLE ? PI2_MERGED : 1);
+       c->queue_head++, f->count++) {
     const int32_t slot = c->queue[c->queue_head % (uint64_t)c->capacity];
-    const int32_t page = c->slots[slot].page, end = g->first + g->pages, gap = gap_to(c, f, next, &c->slots[slot], g->page_bytes);
+    const int32_t page = c->slots[slot].page, end = g->first + g->pages,
+                  gap = gap_to(c, f, next, &c->slots[slot], g->page_bytes);
     if (gap < 0 || page >= end || c->slots[slot].part != part) break;
     const int64_t bytes = part == HEAD ? g->head_bytes : (page + 1 < end ? g->page_bytes : g->last_bytes) - from;
     const int64_t between = gap * g->page_bytes;
@@ -422,7 +431,8 @@ static void *reader_main(void *argument) {
     /* what was asked for meanwhile is started before waiting: its wake-up may have come too early */
     const int more = !full && atomic_load(&c->work) != work;
     if (!since) since = begin;
-    const int n = pi2_flash_reap(c->flash, done, PI2_FLASH_MOST, more ? 0 : pi2_flash_left(since, c->deadline_ns, begin));
+    const int n =
+        pi2_flash_reap(c->flash, done, PI2_FLASH_MOST, more ? 0 : pi2_flash_left(since, c->deadline_ns, begin));
     const int64_t end = pi2_now_ns();
     const int late = !n && c->deadline_ns >= 0 && end - since >= c->deadline_ns;
     atomic_store(&c->reader, RUNNING);
@@ -465,8 +475,8 @@ int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_
 }
 
 pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *regions, int n_regions, int32_t n_pages,
-                                          int64_t slot_bytes, uint8_t *memory, int32_t n_slots, int32_t capacity, int depth,
-                                          int64_t deadline_ns, int *error) {
+                                          int64_t slot_bytes, uint8_t *memory, int32_t n_slots, int32_t capacity,
+                                          int depth, int64_t deadline_ns, int *error) {
   pi2_neuron_cache *c = aligned_alloc(64, (sizeof *c + 63) / 64 * 64);
   *error = ENOMEM;
   if (!c) return NULL;
@@ -502,7 +512,8 @@ int64_t pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
   const int64_t left = pi2_flash_close(c->flash, pi2_flash_patience(c->deadline_ns));
   if (left) return left; /* slots and memory are still written to */
   pthread_mutex_destroy(&c->mutex);
-  free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare), free(c->records);
+  free((void *)c->slot_of), free(c->slots), free(c->use), free(c->queue), free(c->fetches), free(c->spare),
+      free(c->records);
   if (c->scrap) pi2_pages_unmap(c->scrap, c->read_through);
   free(c);
   return 0;

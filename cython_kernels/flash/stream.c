@@ -41,9 +41,11 @@ static void advance_tail(pi2_stream *s, uint64_t released) {
   }
 }
 /* Whether a unit's home is in these bytes of the loan. */
-static int has_home(const pi2_extent *u, int64_t lent) { return lent > 0 && u->home >= 0 && u->home + u->bytes <= lent; }
-/* Finds room for the next unit: in its home, or in the ring behind the newest, or at its start once the oldest lies behind
- * that. */
+static int has_home(const pi2_extent *u, int64_t lent) {
+  return lent > 0 && u->home >= 0 && u->home + u->bytes <= lent;
+}
+/* Finds room for the next unit: in its home, or in the ring behind the newest, or at its start once the oldest lies
+ * behind that. */
 static int place(pi2_stream *s) {
   const pi2_extent *u = unit(s, s->next);
   pi2_placed *p = placed(s, s->next);
@@ -128,8 +130,8 @@ static void finish(pi2_stream *s, pi2_read *r) {
   p->kept = 1;
   atomic_fetch_add_explicit(&s->kept_bytes, unit(s, position)->bytes, memory_order_relaxed);
 }
-/* Uses no more than `bytes` of the loan any more. Nothing is in flight, and no thread computes: what was read ahead is forgotten
- * from the first unit on that lies behind these. */
+/* Uses no more than `bytes` of the loan any more. Nothing is in flight, and no thread computes: what was read ahead is
+ * forgotten from the first unit on that lies behind these. */
 static void take_back(pi2_stream *s, int64_t bytes) {
   advance_tail(s, atomic_load(&s->released));
   uint64_t keep = s->tail;
@@ -188,7 +190,8 @@ static void *reader_main(void *argument) {
     const int n = pi2_flash_reap(s->flash, done, 64, pi2_flash_left(since, s->deadline_ns, begin));
     const int64_t end = pi2_now_ns();
     atomic_fetch_add_explicit(&s->busy_ns, end - begin, memory_order_relaxed);
-    if (n) since = end;
+    if (n)
+      since = end;
     else if (s->deadline_ns >= 0 && end - since >= s->deadline_ns) {
       since = end;
       fail(s, ETIMEDOUT);
@@ -199,8 +202,8 @@ static void *reader_main(void *argument) {
   return NULL;
 }
 
-pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, int64_t read_bytes, int depth, uint8_t *ring,
-                              int64_t ring_bytes, int64_t deadline_ns, int *error) {
+pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, int64_t read_bytes, int depth,
+                              uint8_t *ring, int64_t ring_bytes, int64_t deadline_ns, int *error) {
   pi2_stream *s = aligned_alloc(64, (sizeof *s + 63) / 64 * 64);
   if (s) {
     memset(s, 0, sizeof *s);
@@ -252,7 +255,8 @@ void pi2_stream_lend(pi2_stream *s, int64_t bytes, const _Atomic int *stop) {
   wake_reader(s);
   while (atomic_load(&s->lent) > bytes) {
     const uint32_t word = atomic_load(&s->ready_word);
-    if (atomic_load(&s->error) || atomic_load(stop)) { /* what is lent stays so: nothing may be forgotten while others compute */
+    if (atomic_load(&s->error) ||
+        atomic_load(stop)) { /* what is lent stays so: nothing may be forgotten while others compute */
       pthread_mutex_lock(&s->lending);
       atomic_store(&s->wanted, atomic_load(&s->lent));
       pthread_mutex_unlock(&s->lending);
@@ -279,7 +283,8 @@ const uint8_t *pi2_stream_get(pi2_stream *s, uint64_t position, int64_t spin_ns,
     if (i % 256) continue;
     if (atomic_load(stop)) return NULL;
     const int64_t now = pi2_now_ns();
-    if (!deadline) deadline = now + spin_ns;
+    if (!deadline)
+      deadline = now + spin_ns;
     else if (now > deadline) {
       const uint32_t word = atomic_load(&s->ready_word);
       atomic_fetch_add(&s->sleepers, 1);

@@ -40,17 +40,18 @@ static void kv_store(const pi2_kv *kv, int64_t position, const float *k, const f
 }
 
 INLINE vf kv_load(const int type, const uint8_t *p, int64_t i) {
-  return type == PI2_KV_Q8  ? v_load_i8((const int8_t *)p + i)
-       : type == PI2_KV_F16 ? v_load_f16((const uint16_t *)p + i) : v_load((const float *)p + i);
+  return type == PI2_KV_Q8    ? v_load_i8((const int8_t *)p + i)
+         : type == PI2_KV_F16 ? v_load_f16((const uint16_t *)p + i)
+                              : v_load((const float *)p + i);
 }
 
 /* Both products keep two sums for each query vector, of even and odd terms: with the three vectors of a small group one
  * sum each would wait for its own latency. */
 
-/* Few query vectors wait for memory: while the keys of a page are read, its values are asked for, and with these the keys of
- * the next page, which lies elsewhere, so that no hardware would guess it. Into the second-level cache: a core has many more
- * lines under way to it than to the first (Zen 4, three queries, pages apart: 11 GB/s without, 14 to the first, 23 so).
- * `ahead`: what is asked for, or NULL; `i`: of this many elements so far. */
+/* Few query vectors wait for memory: while the keys of a page are read, its values are asked for, and with these the
+ * keys of the next page, which lies elsewhere, so that no hardware would guess it. Into the second-level cache: a core
+ * has many more lines under way to it than to the first (Zen 4, three queries, pages apart: 11 GB/s without, 14 to the
+ * first, 23 so). `ahead`: what is asked for, or NULL; `i`: of this many elements so far. */
 INLINE void ask_ahead(const int type, const uint8_t *ahead, int64_t i) {
   const int64_t bytes = type == PI2_KV_Q8 ? 32 : type == PI2_KV_F16 ? 64 : 128; /* of 32 elements */
   if (ahead)
@@ -58,8 +59,8 @@ INLINE void ask_ahead(const int type, const uint8_t *ahead, int64_t i) {
 }
 
 /* scores[i*64 + j] = q[i] . key j of the page; positions [first, last) of it, in whole sixteens */
-INLINE void score_tile(const int type, const int tile, const uint8_t *keys, const uint8_t *ahead, int hd, const float *q,
-                       int64_t ldq, int first, int last, float *scores) {
+INLINE void score_tile(const int type, const int tile, const uint8_t *keys, const uint8_t *ahead, int hd,
+                       const float *q, int64_t ldq, int first, int last, float *scores) {
   for (int b = first / 16; b * 16 < last; b++) {
     vf even[PI2_TILE], odd[PI2_TILE];
     for (int i = 0; i < tile; i++) even[i] = odd[i] = v_zero();
@@ -76,8 +77,8 @@ INLINE void score_tile(const int type, const int tile, const uint8_t *keys, cons
   }
 }
 /* acc[i] += sum over positions of p[i*64 + j] * value j */
-INLINE void value_tile(const int type, const int tile, const uint8_t *values, const uint8_t *ahead, int hd, const float *p,
-                       int first, int last, float *acc) {
+INLINE void value_tile(const int type, const int tile, const uint8_t *values, const uint8_t *ahead, int hd,
+                       const float *p, int first, int last, float *acc) {
   for (int d = 0; d < hd; d += 16) {
     vf even[PI2_TILE], odd[PI2_TILE];
     for (int i = 0; i < tile; i++) {
@@ -110,7 +111,8 @@ INLINE void attend_as(const int type, const pi2_kv *kv, const float *q, int64_t 
     const uint8_t *keys = kv->base + kv->pages[base / PI2_PAGE] * kv->page_stride, *values = keys + kv->v_offset;
     const int first = base < begin ? (int)(begin - base) : 0;
     const int last = end - base < PI2_PAGE ? (int)(end - base) : PI2_PAGE;
-    const uint8_t *next = nq <= PI2_TILE && base + PI2_PAGE < end ? kv->base + kv->pages[base / PI2_PAGE + 1] * kv->page_stride : NULL;
+    const uint8_t *next =
+        nq <= PI2_TILE && base + PI2_PAGE < end ? kv->base + kv->pages[base / PI2_PAGE + 1] * kv->page_stride : NULL;
     int done = 0;
     for (; nq - done >= PI2_TILE; done += PI2_TILE)
       score_tile(type, PI2_TILE, keys, values, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
@@ -118,9 +120,10 @@ INLINE void attend_as(const int type, const pi2_kv *kv, const float *q, int64_t 
       score_tile(type, 4, keys, values, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
     for (; nq - done >= 3; done += 3)
       score_tile(type, 3, keys, values, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
-    for (; done < nq; done++) score_tile(type, 1, keys, values, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
+    for (; done < nq; done++)
+      score_tile(type, 1, keys, values, hd, q + done * ldq, ldq, first, last, scratch + done * PI2_PAGE);
 
-    const float *key_scale = (const float *)(keys + PI2_PAGE * hd);     /* used where q8 */
+    const float *key_scale = (const float *)(keys + PI2_PAGE * hd); /* used where q8 */
     const float *value_scale = (const float *)(values + PI2_PAGE * hd);
     for (int i = 0; i < nq; i++) {
       float *p = scratch + i * PI2_PAGE;
@@ -174,9 +177,9 @@ INLINE void attend_as(const int type, const pi2_kv *kv, const float *q, int64_t 
 static void attend(const pi2_kv *kv, const float *q, int64_t ldq, int nq, const int32_t *lo, const int32_t *hi,
                    int64_t begin, int64_t end, float cap, float *max, float *sum, float *acc, float *scratch) {
   switch (kv->type) {
-    case PI2_KV_F16: attend_as(PI2_KV_F16, kv, q, ldq, nq, lo, hi, begin, end, cap, max, sum, acc, scratch); break;
-    case PI2_KV_Q8: attend_as(PI2_KV_Q8, kv, q, ldq, nq, lo, hi, begin, end, cap, max, sum, acc, scratch); break;
-    default: attend_as(PI2_KV_F32, kv, q, ldq, nq, lo, hi, begin, end, cap, max, sum, acc, scratch);
+  case PI2_KV_F16: attend_as(PI2_KV_F16, kv, q, ldq, nq, lo, hi, begin, end, cap, max, sum, acc, scratch); break;
+  case PI2_KV_Q8: attend_as(PI2_KV_Q8, kv, q, ldq, nq, lo, hi, begin, end, cap, max, sum, acc, scratch); break;
+  default: attend_as(PI2_KV_F32, kv, q, ldq, nq, lo, hi, begin, end, cap, max, sum, acc, scratch);
   }
 }
 

@@ -8,9 +8,21 @@
 
 enum { GROUP = 32 }; /* values in a block, and neurons whose down columns share a file's blocks */
 
-static uint16_t read16(const uint8_t *p) { uint16_t v; memcpy(&v, p, 2); return v; }
-static uint32_t read32(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4); return v; }
-static uint64_t read64(const uint8_t *p) { uint64_t v; memcpy(&v, p, 8); return v; }
+static uint16_t read16(const uint8_t *p) {
+  uint16_t v;
+  memcpy(&v, p, 2);
+  return v;
+}
+static uint32_t read32(const uint8_t *p) {
+  uint32_t v;
+  memcpy(&v, p, 4);
+  return v;
+}
+static uint64_t read64(const uint8_t *p) {
+  uint64_t v;
+  memcpy(&v, p, 8);
+  return v;
+}
 static void write32(uint8_t *p, uint32_t v) { memcpy(p, &v, 4); }
 static void write64(uint8_t *p, uint64_t v) { memcpy(p, &v, 8); }
 static int half_is_finite(uint16_t h) { return (h & 0x7c00) != 0x7c00; }
@@ -95,7 +107,8 @@ int64_t pi2_bundle_up(int type, const uint8_t *rows, int64_t n, int64_t k, const
 
 static const uint8_t NO_ROW[34]; /* the quants of a row that is not there: zeros */
 
-/* The quants of 32 neurons in 8 (4-bit) or 4 (8-bit) rows of a file: word j has those of neuron j, the first row lowest. */
+/* The quants of 32 neurons in 8 (4-bit) or 4 (8-bit) rows of a file: word j has those of neuron j, the first row
+ * lowest. */
 static void transpose(int type, const uint8_t *const rows[8], uint32_t words[GROUP]) {
   uint8_t bytes[4][GROUP];
   for (int i = 0; i < 4; i++) {
@@ -197,7 +210,8 @@ void pi2_arrange(const pi2_q8 *x, int wide, int64_t k, int16_t *to, float *d, fl
     int16_t *o = to + b / 16 * 512 + b % 16 * 2;
     if (wide) { /* stored 0 2 1 3 */
       const int16_t *q = (const int16_t *)x->q + b * PI2_BLOCK;
-      for (int g = 0; g < 8; g++, o += 64) o[0] = q[4 * g], o[1] = q[4 * g + 2], o[32] = q[4 * g + 1], o[33] = q[4 * g + 3];
+      for (int g = 0; g < 8; g++, o += 64)
+        o[0] = q[4 * g], o[1] = q[4 * g + 2], o[32] = q[4 * g + 1], o[33] = q[4 * g + 3];
     } else {
       const int8_t *q = x->q + b * PI2_BLOCK;
       for (int v = 0; v < 16; v++, o += 32) o[0] = q[2 * v], o[1] = q[2 * v + 1];

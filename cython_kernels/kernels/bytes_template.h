@@ -1,15 +1,16 @@
-/* Products of many columns of bytes, where one instruction multiplies bytes and adds the products to 32-bit sums (PI2_ACROSS):
- * one row block times PI2_ACROSS columns. A block of weights is unpacked into eight registers for all of them, and their
- * float sums stay in registers over PI2_CHUNK_BLOCKS blocks, whose activations have been put side by side, where the first-level
- * cache keeps them for all row blocks. On Zen 4 a block of Q4_1 takes 64 multiplications of bytes and 24 of floats, one a
- * cycle: 340 billion operations a second at 3.66 GHz would be all there is, of which 285 are reached where no column is fine.
+/* Products of many columns of bytes, where one instruction multiplies bytes and adds the products to 32-bit sums
+ * (PI2_ACROSS): one row block times PI2_ACROSS columns. A block of weights is unpacked into eight registers for all of
+ * them, and their float sums stay in registers over PI2_CHUNK_BLOCKS blocks, whose activations have been put side by
+ * side, where the first-level cache keeps them for all row blocks. On Zen 4 a block of Q4_1 takes 64 multiplications of
+ * bytes and 24 of floats, one a cycle: 340 billion operations a second at 3.66 GHz would be all there is, of which 285
+ * are reached where no column is fine.
  *
- * Same sums in the same order as gemm_tile, so the same bits. Bytes of weights are unsigned here: a column's sum begins at
- * what makes up for the zero point of Q6_K, and for the 128 that were added to Q8_0's.
+ * Same sums in the same order as gemm_tile, so the same bits. Bytes of weights are unsigned here: a column's sum begins
+ * at what makes up for the zero point of Q6_K, and for the 128 that were added to Q8_0's.
  *
- * int16 activations of which there are bytes, too (quantize_mixed): where a column is fine, the low ones are added to 256
- * times the sum with the high ones. That is a branch, which row block after row block goes the same way. Of Q6_K the halves
- * then have a float scale each, as they have in gemm_tile. */
+ * int16 activations of which there are bytes, too (quantize_mixed): where a column is fine, the low ones are added to
+ * 256 times the sum with the high ones. That is a branch, which row block after row block goes the same way. Of Q6_K
+ * the halves then have a float scale each, as they have in gemm_tile. */
 
 #define PI2_CHUNK_BLOCKS 32 /* a multiple of the eight to which Q4_K and Q6_K have one scale */
 
@@ -30,7 +31,8 @@ INLINE int32_t sum16(const int8_t *x) {
   return sum;
 }
 
-INLINE void gather_column(int type, const int wide, const pi2_q8 *x, int64_t row, int64_t b, int blocks, bytes_column *to) {
+INLINE void gather_column(int type, const int wide, const pi2_q8 *x, int64_t row, int64_t b, int blocks,
+                          bytes_column *to) {
   const int8_t *high = (wide ? x->high + row * x->ldh : x->q + row * x->ldq) + b * PI2_BLOCK;
   const float *d = x->d + row * x->ldb + b, *s = x->s + row * x->ldb + b;
   const int16_t *h = x->h + 2 * (row * x->ldb + b);
@@ -70,8 +72,8 @@ INLINE void bytes_dot(const vb w[8], const int8_t *x, vi sum[2]) {
     for (int half = 0; half < 2; half++) sum[half] = i_madd4(sum[half], w[4 * half + g], x + 16 * half + 4 * g);
 }
 
-/* `blocks` blocks of a row block, b the first, times `tile` columns; out[c*ldo + r] is what the blocks before have made.
- * `next`: the row block that comes next, from its block `next_b` on. */
+/* `blocks` blocks of a row block, b the first, times `tile` columns; out[c*ldo + r] is what the blocks before have
+ * made. `next`: the row block that comes next, from its block `next_b` on. */
 INLINE void bytes_tile(int type, const int wide, const int tile, const uint8_t *w, int64_t k, int64_t b, int blocks,
                        const uint8_t *next, int64_t next_b, const bytes_column *x, float *out, int64_t ldo) {
   const uint8_t *scales = w, *quants = w + pi2_scales_bytes_of(type, k);
@@ -90,8 +92,10 @@ INLINE void bytes_tile(int type, const int wide, const int tile, const uint8_t *
       for (int g = 0; g < 8; g++) q[g] = b_plus128(q[g]);
     if (has_super(type) && i % 8 == 0) unpack_super(scales, b, &super);
     unpack_scales(type, scales, b, &super, &dw, &mw);
-    if (halves == 2) six_scales(scales, b, dw, d6);
-    else if (type == PI2_Q6_K) s6 = scale6_load((const int8_t *)scales + (b >> 3) * 288 + 32 + (b & 7) * 32);
+    if (halves == 2)
+      six_scales(scales, b, dw, d6);
+    else if (type == PI2_Q6_K)
+      s6 = scale6_load((const int8_t *)scales + (b >> 3) * 288 + 32 + (b & 7) * 32);
     v_prefetch(next + (next_b + i) * scale_bytes);
     for (int line = 0; line < quants_stride(type); line += 64) v_prefetch(next_quants + i * quants_stride(type) + line);
 #pragma GCC unroll 8
@@ -122,8 +126,8 @@ INLINE void bytes_tile(int type, const int wide, const int tile, const uint8_t *
 }
 
 /* `rows` row blocks times `tile` columns, `first` the first; out is zero. */
-INLINE void bytes_columns(int type, const int wide, const int tile, const uint8_t *w, int64_t stride, int rows, int64_t k,
-                          const pi2_q8 *x, int first, float *out, int64_t ldo) {
+INLINE void bytes_columns(int type, const int wide, const int tile, const uint8_t *w, int64_t stride, int rows,
+                          int64_t k, const pi2_q8 *x, int first, float *out, int64_t ldo) {
   bytes_column columns[PI2_ACROSS];
   for (int64_t b = 0; b < k / PI2_BLOCK; b += PI2_CHUNK_BLOCKS) {
     const int blocks = k / PI2_BLOCK - b < PI2_CHUNK_BLOCKS ? (int)(k / PI2_BLOCK - b) : PI2_CHUNK_BLOCKS;
@@ -131,12 +135,13 @@ INLINE void bytes_columns(int type, const int wide, const int tile, const uint8_
     for (int r = 0; r < rows; r++) {
       const int64_t soon = r + 1 < rows ? b : b + blocks < k / PI2_BLOCK ? b + blocks : 0;
       const uint8_t *next = w + (r + 1 < rows ? r + 1 : soon ? 0 : rows) * stride;
-      bytes_tile(type, wide, tile, w + r * stride, k, b, blocks, next, soon, columns, out + first * ldo + r * PI2_ROWS, ldo);
+      bytes_tile(type, wide, tile, w + r * stride, k, b, blocks, next, soon, columns, out + first * ldo + r * PI2_ROWS,
+                 ldo);
     }
   }
 }
-INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int rows, int64_t k, const pi2_q8 *x, int n,
-                       float *out, int64_t ldo) {
+INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int rows, int64_t k, const pi2_q8 *x,
+                       int n, float *out, int64_t ldo) {
   /* int16 activations of which there are no bytes, and int8 where there is nothing to correct: gemm_tile is as good */
   if (wide ? !x->high : !is_corrected(type)) {
     for (int r = 0; r < rows; r++) gemm_tiles(type, wide, w + r * stride, k, x, n, out + r * PI2_ROWS, ldo);
@@ -145,7 +150,8 @@ INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t strid
   for (int c = 0; c < n; c++)
     for (int r = 0; r < rows; r++) v_store(out + c * ldo + r * PI2_ROWS, v_zero());
   int c = 0;
-  for (; c + PI2_ACROSS <= n; c += PI2_ACROSS) bytes_columns(type, wide, PI2_ACROSS, w, stride, rows, k, x, c, out, ldo);
+  for (; c + PI2_ACROSS <= n; c += PI2_ACROSS)
+    bytes_columns(type, wide, PI2_ACROSS, w, stride, rows, k, x, c, out, ldo);
   for (; c + 4 <= n; c += 4) bytes_columns(type, wide, 4, w, stride, rows, k, x, c, out, ldo);
   for (; c < n; c++) bytes_columns(type, wide, 1, w, stride, rows, k, x, c, out, ldo);
 }

@@ -24,21 +24,20 @@ extern const pi2_kernels pi2_kernels_avx512vnni;
 extern const pi2_kernels pi2_kernels_neon;
 #endif
 
-static const pi2_kernels *const variants[] = {
-    &pi2_kernels_scalar,
+static const pi2_kernels *const variants[] = {&pi2_kernels_scalar,
 #ifdef PI2_HAVE_avx2
-    &pi2_kernels_avx2,
+                                              &pi2_kernels_avx2,
 #endif
 #ifdef PI2_HAVE_avx512
-    &pi2_kernels_avx512,
+                                              &pi2_kernels_avx512,
 #endif
 #ifdef PI2_HAVE_avx512vnni
-    &pi2_kernels_avx512vnni,
+                                              &pi2_kernels_avx512vnni,
 #endif
 #ifdef PI2_HAVE_neon
-    &pi2_kernels_neon,
+                                              &pi2_kernels_neon,
 #endif
-    NULL};
+                                              NULL};
 
 const pi2_kernels *const *pi2_variants(void) { return variants; }
 
@@ -53,8 +52,7 @@ static int has_f16c(void) {
 int pi2_variant_runs(const pi2_kernels *k) {
 #ifdef __x86_64__
 #ifdef PI2_HAVE_avx2
-  if (k == &pi2_kernels_avx2)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  if (k == &pi2_kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #endif
 #if defined(PI2_HAVE_avx512) || defined(PI2_HAVE_avx512vnni)
   int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

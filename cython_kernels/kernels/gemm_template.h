@@ -5,7 +5,7 @@
  * the tile, so results do not depend on the batch. */
 
 #ifdef PI2_GENERIC /* one copy with arguments, not one for each type and tile: the scalar variant need not be fast */
-#ifdef __clang__ /* which does not clone, and does not know the word */
+#ifdef __clang__   /* which does not clone, and does not know the word */
 #define INLINE static __attribute__((noinline))
 #else
 #define INLINE static __attribute__((noinline, noclone))
@@ -49,47 +49,54 @@ INLINE void unpack_weights(int type, const uint8_t *block, vb w[8]) {
   for (int g = 0; g < 4; g++) unpack_two(type, block, g, &w[g], &w[g + 4]);
 }
 INLINE int quants_stride(int type) {
-  return type == PI2_Q4_0 || type == PI2_Q4_1 || type == PI2_Q4_K ? 256
-       : type == PI2_Q5_0 || type == PI2_Q5_1 || type == PI2_Q5_K ? 320 : type == PI2_Q6_K ? 384 : 512;
+  return type == PI2_Q4_0 || type == PI2_Q4_1 || type == PI2_Q4_K   ? 256
+         : type == PI2_Q5_0 || type == PI2_Q5_1 || type == PI2_Q5_K ? 320
+         : type == PI2_Q6_K                                         ? 384
+                                                                    : 512;
 }
 INLINE int block_bytes(int type) { /* with its part of the scales */
-  return quants_stride(type) + (type == PI2_Q4_1 || type == PI2_Q5_1 ? 64
-                              : type == PI2_Q4_K || type == PI2_Q5_K ? 40 : type == PI2_Q6_K ? 36 : 32);
+  return quants_stride(type) + (type == PI2_Q4_1 || type == PI2_Q5_1   ? 64
+                                : type == PI2_Q4_K || type == PI2_Q5_K ? 40
+                                : type == PI2_Q6_K                     ? 36
+                                                                       : 32);
 }
 INLINE int has_min(int type) { return type != PI2_Q8_0 && type != PI2_Q6_K; }
 
 INLINE int has_super(int type) { return type == PI2_Q4_K || type == PI2_Q5_K; }
 
 /* The scales of 256 columns of a type that has them */
-typedef struct { vf d, minus_dmin; } super_scales;
+typedef struct {
+  vf d, minus_dmin;
+} super_scales;
 INLINE void unpack_super(const uint8_t *scales, int64_t b, super_scales *out) {
   const uint8_t *super = scales + (b >> 3) * 320;
   out->d = v_load_f16((const uint16_t *)super);
   out->minus_dmin = v_sub(v_zero(), v_load_f16((const uint16_t *)(super + 32)));
 }
-/* value = dw * q + mw; the zero points of Q4_0 and Q5_0 become minimums. `super` is block b's, where the type has them. */
+/* value = dw * q + mw; the zero points of Q4_0 and Q5_0 become minimums. `super` is block b's, where the type has them.
+ */
 INLINE void unpack_scales(int type, const uint8_t *scales, int64_t b, const super_scales *super, vf *dw, vf *mw) {
   *mw = v_zero();
   switch (type) {
-    case PI2_Q4_0: case PI2_Q5_0:
-      *dw = v_load_f16((const uint16_t *)(scales + b * 32));
-      *mw = v_mul(*dw, v_set(type == PI2_Q4_0 ? -8.0f : -16.0f));
-      break;
-    case PI2_Q4_1: case PI2_Q5_1:
-      *dw = v_load_f16((const uint16_t *)(scales + b * 64));
-      *mw = v_load_f16((const uint16_t *)(scales + b * 64 + 32));
-      break;
-    case PI2_Q4_K: case PI2_Q5_K: { /* products of 11 and 6 significant bits: exact */
-      const uint8_t *fine = scales + (b >> 3) * 320 + 64 + (b & 7) * 32;
-      *dw = v_mul(super->d, v_load_u8(fine));
-      *mw = v_mul(super->minus_dmin, v_load_u8(fine + 16));
-      break;
-    }
-    case PI2_Q6_K:
-      *dw = v_load_f16((const uint16_t *)(scales + (b >> 3) * 288));
-      break;
-    default:
-      *dw = v_load_f16((const uint16_t *)(scales + b * 32));
+  case PI2_Q4_0:
+  case PI2_Q5_0:
+    *dw = v_load_f16((const uint16_t *)(scales + b * 32));
+    *mw = v_mul(*dw, v_set(type == PI2_Q4_0 ? -8.0f : -16.0f));
+    break;
+  case PI2_Q4_1:
+  case PI2_Q5_1:
+    *dw = v_load_f16((const uint16_t *)(scales + b * 64));
+    *mw = v_load_f16((const uint16_t *)(scales + b * 64 + 32));
+    break;
+  case PI2_Q4_K:
+  case PI2_Q5_K: { /* products of 11 and 6 significant bits: exact */
+    const uint8_t *fine = scales + (b >> 3) * 320 + 64 + (b & 7) * 32;
+    *dw = v_mul(super->d, v_load_u8(fine));
+    *mw = v_mul(super->minus_dmin, v_load_u8(fine + 16));
+    break;
+  }
+  case PI2_Q6_K: *dw = v_load_f16((const uint16_t *)(scales + (b >> 3) * 288)); break;
+  default: *dw = v_load_f16((const uint16_t *)(scales + b * 32));
   }
 }
 
@@ -101,8 +108,8 @@ INLINE void six_scales(const uint8_t *scales, int64_t b, vf d, vf out[2]) {
 }
 
 /* out[c][16], c < tile; tile is a constant at every call, so the loops over it unroll into registers */
-INLINE void gemm_tile(int type, const int wide, const int tile, const uint8_t *w, int64_t k, const pi2_q8 *x, int64_t row,
-                      float *out, int64_t ldo) {
+INLINE void gemm_tile(int type, const int wide, const int tile, const uint8_t *w, int64_t k, const pi2_q8 *x,
+                      int64_t row, float *out, int64_t ldo) {
   const uint8_t *scales = w, *quants = w + pi2_scales_bytes_of(type, k);
   const int8_t *xq[PI2_TILE];
   vf sum[PI2_TILE];
@@ -122,7 +129,8 @@ INLINE void gemm_tile(int type, const int wide, const int tile, const uint8_t *w
     if (!straight) unpack_weights(type, quants + b * quants_stride(type), q);
     if (has_super(type) && b % 8 == 0) unpack_super(scales, b, &super);
     unpack_scales(type, scales, b, &super, &dw, &mw);
-    /* few columns wait for memory: as many bytes as a block has, in the order of memory, scales and the next rows too */
+    /* few columns wait for memory: as many bytes as a block has, in the order of memory, scales and the next rows too
+     */
     for (int i = 0; i < block_bytes(type); i += 64) v_prefetch_second(ahead + b * block_bytes(type) + i);
     if (straight) {
       const vi dot = dot_nibbles(quants + b * 256, (const int16_t *)xq[0] + b * PI2_BLOCK);
@@ -148,9 +156,10 @@ INLINE void gemm_tile(int type, const int wide, const int tile, const uint8_t *w
       if (type == PI2_Q6_K) s6 = scale6_load((const int8_t *)scales + (b >> 3) * 288 + 32 + (b & 7) * 32);
       for (int c = 0; c < tile; c++) {
         const int8_t *y = xq[c] + b * PI2_BLOCK;
-        vi dot = type == PI2_Q6_K ? dot_u6(q, y, s6, xh + 2 * (c * ldb + b))
-               : type == PI2_Q8_0 ? dot_s8(q, y)
-               : type == PI2_Q5_0 || type == PI2_Q5_1 || type == PI2_Q5_K ? dot_u5(q, y) : dot_u4(q, y);
+        vi dot = type == PI2_Q6_K                                           ? dot_u6(q, y, s6, xh + 2 * (c * ldb + b))
+                 : type == PI2_Q8_0                                         ? dot_s8(q, y)
+                 : type == PI2_Q5_0 || type == PI2_Q5_1 || type == PI2_Q5_K ? dot_u5(q, y)
+                                                                            : dot_u4(q, y);
         sum[c] = v_fma(v_mul(i_to_float(dot), v_set(xd[c * ldb + b])), dw, sum[c]);
         if (has_min(type)) sum[c] = v_fma(v_set(xs[c * ldb + b]), mw, sum[c]);
       }
@@ -160,9 +169,10 @@ INLINE void gemm_tile(int type, const int wide, const int tile, const uint8_t *w
 }
 
 /* Tiles of 8 (where registers allow), 4, 2 and 1 columns make up any n. */
-#define GEMM_TILES(N) \
+#define GEMM_TILES(N)                                                                              \
   for (; n - done >= N; done += N) gemm_tile(type, wide, N, w, k, x, done, out + done * ldo, ldo);
-INLINE void gemm_tiles(int type, const int wide, const uint8_t *w, int64_t k, const pi2_q8 *x, int n, float *out, int64_t ldo) {
+INLINE void gemm_tiles(int type, const int wide, const uint8_t *w, int64_t k, const pi2_q8 *x, int n, float *out,
+                       int64_t ldo) {
   int done = 0;
   GEMM_TILES(PI2_TILE)
   GEMM_TILES(4)
@@ -185,8 +195,9 @@ GEMMS(PI2_Q6_K, q6_k)
 
 /* Float weights [k][16], float activations. Two sums per column, even and odd k, hide the latency of one column. */
 INLINE vf load_weights(int type, const uint8_t *w, int64_t i) {
-  return type == PI2_F32 ? v_load((const float *)w + i * 16)
-       : type == PI2_F16 ? v_load_f16((const uint16_t *)w + i * 16) : v_load_bf16((const uint16_t *)w + i * 16);
+  return type == PI2_F32   ? v_load((const float *)w + i * 16)
+         : type == PI2_F16 ? v_load_f16((const uint16_t *)w + i * 16)
+                           : v_load_bf16((const uint16_t *)w + i * 16);
 }
 INLINE void gemm_float_tile(int type, const int tile, const uint8_t *w, int64_t k, const float *x, int64_t ldx,
                             float *out, int64_t ldo) {
@@ -206,13 +217,13 @@ INLINE void gemm_float_tile(int type, const int tile, const uint8_t *w, int64_t 
   }
   for (int c = 0; c < tile; c++) v_store(out + c * ldo, v_add(even[c], odd[c]));
 }
-#define GEMM_FLOAT(T, name)                                                                                     \
+#define GEMM_FLOAT(T, name)                                                                                           \
   static void gemm_##name(const uint8_t *w, int64_t k, const float *x, int64_t ldx, int n, float *out, int64_t ldo) { \
-    int done = 0;                                                                                               \
-    for (; n - done >= PI2_TILE; done += PI2_TILE)                                                              \
-      gemm_float_tile(T, PI2_TILE, w, k, x + done * ldx, ldx, out + done * ldo, ldo);                           \
-    for (; n - done >= 2; done += 2) gemm_float_tile(T, 2, w, k, x + done * ldx, ldx, out + done * ldo, ldo);   \
-    if (n > done) gemm_float_tile(T, 1, w, k, x + done * ldx, ldx, out + done * ldo, ldo);                      \
+    int done = 0;                                                                                                     \
+    for (; n - done >= PI2_TILE; done += PI2_TILE)                                                                    \
+      gemm_float_tile(T, PI2_TILE, w, k, x + done * ldx, ldx, out + done * ldo, ldo);                                 \
+    for (; n - done >= 2; done += 2) gemm_float_tile(T, 2, w, k, x + done * ldx, ldx, out + done * ldo, ldo);         \
+    if (n > done) gemm_float_tile(T, 1, w, k, x + done * ldx, ldx, out + done * ldo, ldo);                            \
   }
 GEMM_FLOAT(PI2_F32, f32)
 GEMM_FLOAT(PI2_F16, f16)

@@ -1,8 +1,8 @@
 /* Products with single neurons: rows of up and columns of down, as bundles have them (docs/pack-format.md), for the
  * neurons that fire.
  *
- * The same integers and the same float operations in the same order as gemm_template.h over whole matrices: what is left
- * out there would add zero. So sparse and dense results are the same bits. */
+ * The same integers and the same float operations in the same order as gemm_template.h over whole matrices: what is
+ * left out there would add zero. So sparse and dense results are the same bits. */
 
 #define PI2_CHUNK 512 /* columns of a row that lie together, a lane for each block of 32 */
 
@@ -17,7 +17,8 @@ INLINE void neuron_rows(int type, const uint8_t *const *rows, const uint8_t *con
   for (int64_t c = 0; c * 16 < blocks; c++) {
     vf t[16], dw[16], mw[16];
     for (int i = 0; i < 16; i++) t[i] = dw[i] = v_zero();
-    if (type == PI2_Q4_1) for (int i = 0; i < 16; i++) mw[i] = v_zero();
+    if (type == PI2_Q4_1)
+      for (int i = 0; i < 16; i++) mw[i] = v_zero();
     const vf dx = v_load(d + 16 * c);
     for (int i = 0; i < m; i++) {
       const uint8_t *p = rows[i] + c * bytes;
@@ -66,21 +67,23 @@ INLINE void neuron_columns(int type, const uint8_t *const *columns, const int16_
       const int32_t xb = i + 1 < m ? q[i + 1] : 0;
       v_prefetch(a + 256);
       v_prefetch(b + 256);
-      if (wide) c_bytes(sum, a, b, q[i], xb);
-      else c_nibbles(sum, a, b, q[i], xb);
+      if (wide)
+        c_bytes(sum, a, b, q[i], xb);
+      else
+        c_nibbles(sum, a, b, q[i], xb);
     }
     if (!wide) c_close(sum);
     close_columns(type, sum, width, scales + 2 * r, plane, d, s, out + r);
   }
 }
-#define NEURONS(T, name)                                                                                               \
-  static void neuron_rows_##name(const uint8_t *const *rows, const uint8_t *const *scales, int m, int64_t k,           \
-                                 const int16_t *x, const float *d, const float *s, float *out) {                       \
-    neuron_rows(T, rows, scales, m, k, x, d, s, out);                                                                  \
-  }                                                                                                                    \
-  static void neuron_columns_##name(const uint8_t *const *columns, const int16_t *q, int m, const uint8_t *scales,     \
-                                    int64_t plane, float d, float s, int64_t rows, float *out) {                       \
-    neuron_columns(T, columns, q, m, scales, plane, d, s, rows, out);                                                  \
+#define NEURONS(T, name)                                                                                           \
+  static void neuron_rows_##name(const uint8_t *const *rows, const uint8_t *const *scales, int m, int64_t k,       \
+                                 const int16_t *x, const float *d, const float *s, float *out) {                   \
+    neuron_rows(T, rows, scales, m, k, x, d, s, out);                                                              \
+  }                                                                                                                \
+  static void neuron_columns_##name(const uint8_t *const *columns, const int16_t *q, int m, const uint8_t *scales, \
+                                    int64_t plane, float d, float s, int64_t rows, float *out) {                   \
+    neuron_columns(T, columns, q, m, scales, plane, d, s, rows, out);                                              \
   }
 NEURONS(PI2_Q4_0, q4_0)
 NEURONS(PI2_Q4_1, q4_1)

@@ -1,23 +1,24 @@
 /* Matrix products of many columns, written once like those of gemm_template.h: PI2_PANEL row blocks together.
  *
- * Their weights of one block are unpacked once for all n columns, into a buffer of the first-level cache, and PI2_PANEL x 4
- * integer sums stay in registers while the buffer passes by: a column's activations are broadcast once for all row blocks,
- * and each float sum waits in `out`. The same sums in the same order as gemm_tile, so the same bits.
+ * Their weights of one block are unpacked once for all n columns, into a buffer of the first-level cache, and PI2_PANEL
+ * x 4 integer sums stay in registers while the buffer passes by: a column's activations are broadcast once for all row
+ * blocks, and each float sum waits in `out`. The same sums in the same order as gemm_tile, so the same bits.
  *
  * int16 activations: i_madd adds the products of a step (a PI2_STEPS-th of the block's columns) to 32-bit sums.
  *
  * int8 activations: g_first and g_madd add up the products of groups of four columns. With PI2_SHORT these sums have 16
- * bits, begin at 0, and are closed before they could overflow: after all 8 groups of 4-bit weights, 4 of 5-bit ones, 2 of
- * 6-bit ones (simd_avx512.h has the bounds). Otherwise they have 32 bits and begin at a number that makes up for the zero
- * point of Q6_K and for the PI2_BIAS that b_biased added to Q8_0's weights. g_close turns them into 32-bit sums, g_scale
- * into sums times a scale of Q6_K.
+ * bits, begin at 0, and are closed before they could overflow: after all 8 groups of 4-bit weights, 4 of 5-bit ones, 2
+ * of 6-bit ones (simd_avx512.h has the bounds). Otherwise they have 32 bits and begin at a number that makes up for the
+ * zero point of Q6_K and for the PI2_BIAS that b_biased added to Q8_0's weights. g_close turns them into 32-bit sums,
+ * g_scale into sums times a scale of Q6_K.
  *
  * int16 activations of which there are bytes, too (quantize_mixed): the high ones go the way of int8 activations, and
  * where a column has low ones, the sums with them are added to 256 times those with the high ones.
  *
  * Statements of assembler without an instruction keep the compiler from filling registers with what comes later. */
 
-#define PI2_AHEAD 8 /* blocks of each row block that a panel has asked for when it computes; the next panel's at its end */
+#define PI2_AHEAD                                                                                           \
+  8 /* blocks of each row block that a panel has asked for when it computes; the next panel's at its end */
 
 /* One block of a panel's weights, unpacked. The halves of Q6_K have a scale each. */
 typedef struct {
@@ -70,8 +71,8 @@ INLINE void panel_unpack(int type, const int wide, const uint8_t *w, int64_t k, 
 }
 
 /* Adds integer sums of a block to the float sums in out. */
-INLINE void panel_add(int type, const int tile, vi dot[PI2_PANEL][4], const vf *dw, const vf *mw,
-                      const panel_input *x, float *out, int64_t ldo) {
+INLINE void panel_add(int type, const int tile, vi dot[PI2_PANEL][4], const vf *dw, const vf *mw, const panel_input *x,
+                      float *out, int64_t ldo) {
   const float *d = x->d, *s = x->s;
   vf by[PI2_PANEL], plus[PI2_PANEL];
   __asm__ volatile("" : "+r"(out), "+r"(d), "+r"(s) : "r"(dw), "r"(mw) : "memory");
@@ -88,8 +89,9 @@ INLINE void panel_add(int type, const int tile, vi dot[PI2_PANEL][4], const vf *
   }
 }
 
-/* Weights to ask for while one tile of columns is computed: PI2_AHEAD_LINES cache lines of each row block, a few at a time.
- * All at once would fill the line buffers, of which a core has about a dozen, and stop it until memory has answered. */
+/* Weights to ask for while one tile of columns is computed: PI2_AHEAD_LINES cache lines of each row block, a few at a
+ * time. All at once would fill the line buffers, of which a core has about a dozen, and stop it until memory has
+ * answered. */
 #define PI2_AHEAD_LINES (PI2_STEPS / PI2_PANEL)
 typedef struct {
   const uint8_t *at, *end; /* of the first row block, or NULL */
@@ -109,8 +111,8 @@ INLINE void prefetch_all(panel_ahead a) {
   for (int i = 0; a.at && i < PI2_STEPS; i++) v_prefetch(a.at + i % PI2_PANEL * a.stride + i / PI2_PANEL * 64);
 }
 
-INLINE void panel16_columns(int type, const int tile, const panel_block *p, const int16_t *const *y, const panel_input *x,
-                            panel_ahead ahead, float *out, int64_t ldo) {
+INLINE void panel16_columns(int type, const int tile, const panel_block *p, const int16_t *const *y,
+                            const panel_input *x, panel_ahead ahead, float *out, int64_t ldo) {
   const int halves = type == PI2_Q6_K ? 2 : 1, steps = PI2_STEPS / halves;
   for (int half = 0; half < halves; half++) {
     vi sum[PI2_PANEL][4];
@@ -151,8 +153,10 @@ INLINE void panel8_sums(int type, const int tile, const panel_block *p, const pa
       for (int r = 0; r < PI2_PANEL; r++) {
         const vb w = p->groups[r][g];
         for (int c = 0; c < tile; c++)
-          if (g > from) g_madd(&sum[r][c], w, v[c], g);
-          else sum[r][c] = g_first(begin_of(type, half, x, c), w, v[c]);
+          if (g > from)
+            g_madd(&sum[r][c], w, v[c], g);
+          else
+            sum[r][c] = g_first(begin_of(type, half, x, c), w, v[c]);
       }
       __asm__ volatile("" : : "r"(p) : "memory");
     }
@@ -172,15 +176,17 @@ INLINE void panel8_sums(int type, const int tile, const panel_block *p, const pa
     if (part + 1 < parts) __asm__ volatile("" : : "r"(waiting) : "memory");
   }
 }
-INLINE void panel8_columns(int type, const int tile, const panel_block *p, const panel_input *x, float *out, int64_t ldo) {
+INLINE void panel8_columns(int type, const int tile, const panel_block *p, const panel_input *x, float *out,
+                           int64_t ldo) {
   vi dot[PI2_PANEL][4];
   panel8_sums(type, tile, p, x, dot);
   panel_add(type, tile, dot, p->dw[0], p->mw, x, out, ldo);
 }
 
-INLINE void panel_tile(int type, const int wide, const int tile, const panel_block *p, const pi2_q8 *x, int c, int64_t b,
-                       panel_ahead ahead, float *out, int64_t ldo) {
-  panel_input in = {.d = x->d + c * x->ldb + b, .s = x->s + c * x->ldb + b, .h = x->h + 2 * (c * x->ldb + b), .ldb = x->ldb};
+INLINE void panel_tile(int type, const int wide, const int tile, const panel_block *p, const pi2_q8 *x, int c,
+                       int64_t b, panel_ahead ahead, float *out, int64_t ldo) {
+  panel_input in = {
+      .d = x->d + c * x->ldb + b, .s = x->s + c * x->ldb + b, .h = x->h + 2 * (c * x->ldb + b), .ldb = x->ldb};
   const int8_t *q = x->q + c * x->ldq + (b * PI2_BLOCK << wide);
   __asm__("" : "+r"(q)); /* one pointer, not one for each column, from tile to tile */
   for (int i = 0; i < tile; i++) in.q[i] = q + i * x->ldq;
@@ -219,7 +225,8 @@ INLINE void panel_columns(int type, const int wide, const uint8_t *w, int64_t st
   }
 }
 
-/* Activations that have a second form. PI2_COLUMNS of them at a time, so that a block's fine ones are bits of a number. */
+/* Activations that have a second form. PI2_COLUMNS of them at a time, so that a block's fine ones are bits of a number.
+ */
 #define PI2_COLUMNS 32
 #define PI2_BLOCKS 64
 INLINE void find_fine(const pi2_q8 *x, int c, int n, int64_t b, int blocks, uint32_t *fine) {
@@ -234,7 +241,8 @@ INLINE void find_fine(const pi2_q8 *x, int c, int n, int64_t b, int blocks, uint
     }
   }
 }
-/* The numbers of n columns, the fine ones last: nothing could foresee a branch for each of them. Returns how many are not. */
+/* The numbers of n columns, the fine ones last: nothing could foresee a branch for each of them. Returns how many are
+ * not. */
 INLINE int order_columns(uint32_t fine, int n, uint8_t *order) {
   static const uint8_t all[PI2_COLUMNS] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                                            16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
@@ -281,8 +289,8 @@ INLINE void panel_bytes_tile(int type, const int tile, const int fine, const pan
     }
   }
 }
-INLINE void panel_bytes(int type, const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int c, int n, float *out,
-                        int64_t ldo) {
+INLINE void panel_bytes(int type, const uint8_t *w, int64_t stride, int64_t k, const pi2_q8 *x, int c, int n,
+                        float *out, int64_t ldo) {
   const int64_t blocks = k / PI2_BLOCK;
   uint32_t fine[PI2_BLOCKS];
   uint8_t order[PI2_COLUMNS];
@@ -296,18 +304,22 @@ INLINE void panel_bytes(int type, const uint8_t *w, int64_t stride, int64_t k, c
     for (; i + 4 <= n; i += 4) {
       prefetch_all(ahead);
       go_ahead(&ahead);
-      if (i + 4 <= coarse) panel_bytes_tile(type, 4, 0, &p, x, c, order + i, b, out, ldo);
-      else panel_bytes_tile(type, 4, i < coarse ? i + 4 - coarse : 4, &p, x, c, order + i, b, out, ldo);
+      if (i + 4 <= coarse)
+        panel_bytes_tile(type, 4, 0, &p, x, c, order + i, b, out, ldo);
+      else
+        panel_bytes_tile(type, 4, i < coarse ? i + 4 - coarse : 4, &p, x, c, order + i, b, out, ldo);
     }
     for (; i < n; i++)
-      if (i < coarse) panel_bytes_tile(type, 1, 0, &p, x, c, order + i, b, out, ldo);
-      else panel_bytes_tile(type, 1, 1, &p, x, c, order + i, b, out, ldo);
+      if (i < coarse)
+        panel_bytes_tile(type, 1, 0, &p, x, c, order + i, b, out, ldo);
+      else
+        panel_bytes_tile(type, 1, 1, &p, x, c, order + i, b, out, ldo);
   }
 }
 
 /* PI2_PANEL row blocks at once, and what is left one by one */
-INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int blocks, int64_t k, const pi2_q8 *x,
-                       int n, float *out, int64_t ldo) {
+INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t stride, int blocks, int64_t k,
+                       const pi2_q8 *x, int n, float *out, int64_t ldo) {
   int b = 0;
   for (; b + PI2_PANEL <= blocks; b += PI2_PANEL, w += PI2_PANEL * stride, out += PI2_PANEL * PI2_ROWS) {
     for (int c = 0; c < n; c++)
@@ -316,7 +328,8 @@ INLINE void gemm_panel(int type, const int wide, const uint8_t *w, int64_t strid
     if (wide && x->high && type != PI2_Q8_0 && type != PI2_Q6_K)
       for (int c = 0; c < n; c += PI2_COLUMNS)
         panel_bytes(type, w, stride, k, x, c, n - c < PI2_COLUMNS ? n - c : PI2_COLUMNS, out, ldo);
-    else panel_columns(type, wide, w, stride, k, x, n, out, ldo);
+    else
+      panel_columns(type, wide, w, stride, k, x, n, out, ldo);
   }
   for (; b < blocks; b++, w += stride, out += PI2_ROWS) gemm_tiles(type, wide, w, k, x, n, out, ldo);
 }

@@ -6,8 +6,16 @@
 #include "kernels.h"
 #include "layout.h"
 
-static uint16_t read16(const uint8_t *p) { uint16_t v; memcpy(&v, p, 2); return v; }
-static uint32_t read32(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4); return v; }
+static uint16_t read16(const uint8_t *p) {
+  uint16_t v;
+  memcpy(&v, p, 2);
+  return v;
+}
+static uint32_t read32(const uint8_t *p) {
+  uint32_t v;
+  memcpy(&v, p, 4);
+  return v;
+}
 static void write16(uint8_t *p, uint16_t v) { memcpy(p, &v, 2); }
 static int half_is_finite(uint16_t h) { return (h & 0x7c00) != 0x7c00; }
 
@@ -22,17 +30,18 @@ static int is_k_type(int type) { return type == PI2_Q4_K || type == PI2_Q5_K || 
 /* bytes of one block in the file, and the values in it */
 static int block_bytes(int type) {
   switch (type) {
-    case PI2_F32: return 4;
-    case PI2_F16: case PI2_BF16: return 2;
-    case PI2_Q4_0: return 18;
-    case PI2_Q4_1: return 20;
-    case PI2_Q5_0: return 22;
-    case PI2_Q5_1: return 24;
-    case PI2_Q8_0: return 34;
-    case PI2_Q4_K: return 144;
-    case PI2_Q5_K: return 176;
-    case PI2_Q6_K: return 210;
-    default: return 0;
+  case PI2_F32: return 4;
+  case PI2_F16:
+  case PI2_BF16: return 2;
+  case PI2_Q4_0: return 18;
+  case PI2_Q4_1: return 20;
+  case PI2_Q5_0: return 22;
+  case PI2_Q5_1: return 24;
+  case PI2_Q8_0: return 34;
+  case PI2_Q4_K: return 144;
+  case PI2_Q5_K: return 176;
+  case PI2_Q6_K: return 210;
+  default: return 0;
   }
 }
 static int block_values(int type) {
@@ -61,8 +70,7 @@ static void k_quants(int type, const uint8_t *p, int j, uint8_t q[32]) {
   if (type == PI2_Q6_K) {
     const int half_block = j / 4, part = j % 4;
     const uint8_t *ql = p + 64 * half_block + (part & 1) * 32, *qh = p + 128 + 32 * half_block;
-    for (int i = 0; i < 32; i++)
-      q[i] = (uint8_t)((part < 2 ? ql[i] & 15 : ql[i] >> 4) | (qh[i] >> 2 * part & 3) << 4);
+    for (int i = 0; i < 32; i++) q[i] = (uint8_t)((part < 2 ? ql[i] & 15 : ql[i] >> 4) | (qh[i] >> 2 * part & 3) << 4);
     return;
   }
   const uint8_t *high = type == PI2_Q5_K ? p + 16 : NULL, *qs = p + (high ? 48 : 16) + 32 * (j / 2);
@@ -170,7 +178,7 @@ int64_t pi2_repack(int type, const uint8_t *src, int64_t rows, int64_t k, uint8_
     if (row == 0) memset(block, 0, (size_t)size);
     const uint8_t *from = src + r * row_bytes;
     int finite = block_values(type) == 1 ? repack_float_row(type, from, k, row, block)
-               : is_k_type(type)         ? repack_k_row(type, from, k, row, block, block + scales)
+                 : is_k_type(type)       ? repack_k_row(type, from, k, row, block, block + scales)
                                          : repack_legacy_row(type, from, k, row, block, block + scales);
     if (!finite && !bad) bad = r + 1;
   }
@@ -209,22 +217,23 @@ void pi2_unpack_row(int type, const uint8_t *matrix, int64_t k, int64_t r, float
     const uint8_t *s = scales;
     const int8_t *six = NULL;
     switch (type) {
-      case PI2_Q4_1: case PI2_Q5_1:
-        d = half(read16(s + b * 64 + row * 2));
-        m = half(read16(s + b * 64 + 32 + row * 2));
-        break;
-      case PI2_Q4_K: case PI2_Q5_K:
-        s += b / 8 * 320;
-        d = half(read16(s + row * 2)) * s[64 + b % 8 * 32 + row];
-        m = -(half(read16(s + 32 + row * 2)) * s[80 + b % 8 * 32 + row]);
-        break;
-      case PI2_Q6_K:
-        s += b / 8 * 288;
-        d = half(read16(s + row * 2));
-        six = (const int8_t *)s + 32 + b % 8 * 32 + row;
-        break;
-      default:
-        d = half(read16(s + b * 32 + row * 2));
+    case PI2_Q4_1:
+    case PI2_Q5_1:
+      d = half(read16(s + b * 64 + row * 2));
+      m = half(read16(s + b * 64 + 32 + row * 2));
+      break;
+    case PI2_Q4_K:
+    case PI2_Q5_K:
+      s += b / 8 * 320;
+      d = half(read16(s + row * 2)) * s[64 + b % 8 * 32 + row];
+      m = -(half(read16(s + 32 + row * 2)) * s[80 + b % 8 * 32 + row]);
+      break;
+    case PI2_Q6_K:
+      s += b / 8 * 288;
+      d = half(read16(s + row * 2));
+      six = (const int8_t *)s + 32 + b % 8 * 32 + row;
+      break;
+    default: d = half(read16(s + b * 32 + row * 2));
     }
     const int zero = type == PI2_Q4_0 ? 8 : type == PI2_Q5_0 ? 16 : type == PI2_Q6_K ? 32 : 0;
     for (int i = 0; i < 32; i++) {

@@ -5,13 +5,28 @@
 #include <stdint.h>
 #include <string.h>
 
-typedef struct { __m256 l, h; } vf;
-typedef struct { __m256i l, h; } vi;
-typedef struct { __m256i l, h; } vb;
+typedef struct {
+  __m256 l, h;
+} vf;
+typedef struct {
+  __m256i l, h;
+} vi;
+typedef struct {
+  __m256i l, h;
+} vb;
 
-static inline vf two(__m256 l, __m256 h) { vf r = {l, h}; return r; }
-static inline vi two_i(__m256i l, __m256i h) { vi r = {l, h}; return r; }
-static inline vb two_b(__m256i l, __m256i h) { vb r = {l, h}; return r; }
+static inline vf two(__m256 l, __m256 h) {
+  vf r = {l, h};
+  return r;
+}
+static inline vi two_i(__m256i l, __m256i h) {
+  vi r = {l, h};
+  return r;
+}
+static inline vb two_b(__m256i l, __m256i h) {
+  vb r = {l, h};
+  return r;
+}
 
 static inline vf v_set(float a) { return two(_mm256_set1_ps(a), _mm256_set1_ps(a)); }
 static inline vf v_zero(void) { return v_set(0.0f); }
@@ -24,9 +39,7 @@ static inline vf v_add(vf a, vf b) { return two(_mm256_add_ps(a.l, b.l), _mm256_
 static inline vf v_sub(vf a, vf b) { return two(_mm256_sub_ps(a.l, b.l), _mm256_sub_ps(a.h, b.h)); }
 static inline vf v_mul(vf a, vf b) { return two(_mm256_mul_ps(a.l, b.l), _mm256_mul_ps(a.h, b.h)); }
 static inline vf v_div(vf a, vf b) { return two(_mm256_div_ps(a.l, b.l), _mm256_div_ps(a.h, b.h)); }
-static inline vf v_fma(vf a, vf b, vf c) {
-  return two(_mm256_fmadd_ps(a.l, b.l, c.l), _mm256_fmadd_ps(a.h, b.h, c.h));
-}
+static inline vf v_fma(vf a, vf b, vf c) { return two(_mm256_fmadd_ps(a.l, b.l, c.l), _mm256_fmadd_ps(a.h, b.h, c.h)); }
 static inline vf v_max(vf a, vf b) { return two(_mm256_max_ps(a.l, b.l), _mm256_max_ps(a.h, b.h)); }
 static inline vf v_abs(vf a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
@@ -40,7 +53,8 @@ static inline __m256 pow2_of(__m256 n) {
 static inline vf v_pow2(vf n) { return two(pow2_of(n.l), pow2_of(n.h)); }
 static inline vf v_zero_below(vf a, vf x, float bound) {
   const __m256 b = _mm256_set1_ps(bound);
-  return two(_mm256_and_ps(a.l, _mm256_cmp_ps(x.l, b, _CMP_GE_OQ)), _mm256_and_ps(a.h, _mm256_cmp_ps(x.h, b, _CMP_GE_OQ)));
+  return two(_mm256_and_ps(a.l, _mm256_cmp_ps(x.l, b, _CMP_GE_OQ)),
+             _mm256_and_ps(a.h, _mm256_cmp_ps(x.h, b, _CMP_GE_OQ)));
 }
 static inline vf v_window(vf a, float b, int lo, int hi) {
   const __m256i l = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), h = _mm256_add_epi32(l, _mm256_set1_epi32(8));
@@ -65,8 +79,10 @@ static inline float v_top(vf a) {
 }
 static inline float v_magnitude(vf a, vf b) { /* as integers, NaN is above everything */
   const __m256i bits = _mm256_set1_epi32(0x7fffffff);
-  __m256i l = _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(a.l), bits), _mm256_and_si256(_mm256_castps_si256(b.l), bits));
-  __m256i h = _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(a.h), bits), _mm256_and_si256(_mm256_castps_si256(b.h), bits));
+  __m256i l = _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(a.l), bits),
+                               _mm256_and_si256(_mm256_castps_si256(b.l), bits));
+  __m256i h = _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(a.h), bits),
+                               _mm256_and_si256(_mm256_castps_si256(b.h), bits));
   l = _mm256_max_epi32(l, h);
   __m128i c = _mm_max_epi32(_mm256_castsi256_si128(l), _mm256_extracti128_si256(l, 1));
   c = _mm_max_epi32(c, _mm_unpackhi_epi64(c, c));
@@ -74,16 +90,20 @@ static inline float v_magnitude(vf a, vf b) { /* as integers, NaN is above every
 }
 static inline __m128i load_128(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
 static inline __m128i load_64(const void *p) { return _mm_loadl_epi64((const __m128i *)p); }
-static inline vf v_load_f16(const uint16_t *p) { return two(_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 8))); }
+static inline vf v_load_f16(const uint16_t *p) {
+  return two(_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 8)));
+}
 static inline __m256 from_bf16(const uint16_t *p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(p)), 16));
 }
 static inline vf v_load_bf16(const uint16_t *p) { return two(from_bf16(p), from_bf16(p + 8)); }
 static inline vf v_load_u8(const uint8_t *p) {
-  return two(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_64(p))), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_64(p + 8))));
+  return two(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_64(p))),
+             _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_64(p + 8))));
 }
 static inline vf v_load_i8(const int8_t *p) {
-  return two(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_64(p))), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_64(p + 8))));
+  return two(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_64(p))),
+             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_64(p + 8))));
 }
 static inline void v_store_f16(uint16_t *p, vf a) {
   _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.l, NEAREST));
@@ -163,7 +183,9 @@ static inline vi dot_u5(const vb w[8], const int8_t *x) {
   vi a = products4(w, x), b = products4(w + 4, x + 16);
   return two_i(_mm256_add_epi32(pairs(a.l), pairs(b.l)), _mm256_add_epi32(pairs(a.h), pairs(b.h)));
 }
-typedef struct { vi s[2]; } v6scale;
+typedef struct {
+  vi s[2];
+} v6scale;
 static inline __m256i scale_twice(const int8_t *p) { /* each scale twice, as 16-bit factors of vpmaddwd */
   __m256i wide = _mm256_and_si256(_mm256_cvtepi8_epi32(load_64(p)), _mm256_set1_epi32(0xffff));
   return _mm256_or_si256(wide, _mm256_slli_epi32(wide, 16));
@@ -174,7 +196,8 @@ static inline v6scale scale6_load(const int8_t *p) {
 }
 static inline vi dot_u6(const vb w[8], const int8_t *x, v6scale s, const int16_t *half_sums) {
   /* -32 * (s0*sum0 + s1*sum1) first: interleave the two scales, one vpmaddwd */
-  __m256i sums = _mm256_set1_epi32((int32_t)((uint32_t)(uint16_t)half_sums[0] | (uint32_t)(uint16_t)half_sums[1] << 16));
+  __m256i sums =
+      _mm256_set1_epi32((int32_t)((uint32_t)(uint16_t)half_sums[0] | (uint32_t)(uint16_t)half_sums[1] << 16));
   __m256i l = _mm256_slli_epi32(_mm256_madd_epi16(_mm256_blend_epi16(s.s[0].l, s.s[1].l, 0xaa), sums), 5);
   __m256i h = _mm256_slli_epi32(_mm256_madd_epi16(_mm256_blend_epi16(s.s[0].h, s.s[1].h, 0xaa), sums), 5);
   vi total = two_i(_mm256_sub_epi32(_mm256_setzero_si256(), l), _mm256_sub_epi32(_mm256_setzero_si256(), h));
@@ -233,7 +256,8 @@ static inline __m256i dot_nibbles_half(const uint8_t *p, const int16_t *x) {
   __m256i sum = _mm256_setzero_si256(), sum16 = sum, sum256 = sum;
   for (int g = 0; g < 4; g++) {
     const __m256i w = _mm256_load_si256((const __m256i *)(p + 64 * g));
-    const __m256i a = _mm256_and_si256(w, _mm256_set1_epi16(0x000f)), b = _mm256_and_si256(w, _mm256_set1_epi16(0x00f0));
+    const __m256i a = _mm256_and_si256(w, _mm256_set1_epi16(0x000f)),
+                  b = _mm256_and_si256(w, _mm256_set1_epi16(0x00f0));
     const __m256i c = _mm256_and_si256(w, _mm256_set1_epi16(0x0f00)), d = _mm256_srli_epi16(w, 12);
     const int8_t *y = (const int8_t *)(x + 4 * g);
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, broadcast4(y)));
@@ -252,7 +276,9 @@ static inline vx x_load(const int16_t *x) { return broadcast4((const int8_t *)x)
 static inline vi i_zero(void) { return two_i(_mm256_setzero_si256(), _mm256_setzero_si256()); }
 static inline vi i_madd(vi a, vw w, vx x) {
   vi product = two_i(_mm256_madd_epi16(w.l, x), _mm256_madd_epi16(w.h, x));
-  __asm__("vpaddd %1, %0, %0" : "+x"(a.l) : "x"(product.l)); /* at once: gcc keeps the products of many steps, in memory */
+  __asm__("vpaddd %1, %0, %0"
+          : "+x"(a.l)
+          : "x"(product.l)); /* at once: gcc keeps the products of many steps, in memory */
   __asm__("vpaddd %1, %0, %0" : "+x"(a.h) : "x"(product.h));
   return a;
 }
@@ -285,7 +311,9 @@ static inline __m256i offsets_half(__m256i a, __m256i b) {
 static inline vg g_offsets(v6scale s) {
   return two_i(offsets_half(s.s[0].l, s.s[1].l), offsets_half(s.s[0].h, s.s[1].h));
 }
-static inline vx8 g_sums(const int16_t *half_sums) { return _mm256_slli_epi16(broadcast4((const int8_t *)half_sums), 4); }
+static inline vx8 g_sums(const int16_t *half_sums) {
+  return _mm256_slli_epi16(broadcast4((const int8_t *)half_sums), 4);
+}
 static inline vi g_offset(vg offsets, vx8 sums) {
   return two_i(_mm256_madd_epi16(offsets.l, sums), _mm256_madd_epi16(offsets.h, sums));
 }
@@ -341,7 +369,9 @@ static inline void c_halves(const uint8_t *a, const uint8_t *b, __m256i out[2]) 
   out[0] = _mm256_blend_epi16(v, _mm256_slli_epi32(w, 16), 0xaa);
   out[1] = _mm256_blend_epi16(_mm256_srli_epi32(v, 16), w, 0xaa);
 }
-static inline __m256i two_factors(int32_t a, int32_t b) { return _mm256_set1_epi32((a & 0xffff) | (int32_t)((uint32_t)b << 16)); }
+static inline __m256i two_factors(int32_t a, int32_t b) {
+  return _mm256_set1_epi32((a & 0xffff) | (int32_t)((uint32_t)b << 16));
+}
 static inline void c_nibbles(vi sum[8], const uint8_t *a, const uint8_t *b, int32_t xa, int32_t xb) {
   const __m256i x = two_factors(xa, xb), one = _mm256_set1_epi16(0x000f), sixteen = _mm256_set1_epi16(0x00f0);
   for (int side = 0; side < 2; side++) {

@@ -77,7 +77,8 @@ static inline vi i_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 static inline int32_t i_sum(vi a) { return _mm512_reduce_add_epi32(a); }
 /* 32 bytes of [-128, 127], and the sums of their halves, as sums of what is 128 larger */
 static inline void i_store_i8_sums(int8_t *p, vi a, vi b, int32_t *sum_a, int32_t *sum_b) {
-  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtsepi32_epi8(a)), _mm512_cvtsepi32_epi8(b), 1);
+  const __m256i both =
+      _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtsepi32_epi8(a)), _mm512_cvtsepi32_epi8(b), 1);
   _mm256_storeu_si256((__m256i *)p, both);
   const __m256i eights = _mm256_sad_epu8(_mm256_xor_si256(both, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
   const __m256i sums = _mm256_add_epi32(eights, _mm256_shuffle_epi32(eights, 0x4e));
@@ -104,7 +105,9 @@ static inline __m512i broadcast4(const int8_t *x) {
   memcpy(&four, x, 4);
   return _mm512_set1_epi32(four);
 }
-typedef struct { __m512i s[2]; } v6scale;
+typedef struct {
+  __m512i s[2];
+} v6scale;
 #ifdef PI2_VNNI
 static inline vi dot_u4(const vb w[8], const int8_t *x) {
   vi a = _mm512_setzero_si512(), b = a; /* two chains: vpdpbusd takes five cycles */
@@ -232,7 +235,8 @@ static inline vi dot_nibbles(const uint8_t *p, const int16_t *x) {
   vi sum = _mm512_setzero_si512(), sum16 = sum, sum256 = sum;
   for (int g = 0; g < 4; g++) {
     const __m512i w = _mm512_load_si512(p + 64 * g);
-    const __m512i a = _mm512_and_si512(w, _mm512_set1_epi16(0x000f)), b = _mm512_and_si512(w, _mm512_set1_epi16(0x00f0));
+    const __m512i a = _mm512_and_si512(w, _mm512_set1_epi16(0x000f)),
+                  b = _mm512_and_si512(w, _mm512_set1_epi16(0x00f0));
     const __m512i c = _mm512_and_si512(w, _mm512_set1_epi16(0x0f00)), d = _mm512_srli_epi16(w, 12);
 #ifdef PI2_VNNI
     sum = _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(sum, a, broadcast2(x + 4 * g)), d, broadcast2(x + 18 + 4 * g));
@@ -313,8 +317,8 @@ static inline uint64_t read_256(const uint8_t *p) {
   __m128i d = _mm_xor_si128(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1));
   return (uint64_t)_mm_cvtsi128_si64(d) ^ (uint64_t)_mm_extract_epi64(d, 1);
 }
-/* Neurons one by one; simd_scalar.h says what these do. The masks of dot_nibbles serve here too: sums of four pairs times
- * 256 stay below 2^31, and so do those of 32 columns times 16. */
+/* Neurons one by one; simd_scalar.h says what these do. The masks of dot_nibbles serve here too: sums of four pairs
+ * times 256 stay below 2^31, and so do those of 32 columns times 16. */
 static inline vi madd_add(vi sum, __m512i w, __m512i x) {
 #ifdef PI2_VNNI
   return _mm512_dpwssd_epi32(sum, w, x);
@@ -343,7 +347,9 @@ static inline vi r_bytes(const uint8_t *p, const int16_t *x) {
   }
   return _mm512_add_epi32(even, odd);
 }
-static inline __m512i two_factors(int32_t a, int32_t b) { return _mm512_set1_epi32((a & 0xffff) | (int32_t)((uint32_t)b << 16)); }
+static inline __m512i two_factors(int32_t a, int32_t b) {
+  return _mm512_set1_epi32((a & 0xffff) | (int32_t)((uint32_t)b << 16));
+}
 static inline void c_nibbles(vi sum[8], const uint8_t *a, const uint8_t *b, int32_t xa, int32_t xb) {
   const __m512i x = two_factors(xa, xb), v = _mm512_load_si512(a), w = _mm512_load_si512(b);
   const __m512i one = _mm512_set1_epi16(0x000f), sixteen = _mm512_set1_epi16(0x00f0);

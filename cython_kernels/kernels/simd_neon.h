@@ -2,26 +2,64 @@
 #include <arm_neon.h>
 #include <stdint.h>
 
-typedef struct { float32x4_t v[4]; } vf;
-typedef struct { int32x4_t v[4]; } vi;
-typedef struct { uint8x16_t v[4]; } vb; /* rows 4i..4i+3, four columns each */
+typedef struct {
+  float32x4_t v[4];
+} vf;
+typedef struct {
+  int32x4_t v[4];
+} vi;
+typedef struct {
+  uint8x16_t v[4];
+} vb; /* rows 4i..4i+3, four columns each */
 
 #define QUARTERS for (int i = 0; i < 4; i++)
 
-static inline vf v_set(float a) { vf r; QUARTERS r.v[i] = vdupq_n_f32(a); return r; }
+static inline vf v_set(float a) {
+  vf r;
+  QUARTERS r.v[i] = vdupq_n_f32(a);
+  return r;
+}
 static inline vf v_zero(void) { return v_set(0.0f); }
-static inline vf v_load(const float *p) { vf r; QUARTERS r.v[i] = vld1q_f32(p + 4 * i); return r; }
+static inline vf v_load(const float *p) {
+  vf r;
+  QUARTERS r.v[i] = vld1q_f32(p + 4 * i);
+  return r;
+}
 static inline void v_store(float *p, vf a) { QUARTERS vst1q_f32(p + 4 * i, a.v[i]); }
-static inline vf v_add(vf a, vf b) { QUARTERS a.v[i] = vaddq_f32(a.v[i], b.v[i]); return a; }
-static inline vf v_sub(vf a, vf b) { QUARTERS a.v[i] = vsubq_f32(a.v[i], b.v[i]); return a; }
-static inline vf v_mul(vf a, vf b) { QUARTERS a.v[i] = vmulq_f32(a.v[i], b.v[i]); return a; }
-static inline vf v_div(vf a, vf b) { QUARTERS a.v[i] = vdivq_f32(a.v[i], b.v[i]); return a; }
-static inline vf v_fma(vf a, vf b, vf c) { QUARTERS c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]); return c; }
+static inline vf v_add(vf a, vf b) {
+  QUARTERS a.v[i] = vaddq_f32(a.v[i], b.v[i]);
+  return a;
+}
+static inline vf v_sub(vf a, vf b) {
+  QUARTERS a.v[i] = vsubq_f32(a.v[i], b.v[i]);
+  return a;
+}
+static inline vf v_mul(vf a, vf b) {
+  QUARTERS a.v[i] = vmulq_f32(a.v[i], b.v[i]);
+  return a;
+}
+static inline vf v_div(vf a, vf b) {
+  QUARTERS a.v[i] = vdivq_f32(a.v[i], b.v[i]);
+  return a;
+}
+static inline vf v_fma(vf a, vf b, vf c) {
+  QUARTERS c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
+  return c;
+}
 /* not vmaxq: it returns NaN where either is, and orders the zeros */
 static inline float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
-static inline vf v_max(vf a, vf b) { QUARTERS a.v[i] = larger(a.v[i], b.v[i]); return a; }
-static inline vf v_abs(vf a) { QUARTERS a.v[i] = vabsq_f32(a.v[i]); return a; }
-static inline vf v_rint(vf a) { QUARTERS a.v[i] = vrndnq_f32(a.v[i]); return a; }
+static inline vf v_max(vf a, vf b) {
+  QUARTERS a.v[i] = larger(a.v[i], b.v[i]);
+  return a;
+}
+static inline vf v_abs(vf a) {
+  QUARTERS a.v[i] = vabsq_f32(a.v[i]);
+  return a;
+}
+static inline vf v_rint(vf a) {
+  QUARTERS a.v[i] = vrndnq_f32(a.v[i]);
+  return a;
+}
 static inline vf v_pow2(vf n) {
   QUARTERS n.v[i] = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.v[i]), vdupq_n_s32(127)), 23));
   return n;
@@ -51,7 +89,8 @@ static inline float v_top(vf a) {
 }
 static inline float v_magnitude(vf a, vf b) { /* as integers, NaN is above everything */
   int32x4_t m = vdupq_n_s32(0);
-  QUARTERS m = vmaxq_s32(m, vmaxq_s32(vreinterpretq_s32_f32(vabsq_f32(a.v[i])), vreinterpretq_s32_f32(vabsq_f32(b.v[i]))));
+  QUARTERS m =
+      vmaxq_s32(m, vmaxq_s32(vreinterpretq_s32_f32(vabsq_f32(a.v[i])), vreinterpretq_s32_f32(vabsq_f32(b.v[i]))));
   return vgetq_lane_f32(vreinterpretq_f32_s32(vdupq_n_s32(vmaxvq_s32(m))), 0);
 }
 static inline vf v_load_f16(const uint16_t *p) {
@@ -78,12 +117,20 @@ static inline vi load_i8(const int8_t *p) {
            vmovl_s16(vget_high_s16(h))}};
   return r;
 }
-static inline vf i_to_float(vi a) { vf r; QUARTERS r.v[i] = vcvtq_f32_s32(a.v[i]); return r; }
+static inline vf i_to_float(vi a) {
+  vf r;
+  QUARTERS r.v[i] = vcvtq_f32_s32(a.v[i]);
+  return r;
+}
 static inline vf v_load_i8(const int8_t *p) { return i_to_float(load_i8(p)); }
 static inline void v_store_f16(uint16_t *p, vf a) {
   QUARTERS vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(a.v[i])));
 }
-static inline vi v_to_int(vf a) { vi r; QUARTERS r.v[i] = vcvtnq_s32_f32(a.v[i]); return r; }
+static inline vi v_to_int(vf a) {
+  vi r;
+  QUARTERS r.v[i] = vcvtnq_s32_f32(a.v[i]);
+  return r;
+}
 static inline void i_store_i8(int8_t *p, vi a) {
   int16x8_t l = vcombine_s16(vqmovn_s32(a.v[0]), vqmovn_s32(a.v[1]));
   int16x8_t h = vcombine_s16(vqmovn_s32(a.v[2]), vqmovn_s32(a.v[3]));
@@ -96,8 +143,14 @@ static inline void i_store_i16_0213(int16_t *p, vi a) {
     vst1q_s16(p + 4 * i, vreinterpretq_s16_u8(vqtbl1q_u8(vreinterpretq_u8_s16(both), vld1q_u8(order))));
   }
 }
-static inline vi i_times256(vi a) { QUARTERS a.v[i] = vshlq_n_s32(a.v[i], 8); return a; }
-static inline vi i_add(vi a, vi b) { QUARTERS a.v[i] = vaddq_s32(a.v[i], b.v[i]); return a; }
+static inline vi i_times256(vi a) {
+  QUARTERS a.v[i] = vshlq_n_s32(a.v[i], 8);
+  return a;
+}
+static inline vi i_add(vi a, vi b) {
+  QUARTERS a.v[i] = vaddq_s32(a.v[i], b.v[i]);
+  return a;
+}
 static inline int32_t i_sum(vi a) {
   return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3])));
 }
@@ -108,9 +161,19 @@ static inline void i_store_i8_sums(int8_t *p, vi a, vi b, int32_t *sum_a, int32_
   *sum_b = i_sum(b);
 }
 
-static inline vb b_load(const uint8_t *p) { vb r; QUARTERS r.v[i] = vld1q_u8(p + 16 * i); return r; }
-static inline vb b_low(vb a) { QUARTERS a.v[i] = vandq_u8(a.v[i], vdupq_n_u8(15)); return a; }
-static inline vb b_high(vb a) { QUARTERS a.v[i] = vshrq_n_u8(a.v[i], 4); return a; }
+static inline vb b_load(const uint8_t *p) {
+  vb r;
+  QUARTERS r.v[i] = vld1q_u8(p + 16 * i);
+  return r;
+}
+static inline vb b_low(vb a) {
+  QUARTERS a.v[i] = vandq_u8(a.v[i], vdupq_n_u8(15));
+  return a;
+}
+static inline vb b_high(vb a) {
+  QUARTERS a.v[i] = vshrq_n_u8(a.v[i], 4);
+  return a;
+}
 static inline vb b_fifth(vb a, const uint8_t *word) {
   /* each byte of the word to eight bytes, each of which looks at its own bit */
   static const uint8_t own[8] = {1, 2, 4, 8, 16, 32, 64, 128};
@@ -139,33 +202,43 @@ static inline vi dot_half(vi a, const vb *w, const int8_t *x) {
   }
   return a;
 }
-static inline vi i_set(int32_t a) { vi r; QUARTERS r.v[i] = vdupq_n_s32(a); return r; }
+static inline vi i_set(int32_t a) {
+  vi r;
+  QUARTERS r.v[i] = vdupq_n_s32(a);
+  return r;
+}
 static inline vi dot_s8(const vb w[8], const int8_t *x) { return dot_half(dot_half(i_set(0), w, x), w + 4, x + 16); }
 static inline vi dot_u4(const vb w[8], const int8_t *x) { return dot_s8(w, x); }
 static inline vi dot_u5(const vb w[8], const int8_t *x) { return dot_s8(w, x); }
-typedef struct { vi s[2]; } v6scale;
-static inline v6scale scale6_load(const int8_t *p) { v6scale r = {{load_i8(p), load_i8(p + 16)}}; return r; }
+typedef struct {
+  vi s[2];
+} v6scale;
+static inline v6scale scale6_load(const int8_t *p) {
+  v6scale r = {{load_i8(p), load_i8(p + 16)}};
+  return r;
+}
 static inline vi dot_u6(const vb w[8], const int8_t *x, v6scale s, const int16_t *half_sums) {
   /* start at -32 * sum(x): the offset costs nothing */
   vi a = dot_half(i_set(-32 * half_sums[0]), w, x), b = dot_half(i_set(-32 * half_sums[1]), w + 4, x + 16);
   QUARTERS a.v[i] = vmlaq_s32(vmulq_s32(a.v[i], s.s[0].v[i]), b.v[i], s.s[1].v[i]);
   return a;
 }
-/* int16 activations as two int8: x = 256*high + low, low from 0 to 255, as signed low - 128 with 128 * sum(w) to make up
- * for it. That is half the instructions that multiplying in 16 bits takes, and those have one pipe on many cores. */
+/* int16 activations as two int8: x = 256*high + low, low from 0 to 255, as signed low - 128 with 128 * sum(w) to make
+ * up for it. That is half the instructions that multiplying in 16 bits takes, and those have one pipe on many cores. */
 #define PI2_STEPS 2
 #define ALWAYS static inline __attribute__((always_inline))
 typedef struct { /* sixteen columns */
   vb w[4];
   vi sum; /* 128 * the sum of each row's */
 } vw;
-typedef struct { int8x16_t low, high; } vx;
+typedef struct {
+  int8x16_t low, high;
+} vx;
 ALWAYS void widen(const vb w[8], vw steps[2], int is_signed, int zero) {
   (void)is_signed; /* unsigned weights end at 63 */
   for (int s = 0; s < 2; s++) {
     vi sum = i_set(0);
-    for (int g = 0; g < 4; g++)
-      QUARTERS {
+    for (int g = 0; g < 4; g++) QUARTERS {
         uint8x16_t four = vsubq_u8(w[4 * s + g].v[i], vdupq_n_u8((uint8_t)zero));
         steps[s].w[g].v[i] = four;
         sum.v[i] = vdotq_s32(sum.v[i], vreinterpretq_s8_u8(four), vdupq_n_s8(1));
@@ -211,15 +284,22 @@ ALWAYS vb b_biased(vb w) { return w; }
 ALWAYS vx8 x8_load(const int8_t *x) { return vld1q_s8(x); }
 ALWAYS void g_madd(vg *a, vb w, vx8 x, int g) {
   QUARTERS switch (g % 4) { /* the lane must be a constant without optimisation, too */
-    case 0: a->v[i] = SDOT(a->v[i], w.v[i], x, 0); break;
-    case 1: a->v[i] = SDOT(a->v[i], w.v[i], x, 1); break;
-    case 2: a->v[i] = SDOT(a->v[i], w.v[i], x, 2); break;
-    default: a->v[i] = SDOT(a->v[i], w.v[i], x, 3);
+  case 0: a->v[i] = SDOT(a->v[i], w.v[i], x, 0); break;
+  case 1: a->v[i] = SDOT(a->v[i], w.v[i], x, 1); break;
+  case 2: a->v[i] = SDOT(a->v[i], w.v[i], x, 2); break;
+  default: a->v[i] = SDOT(a->v[i], w.v[i], x, 3);
   }
 }
-ALWAYS vg g_first(int32_t begin, vb w, vx8 x) { vg a = i_set(begin); g_madd(&a, w, x, 0); return a; }
+ALWAYS vg g_first(int32_t begin, vb w, vx8 x) {
+  vg a = i_set(begin);
+  g_madd(&a, w, x, 0);
+  return a;
+}
 ALWAYS vi g_close(vg a) { return a; }
-ALWAYS vi g_scale(vg a, const v6scale *s, int half) { QUARTERS a.v[i] = vmulq_s32(a.v[i], s->s[half].v[i]); return a; }
+ALWAYS vi g_scale(vg a, const v6scale *s, int half) {
+  QUARTERS a.v[i] = vmulq_s32(a.v[i], s->s[half].v[i]);
+  return a;
+}
 #define PI2_PANEL 1
 static inline uint64_t read_256(const uint8_t *p) {
   uint8x16_t a = vdupq_n_u8(0), b = a; /* two chains */

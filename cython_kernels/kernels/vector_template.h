@@ -28,21 +28,23 @@ INLINE void v_store_tail(float *p, vf a, int64_t n) {
   memcpy(p, padded, (size_t)n * sizeof(float));
 }
 /* Runs `body` with i the offset and m the count (16, or the tail's). */
-#define CHUNKS(n, body)                                                     \
-  for (int64_t i = 0; i < (n); i += 16) {                                   \
-    const int64_t m = (n) - i < 16 ? (n) - i : 16;                          \
-    body                                                                    \
+#define CHUNKS(n, body)                            \
+  for (int64_t i = 0; i < (n); i += 16) {          \
+    const int64_t m = (n) - i < 16 ? (n) - i : 16; \
+    body                                           \
   }
 #define LOAD(p) (m == 16 ? v_load((p) + i) : v_load_tail((p) + i, m))
-#define STORE(p, a)                        \
-  do {                                     \
-    if (m == 16) v_store((p) + i, a);      \
-    else v_store_tail((p) + i, a, m);      \
+#define STORE(p, a)                \
+  do {                             \
+    if (m == 16)                   \
+      v_store((p) + i, a);         \
+    else                           \
+      v_store_tail((p) + i, a, m); \
   } while (0)
 
-/* The scale that maps a block's largest magnitude to `limit`, and its inverse; both 0 for a block of zeros, or of numbers
- * so small that the inverse is not finite. A block with a number that is not finite becomes zeros with a scale that is
- * not finite either: what it meets is NaN, and a broken model cannot go on as if nothing had happened. */
+/* The scale that maps a block's largest magnitude to `limit`, and its inverse; both 0 for a block of zeros, or of
+ * numbers so small that the inverse is not finite. A block with a number that is not finite becomes zeros with a scale
+ * that is not finite either: what it meets is NaN, and a broken model cannot go on as if nothing had happened. */
 INLINE float block_scale(vf *x0, vf *x1, float limit, float *inverse) {
   const float top = v_magnitude(*x0, *x1), scale = top / limit;
   *inverse = 1.0f / scale;
@@ -96,9 +98,9 @@ INLINE void quantize_both(const float *x, int64_t b, const pi2_q8 *o) {
   o->h[2 * b] = PI2_FINE;
   o->h[2 * b + 1] = 0;
 }
-/* int16, of which all but the largest blocks have 8 bits: those are 256 times what quantize8 makes of them. A block is fine
- * where its largest magnitude exceeds PI2_FINER times the root mean square of all blocks' largest magnitudes: where most of
- * the error would be (docs/design.md). */
+/* int16, of which all but the largest blocks have 8 bits: those are 256 times what quantize8 makes of them. A block is
+ * fine where its largest magnitude exceeds PI2_FINER times the root mean square of all blocks' largest magnitudes:
+ * where most of the error would be (docs/design.md). */
 static void quantize_mixed(const float *x, int64_t k, const pi2_q8 *o) {
   const int64_t blocks = k / PI2_BLOCK;
   float *d = o->d;
@@ -109,7 +111,8 @@ static void quantize_mixed(const float *x, int64_t k, const pi2_q8 *o) {
   }
   const double limit = squares * (PI2_FINER * PI2_FINER) / (double)(blocks ? blocks : 1);
   for (int64_t b = 0; b < blocks; b++) {
-    /* so small that a 256th of the scale might not be exact: fine, too; and what is not finite, so that it is NaN once */
+    /* so small that a 256th of the scale might not be exact: fine, too; and what is not finite, so that it is NaN once
+     */
     if (!((double)d[b] * d[b] <= limit && d[b] >= 1e-30f)) {
       quantize_both(x, b, o);
       continue;
@@ -132,13 +135,18 @@ static void quantize_mixed(const float *x, int64_t k, const pi2_q8 *o) {
 
 static void rmsnorm(const float *x, const float *w, float offset, float eps, float *y, int64_t n) {
   vf squares = v_zero();
-  CHUNKS(n, { vf a = LOAD(x); squares = v_fma(a, a, squares); })
+  CHUNKS(n, {
+    vf a = LOAD(x);
+    squares = v_fma(a, a, squares);
+  })
   float r = 1.0f / sqrtf(v_sum(squares) / (float)n + eps);
   vf rr = v_set(r), o = v_set(offset);
   CHUNKS(n, { STORE(y, v_mul(v_mul(LOAD(x), rr), v_add(LOAD(w), o))); })
 }
 
-static void add(const float *x, float *y, int64_t n) { CHUNKS(n, { STORE(y, v_add(LOAD(y), LOAD(x))); }) }
+static void add(const float *x, float *y, int64_t n) {
+  CHUNKS(n, { STORE(y, v_add(LOAD(y), LOAD(x))); })
+}
 
 static void scale(const float *x, float a, float *y, int64_t n) {
   vf aa = v_set(a);
@@ -147,39 +155,41 @@ static void scale(const float *x, float a, float *y, int64_t n) {
 
 INLINE vf act(int kind, vf x) {
   switch (kind) {
-    case PI2_SILU: /* exp is clamped at 2.3e38: below -1e30, where silu is 0, x itself has to be */
-      x = v_max(v_set(-1e30f), x);
-      return v_div(x, v_add(v_set(1.0f), v_exp(v_sub(v_zero(), x))));
-    case PI2_GELU_TANH: { /* x * sigmoid(2 t), t = sqrt(2/pi) (x + 0.044715 x^3): equal to 0.5 x (1 + tanh t) */
-      vf t = v_mul(v_fma(v_mul(v_mul(x, x), x), v_set(0.044715f), x), v_set(-1.5957691216057308f));
-      x = v_max(v_set(-1e30f), x);
-      return v_div(x, v_add(v_set(1.0f), v_exp(t)));
-    }
-    case PI2_GELU: {
-      float e[16];
-      v_store(e, x);
-      for (int i = 0; i < 16; i++) e[i] = 0.5f * e[i] * (1.0f + (float)pi2_erf((double)(e[i] * 0.70710678118654752f)));
-      return v_load(e);
-    }
-    case PI2_RELU:
-      return v_max(x, v_zero());
-    case PI2_RELU2: {
-      vf r = v_max(x, v_zero());
-      return v_mul(r, r);
-    }
-    default:
-      return x;
+  case PI2_SILU: /* exp is clamped at 2.3e38: below -1e30, where silu is 0, x itself has to be */
+    x = v_max(v_set(-1e30f), x);
+    return v_div(x, v_add(v_set(1.0f), v_exp(v_sub(v_zero(), x))));
+  case PI2_GELU_TANH: { /* x * sigmoid(2 t), t = sqrt(2/pi) (x + 0.044715 x^3): equal to 0.5 x (1 + tanh t) */
+    vf t = v_mul(v_fma(v_mul(v_mul(x, x), x), v_set(0.044715f), x), v_set(-1.5957691216057308f));
+    x = v_max(v_set(-1e30f), x);
+    return v_div(x, v_add(v_set(1.0f), v_exp(t)));
+  }
+  case PI2_GELU: {
+    float e[16];
+    v_store(e, x);
+    for (int i = 0; i < 16; i++) e[i] = 0.5f * e[i] * (1.0f + (float)pi2_erf((double)(e[i] * 0.70710678118654752f)));
+    return v_load(e);
+  }
+  case PI2_RELU: return v_max(x, v_zero());
+  case PI2_RELU2: {
+    vf r = v_max(x, v_zero());
+    return v_mul(r, r);
+  }
+  default: return x;
   }
 }
 INLINE void activate_as(int kind, int up_kind, const float *gate, const float *up, float *out, int64_t n) {
   CHUNKS(n, {
-    if (gate) STORE(out, v_mul(act(kind, LOAD(gate)), act(up_kind, LOAD(up))));
-    else STORE(out, act(kind, LOAD(up)));
+    if (gate)
+      STORE(out, v_mul(act(kind, LOAD(gate)), act(up_kind, LOAD(up))));
+    else
+      STORE(out, act(kind, LOAD(up)));
   })
 }
 static void activate(int kind, int up_kind, const float *gate, const float *up, float *out, int64_t n) {
-  if (kind == PI2_SILU && !up_kind) activate_as(PI2_SILU, PI2_NONE, gate, up, out, n); /* the common one, inlined */
-  else activate_as(kind, up_kind, gate, up, out, n);
+  if (kind == PI2_SILU && !up_kind)
+    activate_as(PI2_SILU, PI2_NONE, gate, up, out, n); /* the common one, inlined */
+  else
+    activate_as(kind, up_kind, gate, up, out, n);
 }
 
 static void rope(float *x, const float *cosine, const float *sine, int half, int interleaved) {
@@ -203,10 +213,13 @@ static void rope(float *x, const float *cosine, const float *sine, int half, int
 
 static int64_t argmax(const float *x, int64_t n) {
   vf best = v_set(-__builtin_inff());
-  CHUNKS(n, { vf a = m == 16 ? v_load(x + i) : v_window(v_load_tail(x + i, m), -__builtin_inff(), 0, (int)m);
-              best = v_max(a, best); })
+  CHUNKS(n, {
+    vf a = m == 16 ? v_load(x + i) : v_window(v_load_tail(x + i, m), -__builtin_inff(), 0, (int)m);
+    best = v_max(a, best);
+  })
   float top = v_top(best);
-  for (int64_t i = 0; i < n; i++) if (x[i] == top) return i;
+  for (int64_t i = 0; i < n; i++)
+    if (x[i] == top) return i;
   return 0; /* all NaN */
 }
 

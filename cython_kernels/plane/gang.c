@@ -26,7 +26,8 @@ static void futex_wake_all(_Atomic uint32_t *word) {
   syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1 << 30, NULL, NULL, 0);
 }
 
-/* Waits until *word differs from `old`: spins for spin_ns, then sleeps. `sleepers` lets the waker skip the system call. */
+/* Waits until *word differs from `old`: spins for spin_ns, then sleeps. `sleepers` lets the waker skip the system call.
+ */
 static void wait_change(pi2_gang *g, _Atomic uint32_t *word, uint32_t old, int64_t spin_ns) {
   if (spin_ns > 0) {
     int64_t deadline = 0;
@@ -35,8 +36,10 @@ static void wait_change(pi2_gang *g, _Atomic uint32_t *word, uint32_t old, int64
       if (i % 16 == 0) pi2_pause();
       if (i % 256 == 0) {
         int64_t now = pi2_now_ns();
-        if (!deadline) deadline = now + spin_ns;
-        else if (now > deadline) break;
+        if (!deadline)
+          deadline = now + spin_ns;
+        else if (now > deadline)
+          break;
       }
     }
   }
@@ -99,7 +102,8 @@ static void *worker_main(void *argument) {
       const uint64_t one = 1;
       /* Nobody waits in vain: the jobs left over end too, and the last but one of them reports. */
       if (urgent || atomic_load(&g->posted) - finished <= 1)
-        if (write(g->event_fd, &one, sizeof one) < 0) { /* full counter: it is readable already */ }
+        if (write(g->event_fd, &one, sizeof one) < 0) { /* full counter: it is readable already */
+        }
     }
   }
 }

@@ -20,24 +20,27 @@ typedef struct pi2_worker {
   uint32_t seen;
 } pi2_worker;
 
-/* Runs on every thread; `stopped` (see pi2_barrier) is per job. Returns nonzero on thread 0 when whoever waits must know
- * at once. Else the event is held back while more than one job is left: the control plane wakes up with cold caches, and
- * one wake-up for several short steps is enough. */
+/* Runs on every thread; `stopped` (see pi2_barrier) is per job. Returns nonzero on thread 0 when whoever waits must
+ * know at once. Else the event is held back while more than one job is left: the control plane wakes up with cold
+ * caches, and one wake-up for several short steps is enough. */
 typedef int (*pi2_job)(void *context, pi2_worker *worker);
 
 struct pi2_gang {
   int n, event_fd; /* event_fd: readable when jobs have finished */
   int64_t spin_ns;
   pi2_worker *workers;
-  struct { pi2_job run; void *context; } queue[PI2_JOBS];
-  _Atomic uint32_t posted;    /* futex: jobs posted */
-  _Atomic uint32_t finished;  /* jobs finished */
-  _Atomic int64_t last;       /* job at which the threads end, or -1 */
+  struct {
+    pi2_job run;
+    void *context;
+  } queue[PI2_JOBS];
+  _Atomic uint32_t posted;   /* futex: jobs posted */
+  _Atomic uint32_t finished; /* jobs finished */
+  _Atomic int64_t last;      /* job at which the threads end, or -1 */
   _Alignas(64) _Atomic uint32_t arrived;
   _Alignas(64) _Atomic uint32_t phase; /* futex: barriers passed */
   _Alignas(64) _Atomic int sleepers;
-  _Atomic int *stop;          /* of the running job: asked to stop */
-  int stopped;                /* latched at a barrier: all threads agree */
+  _Atomic int *stop; /* of the running job: asked to stop */
+  int stopped;       /* latched at a barrier: all threads agree */
 };
 
 /* NULL and errno on failure. cores[i] < 0 leaves thread i unpinned. */
@@ -56,7 +59,11 @@ void pi2_job_begin(pi2_worker *worker, _Atomic int *stop);
 static inline uint64_t pi2_ticks(void) { return __rdtsc(); }
 static inline void pi2_pause(void) { _mm_pause(); }
 #elif defined(__aarch64__)
-static inline uint64_t pi2_ticks(void) { uint64_t t; __asm__ volatile("mrs %0, cntvct_el0" : "=r"(t)); return t; }
+static inline uint64_t pi2_ticks(void) {
+  uint64_t t;
+  __asm__ volatile("mrs %0, cntvct_el0" : "=r"(t));
+  return t;
+}
 static inline void pi2_pause(void) { __asm__ volatile("yield"); }
 #else
 #include <time.h>

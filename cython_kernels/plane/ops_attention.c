@@ -69,7 +69,8 @@ static void finish(pi2_run *r, const pi2_op *op, const pi2_unit *u, const float 
 static float *partial_of(const pi2_program *p, const pi2_op *op, const pi2_unit *u, int split) {
   const int group = op->n_heads / op->n_kv_heads;
   const int64_t per_head = p->max_head_dim + 16, per_slice = p->max_heads * p->partial_splits * per_head;
-  return p->partial + u->slice * per_slice + ((int64_t)u->kv_head * group * p->partial_splits + (int64_t)split * group) * per_head;
+  return p->partial + u->slice * per_slice +
+         ((int64_t)u->kv_head * group * p->partial_splits + (int64_t)split * group) * per_head;
 }
 
 static void attend_tile(pi2_run *r, const pi2_op *op, const pi2_unit *u, pi2_scratch *s) {
@@ -85,8 +86,8 @@ static void attend_tile(pi2_run *r, const pi2_op *op, const pi2_unit *u, pi2_scr
   int fresh = 1;
   for (int64_t begin = from / split * split; begin < to; begin += split) {
     const int64_t first = begin < from ? from : begin, last = begin + split < to ? begin + split : to;
-    p->kernels->attend(&kv, s->queries, hd, nq, lo, hi, first, last, op->softcap, fresh ? max : max2, fresh ? sum : sum2,
-                       fresh ? acc : acc2, s->scores);
+    p->kernels->attend(&kv, s->queries, hd, nq, lo, hi, first, last, op->softcap, fresh ? max : max2,
+                       fresh ? sum : sum2, fresh ? acc : acc2, s->scores);
     for (int i = 0; i < nq && !fresh; i++)
       p->kernels->attend_merge(&max[i], &sum[i], acc + i * hd, max2[i], sum2[i], acc2 + i * hd, hd);
     fresh = 0;
@@ -146,8 +147,10 @@ int pi2_op_attention(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   for (uint32_t i; (i = pi2_take(r, index, 1)) < (uint32_t)r->n_units;) {
     const pi2_unit *u = &r->units[i];
     if (u->kv_head >= op->n_kv_heads) continue;
-    if (u->splits) attend_split(r, op, u, s);
-    else attend_tile(r, op, u, s);
+    if (u->splits)
+      attend_split(r, op, u, s);
+    else
+      attend_tile(r, op, u, s);
   }
   return 0;
 }

@@ -1,8 +1,9 @@
 /* Mixtures of experts: which rows go to which, and the pages of matrices that are not all in memory.
  *
- * An expert is a feed-forward block behind a router, and its operations are those of any such block, on the rows that chose
- * it: gathered on the way in, added times the expert's weight on the way out. Experts follow each other in ascending order,
- * so that a row's sum has one order, whoever computes it. An operation whose expert nobody chose is skipped. */
+ * An expert is a feed-forward block behind a router, and its operations are those of any such block, on the rows that
+ * chose it: gathered on the way in, added times the expert's weight on the way out. Experts follow each other in
+ * ascending order, so that a row's sum has one order, whoever computes it. An operation whose expert nobody chose is
+ * skipped. */
 #include <string.h>
 
 #include "elementary.h"

@@ -24,8 +24,12 @@ pi2_input pi2_prepare(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, in
                       int rows, int needs_q8, int *stopped) {
   const pi2_program *p = r->program;
   pi2_scratch *s = &p->scratch[w->index];
-  const float *source = op->source == PI2_FROM_X ? p->x : op->source == PI2_FROM_ATTENTION ? p->attention : p->hidden_floats;
-  const int64_t ld = op->source == PI2_FROM_X ? p->dim : op->source == PI2_FROM_ATTENTION ? p->attention_columns : p->hidden;
+  const float *source = op->source == PI2_FROM_X           ? p->x
+                        : op->source == PI2_FROM_ATTENTION ? p->attention
+                                                           : p->hidden_floats;
+  const int64_t ld = op->source == PI2_FROM_X           ? p->dim
+                     : op->source == PI2_FROM_ATTENTION ? p->attention_columns
+                                                        : p->hidden;
   const int normed = op->norm.weight != NULL;
   pi2_input in = {.floats = source, .ld = ld};
   if (!normed && !needs_q8) return in;
@@ -67,13 +71,16 @@ static int64_t row_blocks(const pi2_matrix *m) { return (m->rows + PI2_ROWS - 1)
 #define STREAMED_BLOCKS 8 /* that a thread takes of what has just been read */
 
 /* Part of an operation: row blocks [first, last), and rows [row, row + rows) of the step. */
-typedef struct { int64_t first, last; int row, rows; } part;
+typedef struct {
+  int64_t first, last;
+  int row, rows;
+} part;
 
-/* The next part of `blocks` row blocks, times `rows` rows. Rows of one pass: parts along the weights, ever smaller, or in their
- * order where they are streamed. More: tiles of row blocks and a pass of rows, in an order that keeps the weights of a
- * tile in the cache. */
-static int take_part(pi2_run *r, const pi2_op *op, int index, const pi2_worker *w, int rows, int64_t blocks, int64_t k, int step,
-                     part *out) {
+/* The next part of `blocks` row blocks, times `rows` rows. Rows of one pass: parts along the weights, ever smaller, or
+ * in their order where they are streamed. More: tiles of row blocks and a pass of rows, in an order that keeps the
+ * weights of a tile in the cache. */
+static int take_part(pi2_run *r, const pi2_op *op, int index, const pi2_worker *w, int rows, int64_t blocks, int64_t k,
+                     int step, part *out) {
   const int pass = pi2_pass_rows(k), passes = (rows + pass - 1) / pass;
   if (passes <= 1) {
     out->row = 0;
@@ -94,15 +101,16 @@ static int take_part(pi2_run *r, const pi2_op *op, int index, const pi2_worker *
   return out->first < blocks;
 }
 
-/* Outputs of at most PI2_TILE_BLOCKS row blocks [first, last) of one matrix, which lie in one piece of it. Returns 0 where they
- * cannot be read. */
+/* Outputs of at most PI2_TILE_BLOCKS row blocks [first, last) of one matrix, which lie in one piece of it. Returns 0
+ * where they cannot be read. */
 static int linear_tile(pi2_run *r, const pi2_op *op, const pi2_matrix *m, int64_t column, int64_t first, int64_t last,
                        int row, int rows, const pi2_input *in, const pi2_worker *w) {
   const pi2_program *p = r->program;
   float *tile = p->scratch[w->index].tile;
   const int streamed = pi2_is_streamed(m);
   if (streamed && !pi2_pieces_get(r, m, w, first, last)) return 0;
-  const int64_t begin = first * PI2_ROWS, end = last * PI2_ROWS < m->rows ? last * PI2_ROWS : m->rows, width = end - begin;
+  const int64_t begin = first * PI2_ROWS, end = last * PI2_ROWS < m->rows ? last * PI2_ROWS : m->rows,
+                width = end - begin;
   pi2_multiply(p, m, first, (int)(last - first), in, row, rows, tile, PI2_TILE_LD);
   for (int c = 0; c < rows; c++) {
     if (m->bias) p->kernels->add(m->bias + begin, tile + c * PI2_TILE_LD, width);
@@ -115,8 +123,8 @@ static int linear_tile(pi2_run *r, const pi2_op *op, const pi2_matrix *m, int64_
 int pi2_op_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   int stopped = 0;
   const int rows = pi2_rows(r, op);
-  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, op->source == PI2_FROM_X ? pi2_row_of(r, op) : NULL, rows,
-                             needs_q8(op), &stopped);
+  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, op->source == PI2_FROM_X ? pi2_row_of(r, op) : NULL,
+                             rows, needs_q8(op), &stopped);
   if (stopped) return stopped;
   int64_t blocks = 0;
   for (int i = 0; i < op->n_matrices; i++) blocks += row_blocks(&op->matrix[i]);
@@ -145,7 +153,8 @@ static int ffn_tile(pi2_run *r, const pi2_op *op, int64_t first, int64_t last, i
   float *tile = p->scratch[w->index].tile;
   const pi2_matrix *up = &op->matrix[0], *gate = op->n_matrices > 1 ? &op->matrix[1] : NULL;
   const int count = (int)(last - first);
-  const int64_t begin = first * PI2_ROWS, end = last * PI2_ROWS < up->rows ? last * PI2_ROWS : up->rows, width = end - begin;
+  const int64_t begin = first * PI2_ROWS, end = last * PI2_ROWS < up->rows ? last * PI2_ROWS : up->rows,
+                width = end - begin;
   float *gate_tile = tile + PI2_TILE_ROWS * PI2_TILE_LD;
   for (int i = 0; i < op->n_matrices; i++) /* a piece of each, one behind the other in the ring */
     if (pi2_is_streamed(&op->matrix[i]) && !pi2_pieces_get(r, &op->matrix[i], w, first, last)) return 0;
@@ -214,7 +223,8 @@ int pi2_op_head(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
         pi2_multiply(p, m, b, (int)(last - b), &in, u.row, u.rows, tile, PI2_TILE_LD);
         for (int c = 0; c < u.rows; c++) {
           if (m->bias) p->kernels->add(m->bias + begin, tile + c * PI2_TILE_LD, end - begin);
-          memcpy(p->logits + (u.row + c) * p->vocab + begin, tile + c * PI2_TILE_LD, (size_t)(end - begin) * sizeof *tile);
+          memcpy(p->logits + (u.row + c) * p->vocab + begin, tile + c * PI2_TILE_LD,
+                 (size_t)(end - begin) * sizeof *tile);
         }
       }
     stopped = pi2_barrier(w);

@@ -5,9 +5,10 @@
 #include "layout.h"
 #include "program.h"
 
-#define AHEAD 512 /* bytes of what comes next that are prefetched while something else is computed */
+#define AHEAD 512     /* bytes of what comes next that are prefetched while something else is computed */
 #define PI2_GUESSES 8 /* blocks that are looked ahead for at once */
-#define PI2_DOUBTFUL 0.1f /* of the mean of the gates that are positive: those below are foreseen in vain about as often as not */
+#define PI2_DOUBTFUL                                                                                            \
+  0.1f /* of the mean of the gates that are positive: those below are foreseen in vain about as often as not */
 #define WAIT_NS 20000000 /* after which a thread that waits looks whether the run was stopped */
 
 /* What the block is computed on, the same for all threads. */
@@ -20,7 +21,7 @@ typedef struct {
   pi2_neuron_cache *cache;
   pi2_worker *w;
   const pi2_input *in;
-  pi2_input predicted; /* of a predictor's second matrix: the operation before has put it there */
+  pi2_input predicted;                   /* of a predictor's second matrix: the operation before has put it there */
   int index, rows, n_clusters, arranged; /* arranged: row whose activations are in the scratch */
 } block;
 
@@ -32,14 +33,15 @@ static uint16_t *active(const block *k, int row, int c) { return k->s->active + 
 static int n_active(const block *k, int row, int c) { return k->s->n_active[row * k->s->n_clusters + c]; }
 
 /* Whether a neuron fires, by its gate. With ReLU a gate that is not positive gives zero, and the others fire; of other
- * activations all do. With thresholds, g is the activated gate: lossy, but for 0. NaN fires always: it must not get lost. */
+ * activations all do. With thresholds, g is the activated gate: lossy, but for 0. NaN fires always: it must not get
+ * lost. */
 static inline int fires_at(const pi2_op *op, int64_t neuron, float g) {
   if (op->bundles->thresholds) return !(fabsf(g) <= op->bundles->thresholds[neuron]);
   return (op->activation != PI2_RELU && op->activation != PI2_RELU2) || !(g <= 0);
 }
-/* From the deciding matrix' products of neurons [at, at + width) to what decides, in place, and to who fires. Where gates are
- * in the bundles, those are only neurons that may fire, whose gates are computed once they are read: those for which a
- * predictor's value is positive, and all where there is none. */
+/* From the deciding matrix' products of neurons [at, at + width) to what decides, in place, and to who fires. Where
+ * gates are in the bundles, those are only neurons that may fire, whose gates are computed once they are read: those
+ * for which a predictor's value is positive, and all where there is none. */
 static void decide(const pi2_program *p, const pi2_op *op, int64_t at, int64_t width, float *g, uint8_t *fires) {
   const pi2_bundles *b = op->bundles;
   const pi2_matrix *m = &op->matrix[0];
@@ -70,18 +72,19 @@ static int pages_of(const pi2_bundles *b, int64_t first, int64_t end, const uint
 /* Whether what `decide` leaves in the tile are gates, of which those fire that are positive. */
 static int by_sign(const pi2_op *op) {
   const pi2_bundles *b = op->bundles;
-  return (op->activation == PI2_RELU || op->activation == PI2_RELU2) && b->up_type >= 0 && b->gate_type < 0 && !b->thresholds;
+  return (op->activation == PI2_RELU || op->activation == PI2_RELU2) && b->up_type >= 0 && b->gate_type < 0 &&
+         !b->thresholds;
 }
-/* How near neurons were to firing: 1 where the gate was not negative, 0 where it was so by half the root mean square of gates
- * or more, and what lies between in proportion. The most of what is there and of this row. */
+/* How near neurons were to firing: 1 where the gate was not negative, 0 where it was so by half the root mean square of
+ * gates or more, and what lies between in proportion. The most of what is there and of this row. */
 static void weigh_near(const float *g, int64_t width, float *near) {
   float squares = 0;
   for (int64_t j = 0; j < width; j++) squares += g[j] * g[j];
   const float scale = squares > 0 ? 2 / sqrtf(squares / (float)width) : 0;
   for (int64_t j = 0; j < width; j++) near[j] = 1 + g[j] * scale > near[j] ? 1 + g[j] * scale : near[j];
 }
-/* Tells the cache, which keeps what will be used soon: a neuron that was near to firing fires for one of the next tokens more
- * likely than others. */
+/* Tells the cache, which keeps what will be used soon: a neuron that was near to firing fires for one of the next
+ * tokens more likely than others. */
 static void note_near(const block *k, int64_t first, int64_t end, const uint8_t *wanted, const float *near) {
   const pi2_bundles *b = k->b;
   const int32_t from = (int32_t)(first / b->per_page);
@@ -89,8 +92,10 @@ static void note_near(const block *k, int64_t first, int64_t end, const uint8_t 
   for (int64_t place = first; place < end; place++) {
     const int64_t i = neuron_at(b, first, place);
     float *page = &part[place / b->per_page - from];
-    if (wanted[i]) *page = 1;
-    else if (near[i] > *page) *page = near[i];
+    if (wanted[i])
+      *page = 1;
+    else if (near[i] > *page)
+      *page = near[i];
   }
   pi2_neuron_cache_near(k->cache, b->region, from, (int)((end - 1) / b->per_page - from + 1), part);
 }
@@ -114,8 +119,11 @@ static void gate_cluster(block *k, int c) {
     const int rows = k->rows - row < pass ? k->rows - row : pass;
     for (int i = 0; i < rows; i++) k->s->n_active[(row + i) * k->s->n_clusters + c] = 0;
     for (int64_t at = first; at < end; at += PI2_TILE_WIDTH) {
-      const int64_t width = end - at < PI2_TILE_WIDTH ? end - at : PI2_TILE_WIDTH, blocks = (width + PI2_ROWS - 1) / PI2_ROWS;
-      if (op->n_matrices) pi2_multiply(p, m, at / PI2_ROWS, (int)blocks, b->gate_type < 0 ? k->in : &k->predicted, row, rows, tile, PI2_TILE_LD);
+      const int64_t width = end - at < PI2_TILE_WIDTH ? end - at : PI2_TILE_WIDTH,
+                    blocks = (width + PI2_ROWS - 1) / PI2_ROWS;
+      if (op->n_matrices)
+        pi2_multiply(p, m, at / PI2_ROWS, (int)blocks, b->gate_type < 0 ? k->in : &k->predicted, row, rows, tile,
+                     PI2_TILE_LD);
       for (int i = 0; i < rows; i++) {
         float *g = tile + i * PI2_TILE_LD, *h = k->s->values + (row + i) * p->hidden + at;
         uint16_t *list = active(k, row + i, c);
@@ -150,12 +158,12 @@ static void gate_cluster(block *k, int c) {
   atomic_fetch_add(&k->s->gated, 1);
 }
 
-/* -- looking ahead: the stream changes little from block to block, so that what it is now tells mostly which neurons of the
- * next block will fire. Threads that would only wait for flash compute its gates on it, and their neurons are read while
- * this block ends and attention runs. The true gates decide; what was foreseen in vain cost a read. */
+/* -- looking ahead: the stream changes little from block to block, so that what it is now tells mostly which neurons of
+ * the next block will fire. Threads that would only wait for flash compute its gates on it, and their neurons are read
+ * while this block ends and attention runs. The true gates decide; what was foreseen in vain cost a read. */
 
-/* What the next blocks' gates are computed on: x as it is now, normalised. It is their true input where they are experts of the
- * same mixture (`exact`); else int8 will do, which takes less time. Returns whether there is any. */
+/* What the next blocks' gates are computed on: x as it is now, normalised. It is their true input where they are
+ * experts of the same mixture (`exact`); else int8 will do, which takes less time. Returns whether there is any. */
 static int prepare_ahead(const block *k, const pi2_op *next, int exact, pi2_input *in) {
   const pi2_program *p = k->p;
   pi2_scratch *scratch = &p->scratch[k->w->index];
@@ -167,10 +175,12 @@ static int prepare_ahead(const block *k, const pi2_op *next, int exact, pi2_inpu
   for (int row = 0; row < rows; row++) {
     const pi2_q8 q8 = pi2_q8_row(&scratch->ahead, row);
     float *floats = scratch->ahead_floats + row * p->dim;
-    kernels->rmsnorm(p->x + (row_of ? row_of[row] : row) * p->dim, next->norm.weight, next->norm.offset, next->norm.eps, floats,
-                     p->dim);
-    if (!predicted && exact) pi2_quantize_both(p, next->mixed, floats, p->dim, &q8);
-    else if (!predicted) kernels->quantize8(floats, p->dim, &q8);
+    kernels->rmsnorm(p->x + (row_of ? row_of[row] : row) * p->dim, next->norm.weight, next->norm.offset, next->norm.eps,
+                     floats, p->dim);
+    if (!predicted && exact)
+      pi2_quantize_both(p, next->mixed, floats, p->dim, &q8);
+    else if (!predicted)
+      kernels->quantize8(floats, p->dim, &q8);
   }
   pi2_q8 ahead = scratch->ahead;
   if (!next->mixed || !exact) ahead.high = NULL;
@@ -224,8 +234,8 @@ static guesses guess(const block *k) {
   }
   return g;
 }
-/* Of neurons whose gates are positive by a guess: those that hardly are do not count. Of the synthetic 7B model, where reads are
- * what a token waits for, 4 % of all reads are in vain without this, and half a percent with it. */
+/* Of neurons whose gates are positive by a guess: those that hardly are do not count. Of the synthetic 7B model, where
+ * reads are what a token waits for, 4 % of all reads are in vain without this, and half a percent with it. */
 static void drop_doubtful(const float *g, int64_t width, uint8_t *fires) {
   float sum = 0;
   int n = 0;
@@ -264,7 +274,8 @@ static int ask(block *k) {
   pi2_sparse *s = k->s;
   if (k->p->pipeline != PI2_PIPELINE_CLUSTER && atomic_load(&s->gated) < k->n_clusters) return 0;
   const int at = atomic_load(&s->next_asked);
-  if (at == k->n_clusters || atomic_load(&s->clusters[at].stage) != PI2_GATED || atomic_exchange(&s->asking, 1)) return 0;
+  if (at == k->n_clusters || atomic_load(&s->clusters[at].stage) != PI2_GATED || atomic_exchange(&s->asking, 1))
+    return 0;
   int changed = 0;
   for (int c; (c = atomic_load(&s->next_asked)) < k->n_clusters;) {
     pi2_cluster *cluster = &s->clusters[c];
@@ -414,7 +425,8 @@ static int next_group(const block *k, int c, int row, int *at, int64_t from, int
   const pi2_bundles *b = k->b;
   const int n = n_active(k, row, c);
   const uint16_t *list = active(k, row, c);
-  const int64_t first = (int64_t)c * PI2_CLUSTER, offset = b->up_bytes + from / (b->down_type == PI2_Q8_0 ? 64 : 128) * 64;
+  const int64_t first = (int64_t)c * PI2_CLUSTER,
+                offset = b->up_bytes + from / (b->down_type == PI2_Q8_0 ? 64 : 128) * 64;
   const uint8_t *const *places = k->s->places + first;
   const pi2_q8 x = pi2_q8_at(k->p, &k->p->q8_hidden, row, first);
   for (out->n = 0; *at < n && !out->n;) {
@@ -535,13 +547,22 @@ void pi2_sparse_reset(pi2_sparse *s) {
 
 static block block_of(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, int turn, const pi2_input *in) {
   const pi2_program *p = r->program;
-  return (block){.r = r, .p = p, .op = op, .b = op->bundles, .s = pi2_sparse_of(r, turn), .cache = p->neurons, .w = w, .in = in,
+  return (block){.r = r,
+                 .p = p,
+                 .op = op,
+                 .b = op->bundles,
+                 .s = pi2_sparse_of(r, turn),
+                 .cache = p->neurons,
+                 .w = w,
+                 .in = in,
                  .predicted = {.floats = p->reduced, .ld = p->reduced_columns},
-                 .index = index, .rows = pi2_rows(r, op), .arranged = -1,
+                 .index = index,
+                 .rows = pi2_rows(r, op),
+                 .arranged = -1,
                  .n_clusters = (int)((op->bundles->neurons + PI2_CLUSTER - 1) / PI2_CLUSTER)};
 }
-/* The next expert of the same mixture, for a few rows: its gates can be computed while this one waits. NULL: there is none, or its
- * gates are in the bundles. */
+/* The next expert of the same mixture, for a few rows: its gates can be computed while this one waits. NULL: there is
+ * none, or its gates are in the bundles. */
 static const pi2_op *next_expert(const pi2_run *r, const pi2_op *op) {
   const pi2_program *p = r->program;
   int next = op->expert < 0 || p->pipeline != PI2_PIPELINE_CLUSTER || r->n_rows > PI2_REPLICATED ? 0 : op->next_sparse;
@@ -569,8 +590,10 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   pi2_input its = {0};
   const int sure = expert && prepare_ahead(&k, expert, 1, &its);
   guesses ahead = {0};
-  if (sure) next = block_of(r, expert, (int)(expert - p->ops), w, !turn, &its);
-  else ahead = guess(&k);
+  if (sure)
+    next = block_of(r, expert, (int)(expert - p->ops), w, !turn, &its);
+  else
+    ahead = guess(&k);
   if (w->index == 0) pi2_neuron_cache_block(k.cache);
   if (atomic_fetch_add(&s->arrived, 1) + 1 == p->threads) pi2_neuron_cache_signal(k.cache);
   _Atomic uint32_t *ranges_done = &r->cursors[4 * index + 2];
@@ -604,8 +627,7 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     const int64_t begin_ns = pi2_now_ns();
     const int reading = atomic_load(&k.cache->in_flight);
     pi2_neuron_cache_wait(k.cache, seen, WAIT_NS);
-    if (reading)
-      atomic_fetch_add_explicit(&k.cache->stall_ns, pi2_now_ns() - begin_ns, memory_order_relaxed);
+    if (reading) atomic_fetch_add_explicit(&k.cache->stall_ns, pi2_now_ns() - begin_ns, memory_order_relaxed);
     pi2_note_wait(r, w, begin, pi2_ticks());
   }
   if (p->threads > 1) pi2_neuron_cache_signal(k.cache); /* whoever waits leaves, too */

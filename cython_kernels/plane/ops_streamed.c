@@ -1,9 +1,11 @@
-/* Matrices that are not in memory: their pieces pass through a ring (stream.h), in the order in which operations use them.
+/* Matrices that are not in memory: their pieces pass through a ring (stream.h), in the order in which operations use
+ * them.
  *
- * Threads take the row blocks of such a matrix in order, so that the oldest piece in the ring is always one that somebody
- * computes with, and what it makes room for is read. A piece is released once all its row blocks have met all rows. Where
- * rows are so many that they come in several passes, each tile meets all of them before the next one: so it must lie in one
- * piece, or the passes that are not taken yet would keep a piece in the ring that has room for no other. */
+ * Threads take the row blocks of such a matrix in order, so that the oldest piece in the ring is always one that
+ * somebody computes with, and what it makes room for is read. A piece is released once all its row blocks have met all
+ * rows. Where rows are so many that they come in several passes, each tile meets all of them before the next one: so it
+ * must lie in one piece, or the passes that are not taken yet would keep a piece in the ring that has room for no
+ * other. */
 #include <sys/mman.h>
 
 #include "program.h"
@@ -15,7 +17,8 @@ static int64_t pieces(const pi2_matrix *m) {
 int pi2_pieces_prepare(pi2_program *p) {
   const int n = p->stream ? p->stream->n : 0;
   if (!n) return 1;
-  for (int i = 0; i < p->n_tails; i++) /* or the first rows might bring them along, where the system prefers huge pages */
+  for (int i = 0; i < p->n_tails;
+       i++) /* or the first rows might bring them along, where the system prefers huge pages */
     madvise(p->tail_of[i].base, (size_t)p->tail_of[i].bytes, MADV_NOHUGEPAGE);
   p->piece_blocks = pi2_allocate(p, n, sizeof *p->piece_blocks);
   p->piece_left = pi2_allocate(p, n, sizeof *p->piece_left);
@@ -63,7 +66,8 @@ void pi2_pieces_begin(pi2_run *r) {
   r->base = pi2_stream_begin(p->stream);
   if (p->loan_bytes) pi2_stream_lend(p->stream, lendable(r), &r->stop);
   r->kept_bytes = atomic_load(&p->stream->kept_bytes);
-  for (int i = 0; i < p->stream->n; i++) atomic_store_explicit(&p->piece_left[i], p->piece_blocks[i] * r->n_rows, memory_order_relaxed);
+  for (int i = 0; i < p->stream->n; i++)
+    atomic_store_explicit(&p->piece_left[i], p->piece_blocks[i] * r->n_rows, memory_order_relaxed);
 }
 
 int pi2_pieces_get(pi2_run *r, const pi2_matrix *m, const pi2_worker *w, int64_t first, int64_t last) {

@@ -43,7 +43,13 @@ static int allocate_q8(pi2_program *p, pi2_q8 *q, int64_t rows, int64_t k, int m
   q->h = pi2_allocate(p, rows * q->ldb * 2, 2);
   return q->q && q->d && q->s && q->h;
 }
-static void free_q8(pi2_q8 *q) { free(q->q); free(q->high); free(q->d); free(q->s); free(q->h); }
+static void free_q8(pi2_q8 *q) {
+  free(q->q);
+  free(q->high);
+  free(q->d);
+  free(q->s);
+  free(q->h);
+}
 
 static int64_t cursors(const pi2_program *p) { return p->n_ops + p->max_rows / PI2_HEAD_ROWS + 1; }
 
@@ -75,10 +81,24 @@ static int prepare_run(pi2_program *p, pi2_run *r) {
          r->targets && r->scores && r->cursors && r->shares && r->splits_left && r->busy && r->op_begin && r->op_end;
 }
 static void free_run(pi2_run *r) {
-  free(r->token); free(r->position); free(r->slice_of); free(r->head_row); free(r->prefill_row); free(r->slices);
-  free(r->pages); free(r->targets); free(r->scores); free(r->cursors); free(r->shares); free(r->splits_left); free(r->busy);
-  free(r->op_begin); free(r->op_end); free(r->units);
-  free(r->waits); free(r->n_waits);
+  free(r->token);
+  free(r->position);
+  free(r->slice_of);
+  free(r->head_row);
+  free(r->prefill_row);
+  free(r->slices);
+  free(r->pages);
+  free(r->targets);
+  free(r->scores);
+  free(r->cursors);
+  free(r->shares);
+  free(r->splits_left);
+  free(r->busy);
+  free(r->op_begin);
+  free(r->op_end);
+  free(r->units);
+  free(r->waits);
+  free(r->n_waits);
 }
 
 /* Buffers of one sparse block, for the largest there is. */
@@ -106,12 +126,18 @@ static pi2_sparse *new_sparse(pi2_program *p, int64_t rows, float *values) {
 static void free_sparse(const pi2_program *p, pi2_sparse *s) {
   if (!s) return;
   if (s->values != p->hidden_floats) free(s->values);
-  free(s->clusters); free(s->active); free(s->n_active); free(s->pages); free((void *)s->places);
-  free(s->sums); free(s);
+  free(s->clusters);
+  free(s->active);
+  free(s->n_active);
+  free(s->pages);
+  free((void *)s->places);
+  free(s->sums);
+  free(s);
 }
 static int prepare_sparse(pi2_program *p) {
   for (int i = 0; i < 2; i++) {
-    const pi2_sparse *s = p->sparse[i] = i ? new_sparse(p, PI2_REPLICATED, NULL) : new_sparse(p, p->max_rows, p->hidden_floats);
+    const pi2_sparse *s = p->sparse[i] =
+        i ? new_sparse(p, PI2_REPLICATED, NULL) : new_sparse(p, p->max_rows, p->hidden_floats);
     if (!s || !s->clusters || !s->active || !s->n_active || !s->pages || !s->places || !s->values || !s->sums) return 0;
   }
   for (int i = p->n_ops - 1, next = 0, route = 0; i > 0; i--) {
@@ -163,7 +189,8 @@ static void find_tail(pi2_program *p) {
   for (int i = at + 1; i < p->n_ops; i++) {
     const pi2_op *op = &p->ops[i];
     if (op->kind == PI2_HEAD) continue;
-    if ((op->kind != PI2_LINEAR && op->kind != PI2_FFN && op->kind != PI2_ADD) || op->expert >= 0 || op->streamed || op->paged) {
+    if ((op->kind != PI2_LINEAR && op->kind != PI2_FFN && op->kind != PI2_ADD) || op->expert >= 0 || op->streamed ||
+        op->paged) {
       p->tail = -1;
       return;
     }
@@ -233,8 +260,8 @@ int pi2_program_prepare(pi2_program *p) {
   ok &= allocate_q8(p, &p->q8_prepared, rows, p->prepared_k, p->mixed);
   ok &= allocate_q8(p, &p->q8_attention, rows, p->attention_columns, 0);
   ok &= allocate_q8(p, &p->q8_hidden, rows, p->hidden, p->mixed);
-  ok &= p->x && p->y && p->reduced && p->attention && p->hidden_floats && p->prepared && p->logits && p->partial && p->slots &&
-        p->scratch;
+  ok &= p->x && p->y && p->reduced && p->attention && p->hidden_floats && p->prepared && p->logits && p->partial &&
+        p->slots && p->scratch;
   if (!ok) return -1;
   const int64_t vectors = p->max_group > 64 ? p->max_group : 64; /* queries of one attention tile */
   for (int t = 0; t < p->threads; t++) {
@@ -270,20 +297,48 @@ void pi2_program_free(pi2_program *p) {
   for (int t = 0; p->scratch && t < p->threads; t++) {
     pi2_scratch *s = &p->scratch[t];
     free_q8(&s->q8);
-    free(s->floats); free(s->tile); free(s->queries); free(s->scores); free(s->acc); free(s->acc2); free(s->candidates);
+    free(s->floats);
+    free(s->tile);
+    free(s->queries);
+    free(s->scores);
+    free(s->acc);
+    free(s->acc2);
+    free(s->candidates);
     free((void *)s->pieces);
-    free(s->arranged); free(s->arranged_d); free(s->arranged_s);
-    free(s->ahead_floats); free_q8(&s->ahead);
+    free(s->arranged);
+    free(s->arranged_d);
+    free(s->arranged_s);
+    free(s->ahead_floats);
+    free_q8(&s->ahead);
   }
-  free_sparse(p, p->sparse[0]); free_sparse(p, p->sparse[1]);
+  free_sparse(p, p->sparse[0]);
+  free_sparse(p, p->sparse[1]);
   for (int i = 0; i < PI2_QUEUE; i++) free_run(&p->runs[i]);
   free_q8(&p->q8_prepared);
   free_q8(&p->q8_attention);
   free_q8(&p->q8_hidden);
-  free(p->x); free(p->y); free(p->reduced); free(p->attention); free(p->hidden_floats); free(p->prepared); free(p->logits);
-  free(p->routing.count); free(p->routing.row); free(p->routing.weight); free(p->routing.chosen); free(p->routing.share);
-  free((void *)p->page_table); free(p->page_numbers); free(p->piece_blocks); free((void *)p->piece_left);
-  free(p->partial); free(p->row_tokens); free(p->slots); free(p->scratch); free(p->ops); free(p->ropes);
+  free(p->x);
+  free(p->y);
+  free(p->reduced);
+  free(p->attention);
+  free(p->hidden_floats);
+  free(p->prepared);
+  free(p->logits);
+  free(p->routing.count);
+  free(p->routing.row);
+  free(p->routing.weight);
+  free(p->routing.chosen);
+  free(p->routing.share);
+  free((void *)p->page_table);
+  free(p->page_numbers);
+  free(p->piece_blocks);
+  free((void *)p->piece_left);
+  free(p->partial);
+  free(p->row_tokens);
+  free(p->slots);
+  free(p->scratch);
+  free(p->ops);
+  free(p->ropes);
 }
 
 pi2_run *pi2_run_new(pi2_program *p) {
@@ -306,7 +361,8 @@ static int add_unit(pi2_run *r, pi2_unit unit) {
 }
 
 /* Units of attention: the same for every layer, with the most KV heads of any; a layer with fewer skips. Single rows
- * are cut along the context, so that a long one is shared; rows of a chunk are cut in tiles, the last (longest) first. */
+ * are cut along the context, so that a long one is shared; rows of a chunk are cut in tiles, the last (longest) first.
+ */
 static int make_units(pi2_run *r) {
   const pi2_program *p = r->program;
   for (int i = 0; i < r->n_slices; i++) {
@@ -318,7 +374,7 @@ static int make_units(pi2_run *r) {
           if (add_unit(r, (pi2_unit){i, s->row, 1, h, split, splits})) return -1;
     } else {
       const int tile = p->max_group <= 8 ? 8 : p->max_group <= 32 ? 2 : 1; /* at most 64 query vectors, in eights */
-      for (int first, last = s->count; last > 0; last = first) { /* rows of a tile are split alike */
+      for (int first, last = s->count; last > 0; last = first) {           /* rows of a tile are split alike */
         const int begin = pi2_split_begin(pi2_split(s->start + last - 1)) - s->start;
         first = (last - 1) / tile * tile;
         if (first < begin) first = begin;
@@ -423,7 +479,8 @@ int pi2_run_job(void *context, pi2_worker *w) {
     const pi2_op *op = &p->ops[i];
     pi2_op streamed;
     const int behind = p->tail >= 0 && i >= p->tail && !r->n_head; /* of a chunk that is not a prompt's last */
-    if ((op->expert >= 0 && !p->routing.count[op->expert]) || (behind && op->kind != PI2_ATTENTION)) { /* nobody wants it */
+    if ((op->expert >= 0 && !p->routing.count[op->expert]) ||
+        (behind && op->kind != PI2_ATTENTION)) { /* nobody wants it */
       if (w->index == 0) r->skipped_bytes += op->weight_bytes;
       if (r->trace) r->op_begin[w->index * p->n_ops + i] = r->op_end[w->index * p->n_ops + i] = pi2_ticks();
       continue;
@@ -438,17 +495,19 @@ int pi2_run_job(void *context, pi2_worker *w) {
     const uint64_t begin = pi2_ticks();
     p->scratch[w->index].waited = 0;
     switch (op->kind) {
-      case PI2_EMBED: op_embed(r, i, w); break;
-      case PI2_LINEAR: stopped = pi2_op_linear(r, op, i, w); break;
-      case PI2_ATTENTION:
-        if (behind) pi2_op_store(r, op, i, w);
-        else stopped = pi2_op_attention(r, op, i, w);
-        break;
-      case PI2_FFN: stopped = pi2_op_ffn(r, op, i, w); break;
-      case PI2_ADD: op_add(r, op, i); break;
-      case PI2_ROUTE: pi2_op_route(r, op, i, w, &stopped); break;
-      case PI2_HEAD: stopped = pi2_op_head(r, op, i, w); break;
-      case PI2_SPARSE: stopped = pi2_op_sparse(r, op, i, w); break;
+    case PI2_EMBED: op_embed(r, i, w); break;
+    case PI2_LINEAR: stopped = pi2_op_linear(r, op, i, w); break;
+    case PI2_ATTENTION:
+      if (behind)
+        pi2_op_store(r, op, i, w);
+      else
+        stopped = pi2_op_attention(r, op, i, w);
+      break;
+    case PI2_FFN: stopped = pi2_op_ffn(r, op, i, w); break;
+    case PI2_ADD: op_add(r, op, i); break;
+    case PI2_ROUTE: pi2_op_route(r, op, i, w, &stopped); break;
+    case PI2_HEAD: stopped = pi2_op_head(r, op, i, w); break;
+    case PI2_SPARSE: stopped = pi2_op_sparse(r, op, i, w); break;
     }
     const uint64_t end = pi2_ticks();
     busy += end - begin - p->scratch[w->index].waited;
@@ -479,7 +538,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
     r->stopped = stopped;
   }
   const int urgent = r->urgent || stopped; /* once it is done, the run may be another one */
-  pi2_barrier(w); /* what the run wrote is complete; the gang may report it */
+  pi2_barrier(w);                          /* what the run wrote is complete; the gang may report it */
   if (w->index == 0) r->done = 1;
   return urgent;
 }

@@ -18,26 +18,27 @@
 #include "sparse.h"
 #include "stream.h"
 
-#define PI2_REPLICATED 4 /* rows up to which every thread prepares all inputs itself */
-#define PI2_PANEL_ROWS 8 /* rows from which on row blocks are multiplied together */
-#define PI2_TILE_ROWS 32 /* rows of a GEMM output tile */
+#define PI2_REPLICATED 4   /* rows up to which every thread prepares all inputs itself */
+#define PI2_PANEL_ROWS 8   /* rows from which on row blocks are multiplied together */
+#define PI2_TILE_ROWS 32   /* rows of a GEMM output tile */
 #define PI2_TILE_BLOCKS 16 /* row blocks of one; even: the pairs of ops_linear.c */
 #define PI2_TILE_WIDTH (PI2_TILE_BLOCKS * PI2_ROWS)
-#define PI2_TILE_LD (PI2_TILE_WIDTH + PI2_ROWS) /* of its floats: rows a power of two apart would meet in few sets of a cache */
+/* Of a tile's floats: rows a power of two apart would meet in few sets of a cache. */
+#define PI2_TILE_LD (PI2_TILE_WIDTH + PI2_ROWS)
 #define PI2_HEAD_ROWS 32 /* rows of logits at once */
 #define PI2_FEW_ROWS 8   /* rows of a short step: what buffers have for more may be lent meanwhile */
 #define PI2_TAILS 32     /* buffers that have rows */
 #define PI2_MATRICES 3   /* of one operation */
-#define PI2_WAITS 4096 /* of a thread in a run that are recorded, at most */
+#define PI2_WAITS 4096   /* of a thread in a run that are recorded, at most */
 
 typedef struct {
   int type;
   int64_t rows, k;
-  const uint8_t *data; /* row blocks; NULL: in pages or streamed in pieces, and known only while its operation runs */
-  const float *bias;   /* (rows) or NULL */
-  int unit, stride;    /* of the stream, where streamed: its first piece, and from each to its next */
-  int region;          /* of the clusters, where data is NULL and this not -1: the matrix of an expert, in pages */
-  int64_t page_blocks; /* row blocks of a page or piece */
+  const uint8_t *data;  /* row blocks; NULL: in pages or streamed in pieces, and known only while its operation runs */
+  const float *bias;    /* (rows) or NULL */
+  int unit, stride;     /* of the stream, where streamed: its first piece, and from each to its next */
+  int region;           /* of the clusters, where data is NULL and this not -1: the matrix of an expert, in pages */
+  int64_t page_blocks;  /* row blocks of a page or piece */
   const uint8_t **page; /* where each page or piece lies */
 } pi2_matrix;
 
@@ -55,27 +56,28 @@ typedef struct {
 
 enum pi2_op_kind { PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD, PI2_HEAD, PI2_SPARSE, PI2_ROUTE };
 enum pi2_source { PI2_FROM_X, PI2_FROM_ATTENTION, PI2_FROM_HIDDEN };
-enum pi2_sink { PI2_TO_Y, PI2_ADD_TO_X, PI2_MIX_INTO_Y, PI2_TO_REDUCED }; /* mix: times the expert's weight, added; reduced: what a
-                                                                              predictor's second matrix is multiplied by */
+/* Mix: times the expert's weight, added. Reduced: what a predictor's second matrix is multiplied by. */
+enum pi2_sink { PI2_TO_Y, PI2_ADD_TO_X, PI2_MIX_INTO_Y, PI2_TO_REDUCED };
 
 typedef struct {
   int kind, layer;
-  /* LINEAR: y or x += W [norm](source). FFN: hidden = act(gate) * up. SPARSE: y or x += down(act(gate) * up). HEAD: logits. */
+  /* LINEAR: y or x += W [norm](source). FFN: hidden = act(gate) * up. SPARSE: y or x += down(act(gate) * up).
+   * HEAD: logits. */
   pi2_norm norm;
   int source, sink, n_matrices;
   pi2_matrix matrix[PI2_MATRICES]; /* LINEAR: outputs one after the other. FFN: up, gate. HEAD, SPARSE: one */
   int streamed, tile_blocks; /* how many of its matrices are; row blocks that all rows meet before the next ones do */
-  int paged;               /* how many of its matrices are */
-  int expert;              /* whose rows it works on; -1: all rows */
-  int head_only;           /* works on rows that need logits alone: nothing reads what others would become */
-  int64_t weight_bytes;    /* of its matrices */
+  int paged;                 /* how many of its matrices are */
+  int expert;                /* whose rows it works on; -1: all rows */
+  int head_only;             /* works on rows that need logits alone: nothing reads what others would become */
+  int64_t weight_bytes;      /* of its matrices */
   int n_experts, n_used, normalized, shared; /* ROUTE: from logits in y; a shared one's logit is behind the others */
   int activation, up_activation;
   const pi2_bundles *bundles; /* SPARSE */
   int next_sparse; /* the operation of the next sparse block, or 0; of an expert's, that of its mixture's next expert */
   int next_route;  /* of an expert's: the operation that routes in the next mixture, or 0 */
-  int mixed;         /* the rows that it quantises become int16 in both forms (pi2_q8) */
-  int mixed_down;    /* SPARSE: so do its hidden values, cluster by cluster */
+  int mixed;       /* the rows that it quantises become int16 in both forms (pi2_q8) */
+  int mixed_down;  /* SPARSE: so do its hidden values, cluster by cluster */
   int q8_in, q8_out; /* the source is integers already; the next operation wants them: quantise while in cache */
   /* ATTENTION */
   int n_heads, n_kv_heads, head_dim, window; /* window 0: all. kv.head_dim: padded to a multiple of 16 */
@@ -95,21 +97,23 @@ typedef struct { /* which rows go to which expert; a shared one is the last */
   float *share;
 } pi2_routing;
 
-typedef struct { /* one slice of a step */
+typedef struct {                   /* one slice of a step */
   int32_t slot, start, count, row; /* row: of its first token */
   const int32_t *pages;            /* owned by the run */
   int32_t sample, want_logits;
-  const int32_t *targets;          /* (count), owned by the run, or NULL */
-  float *scores;                   /* (count) or NULL */
-  float *logits;                   /* (count, vocab), owned by the caller, or NULL */
+  const int32_t *targets; /* (count), owned by the run, or NULL */
+  float *scores;          /* (count) or NULL */
+  float *logits;          /* (count, vocab), owned by the caller, or NULL */
   pi2_pick pick;
-  pi2_pick *top;                   /* (slot's logprobs) or NULL */
+  pi2_pick *top; /* (slot's logprobs) or NULL */
 } pi2_slice;
 
-typedef struct { int32_t slice, row, rows, kv_head, split, splits; } pi2_unit;
-/* Positions whose attention is one partial sum, for a row at `position`: a page at least, then a quarter of the context, at
- * most PI2_LARGEST_SPLIT. For a small model has few KV heads, and a thread for which none is left would idle. It follows from
- * the position alone, so that bits depend neither on threads nor on chunks and batches. */
+typedef struct {
+  int32_t slice, row, rows, kv_head, split, splits;
+} pi2_unit;
+/* Positions whose attention is one partial sum, for a row at `position`: a page at least, then a quarter of the
+ * context, at most PI2_LARGEST_SPLIT. For a small model has few KV heads, and a thread for which none is left would
+ * idle. It follows from the position alone, so that bits depend neither on threads nor on chunks and batches. */
 #define PI2_LARGEST_SPLIT 512
 static inline int32_t pi2_split(int32_t position) {
   int32_t split = PI2_PAGE;
@@ -119,7 +123,9 @@ static inline int32_t pi2_split(int32_t position) {
 /* The first position that is split so. */
 static inline int32_t pi2_split_begin(int32_t split) { return split > PI2_PAGE ? 2 * split : 0; }
 
-typedef struct { uint64_t begin, end; } pi2_wait; /* ticks */
+typedef struct {
+  uint64_t begin, end;
+} pi2_wait; /* ticks */
 
 typedef struct pi2_run {
   struct pi2_program *program;
@@ -131,12 +137,12 @@ typedef struct pi2_run {
   pi2_slice *slices;                    /* (max_slots) */
   pi2_unit *units;
   int64_t units_capacity;
-  int32_t *pages, *targets;             /* arenas of this run's page tables and targets */
+  int32_t *pages, *targets; /* arenas of this run's page tables and targets */
   float *scores;
   _Atomic int stop;
   _Atomic uint32_t *cursors;
-  _Atomic uint64_t *shares;             /* (threads, share_stride) what is taken of a thread's share of an operation */
-  _Atomic uint32_t *splits_left;        /* (max_slots, max KV heads): splits done in this layer */
+  _Atomic uint64_t *shares;      /* (threads, share_stride) what is taken of a thread's share of an operation */
+  _Atomic uint32_t *splits_left; /* (max_slots, max KV heads): splits done in this layer */
   int stopped;
   _Atomic int64_t neuron_bytes;         /* of neurons that fired, with their scales */
   int64_t skipped_bytes, cluster_bytes; /* of experts that nobody chose; read of those that are in pages */
@@ -147,61 +153,64 @@ typedef struct pi2_run {
   _Atomic int done;                     /* last to be set: whoever sees it sees the results */
   int64_t begin_ns, end_ns;
   uint64_t begin_ticks, end_ticks;
-  uint64_t *busy;                       /* (threads) ticks in kernels */
-  uint64_t *op_begin, *op_end;          /* (threads, ops) ticks, where trace is on */
-  pi2_wait *waits;                      /* (threads, PI2_WAITS) within operations, where trace is on; or NULL */
-  uint32_t *n_waits;                    /* (threads) */
+  uint64_t *busy;              /* (threads) ticks in kernels */
+  uint64_t *op_begin, *op_end; /* (threads, ops) ticks, where trace is on */
+  pi2_wait *waits;             /* (threads, PI2_WAITS) within operations, where trace is on; or NULL */
+  uint32_t *n_waits;           /* (threads) */
 } pi2_run;
 
-typedef struct { /* one thread's own */
-  pi2_q8 q8;       /* (PI2_REPLICATED, max k) */
-  float *floats;   /* (PI2_REPLICATED, max k) */
-  float *tile;     /* GEMM outputs */
+typedef struct {                        /* one thread's own */
+  pi2_q8 q8;                            /* (PI2_REPLICATED, max k) */
+  float *floats;                        /* (PI2_REPLICATED, max k) */
+  float *tile;                          /* GEMM outputs */
   float *queries, *scores, *acc, *acc2; /* attention */
   pi2_candidate *candidates;
   int16_t *arranged; /* activations in the order of single neurons' rows, and their scales */
   float *arranged_d, *arranged_s;
   const uint8_t **pieces; /* (PI2_MATRICES, max_pieces) of the running operation, where they have arrived */
-  pi2_q8 ahead;     /* (PI2_REPLICATED, dim) what the next sparse block may be computed on */
-  float *ahead_floats; /* the same; behind it what a predictor's first matrix makes of it */
-  uint64_t waited;  /* ticks in the running operation */
-  int turn;         /* which of the two sparse blocks' places is next */
+  pi2_q8 ahead;           /* (PI2_REPLICATED, dim) what the next sparse block may be computed on */
+  float *ahead_floats;    /* the same; behind it what a predictor's first matrix makes of it */
+  uint64_t waited;        /* ticks in the running operation */
+  int turn;               /* which of the two sparse blocks' places is next */
 } pi2_scratch;
 
 typedef struct pi2_program {
   const pi2_kernels *kernels;
   pi2_gang *gang;
-  pi2_stream *stream; /* or NULL: all weights are in memory */
-  pi2_neuron_cache *neurons; /* of SPARSE operations, or NULL */
-  pi2_sparse *sparse[2]; /* the second for steps of few rows */
+  pi2_stream *stream;         /* or NULL: all weights are in memory */
+  pi2_neuron_cache *neurons;  /* of SPARSE operations, or NULL */
+  pi2_sparse *sparse[2];      /* the second for steps of few rows */
   pi2_neuron_cache *clusters; /* of experts' matrices that are in pages, or NULL */
   const uint8_t **page_table; /* (PI2_MATRICES, max_pages) of the running operation */
   int32_t *page_numbers;      /* (max_pages) 0, 1, ... */
   int64_t max_pages;
-  int64_t *piece_blocks;         /* (units of the stream) row blocks of each */
-  _Atomic int64_t *piece_left;   /* of these, times rows, those that the running step has not computed with yet */
+  int64_t *piece_blocks;       /* (units of the stream) row blocks of each */
+  _Atomic int64_t *piece_left; /* of these, times rows, those that the running step has not computed with yet */
   int64_t max_pieces;
   pi2_pages tail_of[PI2_TAILS]; /* rows that short steps have no use for, in whole pages of memory */
   int n_tails, tails_touched;
   int64_t tail_bytes;
-  int64_t loan_bytes;                       /* of the stream's, at most: of these rows, and of a KV cache that was never used so far */
-  uintptr_t kv;                             /* where that lies, */
-  int64_t kv_bytes, kv_page_bytes, kv_used; /* all, a page, and from the first one's begin to the end of the last that was used */
-  int tail; /* the last attention, if of what follows it nothing is streamed or in pages: a step without logits ends there; else -1 */
-  int64_t share_stride;       /* cursors of an operation and of further tiles of the head, in cache lines */
+  int64_t loan_bytes; /* of the stream's, at most: of these rows, and of a KV cache that was never used so far */
+  uintptr_t kv;       /* where that lies, */
+  int64_t kv_bytes, kv_page_bytes,
+      kv_used; /* all, a page, and from the first one's begin to the end of the last that was used */
+  int tail;    /* the last attention, if of what follows it nothing is streamed or in pages: a step without logits ends
+                  there; else -1 */
+  int64_t share_stride; /* cursors of an operation and of further tiles of the head, in cache lines */
   pi2_routing routing;
   int pipeline;
-  int wide; /* activations are int16, else int8 */
-  int mixed; /* some operations' are in both forms (pi2_q8) */
+  int wide;   /* activations are int16, else int8 */
+  int mixed;  /* some operations' are in both forms (pi2_q8) */
   int traced; /* runs may be: there is room for what they record of waiting */
   int64_t dim, vocab, max_rows, max_slots, context, max_k, hidden, y_columns, attention_columns;
   int64_t reduced_columns; /* of what predictors' first matrices make */
-  int64_t prepared_k; /* the largest k of what `prepared` and q8_prepared take: all but hidden values, which have q8_hidden */
+  int64_t prepared_k;      /* the largest k of what `prepared` and q8_prepared take: all but hidden values, which have
+                              q8_hidden */
   int threads, max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
   pi2_op *ops;
   pi2_rope *ropes;
   pi2_matrix embedding; /* data NULL: its rows are read */
-  pi2_row_reader *rows;  /* through this, or NULL */
+  pi2_row_reader *rows; /* through this, or NULL */
   int32_t *row_tokens;  /* (max_rows) which, in the running step */
   float embedding_scale, logit_softcap;
   float *x, *y, *reduced, *attention, *hidden_floats, *prepared, *logits;
@@ -229,7 +238,8 @@ int pi2_run_post(pi2_run *run);
 /* The job the gang runs; context is the run. */
 int pi2_run_job(void *run, pi2_worker *worker);
 
-/* ops_*.c: each runs on every thread and ends before its closing barrier; returns nonzero if stopped at an inner one. */
+/* ops_*.c: each runs on every thread and ends before its closing barrier; returns nonzero if stopped at an inner one.
+ */
 int pi2_op_linear(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 int pi2_op_ffn(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 int pi2_op_attention(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
@@ -238,8 +248,8 @@ int pi2_op_sparse(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 void pi2_op_route(pi2_run *run, const pi2_op *op, int index, pi2_worker *w, int *stopped);
 int pi2_op_head(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
 
-/* ops_experts.c: pages of experts' matrices. Each is called on every thread. pi2_pages_get waits until those of an operation
- * are there; nonzero if the run was stopped. pi2_pages_release follows its closing barrier. */
+/* ops_experts.c: pages of experts' matrices. Each is called on every thread. pi2_pages_get waits until those of an
+ * operation are there; nonzero if the run was stopped. pi2_pages_release follows its closing barrier. */
 void pi2_largest(const float *value, int n, int wanted, int32_t *chosen); /* of equal ones those that come first */
 int pi2_pages_get(pi2_run *run, const pi2_op *op, pi2_worker *w);
 void pi2_pages_release(const pi2_program *p, const pi2_op *op);
@@ -248,29 +258,33 @@ void pi2_pages_release(const pi2_program *p, const pi2_op *op);
 static inline int pi2_is_streamed(const pi2_matrix *m) { return !m->data && m->region < 0; }
 int pi2_pieces_prepare(pi2_program *p); /* returns 0 out of memory */
 void pi2_pieces_begin(pi2_run *run);    /* thread 0 */
-/* Waits for those with row blocks [first, last); only then m may be multiplied by these. Returns 0 when reading has failed or the
- * run was stopped: the operation ends, and its closing barrier tells the other threads. */
+/* Waits for those with row blocks [first, last); only then m may be multiplied by these. Returns 0 when reading has
+ * failed or the run was stopped: the operation ends, and its closing barrier tells the other threads. */
 int pi2_pieces_get(pi2_run *run, const pi2_matrix *m, const pi2_worker *w, int64_t first, int64_t last);
 /* These row blocks have met `rows` more rows of the step. */
 void pi2_pieces_release(pi2_run *run, const pi2_matrix *m, int64_t first, int64_t last, int rows);
 /* Where the tile that begins at row block `from` of a matrix ends, before `to`: it lies in one piece. */
 static inline int64_t pi2_tile_end(const pi2_matrix *m, int64_t from, int64_t to) {
   int64_t end = from + PI2_TILE_BLOCKS < to ? from + PI2_TILE_BLOCKS : to;
-  if (pi2_is_streamed(m) && (from / m->page_blocks + 1) * m->page_blocks < end) end = (from / m->page_blocks + 1) * m->page_blocks;
+  if (pi2_is_streamed(m) && (from / m->page_blocks + 1) * m->page_blocks < end)
+    end = (from / m->page_blocks + 1) * m->page_blocks;
   return end;
 }
 
-/* What the sparse block that runs next works on: one that follows another begins while the places of that one are put in
- * order, so they take turns where there are two. */
+/* What the sparse block that runs next works on: one that follows another begins while the places of that one are put
+ * in order, so they take turns where there are two. */
 static inline pi2_sparse *pi2_sparse_of(const pi2_run *run, int turn) {
   return run->program->sparse[run->n_rows <= PI2_REPLICATED ? turn : 0];
 }
-/* Rows that an operation works on: of the step, or only those of its expert, or that need logits, which they are then. */
+/* Rows that an operation works on: of the step, or only those of its expert, or that need logits, which they are then.
+ */
 static inline int pi2_rows(const pi2_run *run, const pi2_op *op) {
   return op->head_only ? run->n_head : op->expert < 0 ? run->n_rows : run->program->routing.count[op->expert];
 }
 static inline const int32_t *pi2_row_of(const pi2_run *run, const pi2_op *op) {
-  return op->head_only ? run->head_row : op->expert < 0 ? NULL : run->program->routing.row + op->expert * run->program->max_rows;
+  return op->head_only    ? run->head_row
+         : op->expert < 0 ? NULL
+                          : run->program->routing.row + op->expert * run->program->max_rows;
 }
 /* A row's output, `width` values from column `column` on, in the place that the operation has for it. Overwrites t. */
 static inline void pi2_put(const pi2_run *run, const pi2_op *op, int row, int64_t column, float *t, int64_t width) {
@@ -321,10 +335,11 @@ static inline uint32_t pi2_take(pi2_run *run, int index, int c) {
 static inline int64_t pi2_share(int64_t total, int step, int threads, int t) {
   return t == threads ? total : total * t / threads / step * step;
 }
-/* Next part [*first, *last) of `total` items, a multiple of `step` long (but for the end), of cursor `index`. A thread goes
- * through its own share from the front, by halves of what is left, so that it reads memory in one stream; then it helps
- * the others from the ends of theirs. Returns 0 when nothing is left. */
-static inline int pi2_take_near(pi2_run *run, int index, int64_t total, int step, int me, int64_t *first, int64_t *last) {
+/* Next part [*first, *last) of `total` items, a multiple of `step` long (but for the end), of cursor `index`. A thread
+ * goes through its own share from the front, by halves of what is left, so that it reads memory in one stream; then it
+ * helps the others from the ends of theirs. Returns 0 when nothing is left. */
+static inline int pi2_take_near(pi2_run *run, int index, int64_t total, int step, int me, int64_t *first,
+                                int64_t *last) {
   const int threads = run->program->threads;
   for (int i = 0; i < threads; i++) {
     const int t = me + i < threads ? me + i : me + i - threads;
@@ -337,7 +352,8 @@ static inline int pi2_take_near(pi2_run *run, int index, int64_t total, int step
       int64_t part = (to - from) / 2 / step * step;
       if (part < step) part = step < to - from ? step : to - from;
       const uint64_t now = taken + (i ? (uint64_t)part << 32 : (uint64_t)part);
-      if (!atomic_compare_exchange_weak_explicit(share, &taken, now, memory_order_relaxed, memory_order_relaxed)) continue;
+      if (!atomic_compare_exchange_weak_explicit(share, &taken, now, memory_order_relaxed, memory_order_relaxed))
+        continue;
       *first = i ? to - part : from;
       *last = *first + part;
       return 1;
@@ -351,8 +367,10 @@ static inline void pi2_quantize(const pi2_program *p, const float *x, int64_t k,
 }
 /* The same; `mixed`: in both forms. What is fine is decided over all of x. */
 static inline void pi2_quantize_both(const pi2_program *p, int mixed, const float *x, int64_t k, const pi2_q8 *o) {
-  if (mixed) p->kernels->quantize_mixed(x, k, o);
-  else pi2_quantize(p, x, k, o);
+  if (mixed)
+    p->kernels->quantize_mixed(x, k, o);
+  else
+    pi2_quantize(p, x, k, o);
 }
 /* A row from a column on, which is a multiple of 32. */
 static inline pi2_q8 pi2_q8_at(const pi2_program *p, const pi2_q8 *x, int64_t row, int64_t column) {
@@ -364,10 +382,10 @@ static inline pi2_q8 pi2_q8_at(const pi2_program *p, const pi2_q8 *x, int64_t ro
   r.h += column / 16;
   return r;
 }
-/* Row blocks [block, block + count) of m times `n` rows from row `row` on: tile[c*ld + 16*i + r] for block + i. They lie
- * side by side. */
-static inline void pi2_multiply_contiguous(const pi2_program *p, const pi2_matrix *m, int64_t block, int count, const pi2_input *in,
-                                int64_t row, int n, float *tile, int64_t ld) {
+/* Row blocks [block, block + count) of m times `n` rows from row `row` on: tile[c*ld + 16*i + r] for block + i. They
+ * lie side by side. */
+static inline void pi2_multiply_contiguous(const pi2_program *p, const pi2_matrix *m, int64_t block, int count,
+                                           const pi2_input *in, int64_t row, int n, float *tile, int64_t ld) {
   const pi2_kernels *k = p->kernels;
   const int64_t size = pi2_row_block_bytes(m->type, m->k);
   const uint8_t *w = m->data ? m->data + block * size : m->page[block / m->page_blocks] + block % m->page_blocks * size;
@@ -385,8 +403,8 @@ static inline void pi2_multiply_contiguous(const pi2_program *p, const pi2_matri
   for (int i = 0; i < count; i++) (wide ? k->gemm16 : k->gemm8)[m->type](w + i * size, m->k, &x, n, tile + 16 * i, ld);
 }
 /* As pi2_multiply_contiguous; the blocks may lie in several pages. */
-static inline void pi2_multiply(const pi2_program *p, const pi2_matrix *m, int64_t block, int count, const pi2_input *in,
-                                int64_t row, int n, float *tile, int64_t ld) {
+static inline void pi2_multiply(const pi2_program *p, const pi2_matrix *m, int64_t block, int count,
+                                const pi2_input *in, int64_t row, int n, float *tile, int64_t ld) {
   for (int i = 0, part; i < count; i += part) {
     const int64_t left = m->data ? count : m->page_blocks - (block + i) % m->page_blocks;
     part = left < count - i ? (int)left : count - i;

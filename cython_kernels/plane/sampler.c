@@ -87,10 +87,16 @@ static int32_t draw(const pi2_kernels *k, const pi2_slot *s, const float *x, int
     int closed = s->top_k != 0 || n == vocab; /* no candidate beyond the head can matter */
     while (kept < n) {
       double p = PROBABILITY(head[kept]);
-      if (s->min_p > 0 && p < floor_) { closed = 1; break; }
+      if (s->min_p > 0 && p < floor_) {
+        closed = 1;
+        break;
+      }
       mass += p;
       kept++;
-      if (mass >= (double)s->top_p * total && s->top_p < 1) { closed = 1; break; }
+      if (mass >= (double)s->top_p * total && s->top_p < 1) {
+        closed = 1;
+        break;
+      }
     }
     /* without a cut-off the tail's mass is known without listing it */
     const double target = u * (closed ? mass : total);

@@ -9,12 +9,12 @@ typedef struct {
   float temperature, top_p, min_p, repetition, presence, frequency;
   int32_t top_k;
   uint64_t seed;
-  int32_t logprobs;      /* -1: none; n: of the chosen and the n likeliest */
+  int32_t logprobs; /* -1: none; n: of the chosen and the n likeliest */
   int32_t n_bias;
-  int32_t *bias_ids;     /* owned */
-  float *bias;           /* owned */
-  int32_t *counts;       /* owned, (vocab); NULL without penalties */
-  int32_t last;          /* the token sampled last; always a valid one */
+  int32_t *bias_ids; /* owned */
+  float *bias;       /* owned */
+  int32_t *counts;   /* owned, (vocab); NULL without penalties */
+  int32_t last;      /* the token sampled last; always a valid one */
 } pi2_slot;
 
 /* pi2_pick.token where nothing can be picked: the model's own logits are NaN or infinite; less than that by the sum of

@@ -39,33 +39,33 @@ static int64_t filters(void) {
 /* In the child: arguments that do nothing, for a filter looks at the number first of all. */
 static void make(enum pi2_call call) {
   switch (call) {
-    case PI2_CALL_URING:
-      syscall(__NR_io_uring_setup, 0, NULL);
-      syscall(__NR_io_uring_enter, -1, 0, 0, 0, NULL, 0);
-      syscall(__NR_io_uring_register, -1, 0, NULL, 0);
-      break;
-    case PI2_CALL_NOWAIT:
+  case PI2_CALL_URING:
+    syscall(__NR_io_uring_setup, 0, NULL);
+    syscall(__NR_io_uring_enter, -1, 0, 0, 0, NULL, 0);
+    syscall(__NR_io_uring_register, -1, 0, NULL, 0);
+    break;
+  case PI2_CALL_NOWAIT:
 #ifdef SYS_preadv2
-      syscall(SYS_preadv2, -1, NULL, 0, 0, 0, 0);
+    syscall(SYS_preadv2, -1, NULL, 0, 0, 0, 0);
 #endif
-      break;
-    case PI2_CALL_STATX:
+    break;
+  case PI2_CALL_STATX:
 #ifdef SYS_statx
-      syscall(SYS_statx, -1, "", 0, 0, NULL);
+    syscall(SYS_statx, -1, "", 0, 0, NULL);
 #endif
-      break;
-    case PI2_CALL_PRIORITY:
-      syscall(SYS_getpriority, PRIO_PROCESS, 0);
-      syscall(SYS_setpriority, -1, 0, 0);
-      break;
-    case PI2_CALL_SLICE:
+    break;
+  case PI2_CALL_PRIORITY:
+    syscall(SYS_getpriority, PRIO_PROCESS, 0);
+    syscall(SYS_setpriority, -1, 0, 0);
+    break;
+  case PI2_CALL_SLICE:
 #ifdef SYS_sched_setattr
-      syscall(SYS_sched_getattr, 0, NULL, 0, 0);
-      syscall(SYS_sched_setattr, 0, NULL, 0);
+    syscall(SYS_sched_getattr, 0, NULL, 0, 0);
+    syscall(SYS_sched_setattr, 0, NULL, 0);
 #endif
-      break;
-    case PI2_CALL_AFFINITY: syscall(SYS_sched_setaffinity, 0, 0, NULL); break;
-    case PI2_CALLS: break;
+    break;
+  case PI2_CALL_AFFINITY: syscall(SYS_sched_setaffinity, 0, 0, NULL); break;
+  case PI2_CALLS: break;
   }
 }
 
@@ -87,7 +87,7 @@ static pi2_deadly try_calls(void) {
     const pid_t child = (pid_t)syscall(SYS_clone, 0, NULL, NULL, NULL, NULL);
     if (child == 0) {
       syscall(SYS_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0); /* no core file for what was expected */
-      for (; *at < PI2_CALLS; ++*at) make((enum pi2_call)*at);
+      for (; *at < PI2_CALLS; ++*at) make((enum pi2_call) * at);
       for (;;) syscall(SYS_exit_group, 0);
     }
     int status = 0;
@@ -103,8 +103,10 @@ static pi2_deadly try_calls(void) {
     first = *at + 1;
   }
   pthread_sigmask(SIG_SETMASK, &before, NULL);
-  if (at != MAP_FAILED) munmap((void *)at, sizeof *at);
-  else for (int i = 0; i < PI2_CALLS; i++) found.signal[i] = SIGSYS;
+  if (at != MAP_FAILED)
+    munmap((void *)at, sizeof *at);
+  else
+    for (int i = 0; i < PI2_CALLS; i++) found.signal[i] = SIGSYS;
   return found;
 }
 

@@ -7,8 +7,8 @@
 #define PI2_SYSTEM_CALLS_H
 
 enum pi2_call {
-  PI2_CALL_URING,    /* io_uring_setup, _enter, _register */
-  PI2_CALL_NOWAIT,   /* preadv2 */
+  PI2_CALL_URING,  /* io_uring_setup, _enter, _register */
+  PI2_CALL_NOWAIT, /* preadv2 */
   PI2_CALL_STATX,
   PI2_CALL_PRIORITY, /* getpriority, setpriority */
   PI2_CALL_SLICE,    /* sched_getattr, sched_setattr */

@@ -1,5 +1,5 @@
-/* vpdpbusd and vpdpwssd by AVX-512 BW, exactly: products in 16 and 32 bits, summed in 32. For processors without VNNI, so that the
- * logic of kernels_avx512vnni.c is tested on them too. */
+/* vpdpbusd and vpdpwssd by AVX-512 BW, exactly: products in 16 and 32 bits, summed in 32. For processors without VNNI,
+ * so that the logic of kernels_avx512vnni.c is tested on them too. */
 #include <immintrin.h>
 
 static inline __m512i emulated_dpbusd(__m512i sum, __m512i u, __m512i s) {

@@ -1,5 +1,6 @@
 /* The flash reader under the sanitizers: random reads of a file whose bytes are known, at every depth and through both
- * backends, while other threads wake the reader and ask for its statistics; and readers that close with reads in flight.
+ * backends, while other threads wake the reader and ask for its statistics; and readers that close with reads in
+ * flight.
  *
  *   flash_stress READS */
 #define _GNU_SOURCE
@@ -171,6 +172,7 @@ int main(int argc, char **argv) {
   }
   close(fd);
   unlink(path);
-  printf("%d reads at each of 4 depths, %d readers closed at once, %s\n", reads, ENDINGS, uring ? "both backends" : "preadv alone");
+  printf("%d reads at each of 4 depths, %d readers closed at once, %s\n", reads, ENDINGS,
+         uring ? "both backends" : "preadv alone");
   return 0;
 }

@@ -16,11 +16,30 @@
 #include "kernels.h"
 
 enum { /* the same in make_cases.py */
-  QUANTIZE, GEMM, RMSNORM, ADD, ACTIVATE, ROPE, ATTENTION, SCALE, ARGMAX, LOGSUMEXP, SOFTCAP, READ, REPACK, UNPACK,
-  NEURON_ROWS, NEURON_COLUMNS, ROTATION, EXPONENTIAL, KERNELS };
-static const char *const names[KERNELS] = {"quantize", "gemm", "rmsnorm", "add", "activate", "rope", "attention",
-                                           "scale", "argmax", "logsumexp", "softcap", "read", "repack", "unpack",
-                                           "neuron rows", "neuron columns", "rotation", "exponential"};
+       QUANTIZE,
+       GEMM,
+       RMSNORM,
+       ADD,
+       ACTIVATE,
+       ROPE,
+       ATTENTION,
+       SCALE,
+       ARGMAX,
+       LOGSUMEXP,
+       SOFTCAP,
+       READ,
+       REPACK,
+       UNPACK,
+       NEURON_ROWS,
+       NEURON_COLUMNS,
+       ROTATION,
+       EXPONENTIAL,
+       KERNELS
+};
+static const char *const names[KERNELS] = {"quantize",       "gemm",      "rmsnorm",    "add",    "activate",
+                                           "rope",           "attention", "scale",      "argmax", "logsumexp",
+                                           "softcap",        "read",      "repack",     "unpack", "neuron rows",
+                                           "neuron columns", "rotation",  "exponential"};
 enum { BYTES, FLOATS, DOUBLES };
 
 typedef struct {
@@ -82,8 +101,8 @@ static pi2_quantizer quantizer(const pi2_kernels *kernels, int64_t way) {
   return way == 2 ? kernels->quantize_mixed : way ? kernels->quantize16 : kernels->quantize8;
 }
 
-/* p: type, rows, k, n, activations (0 to 2, see quantizer), misalignment of their rows in elements, padding of these in elements, several
- * row blocks at once where the variant does that. in: rows as in a file, x (n, k). out: (n, rows) */
+/* p: type, rows, k, n, activations (0 to 2, see quantizer), misalignment of their rows in elements, padding of these in
+ * elements, several row blocks at once where the variant does that. in: rows as in a file, x (n, k). out: (n, rows) */
 static void run_gemm(const pi2_kernels *kernels, test *t) {
   const int type = (int)t->p[0];
   const int wide = t->p[4] != 0;
@@ -99,8 +118,13 @@ static void run_gemm(const pi2_kernels *kernels, test *t) {
     int8_t *q = allocate((uint64_t)(misalign + (n ? (n - 1) * ldq + (k << wide) : 0)));
     int8_t *high = t->p[4] == 2 ? allocate((uint64_t)(t->p[5] + 2 * n * ldh)) : NULL;
     const uint64_t scales = (uint64_t)(n * k / 32) * 4;
-    pi2_q8 x8 = {.q = q + misalign, .d = allocate(scales), .s = allocate(scales), .h = allocate(scales), .ldq = ldq,
-                 .ldh = ldh, .ldb = k / 32};
+    pi2_q8 x8 = {.q = q + misalign,
+                 .d = allocate(scales),
+                 .s = allocate(scales),
+                 .h = allocate(scales),
+                 .ldq = ldq,
+                 .ldh = ldh,
+                 .ldb = k / 32};
     if (high) x8.high = high + t->p[5], x8.low = x8.high + n * ldh;
     for (int64_t c = 0; c < n; c++) {
       pi2_q8 row = {.q = x8.q + c * ldq, .d = x8.d + c * x8.ldb, .s = x8.s + c * x8.ldb, .h = x8.h + 2 * c * x8.ldb};
@@ -136,7 +160,11 @@ static void run_attention(const pi2_kernels *kernels, test *t) {
   memset(memory, 0xff, (size_t)(2 * half * pages)); /* what was not written is NaN: it must not leak */
   int32_t *table = allocate((uint64_t)pages * 4);
   for (int64_t i = 0; i < pages; i++) table[i] = (int32_t)(pages - 1 - i);
-  pi2_kv kv = {.base = memory, .page_stride = 2 * half, .pages = table, .v_offset = half, .head_dim = (int)hd,
+  pi2_kv kv = {.base = memory,
+               .page_stride = 2 * half,
+               .pages = table,
+               .v_offset = half,
+               .head_dim = (int)hd,
                .type = (int)type};
   for (int64_t i = 0; i < n; i++) kernels->kv_store(&kv, i, floats(t, 0) + i * hd, floats(t, 1) + i * hd);
   float *m[2], *s[2], *a[2], *scratch = allocate((uint64_t)(nq * PI2_PAGE) * 4);
@@ -164,8 +192,12 @@ static void run_attention(const pi2_kernels *kernels, test *t) {
 
 /* One row of activations as integers. */
 static pi2_q8 quantized(const pi2_kernels *kernels, const float *x, int64_t k, int wide) {
-  pi2_q8 q = {.q = allocate((uint64_t)(k << wide)), .d = allocate((uint64_t)k / 8), .s = allocate((uint64_t)k / 8),
-              .h = allocate((uint64_t)k / 8), .ldq = k << wide, .ldb = k / 32};
+  pi2_q8 q = {.q = allocate((uint64_t)(k << wide)),
+              .d = allocate((uint64_t)k / 8),
+              .s = allocate((uint64_t)k / 8),
+              .h = allocate((uint64_t)k / 8),
+              .ldq = k << wide,
+              .ldb = k / 32};
   quantizer(kernels, wide)(x, k, &q);
   return q;
 }
@@ -174,7 +206,8 @@ static void free_quantized(pi2_q8 *q) { free(q->q), free(q->d), free(q->s), free
 /* p: type, rows, k, int16 activations. in: rows as in a file, x (k). out: (rows) */
 static void run_neuron_rows(const pi2_kernels *kernels, test *t) {
   const int type = (int)t->p[0], m = (int)t->p[1], wide = (int)t->p[3];
-  const int64_t k = t->p[2], bytes = pi2_up_quants(type, k), stride = pi2_up_scales(type, k), padded = (k + 511) / 512 * 512;
+  const int64_t k = t->p[2], bytes = pi2_up_quants(type, k), stride = pi2_up_scales(type, k),
+                padded = (k + 511) / 512 * 512;
   const pi2_bundle_layout layout = {m, m * bytes, bytes, bytes};
   uint8_t *quants = allocate((uint64_t)(m * bytes)), *scales = allocate((uint64_t)(m * stride));
   memset(quants, 0, (size_t)(m * bytes));
@@ -211,7 +244,8 @@ static void run_neuron_columns(const pi2_kernels *kernels, test *t) {
     if (values[m]) columns[m++] = quants + j * room;
   }
   if (m)
-    kernels->neuron_columns[type](columns, values, m, scales, pi2_down_scales(type, rows) / 2, q.d[0], q.s[0], padded, out);
+    kernels->neuron_columns[type](columns, values, m, scales, pi2_down_scales(type, rows) / 2, q.d[0], q.s[0], padded,
+                                  out);
   memcpy(out_floats(t, 0), out, (size_t)rows * 4);
   free_quantized(&q);
   free(quants), free(scales), free(out);
@@ -220,82 +254,72 @@ static void run_neuron_columns(const pi2_kernels *kernels, test *t) {
 static void run(const pi2_kernels *kernels, test *t) {
   const int64_t *p = t->p;
   switch (t->kernel) {
-    case QUANTIZE: { /* p: see quantizer. out: q, d, s, h, and high and low where there are two forms */
-      pi2_q8 row = {.q = (int8_t *)t->out[0].data, .d = out_floats(t, 1), .s = out_floats(t, 2), .h = (int16_t *)t->out[3].data};
-      if (p[0] == 2) row.high = (int8_t *)t->out[4].data, row.low = memset(t->out[5].data, 0, t->out[5].bytes);
-      quantizer(kernels, p[0])(floats(t, 0), count(t, 0), &row);
-      break;
+  case QUANTIZE: { /* p: see quantizer. out: q, d, s, h, and high and low where there are two forms */
+    pi2_q8 row = {
+        .q = (int8_t *)t->out[0].data, .d = out_floats(t, 1), .s = out_floats(t, 2), .h = (int16_t *)t->out[3].data};
+    if (p[0] == 2) row.high = (int8_t *)t->out[4].data, row.low = memset(t->out[5].data, 0, t->out[5].bytes);
+    quantizer(kernels, p[0])(floats(t, 0), count(t, 0), &row);
+    break;
+  }
+  case GEMM: run_gemm(kernels, t); break;
+  case RMSNORM: /* f: offset, eps. p: in place */
+    if (p[0]) memcpy(t->out[0].data, t->in[0].data, t->in[0].bytes);
+    kernels->rmsnorm(p[0] ? out_floats(t, 0) : floats(t, 0), floats(t, 1), t->f[0], t->f[1], out_floats(t, 0),
+                     count(t, 0));
+    break;
+  case ADD:
+    memcpy(t->out[0].data, t->in[1].data, t->in[1].bytes);
+    kernels->add(floats(t, 0), out_floats(t, 0), count(t, 0));
+    break;
+  case ACTIVATE: /* p: activation, of up, has a gate. in: up, gate */
+    kernels->activate((int)p[0], (int)p[1], p[2] ? floats(t, 1) : NULL, floats(t, 0), out_floats(t, 0), count(t, 0));
+    break;
+  case ROPE: /* p: interleaved. in: x, cosine, sine */
+    memcpy(t->out[0].data, t->in[0].data, t->in[0].bytes);
+    kernels->rope(out_floats(t, 0), floats(t, 1), floats(t, 2), (int)count(t, 1), (int)p[0]);
+    break;
+  case ATTENTION: run_attention(kernels, t); break;
+  case SCALE: kernels->scale(floats(t, 0), t->f[0], out_floats(t, 0), count(t, 0)); break;
+  case ARGMAX: {
+    int64_t at = kernels->argmax(floats(t, 0), count(t, 0));
+    memcpy(t->out[0].data, &at, sizeof at);
+    break;
+  }
+  case LOGSUMEXP: {
+    double x = kernels->logsumexp(floats(t, 0), count(t, 0));
+    memcpy(t->out[0].data, &x, sizeof x);
+    break;
+  }
+  case ROTATION: /* of no variant: the same for all */
+    for (int64_t i = 0; i < t->p[1]; i++) {
+      const int64_t half = (int64_t)(t->in[0].bytes / 8);
+      pi2_rotation((const double *)(const void *)t->in[0].data, half, (int32_t)(t->p[0] + i), t->f[0],
+                   out_floats(t, 0) + i * half, out_floats(t, 1) + i * half);
     }
-    case GEMM:
-      run_gemm(kernels, t);
-      break;
-    case RMSNORM: /* f: offset, eps. p: in place */
-      if (p[0]) memcpy(t->out[0].data, t->in[0].data, t->in[0].bytes);
-      kernels->rmsnorm(p[0] ? out_floats(t, 0) : floats(t, 0), floats(t, 1), t->f[0], t->f[1], out_floats(t, 0),
-                       count(t, 0));
-      break;
-    case ADD:
-      memcpy(t->out[0].data, t->in[1].data, t->in[1].bytes);
-      kernels->add(floats(t, 0), out_floats(t, 0), count(t, 0));
-      break;
-    case ACTIVATE: /* p: activation, of up, has a gate. in: up, gate */
-      kernels->activate((int)p[0], (int)p[1], p[2] ? floats(t, 1) : NULL, floats(t, 0), out_floats(t, 0), count(t, 0));
-      break;
-    case ROPE: /* p: interleaved. in: x, cosine, sine */
-      memcpy(t->out[0].data, t->in[0].data, t->in[0].bytes);
-      kernels->rope(out_floats(t, 0), floats(t, 1), floats(t, 2), (int)count(t, 1), (int)p[0]);
-      break;
-    case ATTENTION:
-      run_attention(kernels, t);
-      break;
-    case SCALE:
-      kernels->scale(floats(t, 0), t->f[0], out_floats(t, 0), count(t, 0));
-      break;
-    case ARGMAX: {
-      int64_t at = kernels->argmax(floats(t, 0), count(t, 0));
-      memcpy(t->out[0].data, &at, sizeof at);
-      break;
-    }
-    case LOGSUMEXP: {
-      double x = kernels->logsumexp(floats(t, 0), count(t, 0));
-      memcpy(t->out[0].data, &x, sizeof x);
-      break;
-    }
-    case ROTATION: /* of no variant: the same for all */
-      for (int64_t i = 0; i < t->p[1]; i++) {
-        const int64_t half = (int64_t)(t->in[0].bytes / 8);
-        pi2_rotation((const double *)(const void *)t->in[0].data, half, (int32_t)(t->p[0] + i), t->f[0],
-                     out_floats(t, 0) + i * half, out_floats(t, 1) + i * half);
-      }
-      break;
-    case EXPONENTIAL:
-      for (uint64_t i = 0; i < t->in[0].bytes / 8; i++)
-        ((double *)(void *)t->out[0].data)[i] = pi2_exp(((const double *)(const void *)t->in[0].data)[i]);
-      break;
-    case SOFTCAP:
-      memcpy(t->out[0].data, t->in[0].data, t->in[0].bytes);
-      kernels->softcap(out_floats(t, 0), t->f[0], count(t, 0));
-      break;
-    case READ: {
-      uint64_t sum = kernels->read(t->in[0].data, (int64_t)t->in[0].bytes);
-      memcpy(t->out[0].data, &sum, sizeof sum);
-      break;
-    }
-    case REPACK: { /* p: type, rows, k. out: row blocks, the returned number */
-      int64_t bad = pi2_repack((int)p[0], t->in[0].data, p[1], p[2], t->out[0].data);
-      memcpy(t->out[1].data, &bad, sizeof bad);
-      break;
-    }
-    case NEURON_ROWS:
-      run_neuron_rows(kernels, t);
-      break;
-    case NEURON_COLUMNS:
-      run_neuron_columns(kernels, t);
-      break;
-    case UNPACK: /* p: type, rows, k. in: row blocks */
-      for (int64_t i = 0; i < p[1]; i++)
-        pi2_unpack_row((int)p[0], t->in[0].data, p[2], i, out_floats(t, 0) + i * p[2]);
-      break;
+    break;
+  case EXPONENTIAL:
+    for (uint64_t i = 0; i < t->in[0].bytes / 8; i++)
+      ((double *)(void *)t->out[0].data)[i] = pi2_exp(((const double *)(const void *)t->in[0].data)[i]);
+    break;
+  case SOFTCAP:
+    memcpy(t->out[0].data, t->in[0].data, t->in[0].bytes);
+    kernels->softcap(out_floats(t, 0), t->f[0], count(t, 0));
+    break;
+  case READ: {
+    uint64_t sum = kernels->read(t->in[0].data, (int64_t)t->in[0].bytes);
+    memcpy(t->out[0].data, &sum, sizeof sum);
+    break;
+  }
+  case REPACK: { /* p: type, rows, k. out: row blocks, the returned number */
+    int64_t bad = pi2_repack((int)p[0], t->in[0].data, p[1], p[2], t->out[0].data);
+    memcpy(t->out[1].data, &bad, sizeof bad);
+    break;
+  }
+  case NEURON_ROWS: run_neuron_rows(kernels, t); break;
+  case NEURON_COLUMNS: run_neuron_columns(kernels, t); break;
+  case UNPACK: /* p: type, rows, k. in: row blocks */
+    for (int64_t i = 0; i < p[1]; i++) pi2_unpack_row((int)p[0], t->in[0].data, p[2], i, out_floats(t, 0) + i * p[2]);
+    break;
   }
 }
 
@@ -321,9 +345,12 @@ static int64_t differs(const array *a, const array *b) {
   return -1;
 }
 static void print_element(const array *a, int64_t i) {
-  if (a->kind == FLOATS) printf("%a", (double)((float *)a->data)[i]);
-  else if (a->kind == DOUBLES) printf("%a", ((double *)a->data)[i]);
-  else printf("%d", a->data[i]);
+  if (a->kind == FLOATS)
+    printf("%a", (double)((float *)a->data)[i]);
+  else if (a->kind == DOUBLES)
+    printf("%a", ((double *)a->data)[i]);
+  else
+    printf("%d", a->data[i]);
 }
 
 static int run_all(const char *path, const pi2_kernels *kernels) {

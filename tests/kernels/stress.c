@@ -1,7 +1,7 @@
 /* The data plane under the sanitizers: a gang of three threads runs a small program of random weights, with steps
  * posted ahead and steps stopped at any moment, and gives the bits that one thread alone gives. Then again with every
- * matrix of every layer streamed from a file through the smallest ring; and, with ReLU, with the neurons of feed-forward
- * blocks read from a file when they fire, through the smallest cache and changing ones.
+ * matrix of every layer streamed from a file through the smallest ring; and, with ReLU, with the neurons of
+ * feed-forward blocks read from a file when they fire, through the smallest cache and changing ones.
  *
  *   stress STEPS
  *
@@ -17,8 +17,21 @@
 #include "bundles.h"
 #include "program.h"
 
-enum { RECORDS = 32, DIM = 64, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 16, HIDDEN = 96, RELU_HIDDEN = 544 /* two clusters, a page in both */, VOCAB = 203, LAYERS = 2, SLOTS = 3, MAX_ROWS = 48,
-       CONTEXT = 640, PAGES = CONTEXT / PI2_PAGE };
+enum {
+  RECORDS = 32,
+  DIM = 64,
+  HEADS = 4,
+  KV_HEADS = 2,
+  HEAD_DIM = 16,
+  HIDDEN = 96,
+  RELU_HIDDEN = 544 /* two clusters, a page in both */,
+  VOCAB = 203,
+  LAYERS = 2,
+  SLOTS = 3,
+  MAX_ROWS = 48,
+  CONTEXT = 640,
+  PAGES = CONTEXT / PI2_PAGE
+};
 
 static uint64_t state = 1;
 static uint32_t random_bits(void) { /* xorshift64* */
@@ -60,8 +73,10 @@ static pi2_matrix random_matrix(int type, int64_t rows, int64_t k, uint8_t **kee
   for (int64_t i = 0; i < rows; i++) random_row(type, k, file + i * pi2_row_bytes(type, k));
   uint8_t *blocks = allocate((rows + 15) / 16 * pi2_row_block_bytes(type, k));
   if (pi2_repack(type, file, rows, k, blocks)) die("weights are not finite");
-  if (keep) *keep = file;
-  else free(file);
+  if (keep)
+    *keep = file;
+  else
+    free(file);
   return (pi2_matrix){.type = type, .rows = rows, .k = k, .data = blocks};
 }
 
@@ -77,7 +92,8 @@ static model random_model(int relu) {
   static const int types[LAYERS][7] = {{PI2_Q4_0, PI2_F16, PI2_Q8_0, PI2_Q4_1, PI2_Q5_0, PI2_Q4_1, PI2_Q8_0},
                                        {PI2_F32, PI2_Q4_0, PI2_Q4_1, PI2_F16, PI2_Q8_0, PI2_Q5_0, PI2_F16}};
   const int hidden = relu ? RELU_HIDDEN : HIDDEN;
-  model m = {.embedding = random_matrix(PI2_Q8_0, VOCAB, DIM, NULL), .head = random_matrix(PI2_Q4_1, VOCAB, DIM, NULL),
+  model m = {.embedding = random_matrix(PI2_Q8_0, VOCAB, DIM, NULL),
+             .head = random_matrix(PI2_Q4_1, VOCAB, DIM, NULL),
              .relu = relu};
   for (int i = 0; i < LAYERS; i++) {
     m.q[i] = random_matrix(types[i][0], HEADS * HEAD_DIM, DIM, NULL);
@@ -105,9 +121,19 @@ static void free_model(model *m) {
 
 static void build(pi2_program *p, const model *m, pi2_gang *gang, uint8_t *cache) {
   memset(p, 0, sizeof *p);
-  *p = (pi2_program){.kernels = pi2_variants()[0], .gang = gang, .threads = gang->n, .wide = 1, .dim = DIM,
-                     .vocab = VOCAB, .max_rows = MAX_ROWS, .max_slots = SLOTS, .context = CONTEXT,
-                     .embedding = m->embedding, .embedding_scale = 1, .n_ropes = 1, .ropes = calloc(1, sizeof(pi2_rope)),
+  *p = (pi2_program){.kernels = pi2_variants()[0],
+                     .gang = gang,
+                     .threads = gang->n,
+                     .wide = 1,
+                     .dim = DIM,
+                     .vocab = VOCAB,
+                     .max_rows = MAX_ROWS,
+                     .max_slots = SLOTS,
+                     .context = CONTEXT,
+                     .embedding = m->embedding,
+                     .embedding_scale = 1,
+                     .n_ropes = 1,
+                     .ropes = calloc(1, sizeof(pi2_rope)),
                      .ops = calloc(2 + 5 * LAYERS, sizeof(pi2_op))};
   double *frequencies = malloc(HEAD_DIM / 2 * sizeof *frequencies);
   for (int i = 0; i < HEAD_DIM / 2; i++) frequencies[i] = pow(10000, -2.0 * i / HEAD_DIM);
@@ -116,34 +142,80 @@ static void build(pi2_program *p, const model *m, pi2_gang *gang, uint8_t *cache
   p->ops[p->n_ops++] = (pi2_op){.kind = PI2_EMBED, .rope = -1, .expert = -1};
   for (int i = 0; i < LAYERS; i++) {
     const int out_q8 = m->out[i].type != PI2_F16, down_q8 = m->down[i].type != PI2_F16;
-    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR, .layer = i, .norm = norm, .source = PI2_FROM_X, .sink = PI2_TO_Y,
-                                  .n_matrices = 3, .matrix = {m->q[i], m->k[i], m->v[i]}, .rope = -1, .expert = -1};
-    p->ops[p->n_ops++] = (pi2_op){
-        .kind = PI2_ATTENTION, .layer = i, .n_heads = HEADS, .n_kv_heads = KV_HEADS, .head_dim = HEAD_DIM,
-        .window = i ? 100 : 0, .scale = 0.125f, .softcap = i ? 30 : 0, .rope = 0, .expert = -1, .q8_out = out_q8,
-        .kv = {.base = cache + i * KV_HEADS * 2 * m->half, .page_stride = m->page_bytes, .v_offset = m->half,
-               .head_dim = HEAD_DIM, .type = PI2_KV_F16},
-        .kv_head_stride = 2 * m->half};
-    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR, .layer = i, .source = PI2_FROM_ATTENTION, .sink = PI2_ADD_TO_X,
-                                  .n_matrices = 1, .matrix = {m->out[i]}, .q8_in = out_q8, .rope = -1, .expert = -1};
-    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_FFN, .layer = i, .norm = norm, .source = PI2_FROM_X, .n_matrices = 2,
-                                  .matrix = {m->up[i], m->gate[i]}, .activation = m->relu ? PI2_RELU : PI2_SILU, .q8_out = down_q8,
-                                  .rope = -1, .expert = -1};
-    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR, .layer = i, .source = PI2_FROM_HIDDEN, .sink = PI2_ADD_TO_X,
-                                  .n_matrices = 1, .matrix = {m->down[i]}, .q8_in = down_q8, .rope = -1, .expert = -1};
+    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR,
+                                  .layer = i,
+                                  .norm = norm,
+                                  .source = PI2_FROM_X,
+                                  .sink = PI2_TO_Y,
+                                  .n_matrices = 3,
+                                  .matrix = {m->q[i], m->k[i], m->v[i]},
+                                  .rope = -1,
+                                  .expert = -1};
+    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_ATTENTION,
+                                  .layer = i,
+                                  .n_heads = HEADS,
+                                  .n_kv_heads = KV_HEADS,
+                                  .head_dim = HEAD_DIM,
+                                  .window = i ? 100 : 0,
+                                  .scale = 0.125f,
+                                  .softcap = i ? 30 : 0,
+                                  .rope = 0,
+                                  .expert = -1,
+                                  .q8_out = out_q8,
+                                  .kv = {.base = cache + i * KV_HEADS * 2 * m->half,
+                                         .page_stride = m->page_bytes,
+                                         .v_offset = m->half,
+                                         .head_dim = HEAD_DIM,
+                                         .type = PI2_KV_F16},
+                                  .kv_head_stride = 2 * m->half};
+    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR,
+                                  .layer = i,
+                                  .source = PI2_FROM_ATTENTION,
+                                  .sink = PI2_ADD_TO_X,
+                                  .n_matrices = 1,
+                                  .matrix = {m->out[i]},
+                                  .q8_in = out_q8,
+                                  .rope = -1,
+                                  .expert = -1};
+    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_FFN,
+                                  .layer = i,
+                                  .norm = norm,
+                                  .source = PI2_FROM_X,
+                                  .n_matrices = 2,
+                                  .matrix = {m->up[i], m->gate[i]},
+                                  .activation = m->relu ? PI2_RELU : PI2_SILU,
+                                  .q8_out = down_q8,
+                                  .rope = -1,
+                                  .expert = -1};
+    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR,
+                                  .layer = i,
+                                  .source = PI2_FROM_HIDDEN,
+                                  .sink = PI2_ADD_TO_X,
+                                  .n_matrices = 1,
+                                  .matrix = {m->down[i]},
+                                  .q8_in = down_q8,
+                                  .rope = -1,
+                                  .expert = -1};
   }
-  p->ops[p->n_ops++] = (pi2_op){.kind = PI2_HEAD, .norm = norm, .n_matrices = 1, .matrix = {m->head}, .rope = -1, .expert = -1};
+  p->ops[p->n_ops++] =
+      (pi2_op){.kind = PI2_HEAD, .norm = norm, .n_matrices = 1, .matrix = {m->head}, .rope = -1, .expert = -1};
 }
 static void prepare(pi2_program *p) {
   if (pi2_program_prepare(p)) die("out of memory");
   for (int i = 0; i < SLOTS; i++) {
-    p->slots[i] = (pi2_slot){.temperature = i ? 0.9f : 0, .top_p = i == 2 ? 0.9f : 1, .repetition = i ? 1.1f : 1,
-                             .seed = 7u * (unsigned)i, .logprobs = 2, .counts = i ? calloc(VOCAB, 4) : NULL};
+    p->slots[i] = (pi2_slot){.temperature = i ? 0.9f : 0,
+                             .top_p = i == 2 ? 0.9f : 1,
+                             .repetition = i ? 1.1f : 1,
+                             .seed = 7u * (unsigned)i,
+                             .logprobs = 2,
+                             .counts = i ? calloc(VOCAB, 4) : NULL};
   }
 }
 
 /* A step of the script. Every slot's sequence starts anew where it would leave the context. */
-typedef struct { int slot, start, count, ahead; } piece; /* ahead: continue with the token sampled last */
+typedef struct {
+  int slot, start, count, ahead;
+} piece; /* ahead: continue with the token sampled last */
 typedef struct {
   int n;
   piece pieces[SLOTS];
@@ -220,13 +292,19 @@ static void spin(int n) {
 /* Runs in flight, oldest first; trials have no result. */
 typedef struct {
   int n, stopped;
-  struct { pi2_run *run; const step *step; result *result; } run[PI2_QUEUE];
+  struct {
+    pi2_run *run;
+    const step *step;
+    result *result;
+  } run[PI2_QUEUE];
 } flight;
 static void land(pi2_gang *gang, flight *f) {
   wait_for(gang, f->run[0].run);
   const pi2_run *run = f->run[0].run;
-  if (!f->run[0].result) f->stopped += run->stopped;
-  else if (run->stopped) die("a step that nobody stopped is stopped");
+  if (!f->run[0].result)
+    f->stopped += run->stopped;
+  else if (run->stopped)
+    die("a step that nobody stopped is stopped");
   else
     for (int i = 0; i < f->run[0].step->n; i++) f->run[0].result->pick[i] = run->slices[i].pick;
   memmove(f->run, f->run + 1, (PI2_QUEUE - 1) * sizeof f->run[0]);
@@ -252,8 +330,8 @@ typedef struct {
 } stored;
 
 static int pieces_of(const pi2_matrix *w) { return (int)(((w->rows + 15) / 16 + PIECE_BLOCKS - 1) / PIECE_BLOCKS); }
-/* Writes the matrices that the operations use, in their order, and makes units of their pieces, those of up and gate by turns;
- * and the embedding before them, of which rows are read. */
+/* Writes the matrices that the operations use, in their order, and makes units of their pieces, those of up and gate by
+ * turns; and the embedding before them, of which rows are read. */
 static pi2_stream *stream_all(pi2_program *p, stored *f) {
   int64_t at = 0, largest = 0;
   strcpy(f->path, "stress.XXXXXX");
@@ -268,7 +346,8 @@ static pi2_stream *stream_all(pi2_program *p, stored *f) {
     if (op->kind != PI2_LINEAR && op->kind != PI2_FFN) continue;
     for (int j = 0; j < op->n_matrices; j++) {
       pi2_matrix *w = &op->matrix[j];
-      const int64_t bytes = (w->rows + 15) / 16 * pi2_row_block_bytes(w->type, w->k), whole = pi2_align(bytes, PI2_SECTOR);
+      const int64_t bytes = (w->rows + 15) / 16 * pi2_row_block_bytes(w->type, w->k),
+                    whole = pi2_align(bytes, PI2_SECTOR);
       uint8_t *padded = calloc(1, (size_t)whole);
       memcpy(padded, w->data, (size_t)bytes);
       if (pwrite(fd, padded, (size_t)whole, at) != whole) die("cannot write");
@@ -284,7 +363,8 @@ static pi2_stream *stream_all(pi2_program *p, stored *f) {
       for (int i = 0; i < n; i++) {
         const int64_t size = PIECE_BLOCKS * pi2_row_block_bytes(w->type, w->k), first = at + i * size;
         const int64_t last = i + 1 < n ? first + size : at + bytes, offset = first / PI2_SECTOR * PI2_SECTOR;
-        f->units[w->unit + i * w->stride] = (pi2_extent){offset, pi2_align(last - offset, PI2_SECTOR), first - offset, -1};
+        f->units[w->unit + i * w->stride] =
+            (pi2_extent){offset, pi2_align(last - offset, PI2_SECTOR), first - offset, -1};
         largest = last - offset > largest ? pi2_align(last - offset, PI2_SECTOR) : largest;
       }
       if (!turns || j + 1 == op->n_matrices) f->n += n * w->stride;
@@ -313,7 +393,8 @@ static void lend_some(pi2_program *p, stored *f, const uint8_t *cache, int64_t p
   for (int i = 0; i < f->n; i += 3) f->units[i].home = used, used += f->units[i].bytes;
   if (posix_memalign((void **)&f->loan, PI2_SECTOR, (size_t)used)) die("out of memory");
   pi2_stream_loan(p->stream, f->loan);
-  p->kv = (uintptr_t)cache, p->kv_bytes = page_bytes * PAGES * SLOTS, p->kv_page_bytes = page_bytes, p->loan_bytes = used;
+  p->kv = (uintptr_t)cache, p->kv_bytes = page_bytes * PAGES * SLOTS, p->kv_page_bytes = page_bytes,
+  p->loan_bytes = used;
 }
 
 /* The neurons of all blocks in a file, and a cache of them. */
@@ -331,11 +412,12 @@ static void reorder(uint8_t *all, int pages, const pi2_bundle_layout *l, uint16_
   uint8_t *own = allocate((int64_t)pages * l->page_bytes);
   memcpy(own, all, (size_t)(pages * l->page_bytes));
   for (int64_t p = 0; p < RELU_HIDDEN; p++) {
-    const int64_t first = p / PI2_CLUSTER * PI2_CLUSTER, end = first + PI2_CLUSTER < RELU_HIDDEN ? first + PI2_CLUSTER : RELU_HIDDEN;
+    const int64_t first = p / PI2_CLUSTER * PI2_CLUSTER,
+                  end = first + PI2_CLUSTER < RELU_HIDDEN ? first + PI2_CLUSTER : RELU_HIDDEN;
     order[p] = (uint16_t)(end - 1 - p);
     const int64_t from = first + order[p], n = l->neurons_per_page;
-    memcpy(all + p / n * l->page_bytes + p % n * l->neuron_bytes, own + from / n * l->page_bytes + from % n * l->neuron_bytes,
-           (size_t)l->neuron_bytes);
+    memcpy(all + p / n * l->page_bytes + p % n * l->neuron_bytes,
+           own + from / n * l->page_bytes + from % n * l->neuron_bytes, (size_t)l->neuron_bytes);
   }
   free(own);
 }
@@ -344,7 +426,8 @@ static void sparse_all(pi2_program *p, const model *m, neurons *f) {
   const int64_t up = pi2_up_quants(PI2_Q4_0, DIM), bytes = up + pi2_down_quants(PI2_Q4_0, DIM);
   const pi2_bundle_layout layout = {PI2_SECTOR / bytes, PI2_SECTOR, bytes, up};
   const int pages = (int)((RELU_HIDDEN + layout.neurons_per_page - 1) / layout.neurons_per_page);
-  *f = (neurons){.path = "stress.XXXXXX", .pages = LAYERS * pages, .least = (int)(PI2_CLUSTER / layout.neurons_per_page + 2)};
+  *f = (neurons){
+      .path = "stress.XXXXXX", .pages = LAYERS * pages, .least = (int)(PI2_CLUSTER / layout.neurons_per_page + 2)};
   const int fd = mkstemp(f->path);
   if (fd < 0) die("no file");
   for (int i = 0; i < LAYERS; i++) {
@@ -358,19 +441,35 @@ static void sparse_all(pi2_program *p, const model *m, neurons *f) {
     f->region[i] = (pi2_region){(int64_t)i * pages * PI2_SECTOR, PI2_SECTOR, PI2_SECTOR, 0, i * pages, pages};
     if (pwrite(fd, all, (size_t)pages * PI2_SECTOR, f->region[i].offset) != pages * PI2_SECTOR) die("cannot write");
     free(all);
-    f->bundles[i] = (pi2_bundles){
-        .region = i, .up_type = PI2_Q4_0, .down_type = PI2_Q4_0, .neurons = RELU_HIDDEN, .per_page = layout.neurons_per_page,
-        .gate_type = -1, .neuron_bytes = bytes, .up_bytes = up, .up_scales = f->up_scales[i], .down_scales = f->down_scales[i],
-        .up_stride = pi2_up_scales(PI2_Q4_0, DIM), .down_stride = pi2_down_scales(PI2_Q4_0, DIM),
-        .order = i % 2 ? f->order : NULL};
+    f->bundles[i] = (pi2_bundles){.region = i,
+                                  .up_type = PI2_Q4_0,
+                                  .down_type = PI2_Q4_0,
+                                  .neurons = RELU_HIDDEN,
+                                  .per_page = layout.neurons_per_page,
+                                  .gate_type = -1,
+                                  .neuron_bytes = bytes,
+                                  .up_bytes = up,
+                                  .up_scales = f->up_scales[i],
+                                  .down_scales = f->down_scales[i],
+                                  .up_stride = pi2_up_scales(PI2_Q4_0, DIM),
+                                  .down_stride = pi2_down_scales(PI2_Q4_0, DIM),
+                                  .order = i % 2 ? f->order : NULL};
   }
   if (fsync(fd) || close(fd)) die("cannot write");
   int n = 0;
   for (int i = 0; i < p->n_ops; i++) { /* up and gate, and down behind them, become one */
     pi2_op op = p->ops[i];
     if (op.kind == PI2_FFN) {
-      op = (pi2_op){.kind = PI2_SPARSE, .layer = op.layer, .norm = op.norm, .source = PI2_FROM_X, .sink = PI2_ADD_TO_X,
-                    .n_matrices = 1, .matrix = {op.matrix[1]}, .activation = PI2_RELU, .rope = -1, .expert = -1,
+      op = (pi2_op){.kind = PI2_SPARSE,
+                    .layer = op.layer,
+                    .norm = op.norm,
+                    .source = PI2_FROM_X,
+                    .sink = PI2_ADD_TO_X,
+                    .n_matrices = 1,
+                    .matrix = {op.matrix[1]},
+                    .activation = PI2_RELU,
+                    .rope = -1,
+                    .expert = -1,
                     .bundles = &f->bundles[op.layer]};
       i++;
     }
@@ -381,10 +480,11 @@ static void sparse_all(pi2_program *p, const model *m, neurons *f) {
   int error = 0;
   pi2_flash *flash = pi2_flash_open(f->path, PI2_IO_AUTO, 8, &error);
   if (!flash) die("no flash");
-  p->neurons = pi2_neuron_cache_create(flash, f->region, LAYERS, f->pages, PI2_SECTOR, f->memory, f->least, f->pages, 8, -1,
-                                       &error);
+  p->neurons = pi2_neuron_cache_create(flash, f->region, LAYERS, f->pages, PI2_SECTOR, f->memory, f->least, f->pages, 8,
+                                       -1, &error);
   if (!p->neurons || pi2_neuron_cache_trace(p->neurons, RECORDS)) die("no cache");
-#ifndef __SANITIZE_THREAD__ /* reads write to the same place, which nobody reads: no race that matters, but one that it tells of */
+#ifndef __SANITIZE_THREAD__ /* reads write to the same place, which nobody reads: no race that matters, but one that \
+                               it tells of */
   if (pi2_neuron_cache_read_through(p->neurons, 2 * PI2_SECTOR)) die("out of memory");
 #endif
   p->traced = 1;
