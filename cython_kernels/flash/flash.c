@@ -26,7 +26,7 @@ enum { EIO_TRIES = 2, PASSING_TRIES = 64 };
 enum {
   MOST_PIECES = 8192,
   LEAST_PIECE = 2 << 20
-};                           /* of registered memory. The kernel's limits are 16,384 of them, and 1 GiB each */
+}; /* of registered memory. The kernel's limits are 16,384 of them, and 1 GiB each */
 #define MOST_ASKED (1 << 30) /* the kernel gives at most 2 GiB at a time */
 
 const char *pi2_errno_name(int error) { /* strerrorname_np is of glibc 2.32 */
