@@ -43,14 +43,25 @@ class SimulatedSequence:
         self.first_sample: int | None = None
 
 
-class SimulatedCache:
-    """``pages`` pages of ``PAGE_TOKENS`` positions for ``slots`` sequences of at most ``context``
-    positions."""
+class SimulatedPages:
+    """``pages`` pages of ``PAGE_TOKENS`` positions. Executors of several lanes may share them; each then sees what
+    another is still writing."""
 
-    def __init__(self, slots: int, pages: int, context: int, vocab_size: int) -> None:
+    def __init__(self, pages: int) -> None:
+        self.tokens = np.full((pages, PAGE_TOKENS), _EMPTY, np.int32)
+        self.owners: list[SimulatedSequence | None] = [None] * pages
+        self.writers: dict[
+            int, tuple[SimulatedCache, int]
+        ] = {}  # of pages: which cache writes, and in how many steps
+
+
+class SimulatedCache:
+    """What ``slots`` sequences of at most ``context`` positions have in ``pages``."""
+
+    def __init__(self, slots: int, pages: SimulatedPages, context: int, vocab_size: int) -> None:
         self._slots, self._context, self._vocab_size = slots, context, vocab_size
-        self._tokens = np.full((pages, PAGE_TOKENS), _EMPTY, np.int32)
-        self._owners: list[SimulatedSequence | None] = [None] * pages
+        self._pages = pages
+        self._tokens, self._owners = pages.tokens, pages.owners
         self._sequences: dict[int, SimulatedSequence] = {}  # by slot
 
     @property
@@ -84,6 +95,23 @@ class SimulatedCache:
                     raise InternalError(
                         f"{step}: slot {piece.slot} reads page {page}, which slot {writers[page]} writes"
                     )
+            for page in piece.pages[: _pages_for(piece.start + piece.count)].tolist():
+                if self._pages.writers.get(page, (self, 0))[0] is not self:
+                    raise InternalError(
+                        f"{step}: slot {piece.slot} uses page {page}, which another executor is still writing"
+                    )
+        for page in writers:
+            steps = self._pages.writers.get(page, (self, 0))[1]
+            self._pages.writers[page] = self, steps + 1
+
+    def end(self, step: Step) -> None:
+        """The step writes no more."""
+        for page in {page for piece in step.slices for page in _written(piece).tolist()}:
+            steps = self._pages.writers[page][1]
+            if steps > 1:
+                self._pages.writers[page] = self, steps - 1
+            else:
+                del self._pages.writers[page]
 
     def write(self, piece: Slice) -> tuple[SimulatedSequence, Int32s]:
         """Writes a slice's tokens.

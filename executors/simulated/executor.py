@@ -30,7 +30,7 @@ import trio
 
 from pi2rt._errors import BusyError, ClosedError, InternalError
 from pi2rt.executors.reference.sampling import penalised
-from pi2rt.executors.simulated.cache import SimulatedCache, SimulatedSequence
+from pi2rt.executors.simulated.cache import SimulatedCache, SimulatedPages, SimulatedSequence
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
@@ -115,6 +115,7 @@ class SimulatedExecutor:
         seconds_to_open: what loading takes.
         next_token: what a model would say; ``hashed_token``, ``scripted(...)`` or one of your own.
         faults: failures to inject.
+        pages: of its KV cache, shared with others; None: it has its own, which go with it.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class SimulatedExecutor:
         seconds_to_open: float = 0.0,
         next_token: NextToken = hashed_token,
         faults: Faults = NO_FAULTS,
+        pages: SimulatedPages | None = None,
     ) -> None:
         if max_in_flight < 1:
             raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight}")
@@ -143,6 +145,7 @@ class SimulatedExecutor:
         self._seconds_to_open = seconds_to_open
         self._next_token = next_token
         self._faults = faults
+        self._pages = pages
         self._cache: SimulatedCache | None = None  # while open
         self._vocab_size = self._max_tokens = 0
         self._free_at = 0.0  # when the last step that was waited for ended
@@ -162,7 +165,9 @@ class SimulatedExecutor:
             raise SimulatedFault("injected into open")
         self._vocab_size, self._max_tokens = model.vocab_size, options.max_tokens
         self._epoch_ns = time.perf_counter_ns() - round(trio.current_time() * 1e9)
-        self._cache = SimulatedCache(options.slots, options.pages, options.context, model.vocab_size)
+        self._cache = SimulatedCache(
+            options.slots, self._pages or SimulatedPages(options.pages), options.context, model.vocab_size
+        )
         progress(total, total)
 
     def submit(self, step: Step) -> None:
@@ -206,6 +211,7 @@ class SimulatedExecutor:
             if scope.cancelled_caught:  # not a comparison of times: those are rounded
                 break
         self._queue.popleft()
+        self._opened().end(head.step)
         self._free_at = head.ends
         started_ns, finished_ns = (self._epoch_ns + round(at * 1e9) for at in (head.starts, head.ends))
         spent_ns = (
@@ -244,6 +250,9 @@ class SimulatedExecutor:
     async def aclose(self) -> None:
         if self._faults.hang_in_close:
             await trio.sleep_forever()
+        if self._cache is not None:
+            for running in self._queue:
+                self._cache.end(running.step)
         self._cache = None
         self._queue.clear()
         self._changed.unpark_all()

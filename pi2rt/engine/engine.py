@@ -1,30 +1,34 @@
-"""The step loop: continuous batching over one actor, one step ahead of its results.
+"""The step loops: continuous batching over one actor or several, one step ahead of the results of each.
 
 Step k + 1 is submitted before the result of step k is looked at, so that the executor never waits for
 Python. Its decode slices say "the token sampled last" instead of naming it. Where k turns out to have ended
 a sequence, the slice of it in k + 1 is discarded when it comes back, and only then are its slot and pages
 free.
+
+Each actor that runs at the same time as others has a lane (``lane.py``) with a loop of its own. Lane 0 decodes. Other
+lanes compute prompts, all tokens but the last, into the same KV pages; then lane 0 takes the sequence over and computes
+the last token as a step like any other, so that sampling, penalties and seeds live in one place.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Literal, Protocol, SupportsIndex
+from typing import Literal, SupportsIndex
 
 import trio
 
 from pi2rt._errors import ClosedError, ExecutorError, InternalError
 from pi2rt.engine.blame import blame, carried, copied
 from pi2rt.engine.chunk import Timing
+from pi2rt.engine.lane import Lane, PrefillLane, StepActor
 from pi2rt.engine.options import EngineOptions
 from pi2rt.engine.prompt import check_token, prompt_tokens
 from pi2rt.engine.queue import Queue, Ticket
 from pi2rt.engine.reading import Reading
 from pi2rt.engine.recorder import Recorder
 from pi2rt.engine.sampling_params import SamplingParams
-from pi2rt.engine.scheduler import Flight, Scheduler
+from pi2rt.engine.scheduler import Flight, PrefillRoute, Scheduler
 from pi2rt.engine.sequence import Sequence, SequenceState
 from pi2rt.engine.statistics import EngineStatistics
 from pi2rt.engine.stop_finder import StopFinder
@@ -32,44 +36,34 @@ from pi2rt.engine.token_stream import TokenStream
 from pi2rt.engine.writer import Writer
 from pi2rt.memory import PagePool, PageTable, PrefixIndex
 from pi2rt.runtime.actor import NotRebuilt, Reopened
+from pi2rt.runtime.own_nursery import open_own_nursery
 from pi2rt.runtime.step import PAGE_TOKENS, Floats, Sampling, Step, StepResult, Unusable
 from pi2rt.runtime.trace import Trace
 from pi2rt.tokenizer import Tokenizer
 
-RUN_AHEAD_S = 0.03
-"""Work that waits behind the step that runs: at least one step, so that the executor never idles, and of short
-steps more, so that it can report several at once. What waits delays a new request, and is discarded when a
-text ends."""
-
-
-class StepActor(Protocol):
-    """What the engine needs of an actor (``pi2rt.runtime.actor.Actor``)."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def generation(self) -> int: ...
-
-    @property
-    def max_in_flight(self) -> int: ...
-
-    async def submit(self, step: Step, /) -> None: ...
-
-    async def result(self) -> StepResult: ...
-
-    def stop(self, step_id: int, /) -> None: ...
-
 
 class Engine:
     """Runs requests. All methods are called from the Trio thread; ``run`` is a task of the caller's
-    nursery."""
+    nursery.
+
+    Args:
+        actor: decodes, and computes the prompts that no other takes.
+        prefill: actors that compute prompts beside it. They share its KV pages.
+        keeps_pages: what is in KV pages outlives an executor that is lost. Always so where there are several.
+    """
 
     def __init__(
-        self, actor: StepActor, tokenizer: Tokenizer, options: EngineOptions, trace: Trace | None = None
+        self,
+        actor: StepActor,
+        tokenizer: Tokenizer,
+        options: EngineOptions,
+        trace: Trace | None = None,
+        *,
+        prefill: tuple[PrefillLane, ...] = (),
+        keeps_pages: bool = False,
     ) -> None:
-        self._actor = actor
-        self._generation = actor.generation
+        self._lanes = [Lane(number, each) for number, each in enumerate([actor, *(p.actor for p in prefill)])]
+        self._keeps_pages = keeps_pages or bool(prefill)
         self._tokenizer = tokenizer
         self.options = options
         self._recorder = None if trace is None else Recorder(trace)
@@ -81,23 +75,27 @@ class Engine:
             options.max_tokens,
             options.mixed_chunk,
             None if self._recorder is None else self._recorder.request,
+            tuple(PrefillRoute(p.max_tokens, p.least_tokens, _usable(p.actor)) for p in prefill),
+            lambda lane: self._lanes[lane].wake(),
         )
         self._queue = Queue(options.max_queue, options.slots)
-        self._flights: deque[Flight] = deque()
-        self._depth = 2  # steps in flight, at most, while none of them has prompt tokens
-        self._work = trio.Event()
         self._departed = trio.Event()  # set when a request ends
         self._closed = False
         self._requests = self._finished = self._cancelled = self._failed = 0
-        self._steps = self._generated = self._prefilled = self._discarded = self._rebuilds = 0
+        self._generated = self._discarded = 0
 
-    # The step loop
+    # The step loops
 
     async def run(self) -> None:
         """Submits steps and handles their results until ``close``. An error that leaves it is a bug in
         pi2rt."""
         try:
-            await self._loop()
+            if len(self._lanes) == 1:
+                await self._loop(self._lanes[0])
+            else:
+                async with open_own_nursery() as nursery:
+                    for lane in self._lanes:
+                        nursery.start_soon(self._loop, lane)
         except ClosedError:
             # Both tasks are cancelled together; where the actor's runs first, it is closed before this one learns of
             # the cancellation, which is then what ended it.
@@ -107,53 +105,46 @@ class Engine:
             self.close()  # whatever ended it, nobody waits for ever
             del self._tokenizer  # which may be large; a closed engine is asked for nothing but its statistics
 
-    async def _loop(self) -> None:
+    async def _loop(self, lane: Lane) -> None:
         while True:
-            if self._actor.generation != self._generation:
-                await self._recover(None, None)
-            while self._may_run_ahead() and (flight := self._scheduler.compose()) is not None:
-                await self._submit(flight)
-            if self._flights:
-                await self._receive()
+            if lane.actor.generation != lane.generation:
+                await self._recover(lane, None, None)
+            while lane.may_run_ahead() and (flight := self._scheduler.compose(lane.number)) is not None:
+                await self._submit(lane, flight)
+            if lane.flights:
+                await self._receive(lane)
+                if len(self._lanes) > 1:
+                    self._wake()  # it may have given back pages or a slot, or handed a sequence over
             elif self._closed:
                 return
             else:
-                self._work = trio.Event()
-                await self._work.wait()
+                await lane.until_work()
 
-    def _may_run_ahead(self) -> bool:
-        """Whether another step may wait behind those in flight. How long one with prompt tokens takes, the time of the
-        last step does not tell, so that a single step waits behind such a one."""
-        prefills = any(flight.prefills for flight in self._flights)
-        return len(self._flights) < min(2 if prefills else self._depth, self._actor.max_in_flight)
-
-    async def _submit(self, flight: Flight) -> None:
-        self._flights.append(flight)
+    async def _submit(self, lane: Lane, flight: Flight) -> None:
+        lane.flights.append(flight)
         try:
-            await self._actor.submit(flight.step)
+            await lane.actor.submit(flight.step)
         except ExecutorError as error:
-            self._flights.pop()
-            await self._recover(error, flight)
+            lane.flights.pop()
+            await self._recover(lane, error, flight)
             return
         for sequence in flight.begun:
             if sequence.writer is not None:
                 sequence.writer.start(sequence.computed)
 
-    async def _receive(self) -> None:
+    async def _receive(self, lane: Lane) -> None:
         """Waits for the oldest step and hands out what it brought."""
         try:
-            result = await self._actor.result()
+            result = await lane.actor.result()
         except ExecutorError as error:
-            await self._recover(error, self._flights.popleft())
+            await self._recover(lane, error, lane.flights.popleft())
             return
-        flight = self._flights.popleft()
+        flight = lane.flights.popleft()
         if result.id != flight.step.id:
             raise InternalError(f"the result of step {result.id} came where {flight.step} was expected")
-        self._steps += 1
-        step_s = (result.finished_ns - result.started_ns) / 1e9
-        self._depth = 2 + int(RUN_AHEAD_S / max(step_s, 1e-4))
+        lane.returned(result)
         if self._recorder is not None:
-            self._recorder.step(flight, result)
+            self._recorder.step(lane, flight, result)
         for i, sequence in enumerate(flight.members):
             sequence.in_flight -= 1
             if sequence.state is SequenceState.LEAVING:
@@ -163,29 +154,29 @@ class Engine:
             elif result.stopped:  # only where the executor stops on its own account: what it had done is lost
                 self._scheduler.leave(sequence, again=True)
             else:
-                self._advance(sequence, flight, result, i)
+                self._advance(sequence, lane, flight, result, i)
 
-    def _advance(self, sequence: Sequence, flight: Flight, result: StepResult, i: int) -> None:
+    def _advance(self, sequence: Sequence, lane: Lane, flight: Flight, result: StepResult, i: int) -> None:
         """One slice of a live sequence has returned."""
         slice_ = flight.step.slices[i]
         sequence.computed = slice_.start + slice_.count
-        self._prefilled += len(slice_.tokens)
+        lane.prefilled += len(slice_.tokens)
         writer = sequence.writer
         if writer is None:
             reading = sequence.reading
             assert reading is not None
             if (unusable := reading.accept(slice_, result, i)) is not None:
-                self._blame(sequence, flight.step, unusable)
+                self._blame(sequence, lane, flight.step, unusable)
             elif sequence.computed == sequence.limit:
                 self._finish(sequence)
             return
         outcome = result.sampled[i] if slice_.sample else None
         if isinstance(outcome, Unusable):
-            self._blame(sequence, flight.step, outcome)
+            self._blame(sequence, lane, flight.step, outcome)
             return
         if slice_.sample and (outcome is None or not 0 <= outcome.token < self.options.vocab_size):
             problem = f"the executor gave {outcome} instead of a token of the vocabulary"
-            self._fail(sequence, ExecutorError(self._actor.name, flight.step, problem))
+            self._fail(sequence, ExecutorError(lane.actor.name, flight.step, problem))
             return
         if sequence.computed - sequence.table.committed >= PAGE_TOKENS:
             sequence.table.commit(sequence.known, sequence.computed)
@@ -197,6 +188,8 @@ class Engine:
                     self._fail(sequence, carried(error))
             if not sequence.live:  # the callback may also have left the stream
                 return
+        if self._scheduler.hand_over(sequence):
+            lane.handed_over += 1
         if outcome is not None:
             sequence.known.append(outcome.token)
             self._generated += 1
@@ -208,45 +201,60 @@ class Engine:
             if finished:
                 self._finish(sequence)
 
-    def _blame(self, sequence: Sequence, step: Step, unusable: Unusable) -> None:
+    def _blame(self, sequence: Sequence, lane: Lane, step: Step, unusable: Unusable) -> None:
         """No token can be picked: that ends this request, and concerns no other."""
         if not unusable.parameters:
             self._index.clear()  # what else the executor has computed for it may be as wrong, and be found again
-        self._fail(sequence, blame(unusable, sequence.sampling, sequence.computed, self._actor.name, step))
+        self._fail(sequence, blame(unusable, sequence.sampling, sequence.computed, lane.actor.name, step))
 
-    async def _recover(self, error: ExecutorError | None, failed: Flight | None) -> None:
-        """The executor was lost and the KV cache with it. The requests in a step that failed fail; every other
-        one is computed again from the tokens it knows, and its consumer notices only the time."""
-        lost = [*self._flights]
-        self._flights.clear()
+    async def _recover(self, lane: Lane, error: ExecutorError | None, failed: Flight | None) -> None:
+        """The executor of a lane was lost. The requests in a step that failed fail. Every other one goes on from what
+        is in the KV pages, or where these were lost too, is computed again from the tokens it knows. Its consumer
+        notices only the time. Sequences of other lanes are not concerned."""
+        lost = [*lane.flights]
+        lane.flights.clear()
         for _ in lost:
             try:  # they went down with the executor
-                await self._actor.result()
+                await lane.actor.result()
             except ExecutorError:
                 continue
-        for flight in [*lost, failed] if failed is not None else lost:
-            for sequence in flight.members:
-                sequence.in_flight -= 1
-        if isinstance(error, NotRebuilt):  # those that wait too: each would wait for an attempt of its own
-            self._fail_all(lambda: copied(error))
+        if isinstance(error, NotRebuilt):
+            if not lane.number:  # those that wait too: each would wait for an attempt of its own
+                self._fail_all(lambda: copied(error))
         elif error is not None and failed is not None and not isinstance(error, Reopened):
             for sequence in failed.members:
                 if sequence.live:
                     self._fail(sequence, copied(error))
+        if failed is not None:
+            lost.append(failed)
+        # Until the executor is closed it may still write to the pages of its steps, so these count as in flight.
+        unsafe: set[int] = set()
+        if self._keeps_pages and not isinstance(error, NotRebuilt) and not await lane.actor.gone():
+            unsafe = {sequence.id for flight in lost for sequence in flight.members}
+        for flight in lost:
+            for sequence in flight.members:
+                sequence.in_flight -= 1
         for sequence in self._scheduler.running.copy():
-            if sequence.live:
-                self._scheduler.leave(sequence, again=True)
-            else:
+            if self._keeps_pages and sequence.lane != lane.number:
+                continue
+            if sequence.id in unsafe:
+                sequence.table.abandon()
+            if not sequence.live:
                 self._scheduler.release(sequence)
-        self._index.clear()
-        self._rebuilds += (
-            self._actor.generation - self._generation
-        )  # none of an actor that is broken for good
-        self._generation = self._actor.generation
+            elif self._keeps_pages and sequence.id not in unsafe:
+                self._scheduler.resume(sequence)
+            else:
+                self._scheduler.leave(sequence, again=True)
+        if not self._keeps_pages:
+            self._index.clear()
+        lane.lost += lane.actor.generation - lane.generation  # none of an actor that is broken for good
+        lane.generation = lane.actor.generation
+        self._wake()
 
     def _wake(self) -> None:
         """There may be something to compose again."""
-        self._work.set()
+        for lane in self._lanes:
+            lane.wake()
 
     # The ways out of it
 
@@ -280,10 +288,11 @@ class Engine:
             self._scheduler.leave(sequence)
         sequence.again = False
         self._departed.set()
-        for flight in self._flights:
-            if not flight.stopped and not any(member.live for member in flight.members):
-                flight.stopped = True
-                self._actor.stop(flight.step.id)
+        for lane in self._lanes:
+            for flight in lane.flights:
+                if not flight.stopped and not any(member.live for member in flight.members):
+                    flight.stopped = True
+                    lane.actor.stop(flight.step.id)
 
     def close(self) -> None:
         """No more requests; those there are fail with ClosedError. ``run`` returns when their steps have."""
@@ -406,16 +415,17 @@ class Engine:
             decoding=states.count(SequenceState.DECODE),
             leaving=states.count(SequenceState.LEAVING),
             free_slots=self._scheduler.free_slots,
-            steps=self._steps,
-            steps_in_flight=len(self._flights),
-            prefill_tokens=self._prefilled,
+            steps=sum(lane.steps for lane in self._lanes),
+            steps_in_flight=sum(len(lane.flights) for lane in self._lanes),
+            prefill_tokens=sum(lane.prefilled for lane in self._lanes),
             generated_tokens=self._generated,
             discarded_slices=self._discarded,
             preemptions=self._scheduler.preemptions,
-            rebuilds=self._rebuilds,
+            rebuilds=sum(lane.lost for lane in self._lanes),
             queue=self._queue.statistics(),
             pages=self.pool.statistics(),
             prefixes=self._index.statistics(),
+            lanes=tuple(lane.statistics() for lane in self._lanes),
         )
 
     async def _read(
@@ -458,6 +468,10 @@ class Engine:
         """ "" for a token whose text is shown."""
         tokenizer = self._tokenizer
         return tokenizer.token_bytes(token).decode(errors="replace") if tokenizer.is_special(token) else ""
+
+
+def _usable(actor: StepActor) -> Callable[[], bool]:
+    return lambda: actor.usable
 
 
 def _unfinished(sequence: Sequence) -> bool:

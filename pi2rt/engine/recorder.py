@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pi2rt.engine.lane import Lane
 from pi2rt.engine.scheduler import Flight
 from pi2rt.engine.sequence import Sequence
 from pi2rt.runtime.step import StepResult
@@ -9,21 +10,21 @@ from pi2rt.runtime.trace import Trace
 
 
 class Recorder:
-    """Steps on one track; requests on one for each slot, so that the spans of a track follow each other."""
+    """Steps on a track for each lane; requests on one for each slot, so that the spans of a track follow each other."""
 
-    __slots__ = ("_steps", "_trace")
+    __slots__ = ("_trace",)
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
-        self._steps = trace.track("engine", "steps")
 
-    def step(self, flight: Flight, result: StepResult) -> None:
-        """A step has returned."""
+    def step(self, lane: Lane, flight: Flight, result: StepResult) -> None:
+        """A step of a lane has returned."""
         decoding = 0
         for sequence, slice_ in zip(flight.members, flight.step.slices, strict=True):
             decoding += not len(slice_.tokens)
             sequence.stamp(result.started_ns, result.finished_ns, sampled=slice_.sample)
-        self._steps.span(
+        track = self._trace.track("engine", f"steps of {lane.actor.name}" if lane.number else "steps")
+        track.span(
             f"step {flight.step.id}",
             result.started_ns,
             result.finished_ns,

@@ -46,6 +46,16 @@ OVERTAKES = 8
 _by_age = attrgetter("id")
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillRoute:
+    """Which prompts go through a lane that computes prompts only: those with at least ``least_tokens`` to compute,
+    while ``usable``. ``max_tokens``: in one step of it."""
+
+    max_tokens: int
+    least_tokens: int
+    usable: Callable[[], bool]
+
+
 @dataclass(slots=True)
 class Flight:
     """A step and the sequence of each of its slices. ``begun``: those whose first slice it has, since they left the
@@ -58,6 +68,19 @@ class Flight:
     stopped: bool = False
 
 
+class _Draft:
+    """A step of a lane that is being composed. ``bound``: sequences whose slot the lane's executor does not know."""
+
+    __slots__ = ("begun", "bound", "lane", "members", "slices")
+
+    def __init__(self, lane: int) -> None:
+        self.lane = lane
+        self.slices: list[Slice] = []
+        self.members: list[Sequence] = []
+        self.begun: list[Sequence] = []
+        self.bound: list[Sequence] = []
+
+
 class Scheduler:
     """Holds the queue and the running sequences; hands out slots and pages.
 
@@ -66,6 +89,8 @@ class Scheduler:
         max_tokens: tokens in one step at most.
         mixed_chunk: prompt tokens in a step that also decodes, at most.
         released: told of each sequence whose slot and pages are about to become free.
+        prefill: lanes 1, 2, ... that compute all tokens of a prompt but the last; lane 0 computes everything else.
+        routed: told of each lane that a sequence was admitted to.
     """
 
     def __init__(
@@ -75,6 +100,8 @@ class Scheduler:
         max_tokens: int,
         mixed_chunk: int,
         released: Callable[[Sequence], None] | None = None,
+        prefill: tuple[PrefillRoute, ...] = (),
+        routed: Callable[[int], None] | None = None,
     ) -> None:
         self._index = index
         self._slots = list(range(slots - 1, -1, -1))
@@ -83,7 +110,9 @@ class Scheduler:
         self._max_tokens = max_tokens
         self._mixed_chunk = mixed_chunk
         self._released = released
-        self._steps = 0
+        self._prefill = prefill
+        self._routed = routed
+        self._steps = [0] * (1 + len(prefill))  # of each lane
         self.waiting: list[Sequence] = []  # oldest first, as is
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -107,12 +136,23 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_by_age)
 
-    def compose(self) -> Flight | None:
-        """The next step, as if every step before it had returned already; None where there is nothing to
+    def compose(self, lane: int = 0) -> Flight | None:
+        """The next step of a lane, as if every step of it before had returned already; None where there is nothing to
         do."""
-        slices: list[Slice] = []
-        members: list[Sequence] = []
-        begun: list[Sequence] = []
+        flight = _Draft(lane)
+        if lane:
+            self._fill(self._prefill[lane - 1].max_tokens, flight)
+        else:
+            self._decode(flight)
+        if not flight.slices:
+            return None
+        self._steps[lane] += 1
+        step = Step(self._steps[lane], tuple(flight.slices), tuple(s.bind() for s in flight.bound))
+        return Flight(step, flight.members, flight.begun, prefills=step.tokens > len(flight.slices))
+
+    def _decode(self, flight: _Draft) -> None:
+        """A token of each running sequence, and of prompts what there is room for."""
+        slices, members = flight.slices, flight.members
         prefill = False
         for sequence in self.running.copy():
             if sequence.state is SequenceState.DECODE:
@@ -127,12 +167,36 @@ class Scheduler:
                 prefill = True
         if prefill or self.waiting:
             room = self._max_tokens if not slices else min(self._mixed_chunk, self._max_tokens - len(slices))
-            self._fill(room, slices, members, begun)
-        if not slices:
-            return None
-        self._steps += 1
-        step = Step(self._steps, tuple(slices), tuple(s.bind() for s in begun))
-        return Flight(step, members, begun, prefills=step.tokens > len(slices))
+            self._fill(room, flight)
+
+    def hand_over(self, sequence: Sequence) -> bool:
+        """Whether a prompt has come to the end of a lane that computes prompts, so that lane 0 takes it over: it has
+        returned from all steps, and what was computed is in the cache."""
+        done = sequence.lane != 0 and not sequence.in_flight and not sequence.wanted
+        if done:
+            sequence.lane = 0
+        return done
+
+    def resume(self, sequence: Sequence) -> None:
+        """The steps of a live sequence are lost with the executor of its lane, but not what was computed."""
+        self._fair.forget(sequence.id)
+        missing = sequence.table.missing(
+            len(sequence.known)
+        )  # the page of the token sampled last may not be there yet
+        if not self._index.can_allocate(missing):
+            self.leave(sequence, again=True)
+            return
+        sequence.table.extend(missing)
+        sequence.resume(self._route(sequence, sequence.computed))
+
+    def _route(self, sequence: Sequence, cached: int) -> int:
+        """The lane that goes on with a sequence of which ``cached`` positions are computed."""
+        if sequence.reading is None:
+            left = len(sequence.known) - 1 - cached
+            for lane, route in enumerate(self._prefill, 1):
+                if left >= route.least_tokens and route.usable():
+                    return lane
+        return 0
 
     def drop(self, sequence: Sequence) -> None:
         """A waiting sequence is no longer wanted."""
@@ -176,30 +240,31 @@ class Scheduler:
             sequence.table.extend(1)
         return True
 
-    def _fill(self, room: int, slices: list[Slice], members: list[Sequence], begun: list[Sequence]) -> None:
-        """Shares ``room`` tokens among the prompts."""
+    def _fill(self, room: int, flight: _Draft) -> None:
+        """Shares ``room`` tokens among the prompts of the lane."""
         if room <= 0:
             return
         if self.waiting:
-            self._admit()
-        prompts = [s for s in self.running if s.state is SequenceState.PREFILL]
-        shares = self._fair.share(room, [(s.id, s.wanted) for s in prompts])
-        for sequence in prompts:
+            self._admit(flight.lane)
+        wanted = {
+            s.id: s.wanted
+            for s in self.running
+            if s.state is SequenceState.PREFILL and s.lane == flight.lane and s.wanted
+        }
+        shares = self._fair.share(room, list(wanted.items()))
+        for sequence in self.running:
             if tokens := shares.get(sequence.id):
-                self._chunk(sequence, tokens, slices, members, begun)
+                self._chunk(sequence, tokens, flight)
 
-    def _chunk(
-        self,
-        sequence: Sequence,
-        count: int,
-        slices: list[Slice],
-        members: list[Sequence],
-        begun: list[Sequence],
-    ) -> None:
+    def _chunk(self, sequence: Sequence, count: int, flight: _Draft) -> None:
         """Appends a slice of the next ``count`` known tokens."""
-        if not sequence.bound:
-            sequence.bound = True
-            begun.append(sequence)
+        slices = flight.slices
+        if sequence.bound != flight.lane:
+            sequence.bound = flight.lane
+            flight.bound.append(sequence)
+        if not sequence.begun:
+            sequence.begun = True
+            flight.begun.append(sequence)
         start = sequence.submitted
         end = start + count
         reading = sequence.reading
@@ -214,16 +279,16 @@ class Scheduler:
             slices.append(
                 Slice(sequence.slot, start, sequence.table.pages, tokens, targets=targets, logits=logits)
             )
-        members.append(sequence)
+        flight.members.append(sequence)
         sequence.submitted = end
         sequence.in_flight += 1
         if last:
             sequence.state = SequenceState.DECODE
             self._fair.forget(sequence.id)
 
-    def _admit(self) -> None:
+    def _admit(self, lane: int) -> None:
         """Takes waiting sequences in, the oldest first, while there are slots, and pages for all that each knows and
-        one more for each that runs already."""
+        one more for each that runs already. ``lane``: that asks, and need not be told."""
         blocked: Sequence | None = None
         for sequence in self.waiting.copy():
             if sequence.stream.pause(0):
@@ -239,8 +304,11 @@ class Scheduler:
                 continue
             if not self._enter(sequence):
                 blocked = blocked or sequence
-            elif blocked is not None:
-                blocked.overtaken += 1
+            else:
+                if sequence.lane != lane and self._routed is not None:
+                    self._routed(sequence.lane)
+                if blocked is not None:
+                    blocked.overtaken += 1
             if blocked is not None and blocked.overtaken >= OVERTAKES:
                 return
 
@@ -258,7 +326,7 @@ class Scheduler:
         sequence.table.extend(missing)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_by_age)
-        sequence.enter(self._slots.pop(), cached)
+        sequence.enter(self._slots.pop(), cached, self._route(sequence, cached))
         if sequence.writer is not None and not sequence.writer.generated:
             self._index.count(sequence.prompt, cached)
         return True

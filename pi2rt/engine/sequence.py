@@ -15,6 +15,8 @@ from pi2rt.engine.writer import Writer
 from pi2rt.memory import PageTable
 from pi2rt.runtime.step import Bind, Int32s, Sampling
 
+NO_LANE = -1
+
 
 class SequenceState(Enum):
     """WAITING -> PREFILL -> DECODE -> LEAVING -> GONE; a preempted sequence goes from LEAVING back to
@@ -40,8 +42,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "again", "bound", "computed", "expected", "first_ns", "id", "in_flight", "known", "last_ns", "leader",
-        "limit", "on_prefill", "overtaken", "paused", "prompt", "reading", "refused", "sampling", "slot",
+        "again", "begun", "bound", "computed", "expected", "first_ns", "id", "in_flight", "known", "lane", "last_ns",
+        "leader", "limit", "on_prefill", "overtaken", "paused", "prompt", "reading", "refused", "sampling", "slot",
         "started_ns", "state", "stream", "submitted", "table", "ticket", "writer",
     )  # fmt: skip
 
@@ -75,7 +77,9 @@ class Sequence:
         self.in_flight = 0  # steps
         self.paused = False
         self.again = False  # LEAVING, but to be computed again from its known tokens
-        self.bound = False  # a step has bound its slot
+        self.begun = False  # a step with tokens of it was submitted since it left the queue
+        self.lane = 0  # whose steps its next slices go into; 0: the one that decodes
+        self.bound = NO_LANE  # the lane whose executor knows its slot
         self.refused: tuple[int, int] | None = None  # pages available, sequences running, when it got none
         self.overtaken = 0  # admitted before it, while it waited for pages
         self.leader: tuple[Sequence, int] | None = None  # who computes so much of the same beginning
@@ -88,7 +92,8 @@ class Sequence:
     @property
     def wanted(self) -> int:
         """Known tokens that the next slice can take."""
-        left = len(self.known) - self.submitted
+        end = len(self.known) - (self.lane != 0)  # the lane that decodes computes the last one, and samples
+        left = end - self.submitted
         return left if self.reading is None else min(left, self.reading.most_tokens)
 
     def bind(self) -> Bind:
@@ -98,12 +103,19 @@ class Sequence:
         """int32 (end - start,), a copy."""
         return np.frombuffer(self.known[start:end], np.int32)
 
-    def enter(self, slot: int, cached: int) -> None:
+    def enter(self, slot: int, cached: int, lane: int) -> None:
         """Leaves the queue: ``cached`` positions are in the cache already."""
         self.ticket.release()
-        self.slot, self.bound, self.paused = slot, False, False
+        self.slot, self.begun, self.bound, self.lane, self.paused = slot, False, NO_LANE, lane, False
         self.refused, self.overtaken, self.leader = None, 0, None
         self.computed = self.submitted = cached
+        self.expected = len(self.known)
+        self.state = SequenceState.PREFILL
+
+    def resume(self, lane: int) -> None:
+        """Its steps in flight are lost, but what was computed is in the cache: it goes on from there, in ``lane``."""
+        self.bound, self.lane = NO_LANE, lane
+        self.submitted = self.computed
         self.expected = len(self.known)
         self.state = SequenceState.PREFILL
 

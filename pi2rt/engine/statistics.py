@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pi2rt.engine.lane import LaneStatistics
 from pi2rt.engine.queue import QueueStatistics
 from pi2rt.memory import PagePoolStatistics, PrefixIndexStatistics
 
@@ -36,3 +37,4 @@ class EngineStatistics:
     queue: QueueStatistics
     pages: PagePoolStatistics
     prefixes: PrefixIndexStatistics
+    lanes: tuple[LaneStatistics, ...]

@@ -81,12 +81,19 @@ class PageTable:
             self._parent = link.serial
         self.committed = len(self._chain) * size
 
+    def abandon(self) -> None:
+        """Never gives the pages back: an executor that cannot be stopped may still write to them."""
+        self._clear()
+
     def release(self) -> None:
         """Gives every page back, the last one first. The table is empty afterwards and can be used again."""
         for at in range(self.count - 1, -1, -1):
             if at < len(self._chain) and (held := self._chain[at]) is not None:
                 self._index.release(held)
             self._index.release(int(self._table[at]))
+        self._clear()
+
+    def _clear(self) -> None:
         self._chain.clear()
         self._parent = ROOT
         self.committed = self.count = 0

@@ -105,6 +105,8 @@ class Actor:
         self._room = trio.lowlevel.ParkingLot()  # submit waits here
         self._news = trio.lowlevel.ParkingLot()  # result waits here while nothing is in flight
         self._left = trio.lowlevel.ParkingLot()  # the owner waits here for a task to leave executor.wait
+        self._gone = trio.lowlevel.ParkingLot()  # tasks wait here until the executor that was lost is closed
+        self._unclosed = False  # an executor that was lost is not closed yet
         self._taking = False  # a task is in result
         self._waiting = False  # and it is inside executor.wait
         self._attention = trio.Event()  # wakes the owner
@@ -125,6 +127,12 @@ class Actor:
     def max_in_flight(self) -> int:
         """Steps that may be submitted without taking a result; 0 before the actor is open."""
         return self._capacity
+
+    @property
+    def usable(self) -> bool:
+        """Whether a step has a chance: the executor is there, or was lost so seldom that the next ``submit`` may make
+        another."""
+        return self._state == "ready" or (self._state == "broken" and self._seconds_to_wait() <= 0)
 
     async def submit(self, step: Step) -> None:
         """Hands ``step`` to the executor, waiting while it has no room or is being rebuilt.
@@ -199,6 +207,13 @@ class Actor:
                 self._executor.stop(step_id)
             except Exception as error:
                 self._lose_executor(error)
+
+    async def gone(self) -> bool:
+        """Waits until the executor that was lost last is closed, so that it writes to no page any more. False where it
+        could not be stopped: it may write for ever."""
+        while self._unclosed and self._state == "rebuilding":
+            await self._gone.park()
+        return not self._unclosed
 
     async def resize(self, neuron_bytes: int, change: Callable[[], None]) -> None:
         """Another size of the executor's neuron cache, while steps run. Waits while the executor is being rebuilt;
@@ -436,6 +451,7 @@ class Actor:
             self._busy += trio.current_time() - self._busy_since
         self._state, self._cause, self._counted = "rebuilding", cause, cause is not None
         self._generation += 1
+        self._unclosed = True
         self._lost.extend((step, cause) for step in self._in_flight)
         if cause is not None:
             self._failed += len(self._in_flight)
@@ -466,6 +482,8 @@ class Actor:
         try:
             if old is not None:
                 await self._retire(old)
+                self._unclosed = False
+                self._gone.unpark_all()
             if self._seconds_to_wait() > 0:
                 raise ExecutorError(
                     self.name,
@@ -526,6 +544,7 @@ class Actor:
     def _wake_all(self) -> None:
         self._room.unpark_all()
         self._news.unpark_all()
+        self._gone.unpark_all()
 
 
 def _say(error: Exception | None) -> str:

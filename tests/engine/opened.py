@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,6 +15,8 @@ import trio
 import trio.testing
 
 from pi2rt.engine import Chunk, Engine, EngineOptions, SamplingParams
+from pi2rt.engine.lane import PrefillLane
+from pi2rt.executors.simulated.cache import SimulatedPages
 from pi2rt.executors.simulated.executor import SimulatedExecutor, hashed_token
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
@@ -61,9 +64,12 @@ class LoggingExecutor(SimulatedExecutor):
 
 @dataclass
 class Opened:
+    """``prefill``: what the executors of the lanes that compute prompts were asked to do."""
+
     engine: Engine
     actor: Actor
     log: Log
+    prefill: list[Log] = field(default_factory=list)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     async def run(self) -> None:
@@ -103,12 +109,18 @@ async def opened(
     max_queue: int = 128,
     trace: Trace | None = None,
     make_executor: Callable[[Log], Executor] | None = None,
+    prefill: Sequence[dict[str, Any]] = (),
+    abandoned: int = 0,
     **executor: Any,
 ) -> AsyncIterator[Opened]:
-    """``executor``: keywords of SimulatedExecutor. On leaving, every slot and page must be free again."""
+    """``executor``: keywords of SimulatedExecutor. ``prefill``: for each lane that computes prompts, such keywords, and
+    its ``max_tokens`` and ``least_tokens``. On leaving, every slot and page must be free again,
+    but for ``abandoned`` pages."""
     pages = slots * -(-context // PAGE_TOKENS) if pages is None else pages
     log = Log()
     options = ExecutorOptions(slots=slots, pages=pages, context=context, max_tokens=max_tokens)
+    if prefill:
+        executor["pages"] = SimulatedPages(pages)
     model = cast("ModelDescription", SimpleNamespace(vocab_size=VOCAB_SIZE))  # it reads nothing else
 
     async def open_executor(made: Executor) -> None:
@@ -120,8 +132,17 @@ async def opened(
         open_executor,
         trace,
     )
+    lanes: list[PrefillLane] = []
+    logs = [Log() for _ in prefill]
+    for number, (keywords, its_log) in enumerate(zip(prefill, logs, strict=True), 1):
+        lane = {"max_tokens": max_tokens, "pages": executor["pages"]} | keywords
+        tokens, least = lane.pop("max_tokens"), lane.pop("least_tokens", 1)
+        make = partial(LoggingExecutor, its_log, **lane)
+        lanes.append(PrefillLane(Actor(f"prefill {number}", make, open_executor, trace), tokens, least))
     async with trio.open_nursery() as nursery:
         await nursery.start(actor.run)
+        for each in lanes:
+            await nursery.start(cast("Actor", each.actor).run)
         engine = Engine(
             actor,
             tokenizer,
@@ -136,20 +157,23 @@ async def opened(
                 max_queue=max_queue,
             ),
             trace,
+            prefill=tuple(lanes),
         )
-        made = Opened(engine, actor, log)
+        made = Opened(engine, actor, log, logs)
         nursery.start_soon(made.run)
         yield made
         if made.scope.cancel_called:
-            await actor.aclose()
+            for one in [actor, *(cast("Actor", lane.actor) for lane in lanes)]:
+                await one.aclose()
             return
         await made.idle()
         statistics = engine.statistics()
         used = statistics.pages.held - statistics.prefixes.unused
-        assert (used, statistics.free_slots) == (0, slots)
+        assert (used, statistics.free_slots) == (abandoned, slots)
         engine.close()
-        assert engine.statistics().pages.held == 0
-        await actor.aclose()
+        assert engine.statistics().pages.held == abandoned
+        for one in [actor, *(cast("Actor", lane.actor) for lane in lanes)]:
+            await one.aclose()
 
 
 def continuation(prompt: Sequence[int], count: int) -> list[int]:

@@ -16,8 +16,12 @@ from tests.engine.opened import continuation, numbers, opened
 from tests.support.tiny_models import VOCAB_SIZE
 
 
+@pytest.mark.parametrize("lanes", [0, 1, 2])
 @pytest.mark.parametrize("seed", range(12))
-async def test_requests_of_every_kind(tokenizer: Tokenizer, autojump_clock: MockClock, seed: int) -> None:
+async def test_requests_of_every_kind(
+    tokenizer: Tokenizer, autojump_clock: MockClock, seed: int, lanes: int
+) -> None:
+    """``lanes``: that compute prompts, and fail often."""
     print(f"seed {seed}")  # shown when it fails
     rng = random.Random(seed)
     shared = [numbers(400, seed=1000), numbers(130, seed=1001)]
@@ -26,9 +30,16 @@ async def test_requests_of_every_kind(tokenizer: Tokenizer, autojump_clock: Mock
         raise_in_wait=frozenset(rng.sample(range(1, 400), 2)),
         no_numbers=frozenset((rng.randint(1, 400), rng.randrange(slots)) for _ in range(3)),
     )
+    lane = {
+        "seconds_per_step": 0.03,
+        "max_tokens": rng.choice([16, 100, 300]),
+        "least_tokens": rng.choice([1, 50]),
+        "faults": Faults(raise_in_wait=frozenset(rng.sample(range(1, 400), 40))),
+    }
     outcomes: list[str] = []
     async with opened(
         tokenizer,
+        prefill=[lane] * lanes,
         slots=slots,
         context=640,
         pages=rng.choice([10, 13, 10 * slots]),
@@ -85,5 +96,5 @@ async def test_requests_of_every_kind(tokenizer: Tokenizer, autojump_clock: Mock
         )
         assert statistics.requests == statistics.finished + statistics.cancelled + statistics.failed
         assert statistics.queue.peak <= max_queue + slots
-        assert outcomes.count("right") >= (10 if max_queue == 40 else 1)
-        assert outcomes.count("failed") <= 2 * slots + 3
+        assert outcomes.count("right") >= (10 if max_queue == 40 and not lanes else 1)
+        assert outcomes.count("failed") <= (2 + 40 * lanes) * slots + 3
