@@ -39,10 +39,21 @@ class HuggingFaceEncoder:
         self._path, self._engine = path, engine
         self._lock = Lock()  # whether special tokens are recognised is a property of the engine
         added = engine.get_added_tokens_decoder()
-        for token in added.values():
-            if not token.special and is_control_name(token.content):
-                token.special = True
-                engine.add_special_tokens([token])
+        for id_, token in added.items():
+            if not (token.special or is_control_name(token.content)):
+                continue
+            # A normaliser that puts a space first would let it be found at the beginning of a text alone.
+            is_changed = token.normalized and _normalised(engine, token.content) != token.content
+            if is_changed or not token.special:
+                added[id_] = AddedToken(
+                    token.content,
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=token.normalized and not is_changed,
+                    special=True,
+                )
+                engine.add_special_tokens([added[id_]])
         self._facts = read_facts(engine)
         self._special: dict[int, AddedToken] = {id_: token for id_, token in added.items() if token.special}
         self._secret = token_hex(8)  # no text has it by chance or on purpose
@@ -175,6 +186,10 @@ class HuggingFaceEncoder:
             return self._engine.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         except Exception as error:  # the library's errors have no type of their own
             raise ModelFormatError(self._path, "file", f"cannot encode with it: {error}") from error
+
+
+def _normalised(engine: Engine, text: str) -> str:
+    return text if engine.normalizer is None else str(engine.normalizer.normalize_str(text))
 
 
 def _clipped(runs: Runs, start: int, end: int) -> Runs:

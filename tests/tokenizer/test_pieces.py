@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -204,6 +204,9 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("make", KNOWN.values(), ids=KNOWN.keys())
 @settings(max_examples=25, deadline=None)
+@example(
+    text="<|t|>" * 45
+)  # trusted in part: the names that stand for trusted tokens were themselves spelled out
 @given(text=texts([*PARTS, "<|t|>", " abab"]))
 def test_known_tokenizer_files_are_encoded_in_pieces(make: Any, text: str) -> None:
     whole = HuggingFaceEncoder(Path("tokenizer.json"), make(), WHOLE)
