@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,17 +88,19 @@ def _describe(file: ModelFile, changes: dict[str, Any]) -> None:
     original = file.metadata
     file.metadata = {**original, **changes}
     message = ""
+    begin = time.thread_time()  # of this thread alone: other processes may take most of the machine
     try:
         assert isinstance(describe(file), ModelDescription)
     except ModelFormatError as error:
         message = str(error)
     finally:
         file.metadata = original
+    assert time.thread_time() - begin < 2
     assert len(message) < 1000
 
 
 _SETTINGS = settings(
-    max_examples=120, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
