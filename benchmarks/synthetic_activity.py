@@ -20,7 +20,8 @@ from pi2rt.executors.reference.model import ReferenceModel
 from pi2rt.formats import ModelFile
 from pi2rt.formats.quants import dequantize
 from pi2rt.models import FeedForward, describe
-from pi2rt.runtime.step import PAGE_TOKENS, Floats, Int32s
+from pi2rt.models.states import PAGE_TOKENS
+from pi2rt.runtime.step import Floats, Int32s
 
 WINDOW = 5
 """Tokens whose neurons are taken to be in memory still, as in LLM in a flash."""

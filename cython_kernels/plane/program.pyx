@@ -153,7 +153,7 @@ cdef extern from "program.h" nogil:
         pi2_row_reader *rows
         float embedding_scale, logit_softcap
         pi2_slot *slots
-        int64_t activation_bytes, tail_bytes, loan_bytes, kv_bytes, kv_page_bytes
+        int64_t activation_bytes, tail_bytes, loan_bytes, kv_bytes, kv_page_bytes, kv_used
         uintptr_t kv
     int pi2_program_prepare(pi2_program *)
     void pi2_program_free(pi2_program *)
@@ -493,9 +493,11 @@ cdef class Program:
         """Of these, what steps of a few rows have no use for."""
         return self.p.tail_bytes
 
-    def lend(self, int64_t nbytes, *, uintptr_t kv, int64_t kv_bytes, int64_t kv_page_bytes):
+    def lend(self, int64_t nbytes, *, uintptr_t kv, int64_t kv_bytes, int64_t kv_page_bytes, int64_t kv_used):
         """Lets the stream keep units in ``nbytes`` of the memory that it has borrowed, at most (``Stream.borrow``): instead of
-        what is rarely used, and of a KV cache at ``kv`` of which pages are used in their order. After ``prepare``."""
+        what is rarely used, and of a KV cache at ``kv`` of which pages are used in their order,
+        the first ``kv_used`` bytes already. After ``prepare``."""
+        self.p.kv_used = kv_used
         self.p.kv, self.p.kv_bytes, self.p.kv_page_bytes, self.p.loan_bytes = kv, kv_bytes, kv_page_bytes, nbytes
 
     @property

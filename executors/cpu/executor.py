@@ -15,14 +15,14 @@ from collections.abc import Callable
 import numpy as np
 import trio
 
-from pi2rt._errors import BusyError, ClosedError, RequestError, UnsupportedModelError
+from pi2rt._errors import BusyError, ClosedError, InternalError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels.flash.neuron_cache import NeuronCache
 from pi2rt.cython_kernels.kernels import native
 from pi2rt.cython_kernels.plane import program
 from pi2rt.executors.cpu.expert_pages import Clusters
 from pi2rt.executors.cpu.neurons import Neurons
 from pi2rt.executors.cpu.predictors import LoadedPredictors
-from pi2rt.executors.cpu.program_builder import ProgramBuilder, cache_layouts, kv_type
+from pi2rt.executors.cpu.program_builder import ProgramBuilder
 from pi2rt.executors.cpu.weights import Weights
 from pi2rt.executors.flash.embedding_rows import EmbeddingRows
 from pi2rt.executors.flash.late_reads import LateReads
@@ -32,6 +32,7 @@ from pi2rt.executors.flash.ring import Ring
 from pi2rt.formats import ModelFile
 from pi2rt.host.limits import explained
 from pi2rt.host.topology import own_cores
+from pi2rt.memory import KvType, StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import (
     RECENT_STEPS,
@@ -64,7 +65,7 @@ class CpuExecutor:
 
     def __init__(self) -> None:
         self._weights: Weights | None = None
-        self._cache: native.Memory | None = None
+        self._store: StateStore | None = None
         self._ring: Ring | None = None
         self._neurons: Neurons | None = None
         self._predictors: LoadedPredictors | None = None
@@ -83,10 +84,21 @@ class CpuExecutor:
         self._recent: deque[StepUse] = deque(maxlen=RECENT_STEPS)
         self._resizing = trio.Lock()
 
+    def page_type(self, kv_type: KvType, exact_floats: bool) -> KvType:
+        """float32 where exact floats were asked for: half precision would be their largest error."""
+        return "f32" if exact_floats else kv_type
+
     async def open(
-        self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
+        self,
+        file: ModelFile,
+        model: ModelDescription,
+        options: ExecutorOptions,
+        store: StateStore | None,
+        progress: Progress,
     ) -> None:
         """Loads the weights with as many threads as will compute; ``progress`` counts bytes of the file."""
+        if store is None:
+            raise InternalError("the cpu executor borrows KV pages, and was given none")
         if options.exact_floats and file.bundles:
             raise UnsupportedModelError(
                 file.path,
@@ -119,8 +131,7 @@ class CpuExecutor:
             self._ring = await reads.run(
                 "weights", lambda: Ring(file, pieces, ring_bytes, io, deadline, options.reads), Ring.close
             )
-        layouts, page_bytes = cache_layouts(model, kv_type(options))
-        self._cache = native.Memory(max(1, options.pages * page_bytes))
+        self._store = store
         pinned = [core for _, core in self._threads]
         spin = SPIN_NS if len(set(pinned)) == len(pinned) else 0  # two on one core would spin for each other
         self._gang = program.Gang(pinned, spin_ns=spin)
@@ -140,11 +151,17 @@ class CpuExecutor:
             self._clusters,
             self._predictors.by_down,
         )
-        self._program = builder.build(self._cache, layouts, page_bytes)
+        self._program = builder.build(store)
         if self._ring is not None:
-            lent = self._ring.borrow(self._program.rarely_used_bytes + self._cache.nbytes - page_bytes)
-            kv, kv_bytes = self._cache.address, self._cache.nbytes
-            self._program.lend(lent, kv=kv, kv_bytes=kv_bytes, kv_page_bytes=page_bytes)
+            pages, page_bytes = store.page_memory, store.layout.page_bytes
+            lent = self._ring.borrow(self._program.rarely_used_bytes + pages.nbytes - page_bytes)
+            self._program.lend(
+                lent,
+                kv=pages.address,
+                kv_bytes=pages.nbytes,
+                kv_page_bytes=page_bytes,
+                kv_used=store.used_bytes,
+            )
         if options.trace is not None and self._neurons is not None:
             trace = ReadTrace(options.trace, FLASH, self._neurons.layers)
             self._read_traces.append((self._neurons.cache, trace))
@@ -308,9 +325,7 @@ class CpuExecutor:
         for reader in readers:  # joined: afterwards nobody writes to their memory
             if reader is not None:
                 await _closed(reader.close)
-        if self._cache is not None:
-            self._cache.close()
-            self._cache = None
+        self._store = None
         if self._weights is not None:
             self._weights.close()
             self._weights = None
@@ -326,12 +341,12 @@ class CpuExecutor:
         (``neuron_cache.Counters``), "page_bytes", what one read takes at least, and "reads_at_once"; of neurons also
         "completed", "read_through" and "read_through_bytes"."""
         held: dict[str, int] = {}
-        if self._weights is not None and self._cache is not None and self._program is not None:
+        if self._weights is not None and self._store is not None and self._program is not None:
             assert self._options is not None
             vectors = (*self._weights.vectors.values(), *self._options.thresholds.values())
             held = {
                 "weights": self._weights.nbytes + sum(v.nbytes for v in vectors),
-                "kv": self._cache.nbytes,
+                "kv": self._store.nbytes,
                 "activations": self._program.activation_bytes
                 + (0 if self._rows is None else self._rows.nbytes),
             }

@@ -20,9 +20,11 @@ from pi2rt.executors.cpu.weights import to_floats
 from pi2rt.executors.reference.model import ReferenceModel
 from pi2rt.formats import ModelFile, TensorInfo, neuron_order
 from pi2rt.formats.quants import dequantize
+from pi2rt.memory import StateLayout, StateStore
 from pi2rt.models import Block, FeedForward, MixtureOfExperts, ModelDescription
+from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.models.tensors import block_tensors
-from pi2rt.runtime.step import PAGE_TOKENS, Floats, Int32s
+from pi2rt.runtime.step import Floats, Int32s
 
 PIECE_ROWS = 1024
 """Rows of a matrix that are unpacked at once; whole row blocks."""
@@ -67,24 +69,27 @@ def walk(
     weights = _BlockWeights(file)
     longest = max(len(text) for text in texts)
     pages = np.arange(-(-longest // PAGE_TOKENS), dtype=np.int32)
+    layout = StateLayout.of(model, "f32")
     streams = [weights.rows(model.embedding, text) * np.float32(model.embedding_scale) for text in texts]
     total, done = sum(_parts(block) for layer in model.layers for block in layer.blocks), 0
     for index, layer in enumerate(model.layers):
         for number, block in enumerate(layer.blocks):
             progress(done, total)
             if isinstance(block, MixtureOfExperts):
-                reference = ReferenceModel(model, weights, len(pages))
-                for _ in _mixture(reference, weights, index, block, streams, observe):
-                    done += 1
-                    progress(done, total)
+                with StateStore(layout, len(pages)) as store:
+                    reference = ReferenceModel(model, weights, store)
+                    for _ in _mixture(reference, weights, index, block, streams, observe):
+                        done += 1
+                        progress(done, total)
                 continue
             weights.load(name for name, _ in block_tensors(block, model.dim))
-            reference = ReferenceModel(model, weights, len(pages))  # its cache is touched where it is used
-            if isinstance(block, FeedForward):
-                observe(index, block, weights, _feed_forward(reference, block, streams))
-            else:
-                for i, x in enumerate(streams):
-                    streams[i] = reference.behind(index, number, x, 0, pages)
+            with StateStore(layout, len(pages)) as store:  # of which only what this block uses is touched
+                reference = ReferenceModel(model, weights, store)
+                if isinstance(block, FeedForward):
+                    observe(index, block, weights, _feed_forward(reference, block, streams))
+                else:
+                    for i, x in enumerate(streams):
+                        streams[i] = reference.behind(index, number, x, 0, pages)
             done += 1
     progress(done, total)
 

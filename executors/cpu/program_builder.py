@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,42 +16,12 @@ from pi2rt.executors.cpu.neurons import Neurons
 from pi2rt.executors.cpu.predictors import LoadedPredictor
 from pi2rt.executors.cpu.weights import PackedMatrix, Weights
 from pi2rt.formats import ModelFile
+from pi2rt.memory import PagedLayout, StateStore
 from pi2rt.models import Attention, FeedForward, Linear, MixtureOfExperts, ModelDescription, Norm, Rope
 from pi2rt.runtime.executor import ExecutorOptions
 from pi2rt.runtime.step import Floats
 
 FLOATS = ("F32", "F16", "BF16")
-
-
-@dataclass(frozen=True, slots=True)
-class CacheLayout:
-    """Where one attention layer's keys and values lie inside a page; bytes.
-
-    A page holds all layers: ``offset`` of the layer, ``head_stride`` from one KV head to the next, ``v_offset`` from a
-    head's keys to its values (``cython_kernels/kernels/attention_template.h`` has the layout of both).
-    """
-
-    offset: int
-    head_stride: int
-    v_offset: int
-
-
-def kv_type(options: ExecutorOptions) -> str:
-    """Type of the cache: float32 where exact floats were asked for, or half precision would be their largest error."""
-    return "f32" if options.exact_floats else options.kv_type
-
-
-def cache_layouts(model: ModelDescription, kv_type: str) -> tuple[list[CacheLayout], int]:
-    """Layouts in order of the attention blocks, and the bytes of a whole page."""
-    layouts, offset = [], 0
-    for layer in model.layers:
-        for block in layer.blocks:
-            if isinstance(block, Attention):
-                padded = (block.head_dim + 15) // 16 * 16  # whole vectors; padding is zero
-                half = native.kv_half_bytes(kv_type, padded)
-                layouts.append(CacheLayout(offset, 2 * half, half))
-                offset += block.n_kv_heads * 2 * half
-    return layouts, offset
 
 
 class ProgramBuilder:
@@ -97,16 +66,16 @@ class ProgramBuilder:
         self._rows = rows
         self._ropes: dict[Rope, int] = {}
 
-    def build(self, cache: native.Memory, layouts: list[CacheLayout], page_bytes: int) -> program.Program:
-        """``cache``: the memory of ``options.pages`` pages."""
+    def build(self, store: StateStore) -> program.Program:
+        """``store``: whose pages the program works on."""
         p, model = self._program, self._model
         embedding = self._matrix(Linear(model.embedding))
         p.embed(embedding, rows=self._rows)
-        attention = iter(layouts)
+        attention = iter(store.layout.paged)
         for index, layer in enumerate(model.layers):
             for block in layer.blocks:
                 if isinstance(block, Attention):
-                    self._attention(index, block, cache.address, next(attention), page_bytes)
+                    self._attention(index, block, store, next(attention))
                 elif isinstance(block, FeedForward):
                     self._feed_forward(index, block)
                     self._close(index, block.post_norm)
@@ -116,9 +85,7 @@ class ProgramBuilder:
         p.prepare()
         return p
 
-    def _attention(
-        self, index: int, block: Attention, cache: int, layout: CacheLayout, page_bytes: int
-    ) -> None:
+    def _attention(self, index: int, block: Attention, store: StateStore, layout: PagedLayout) -> None:
         p = self._program
         group = block.n_heads // block.n_kv_heads
         if group > 128:
@@ -150,11 +117,11 @@ class ProgramBuilder:
             rope=self._rope(block.rope),
             q_norm=self._norm(block.q_norm),
             k_norm=self._norm(block.k_norm),
-            kv=cache + layout.offset,
-            page_stride=page_bytes,
+            kv=store.page_memory.address + layout.offset,
+            page_stride=store.layout.page_bytes,
             head_stride=layout.head_stride,
             v_offset=layout.v_offset,
-            kv_type=native.KV_TYPES[kv_type(self._options)],
+            kv_type=native.KV_TYPES[store.layout.kv_type],
             q8_out=q8,
         )
         sink = "x" if block.post_norm is None else "y"

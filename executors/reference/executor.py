@@ -16,24 +16,16 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from pi2rt._errors import BusyError, ClosedError, ModelFormatError, RequestError
+from pi2rt._errors import BusyError, ClosedError, InternalError, ModelFormatError, RequestError
 from pi2rt.executors.reference.model import Mark, ReferenceModel, StoppedError
 from pi2rt.executors.reference.sampling import log_softmax, sample
 from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.quants import check_scales, dequantize
+from pi2rt.memory import KvType, StateStore
 from pi2rt.models import ModelDescription, iterate_tensors
+from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
-from pi2rt.runtime.step import (
-    PAGE_TOKENS,
-    Floats,
-    Int32s,
-    Sampled,
-    Sampling,
-    Slice,
-    Step,
-    StepResult,
-    Unusable,
-)
+from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Slice, Step, StepResult, Unusable
 
 _JOIN_SECONDS = 60.0  # a layer of a long prompt on a slow machine, with room to spare
 _UNPACK_ROWS = 1024  # at once, because the interpreter waits meanwhile; whole row blocks
@@ -54,8 +46,8 @@ class _Outcome:
 
 
 class ReferenceExecutor:
-    """See ``pi2rt.runtime.executor.Executor``. Always float32: ``kv_type``, ``exact_floats``, ``cores``,
-    ``assistants`` and ``kernels`` choose between things it has only one of."""
+    """See ``pi2rt.runtime.executor.Executor``. It computes in float32, whatever ``exact_floats``, ``cores``,
+    ``assistants`` and ``kernels`` say. Its KV pages are float32, unless it shares those of another executor."""
 
     name = "reference"
     max_in_flight = 2
@@ -75,8 +67,16 @@ class ReferenceExecutor:
 
     # -- the protocol
 
+    def page_type(self, kv_type: KvType, exact_floats: bool) -> KvType:
+        return "f32"
+
     async def open(
-        self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
+        self,
+        file: ModelFile,
+        model: ModelDescription,
+        options: ExecutorOptions,
+        store: StateStore | None,
+        progress: Progress,
     ) -> None:
         """Dequantises all weights; ``progress`` counts bytes of the file.
 
@@ -84,16 +84,18 @@ class ReferenceExecutor:
             ModelFormatError: a tensor holds NaN or infinity.
             RequestError: weights are to be read in every step.
         """
+        if store is None:
+            raise InternalError("the reference executor borrows KV pages, and was given none")
         if options.streamed or options.read_by_row is not None:
             raise RequestError(
                 "the reference executor keeps all weights in memory: give it more memory, or take executor='cpu'"
             )
         weights = await trio.to_thread.run_sync(_load, file, model, progress)
-        self._model = ReferenceModel(model, weights, options.pages)
+        self._model = ReferenceModel(model, weights, store)
         self._done_send, self._done = trio.open_memory_channel[_Outcome](self.max_in_flight)
         self._options = options
         self._statistics = ExecutorStatistics(
-            bytes={"weights": sum(w.nbytes for w in weights.values()), "kv": self._model.kv_bytes}
+            bytes={"weights": sum(w.nbytes for w in weights.values()), "kv": store.nbytes}
         )
         self._worker = threading.Thread(
             target=self._serve,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
+from pi2rt.memory import BlockPages, StateStore
 from pi2rt.models import (
     Activation,
     Attention,
@@ -24,7 +25,7 @@ from pi2rt.models import (
     Norm,
     Rope,
 )
-from pi2rt.runtime.step import PAGE_TOKENS, Floats, Int32s
+from pi2rt.runtime.step import Floats, Int32s
 
 Weights = Mapping[str, Floats]
 Mark = tuple[str, int, int]
@@ -38,24 +39,19 @@ class StoppedError(Exception):
 
 
 class ReferenceModel:
-    """A model and its paged KV cache (float32, whatever the runtime would like).
+    """A model, and the KV pages that it works on.
 
     Args:
         model: what to compute.
         weights: float32 arrays by tensor name, shaped as ``iterate_tensors`` says.
-        pages: pages of KV cache.
+        store: of the pages. Keys and values are rounded to its type.
     """
 
-    def __init__(self, model: ModelDescription, weights: Weights, pages: int) -> None:
+    def __init__(self, model: ModelDescription, weights: Weights, store: StateStore) -> None:
         self.model = model
         self.weights = weights
-        self._caches = {
-            (i, j): np.zeros((2, pages, PAGE_TOKENS, block.n_kv_heads, block.head_dim), np.float32)
-            for i, layer in enumerate(model.layers)
-            for j, block in enumerate(layer.blocks)
-            if isinstance(block, Attention)
-        }
-        self.kv_bytes = sum(cache.nbytes for cache in self._caches.values())
+        self._store = store  # which the arrays below do not keep
+        self._pages = store.blocks()
 
     def forward(
         self,
@@ -99,7 +95,7 @@ class ReferenceModel:
         if isinstance(block, FeedForward):
             return self.add(block, x, self._feed_forward(block, y))
         if isinstance(block, Attention):
-            return self.add(block, x, self._attention(block, y, start, pages, self._caches[layer, number]))
+            return self.add(block, x, self._attention(block, y, start, pages, self._pages[layer, number]))
         return self.add(block, x, self._mixture(block, y))
 
     def normalized(self, block: Block, x: Floats) -> Floats:
@@ -156,8 +152,7 @@ class ReferenceModel:
 
     # -- blocks
 
-    def _attention(self, block: Attention, x: Floats, start: int, pages: Int32s, cache: Floats) -> Floats:
-        """``cache``: keys and values, (2, pages, PAGE_TOKENS, g, d)."""
+    def _attention(self, block: Attention, x: Floats, start: int, table: Int32s, pages: BlockPages) -> Floats:
         t, d = len(x), block.head_dim
         q = self._linear(block.q, x).reshape(t, block.n_heads, d)  # (t, h, d)
         k = self._linear(block.k, x).reshape(t, block.n_kv_heads, d)  # (t, g, d)
@@ -170,10 +165,9 @@ class ReferenceModel:
         if block.rope is not None:
             q, k = rotate(block.rope, q, positions), rotate(block.rope, k, positions)
 
-        cache[:, pages[positions // PAGE_TOKENS], positions % PAGE_TOKENS] = k, v
+        pages.write(table, start, k, v)
         n = start + t
-        used = cache[:, pages[: -(-n // PAGE_TOKENS)]]
-        keys, values = used.reshape(2, -1, block.n_kv_heads, d)[:, :n]  # (n, g, d) each
+        keys, values = pages.read(table, n)  # (n, g, d) each
 
         seen = np.arange(n) <= positions[:, None]  # (t, n)
         if block.window is not None:

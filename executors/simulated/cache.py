@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from pi2rt._errors import InternalError
-from pi2rt.runtime.step import PAGE_TOKENS, Bind, Int32s, Slice, Step
+from pi2rt.models.states import PAGE_TOKENS
+from pi2rt.runtime.step import Bind, Int32s, Slice, Step
 
 _EMPTY = -1  # no token was written here
 

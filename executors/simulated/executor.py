@@ -32,6 +32,7 @@ from pi2rt._errors import BusyError, ClosedError, InternalError
 from pi2rt.executors.reference.sampling import penalised
 from pi2rt.executors.simulated.cache import SimulatedCache, SimulatedPages, SimulatedSequence
 from pi2rt.formats import ModelFile
+from pi2rt.memory import StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
 from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Slice, Step, StepResult, Unusable
@@ -155,7 +156,12 @@ class SimulatedExecutor:
         self._steps = self._tokens = self._busy_ns = self._finished_ns = 0
 
     async def open(
-        self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
+        self,
+        file: ModelFile,
+        model: ModelDescription,
+        options: ExecutorOptions,
+        store: StateStore | None,
+        progress: Progress,
     ) -> None:
         """Takes ``seconds_to_open``. ``file`` is not read: any stand-in will do."""
         total = max(1, options.pages)

@@ -351,7 +351,8 @@ async def open_runtime(
     path = catalogue.resolve(model)
     make_executor = load_executor(chosen.executor) if isinstance(chosen.executor, str) else chosen.executor
     placement = default_placement(read_topology(), chosen.threads, _core_classes(chosen.cores))
-    placement = placement.named(make_executor().name)  # constructing one acquires nothing
+    executor = make_executor()  # to be asked; constructing one acquires nothing
+    placement = placement.named(executor.name)
     trace = None if chosen.trace is None else Trace()
     if chosen.memory is not None:
         await _in_thread(OWN.give_up_unused)
@@ -367,6 +368,7 @@ async def open_runtime(
             chosen,
             info.context,
             placement,
+            executor,
             trace,
             predictors=0 if predictors is None else predictors.nbytes,
         )
@@ -401,7 +403,11 @@ async def open_runtime(
                 with limits_explained():
                     tokenizer = await _load(nursery, actor, file, tokenizer)
                 engine = Engine(
-                    actor, tokenizer, _engine_options(description, opening.options, chosen), trace
+                    actor,
+                    tokenizer,
+                    _engine_options(description, opening.options, chosen),
+                    trace,
+                    store=opening.store,
                 )
                 resize = partial(opening.resize, actor)
                 runtime = Runtime(engine, actor, tokenizer, info, resize, chosen.content_control_tokens)
@@ -416,7 +422,7 @@ async def open_runtime(
                         with trio.CancelScope(shield=True):
                             await runtime.aclose()
         finally:
-            opening.close()
+            opening.close(stuck=actor.stuck)
             if trace is not None and traced_to is not None and not owner.elsewhere:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(trace.write, traced_to)

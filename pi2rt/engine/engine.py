@@ -34,10 +34,10 @@ from pi2rt.engine.statistics import EngineStatistics
 from pi2rt.engine.stop_finder import StopFinder
 from pi2rt.engine.token_stream import TokenStream
 from pi2rt.engine.writer import Writer
-from pi2rt.memory import PagePool, PageTable, PrefixIndex
+from pi2rt.memory import PAGE_TOKENS, PagePool, PageTable, PrefixIndex, StateStore
 from pi2rt.runtime.actor import NotRebuilt, Reopened
 from pi2rt.runtime.own_nursery import open_own_nursery
-from pi2rt.runtime.step import PAGE_TOKENS, Floats, Sampling, Step, StepResult, Unusable
+from pi2rt.runtime.step import Floats, Sampling, Step, StepResult, Unusable
 from pi2rt.runtime.trace import Trace
 from pi2rt.tokenizer import Tokenizer
 
@@ -49,7 +49,8 @@ class Engine:
     Args:
         actor: decodes, and computes the prompts that no other takes.
         prefill: actors that compute prompts beside it. They share its KV pages.
-        keeps_pages: what is in KV pages outlives an executor that is lost. Always so where there are several.
+        store: of the KV pages. None: they are the executor's, and are lost with it; but where there are several, they
+            share some all the same.
     """
 
     def __init__(
@@ -60,14 +61,14 @@ class Engine:
         trace: Trace | None = None,
         *,
         prefill: tuple[PrefillLane, ...] = (),
-        keeps_pages: bool = False,
+        store: StateStore | None = None,
     ) -> None:
         self._lanes = [Lane(number, each) for number, each in enumerate([actor, *(p.actor for p in prefill)])]
-        self._keeps_pages = keeps_pages or bool(prefill)
+        self._keeps_pages = store is not None or bool(prefill)
         self._tokenizer = tokenizer
         self.options = options
         self._recorder = None if trace is None else Recorder(trace)
-        self.pool = PagePool(options.pages)
+        self.pool = PagePool(options.pages) if store is None else store.pool
         self._index = PrefixIndex(self.pool, PAGE_TOKENS)
         self._scheduler = Scheduler(
             self._index,

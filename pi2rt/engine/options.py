@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pi2rt._errors import RequestError
-from pi2rt.runtime.step import PAGE_TOKENS
+from pi2rt.memory import PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

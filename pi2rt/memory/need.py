@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 from pi2rt._errors import MemoryBudgetError
 from pi2rt.formats import ModelFile
+from pi2rt.memory.state_layout import KvType, StateLayout
 from pi2rt.models import Attention, MixtureOfExperts, ModelDescription, feed_forwards
 from pi2rt.models.tensors import iterate_tensors
-
-KV_BYTES = {"f16": 2.0, "q8": 1.0 + 2 / 32}
-"""Bytes of one element of the KV cache; q8 has a half-precision scale for 32 elements."""
 
 MiB = 1 << 20
 
@@ -49,20 +47,18 @@ def estimate_need(
     file: ModelFile,
     model: ModelDescription,
     *,
-    page_tokens: int,
     max_tokens: int,
     slots: int,
-    kv_type: str,
+    kv_type: KvType,
     exact_floats: bool,
     threads: int,
 ) -> MemoryNeed:
     """Estimates from shapes and the file's table of tensors; reads none of them.
 
     Args:
-        page_tokens: positions in one page.
         max_tokens: tokens in the largest step.
         slots: sequences at once, each of which has its logits.
-        kv_type: a key of ``KV_BYTES``.
+        kv_type: of the pages that the executor borrows.
         exact_floats: weights are float32, whatever the file has.
         threads: that compute.
     """
@@ -70,14 +66,8 @@ def estimate_need(
     weights = sum(4 * size if exact_floats else file.tensors[name].nbytes for name, size in names.items())
     if not exact_floats:
         weights += sum(bundles.nbytes for bundles in file.bundles.values())
-    row = sum(
-        2 * block.n_kv_heads * block.head_dim
-        for layer in model.layers
-        for block in layer.blocks
-        if isinstance(block, Attention)
-    )
     activations = _activations(file, model, max_tokens, slots, threads)
-    return MemoryNeed(weights, math.ceil(row * page_tokens * KV_BYTES[kv_type]), activations)
+    return MemoryNeed(weights, StateLayout.of(model, kv_type).page_bytes, activations)
 
 
 def _activations(file: ModelFile, model: ModelDescription, rows: int, slots: int, threads: int) -> int:

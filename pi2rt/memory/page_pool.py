@@ -1,6 +1,6 @@
 """Pages of KV cache: a fixed number of them, counted references.
 
-A page is only a number here; its bytes belong to the executor. Memory that was never touched costs nothing,
+A page is only a number here; its bytes are in the state store. Memory that was never touched costs nothing,
 so the page freed last is handed out first: a single conversation touches as few pages as it has tokens.
 """
 
@@ -24,7 +24,7 @@ class PagePoolStatistics:
 class PagePool:
     """``pages`` numbers, 0 to ``pages - 1``, each free or held by one or more owners."""
 
-    __slots__ = ("_free", "_peak", "_references")
+    __slots__ = ("_free", "_peak", "_references", "highest")
 
     def __init__(self, pages: int) -> None:
         if pages < 1:
@@ -32,6 +32,8 @@ class PagePool:
         self._free = list(range(pages - 1, -1, -1))
         self._references = [0] * pages
         self._peak = 0
+        self.highest = -1
+        """The page of the largest number that was ever taken."""
 
     def __len__(self) -> int:
         return len(self._references)
@@ -55,6 +57,7 @@ class PagePool:
         for page in taken:
             self._references[page] = 1
         self._peak = max(self._peak, self.held)
+        self.highest = max(self.highest, *taken) if taken else self.highest
         return taken
 
     def retain(self, page: int) -> int:

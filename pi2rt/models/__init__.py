@@ -15,6 +15,7 @@ from pi2rt.models.description import (
     feed_forwards,
 )
 from pi2rt.models.load import ARCHITECTURES, describe
+from pi2rt.models.states import BlockState, Fixed, FixedArray, Paged, State
 from pi2rt.models.tensors import block_tensors, iterate_tensors
 
 __all__ = [
@@ -22,14 +23,19 @@ __all__ = [
     "Activation",
     "Attention",
     "Block",
+    "BlockState",
     "FeedForward",
+    "Fixed",
+    "FixedArray",
     "Layer",
     "Linear",
     "MixtureOfExperts",
     "ModelDescription",
     "Norm",
+    "Paged",
     "Rope",
     "SharedExpert",
+    "State",
     "block_tensors",
     "describe",
     "feed_forwards",

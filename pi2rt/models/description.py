@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from pi2rt.models.states import BlockState, Paged, State
+
 Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 
@@ -71,6 +73,9 @@ class Attention:
     k_norm: Norm | None = None
     post_norm: Norm | None = None  # applied to the block's output before it is added to the residual stream
 
+    def state(self) -> State | None:
+        return Paged(self.n_kv_heads, self.head_dim, self.window)
+
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
@@ -88,6 +93,9 @@ class FeedForward:
     gate: Linear | None = None
     up_activation: Activation | None = None
     post_norm: Norm | None = None
+
+    def state(self) -> State | None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +137,9 @@ class MixtureOfExperts:
     up_activation: Activation | None = None
     shared: SharedExpert | None = None
     post_norm: Norm | None = None
+
+    def state(self) -> State | None:
+        return None
 
     def expert(self, number: int) -> FeedForward:
         """One of them by itself: what it does to the block's normalised input."""
@@ -176,6 +187,15 @@ class ModelDescription:
     head: Linear
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
+
+    def states(self) -> tuple[BlockState, ...]:
+        """What the blocks keep of a sequence, in their order; those that keep nothing are left out."""
+        return tuple(
+            BlockState(i, j, state)
+            for i, layer in enumerate(self.layers)
+            for j, block in enumerate(layer.blocks)
+            if (state := block.state()) is not None
+        )
 
     def feed_forwards(self) -> Iterator[FeedForward]:
         """Every feed-forward block in order, the experts of mixtures among them."""

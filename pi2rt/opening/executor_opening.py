@@ -8,11 +8,12 @@ import trio
 
 from pi2rt._errors import ClosedError, RequestError, UnsupportedModelError
 from pi2rt.formats import ModelFile
+from pi2rt.memory import StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.opening.executor_plan import ExecutorPlan
 from pi2rt.opening.sparsity import Lossy
 from pi2rt.runtime.actor import Actor
-from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress
+from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress, make_store
 
 
 class ExecutorOpening:
@@ -25,6 +26,8 @@ class ExecutorOpening:
 
     Attributes:
         options: what the next executor is opened with.
+        store: the state of sequences, which outlives executors that borrow it; None before the first, and of executors
+            that keep it by themselves.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class ExecutorOpening:
         self._description, self._plan = description, plan
         self._on_load = on_load or _ignore
         self._resizing = trio.Lock()
+        self.store: StateStore | None = None
         self.options: ExecutorOptions = plan.options
         if lossy is not None:
             self.options = replace(
@@ -63,7 +67,9 @@ class ExecutorOpening:
             raise RequestError(
                 f"sparsity={sparsity!r}: the executor {executor.name!r} does not have it; take executor='cpu'"
             )
-        await executor.open(file, self._description, self.options, self._on_load)
+        if self.store is None:
+            self.store = make_store(executor, self._description, self.options)
+        await executor.open(file, self._description, self.options, self.store, self._on_load)
 
     async def resize(self, actor: Actor, memory: int) -> None:
         """Another budget, of the executor that is open and of those that come after it. See ``Runtime.resize``.
@@ -92,9 +98,15 @@ class ExecutorOpening:
             elif after is not before:
                 await actor.reopen(change)
 
-    def close(self) -> None:
-        """Lets go of the file, whose metadata takes up to 100 MB, however long somebody keeps the actor."""
+    def close(self, *, stuck: bool = False) -> None:
+        """Lets go of the file, whose metadata takes up to 100 MB, however long somebody keeps the actor, and of the
+        state of sequences. ``stuck``: an executor could not be stopped, and may still write to that."""
         self._file = None
+        store, self.store = self.store, None
+        if store is not None and stuck:
+            store.abandon()
+        elif store is not None:
+            store.close()
 
     def _open_file(self) -> ModelFile:
         if self._file is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import dataclass, replace
+from typing import cast
 
 from pi2rt import catalogue
 from pi2rt._errors import MemoryBudgetError, ModelNotFoundError
@@ -12,8 +13,9 @@ from pi2rt.formats import ModelFile
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.row_blocks import SECTOR
 from pi2rt.host.memory import available_memory, rss_bytes
-from pi2rt.memory import MemoryNeed, estimate_need
+from pi2rt.memory import KvType, MemoryNeed, estimate_need
 from pi2rt.models import ModelDescription
+from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.opening.options import RuntimeOptions
 from pi2rt.planner.measure.kept_curve import kept_curve
 from pi2rt.planner.measure.read_curve import Io
@@ -27,9 +29,8 @@ from pi2rt.planner.weights import (
     with_records,
     without_records,
 )
-from pi2rt.runtime.executor import ExecutorOptions
+from pi2rt.runtime.executor import Borrower, Executor, ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads
-from pi2rt.runtime.step import PAGE_TOKENS
 from pi2rt.runtime.trace import Trace
 
 STREAMED_CHUNK = 128
@@ -84,6 +85,7 @@ def plan_executor(
     chosen: RuntimeOptions,
     context: int,
     placement: Placement,
+    executor: Executor,
     trace: Trace | None,
     *,
     own: int = 0,
@@ -94,6 +96,7 @@ def plan_executor(
     these as have room beside the weights.
 
     Args:
+        executor: of the kind that will be opened; it is only asked.
         own: of a budget, bytes that the process itself takes; see ``own_memory``.
         predictors: bytes that an executor takes for them.
         prompt: bytes that the text of a prompt takes, beside its keys and values.
@@ -102,14 +105,18 @@ def plan_executor(
         MemoryBudgetError: too little; the message says how much would do, and what it is made of.
     """
 
+    kv_type = cast("KvType", chosen.kv_type)  # checked by RuntimeOptions
+    page_type = kv_type
+    if isinstance(executor, Borrower):
+        page_type = executor.page_type(kv_type, chosen.exact_floats)
+
     def need_of(max_tokens: int) -> MemoryNeed:
         return estimate_need(
             file,
             description,
-            page_tokens=PAGE_TOKENS,
             max_tokens=max_tokens,
             slots=chosen.max_sequences,
-            kv_type=chosen.kv_type,
+            kv_type=page_type,
             exact_floats=chosen.exact_floats,
             threads=placement.threads,
         )
@@ -143,7 +150,7 @@ def plan_executor(
         cores=placement.lead.cores,
         actor=placement.lead.name,
         assistants=placement.assistants,
-        kv_type=chosen.kv_type,
+        kv_type=kv_type,
         activations=chosen.activations,
         exact_floats=chosen.exact_floats,
         kernels=chosen.kernels,

@@ -9,8 +9,11 @@ from typing import Literal, TypedDict
 
 from pi2rt._errors import RequestError
 from pi2rt.formats.row_blocks import SECTOR
-from pi2rt.memory import KV_BYTES, parse_size
+from pi2rt.memory import parse_size
 from pi2rt.runtime.executor import Executor, Progress
+
+KV_TYPES = ("f16", "q8")
+"""What may be asked for. An executor may take float32 instead (``Borrower.page_type``)."""
 
 MIXED_CHUNK = 64
 """Prompt tokens in a step that also decodes: what a long prompt of one request may cost the others per
@@ -129,8 +132,8 @@ class RuntimeOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise RequestError(f"{name}={value!r}: an integer from {least} to {most} is needed")
-        if self.kv_type not in KV_BYTES:
-            raise RequestError(f"kv_type={self.kv_type!r}: one of {', '.join(map(repr, KV_BYTES))} is needed")
+        if self.kv_type not in KV_TYPES:
+            raise RequestError(f"kv_type={self.kv_type!r}: one of {', '.join(map(repr, KV_TYPES))} is needed")
         if self.io not in ("auto", "uring", "preadv"):
             raise RequestError(f"io={self.io!r}: one of 'auto', 'uring', 'preadv' is needed")
         if self.read_deadline is not None and not 0 < self.read_deadline <= 1e6:

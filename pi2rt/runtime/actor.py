@@ -208,6 +208,11 @@ class Actor:
             except Exception as error:
                 self._lose_executor(error)
 
+    @property
+    def stuck(self) -> bool:
+        """Whether an executor could not be stopped: it may still use what it was opened with."""
+        return self._unclosed and self._state in ("broken", "closed")
+
     async def gone(self) -> bool:
         """Waits until the executor that was lost last is closed, so that it writes to no page any more. False where it
         could not be stopped: it may write for ever."""
@@ -533,7 +538,9 @@ class Actor:
         self._wake_all()
         try:
             if executor is not None:
+                self._unclosed = True
                 await self._retire(executor)
+                self._unclosed = False
         except ExecutorError as error:
             if not closing or self._waiting:
                 raise

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pi2rt.formats import ModelFile
+from pi2rt.memory import KvType, StateLayout, StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Floats, NeuronUse, Step, StepResult
@@ -70,7 +71,7 @@ class ExecutorOptions:
     cores: tuple[int, ...] = ()
     actor: str = "cpu"
     assistants: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    kv_type: str = "f16"
+    kv_type: KvType = "f16"
     activations: str = "mixed"
     exact_floats: bool = False
     kernels: str | None = None
@@ -150,10 +151,16 @@ class Executor(Protocol):
     max_in_flight: int
 
     async def open(
-        self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
+        self,
+        file: ModelFile,
+        model: ModelDescription,
+        options: ExecutorOptions,
+        store: StateStore | None,
+        progress: Progress,
     ) -> None:
         """Loads the model. Cancellable; after a cancellation ``aclose`` is still called. May run ``progress``
-        from the Trio thread only."""
+        from the Trio thread only. ``store``: whose KV pages it works on until ``aclose`` has returned, if it is a
+        ``Borrower``; others are given None, and keep keys and values by themselves."""
         ...
 
     def submit(self, step: Step) -> None:
@@ -178,6 +185,25 @@ class Executor(Protocol):
         ...
 
     def statistics(self) -> ExecutorStatistics: ...
+
+
+@runtime_checkable
+class Borrower(Protocol):
+    """An executor that keeps the state of sequences in the runtime's memory. So it outlives the executor, and
+    executors of several lanes work on the same sequences."""
+
+    def page_type(self, kv_type: KvType, exact_floats: bool) -> KvType:
+        """Type of the pages that it wants, where ``ExecutorOptions`` say that. It has to take those of another lane
+        too."""
+        ...
+
+
+def make_store(executor: Executor, model: ModelDescription, options: ExecutorOptions) -> StateStore | None:
+    """The state that the executor will borrow; None where it keeps that by itself."""
+    if not isinstance(executor, Borrower):
+        return None
+    layout = StateLayout.of(model, executor.page_type(options.kv_type, options.exact_floats))
+    return StateStore(layout, options.pages, options.slots)
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from pi2rt.runtime.executor import Executor
 GROUP = "pi2rt.executors"
 
 _METHODS = {
-    "open": ("file", "model", "options", "progress"),
+    "open": ("file", "model", "options", "store", "progress"),
     "submit": ("step",),
     "wait": (),
     "stop": ("step_id",),

@@ -15,9 +15,6 @@ import numpy.typing as npt
 Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
-PAGE_TOKENS = 64
-"""Positions in one page of the KV cache."""
-
 
 @dataclass(frozen=True, slots=True)
 class Sampling:

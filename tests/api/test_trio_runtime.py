@@ -18,6 +18,7 @@ import pi2rt
 from pi2rt.engine.prompt_encoder import LONG_TEXT
 from pi2rt.executors.simulated.executor import Faults, SimulatedExecutor, scripted
 from pi2rt.formats import ModelFile, open_model_file
+from pi2rt.memory import StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.opening import executor_plan
 from pi2rt.planner.pack.convert import convert
@@ -134,10 +135,15 @@ async def test_the_executor_is_told_what_was_asked(tiny: Path) -> None:
 
     class Asked(SimulatedExecutor):
         async def open(
-            self, file: ModelFile, model: ModelDescription, options: ExecutorOptions, progress: Progress
+            self,
+            file: ModelFile,
+            model: ModelDescription,
+            options: ExecutorOptions,
+            store: StateStore | None,
+            progress: Progress,
         ) -> None:
             told.append((model, options))
-            await super().open(file, model, options, progress)
+            await super().open(file, model, options, store, progress)
 
     async with pi2rt.open_runtime(
         tiny,

@@ -20,9 +20,10 @@ from pi2rt.executors.simulated.cache import SimulatedPages
 from pi2rt.executors.simulated.executor import SimulatedExecutor, hashed_token
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
+from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.actor import Actor
 from pi2rt.runtime.executor import Executor, ExecutorOptions
-from pi2rt.runtime.step import PAGE_TOKENS, Sampling, Step
+from pi2rt.runtime.step import Sampling, Step
 from pi2rt.runtime.trace import Trace
 from pi2rt.tokenizer import Tokenizer
 from tests.support.tiny_models import EOS, VOCAB_SIZE
@@ -124,7 +125,7 @@ async def opened(
     model = cast("ModelDescription", SimpleNamespace(vocab_size=VOCAB_SIZE))  # it reads nothing else
 
     async def open_executor(made: Executor) -> None:
-        await made.open(cast("ModelFile", None), model, options, lambda done, total: None)
+        await made.open(cast("ModelFile", None), model, options, None, lambda done, total: None)
 
     actor = Actor(
         "simulated",

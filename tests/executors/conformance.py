@@ -25,19 +25,10 @@ import trio
 from pi2rt._errors import BusyError, ClosedError
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.models.states import PAGE_TOKENS
+from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress, make_store
 from pi2rt.runtime.registry import check_executor
-from pi2rt.runtime.step import (
-    PAGE_TOKENS,
-    Bind,
-    Int32s,
-    Sampled,
-    Sampling,
-    Slice,
-    Step,
-    StepResult,
-    Unusable,
-)
+from pi2rt.runtime.step import Bind, Int32s, Sampled, Sampling, Slice, Step, StepResult, Unusable
 
 GREEDY = Sampling()
 SEEDED = Sampling(temperature=1.0, seed=7)
@@ -64,6 +55,13 @@ class ExecutorConformance:
 
     # -- tools ----------
 
+    async def open(
+        self, executor: Executor, file: ModelFile, model: ModelDescription, progress: Progress = no_progress
+    ) -> None:
+        """With state of its own to borrow."""
+        store = make_store(executor, model, self.options)
+        await executor.open(file, model, self.options, store, progress)
+
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Executor]:
         file, model = self.open_model()
@@ -71,7 +69,7 @@ class ExecutorConformance:
         executor = self.make_executor()
         with trio.fail_after(PATIENCE):
             try:
-                await executor.open(file, model, self.options, no_progress)
+                await self.open(executor, file, model)
                 yield executor
             finally:
                 with trio.CancelScope(shield=True):
@@ -136,7 +134,7 @@ class ExecutorConformance:
         executor = self.make_executor()
         seen: list[tuple[int, int]] = []
         with trio.fail_after(PATIENCE):
-            await executor.open(file, model, self.options, lambda done, total: seen.append((done, total)))
+            await self.open(executor, file, model, lambda done, total: seen.append((done, total)))
             await executor.aclose()
         file.close()
         done = [d for d, _ in seen]
@@ -158,7 +156,7 @@ class ExecutorConformance:
         executor = self.make_executor()
         with trio.CancelScope() as scope:
             scope.cancel()
-            await executor.open(file, model, self.options, no_progress)
+            await self.open(executor, file, model)
         assert scope.cancelled_caught
         with trio.fail_after(PATIENCE):
             await executor.aclose()

@@ -21,7 +21,7 @@ from pi2rt.models import describe
 from pi2rt.planner.weights import plan_streaming
 from pi2rt.runtime.executor import ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads
-from tests.support.running import all_logits
+from tests.support.running import all_logits, open_with_state
 
 DEADLINE = 0.2
 READS = FlashReads(stream_bytes=16384)  # so that a matrix has many pieces
@@ -54,7 +54,7 @@ async def main(kind: str, path: Path) -> None:
 
     async def opened() -> CpuExecutor:
         executor = CpuExecutor()
-        await executor.open(file, describe(file), given, lambda done, total: None)
+        await open_with_state(executor, file, given)
         return executor
 
     async def works(executor: CpuExecutor) -> npt.NDArray[np.float32]:

@@ -29,7 +29,7 @@ from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from tests.support.faulty_disk import FaultyDisk
 from tests.support.native_threads import settles_at
-from tests.support.running import NOTHING, all_logits, opened, page_table
+from tests.support.running import NOTHING, all_logits, open_with_state, opened, page_table
 from tests.support.tiny_models import TinyModel, write_gguf
 
 DEADLINE = 0.2
@@ -222,7 +222,7 @@ async def test_opening_has_the_deadline_too(disk: FaultyDisk, source: Path, way:
                     "ignore", RuntimeWarning
                 )  # of neurons' memory, where that was made already
                 with pytest.raises(OSError, match=r"reading weights: no read has ended for 0.2 s") as caught:
-                    await executor.open(file, describe(file), needed, lambda done, total: None)
+                    await open_with_state(executor, file, needed)
                 await executor.aclose()
             assert caught.value.errno == errno.ETIMEDOUT
             assert caught.value.filename == str(disk.path)
@@ -248,7 +248,7 @@ async def test_an_actor_whose_device_does_not_answer(
         async def open_executor(executor: Executor) -> None:
             if recovers and disk.hanging():
                 disk.work()
-            await executor.open(file, describe(file), given, lambda done, total: None)
+            await open_with_state(executor, file, given)
 
         actor = Actor("cpu", CpuExecutor, open_executor)
         with trio.fail_after(10):

@@ -14,6 +14,7 @@ from pi2rt.executors.cpu.layer_walk import Factors, walk
 from pi2rt.executors.reference.model import ReferenceModel, activate
 from pi2rt.formats import open_model_file
 from pi2rt.formats.quants import dequantize
+from pi2rt.memory import StateLayout, StateStore
 from pi2rt.models import FeedForward, describe, feed_forwards
 from pi2rt.models.tensors import iterate_tensors
 from pi2rt.planner.pack.bundling import Bundling
@@ -53,7 +54,7 @@ def expected(path: Path) -> list[dict[str, tuple[Floats, Floats | None]]]:
         }
     out = []
     for text in TEXTS:
-        reference = Watched(model, weights, 2)
+        reference = Watched(model, weights, StateStore(StateLayout.of(model, "f32"), 2))
         reference.seen = {}
         reference.forward(text, 0, np.arange(2, dtype=np.int32))
         out.append(reference.seen)

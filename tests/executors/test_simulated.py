@@ -46,7 +46,7 @@ class TestSimulatedInstantly(ExecutorConformance):
 
 async def opened(**settings: Any) -> SimulatedExecutor:
     executor = SimulatedExecutor(**settings)
-    await executor.open(StandInFile(), STAND_IN_MODEL, OPTIONS, no_progress)
+    await executor.open(StandInFile(), STAND_IN_MODEL, OPTIONS, None, no_progress)
     return executor
 
 

@@ -24,7 +24,7 @@ from pi2rt.runtime.trace import Trace
 from tests.executors.conformance import ExecutorConformance
 from tests.executors.test_sparse import one_by_one
 from tests.support.native_threads import settles_at
-from tests.support.running import all_logits, opened, stopped_steps_leave_nothing
+from tests.support.running import all_logits, open_with_state, opened, stopped_steps_leave_nothing
 from tests.support.tiny_models import TinyModel, write_gguf
 
 MODEL = TinyModel("qwen3", seed=31, dim=256, hidden=512, layers=3, heads=4, kv_heads=2, head_dim=32)
@@ -234,7 +234,7 @@ async def test_a_file_that_is_replaced_goes_on_being_read(pack: Path, tmp_path: 
     with open_model_file(path) as file:
         os.replace(other, path)
         try:
-            await executor.open(file, describe(file), given, lambda done, total: None)
+            await open_with_state(executor, file, given)
             for _ in range(3):
                 np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
         finally:

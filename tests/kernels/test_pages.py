@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pi2rt.cython_kernels.flash import neuron_cache, stream
 from pi2rt.cython_kernels.flash import reader as flash
-from pi2rt.cython_kernels.flash.reader import neuron_cache, stream
 from pi2rt.cython_kernels.kernels import native
 from pi2rt.formats import pack_header, row_blocks
 from tests.support import large_pages

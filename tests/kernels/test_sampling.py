@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pi2rt.cython_kernels.kernels import native
 from pi2rt.cython_kernels.plane import program
-from pi2rt.executors.reference.executor import sampling as reference_sampling
+from pi2rt.executors.reference import sampling as reference_sampling
 from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Unusable
 from tests.kernels.variants import KERNELS
 

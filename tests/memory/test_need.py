@@ -19,7 +19,6 @@ MIB = 1 << 20
 
 def need(path: Path, **changes: object) -> MemoryNeed:
     options = {
-        "page_tokens": 64,
         "max_tokens": 512,
         "slots": 8,
         "kv_type": "f16",
@@ -40,7 +39,8 @@ def test_the_need_of_a_tiny_model(tmp_path: Path) -> None:
     assert found.page == 64 * 3 * 2 * 2 * 16 * 2  # positions, layers, k and v, heads, elements, bytes
     assert found.activations > 4 * (512 * model.dim + 8 * VOCAB_SIZE)
     assert need(path, exact_floats=True).weights == 4 * parameters
-    assert need(path, kv_type="q8").page == found.page * 34 // 64
+    assert need(path, kv_type="q8").page == 64 * 3 * 2 * 2 * (16 + 4)  # and a scale, float32
+    assert need(path, kv_type="f32").page == 2 * found.page
 
 
 def test_experts_count_as_weights_and_one_of_them_as_activations(tmp_path: Path) -> None:

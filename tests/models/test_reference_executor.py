@@ -12,15 +12,16 @@ import pytest
 import trio
 
 from pi2rt._errors import BusyError, ClosedError, ModelFormatError
+from pi2rt.executors.reference import model as reference_model
 from pi2rt.executors.reference.executor import ReferenceExecutor
-from pi2rt.executors.reference.executor import model as reference_model
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription, describe
+from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.executor import Executor, ExecutorOptions
-from pi2rt.runtime.step import PAGE_TOKENS, Bind, Sampling, Slice, Step, StepResult
+from pi2rt.runtime.step import Bind, Sampling, Slice, Step, StepResult
 from pi2rt.runtime.trace import Trace
 from tests.executors.conformance import ExecutorConformance
-from tests.support.running import NOTHING, all_logits, greedy, opened, page_table
+from tests.support.running import NOTHING, all_logits, greedy, open_with_state, opened, page_table
 from tests.support.tiny_models import VOCAB_SIZE, TinyModel, write_gguf, write_huggingface
 
 TOKENS = np.random.RandomState(3).randint(0, VOCAB_SIZE - 2, 150).astype(np.int32)
@@ -287,7 +288,7 @@ async def test_loading_reports_progress_and_can_be_cancelled(path: Path) -> None
     seen: list[tuple[int, int]] = []
     with open_model_file(path) as file:
         executor = ReferenceExecutor()
-        await executor.open(file, describe(file), options, lambda done, total: seen.append((done, total)))
+        await open_with_state(executor, file, options, lambda done, total: seen.append((done, total)))
         await executor.aclose()
         done = [d for d, _ in seen]
         assert done == sorted(done)
@@ -296,7 +297,7 @@ async def test_loading_reports_progress_and_can_be_cancelled(path: Path) -> None
 
         cancelled = ReferenceExecutor()
         with trio.CancelScope() as scope:
-            await cancelled.open(file, describe(file), options, lambda done, total: scope.cancel())
+            await open_with_state(cancelled, file, options, lambda done, total: scope.cancel())
         assert scope.cancelled_caught
         with pytest.raises(ClosedError):
             cancelled.submit(Step(1, ()))
@@ -324,7 +325,7 @@ async def test_statistics_and_trace(path: Path) -> None:
     executor = ReferenceExecutor()
     with open_model_file(path) as file:
         model = describe(file)
-        await executor.open(file, model, options, lambda done, total: None)
+        await open_with_state(executor, file, options, model=model)
     try:
         result = await _run(executor, Slice(0, 0, page_table(0), TOKENS[:5], sample=True), binds=(_bind(0),))
         statistics = executor.statistics()

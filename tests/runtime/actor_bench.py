@@ -43,7 +43,7 @@ class Bench:
         return executor
 
     async def open(self, executor: Executor) -> None:
-        await executor.open(None, MODEL, OPTIONS, lambda done, total: None)  # type: ignore[arg-type]
+        await executor.open(None, MODEL, OPTIONS, None, lambda done, total: None)  # type: ignore[arg-type]
 
 
 class Watched(SimulatedExecutor):

@@ -52,7 +52,7 @@ def test_plugins_are_found_and_checked() -> None:
         load_executor("bad")
     assert e.value.plugin == "bad (bad_plugin_for_pi2rt:Bad)"
     for method in (
-        "open(file, model, options, progress)",
+        "open(file, model, options, store, progress)",
         "submit(step)",
         "wait()",
         "stop(step_id)",

@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pi2rt.formats import open_model_file
-from pi2rt.models import describe
-from pi2rt.runtime.executor import Executor, ExecutorOptions
-from pi2rt.runtime.step import PAGE_TOKENS, Bind, Sampling, Slice, Step
+from pi2rt.formats import ModelFile, open_model_file
+from pi2rt.models import ModelDescription, describe
+from pi2rt.models.states import PAGE_TOKENS
+from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress, make_store
+from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 
 NOTHING = np.array([], np.int32)
+
+
+def no_progress(done: int, total: int) -> None: ...
 
 
 @asynccontextmanager
@@ -39,10 +43,23 @@ async def opened(
     )
     with open_model_file(path) as file:
         try:
-            await executor.open(file, describe(file, model_context), given, lambda done, total: None)
+            await open_with_state(executor, file, given, model=describe(file, model_context))
             yield executor
         finally:
             await executor.aclose()
+
+
+async def open_with_state(
+    executor: Executor,
+    file: ModelFile,
+    options: ExecutorOptions,
+    progress: Progress = no_progress,
+    *,
+    model: ModelDescription | None = None,
+) -> None:
+    """Opens an executor with state of its own to borrow."""
+    model = model or describe(file)
+    await executor.open(file, model, options, make_store(executor, model, options), progress)
 
 
 def page_table(slot: int, context: int = 1024) -> npt.NDArray[np.int32]:
