@@ -129,6 +129,12 @@ def _pages(info: TensorInfo) -> int:
     return -(-blocks // page_blocks(info.type, rows, columns))
 
 
+def least_experts(operations: Sequence[tuple[TensorInfo, ...]]) -> int:
+    """Bytes of the pages that the largest of these operations uses together."""
+    slot = max(page_bytes(info.type, *info.shape) for operation in operations for info in operation)
+    return max(sum(map(_pages, operation)) for operation in operations) * slot
+
+
 def plan_streaming(
     file: ModelFile,
     model: ModelDescription,
@@ -184,7 +190,7 @@ def _plan_experts(
     """With experts in pages, and neurons where the file has them."""
     infos = [info for operation in operations for info in operation]
     slot = max(page_bytes(info.type, *info.shape) for info in infos)
-    least = max(sum(map(_pages, operation)) for operation in operations) * slot
+    least = least_experts(operations)
     records = (PAGE_RECORDS + _slot_records(slot)) * sum(map(_pages, infos)) + _page_records(file)
     least_of_neurons = least_neurons(file) if file.bundles else 0
     most = max(least_of_neurons, int(all_neurons(file) * FIRST_NEURONS))

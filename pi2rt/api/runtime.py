@@ -4,52 +4,41 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence, Sized
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypeVar, Unpack
 
 import trio
 
-from pi2rt import catalogue
-from pi2rt._errors import ClosedError, RequestError
-from pi2rt.cython_kernels.kernels.native import trim_heap
+from pi2rt._errors import ClosedError, ExecutorError, RequestError
 from pi2rt.engine import (
     Chunk,
     Completion,
     Engine,
-    EngineOptions,
     EngineStatistics,
     SamplingParams,
     TokenStream,
 )
-from pi2rt.engine.prompt_encoder import PromptEncoder, prompt_bytes
+from pi2rt.engine.lane import PrefillLane
+from pi2rt.engine.prompt_encoder import PromptEncoder
 from pi2rt.engine.sampling_params import SamplingKeywords, number
-from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.host.limits import limits_explained
 from pi2rt.host.memory import peak_rss_bytes
 from pi2rt.host.output_file import OutputFile
 from pi2rt.host.owner import Owner
-from pi2rt.host.topology import CoreClass, parse_core_classes, read_topology
-from pi2rt.models import ModelDescription, describe
-from pi2rt.opening.executor_opening import ExecutorOpening
-from pi2rt.opening.executor_plan import plan_executor
-from pi2rt.opening.model_info import ModelInfo, model_info
-from pi2rt.opening.options import MIXED_CHUNK, RuntimeKeywords, RuntimeOptions
+from pi2rt.opening.opening import Opening, load_tokenizer_trimmed
+from pi2rt.opening.options import RuntimeKeywords, RuntimeOptions
 from pi2rt.opening.own_memory import OWN
-from pi2rt.opening.sparsity import load_sparsity
-from pi2rt.planner.placement import default_placement
 from pi2rt.runtime.actor import Actor, ActorStatistics
 from pi2rt.runtime.assistant import assistant_statistics
 from pi2rt.runtime.channel import ChannelStatistics
-from pi2rt.runtime.executor import ExecutorOptions, Progress
+from pi2rt.runtime.executor import Progress
 from pi2rt.runtime.own_nursery import open_own_nursery
-from pi2rt.runtime.registry import load_executor
 from pi2rt.runtime.step import Floats
 from pi2rt.runtime.trace import Trace
-from pi2rt.tokenizer import Tokenizer, load_tokenizer
+from pi2rt.tokenizer import Tokenizer
 from pi2rt.tokenizer.messages import shown
 
 T = TypeVar("T")
@@ -66,7 +55,7 @@ CLOSE_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RuntimeStatistics:
-    """A snapshot. ``actors``: the one that leads first, then its assistants. ``memory``: bytes by what they are
+    """A snapshot. ``actors``: of each lane the one that leads, then its assistants. ``memory``: bytes by what they are
     for, and ``peak_rss`` of the whole process."""
 
     engine: EngineStatistics
@@ -81,16 +70,16 @@ class Runtime:
     def __init__(
         self,
         engine: Engine,
-        actor: Actor,
+        actors: Sequence[Actor],
         tokenizer: Tokenizer,
-        model: ModelInfo,
-        resize: Callable[[int], Awaitable[None]],
-        content_control_tokens: bool = False,
+        opening: Opening,
     ) -> None:
-        self._engine, self._actor, self._resize = engine, actor, resize
-        self._content_control_tokens = content_control_tokens
+        self._engine, self._actors, self._opening = engine, actors, opening
+        self._content_control_tokens = opening.chosen.content_control_tokens
         self._prompts: PromptEncoder | None = PromptEncoder(tokenizer, engine.options.context)
-        self.model = model
+        self.model = opening.info
+        self.plan = opening.plan
+        """What runs where, and what lies where."""
         self._owner = Owner()
         self._entering = 0  # requests whose prompts are being tokenised
         self._entered = trio.Event()  # set when one of them is with the engine, or has failed
@@ -202,7 +191,7 @@ class Runtime:
             ExecutorError, ClosedError: as ``stream``.
         """
         self._check_open()
-        await self._resize(RuntimeOptions(memory=memory).memory_bytes)
+        await self._opening.resize(self._actors[0], RuntimeOptions(memory=memory).memory_bytes)
 
     def statistics(self) -> RuntimeStatistics:
         """What is going on now; cheap enough to ask every second.
@@ -211,10 +200,16 @@ class Runtime:
             ClosedError: the runtime is closed, or was opened by another process.
         """
         self._check_not_closed()
-        leader = self._actor.statistics()
-        actors = (leader, *assistant_statistics(leader))
-        memory = {**leader.executor.bytes, "peak_rss": peak_rss_bytes()}
-        return RuntimeStatistics(self._engine.statistics(), actors, (leader.inbox,), memory)
+        leaders = [actor.statistics() for actor in self._actors]
+        actors = [each for leader in leaders for each in (leader, *assistant_statistics(leader))]
+        memory: dict[str, int] = {}
+        for lane, leader in enumerate(leaders):
+            for what, size in leader.executor.bytes.items():
+                if not lane or what != "kv":  # which lanes share
+                    memory[what] = memory.get(what, 0) + size
+        memory["peak_rss"] = peak_rss_bytes()
+        channels = tuple(leader.inbox for leader in leaders)
+        return RuntimeStatistics(self._engine.statistics(), tuple(actors), channels, memory)
 
     async def aclose(self, *, drain: SupportsFloat = 0.0) -> None:
         """Ends all requests with ClosedError and frees the model. Safe to call twice; leaving
@@ -242,10 +237,19 @@ class Runtime:
             await self._stopped.wait()
         self._scope.cancel()
         await self._stopped.wait()
-        await self._actor.aclose()
+        errors: list[ExecutorError] = []
+        for actor in self._actors:
+            try:
+                await actor.aclose()
+            except ExecutorError as error:
+                errors.append(error)
         self._prompts = (
             None  # with the tokenizer, of up to 100 MB, which whoever keeps a closed runtime should not hold
         )
+        if errors:
+            for other in errors[1:]:
+                errors[0].add_note(f"and {other}")
+            raise errors[0]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -348,141 +352,56 @@ async def open_runtime(
     """
     chosen = RuntimeOptions(**options)
     traced_to = None if chosen.trace is None else OutputFile(chosen.trace)  # refused before the work begins
-    path = catalogue.resolve(model)
-    make_executor = load_executor(chosen.executor) if isinstance(chosen.executor, str) else chosen.executor
-    placement = default_placement(read_topology(), chosen.threads, _core_classes(chosen.cores))
-    executor = make_executor()  # to be asked; constructing one acquires nothing
-    placement = placement.named(executor.name)
     trace = None if chosen.trace is None else Trace()
-    if chosen.memory is not None:
-        await _in_thread(OWN.give_up_unused)
-    opened = await _in_thread(open_model_file, path)
-    with opened as file:
-        description, info = await _in_thread(_describe, file, chosen.context)
-        lossy = await _in_thread(load_sparsity, file, chosen)
-        predictors = None if lossy is None else lossy.predictors
-        divide = partial(
-            plan_executor,
-            file,
-            description,
-            chosen,
-            info.context,
-            placement,
-            executor,
-            trace,
-            predictors=0 if predictors is None else predictors.nbytes,
-        )
-        tokenizer = None
-        if chosen.memory is None:
-            plan = divide()
-        else:  # a budget is divided once it is known what the tokenizer takes, up to 100 MB
-            own = await _in_thread(OWN.before_tokenizer, description)
-            if own > chosen.memory_bytes:  # or the tokenizer alone would exceed it
-                divide(own=own)  # raises
-            tokenizer = await _in_thread(load_tokenizer, file)
-            own = await _in_thread(OWN.with_tokenizer, description)
-            plan = divide(own=own, prompt=prompt_bytes(tokenizer, info.context))
-        if lossy is not None:
-            info = replace(info, sparsity=lossy.label)
-        for_neurons = (
-            chosen.cache is not None
-            or chosen.pipeline != "cluster"
-            or chosen.two_phase
-            or chosen.read_through_bytes
-        )
-        if for_neurons and not (file.bundles and chosen.memory):
-            raise RequestError(
-                "cache, pipeline, two_phase and read_through are for neurons that are read when they fire: that takes "
-                "a memory budget, and a pack with neuron bundles"
+    opening = await Opening.of(model, options, trace=trace)
+    owner = Owner()
+    actors = opening.actors()
+    try:
+        async with open_own_nursery() as nursery:
+            with limits_explained():
+                tokenizer = await _load(nursery, actors, opening)
+            lanes = zip(actors[1:], opening.plan.lanes[1:], strict=True)
+            engine = Engine(
+                actors[0],
+                tokenizer,
+                opening.engine_options(),
+                trace,
+                prefill=tuple(
+                    PrefillLane(actor, lane.max_tokens, lane.least_tokens) for actor, lane in lanes
+                ),
+                store=opening.store,
             )
-        opening = ExecutorOpening(file, description, plan, lossy, chosen.on_load)
-        owner = Owner()
-        actor = Actor(placement.lead.name, make_executor, opening.open, trace)
-        try:
-            async with open_own_nursery() as nursery:
-                with limits_explained():
-                    tokenizer = await _load(nursery, actor, file, tokenizer)
-                engine = Engine(
-                    actor,
-                    tokenizer,
-                    _engine_options(description, opening.options, chosen),
-                    trace,
-                    store=opening.store,
-                )
-                resize = partial(opening.resize, actor)
-                runtime = Runtime(engine, actor, tokenizer, info, resize, chosen.content_control_tokens)
-                await nursery.start(runtime._run)
-                try:
-                    yield runtime
-                finally:
-                    OWN.has_grown()
-                    if runtime.elsewhere:
-                        nursery.cancel_scope.cancel()  # copies of the tasks; what they used stays with the parent
-                    else:
-                        with trio.CancelScope(shield=True):
-                            await runtime.aclose()
-        finally:
-            opening.close(stuck=actor.stuck)
-            if trace is not None and traced_to is not None and not owner.elsewhere:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(trace.write, traced_to)
-                    traced_to.close()
+            runtime = Runtime(engine, actors, tokenizer, opening)
+            await nursery.start(runtime._run)
+            try:
+                yield runtime
+            finally:
+                OWN.has_grown()
+                if runtime.elsewhere:
+                    nursery.cancel_scope.cancel()  # copies of the tasks; what they used stays with the parent
+                else:
+                    with trio.CancelScope(shield=True):
+                        await runtime.aclose()
+    finally:
+        if not owner.elsewhere:
+            opening.close(stuck=any(actor.stuck for actor in actors))
+        if trace is not None and traced_to is not None and not owner.elsewhere:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(trace.write, traced_to)
+                traced_to.close()
 
 
-async def _in_thread(function: Callable[..., T], *args: object) -> T:
-    """Runs it on a worker thread; where the system gives no more of those, SystemLimitError says so."""
-    with limits_explained():
-        return await trio.to_thread.run_sync(function, *args)
-
-
-async def _load(
-    nursery: trio.Nursery, actor: Actor, file: ModelFile, tokenizer: Tokenizer | None
-) -> Tokenizer:
-    """Opens the executor, as a task of ``nursery``, and reads the tokenizer meanwhile, if it is not there yet."""
-    loaded = [] if tokenizer is None else [tokenizer]
+async def _load(nursery: trio.Nursery, actors: Sequence[Actor], opening: Opening) -> Tokenizer:
+    """Opens the executors, as tasks of ``nursery``, and reads the tokenizer meanwhile, if it is not there yet."""
+    loaded = [] if opening.tokenizer is None else [opening.tokenizer]
+    opening.tokenizer = None  # it is the runtime's from now on
 
     async def read_tokenizer() -> None:
-        loaded.append(await trio.to_thread.run_sync(_load_tokenizer, file))
+        loaded.append(await trio.to_thread.run_sync(load_tokenizer_trimmed, opening.file))
 
     async with open_own_nursery() as loading:
         if not loaded:
             loading.start_soon(read_tokenizer)
-        await nursery.start(actor.run)
+        for actor in actors:  # one after the other: the first one says what the state of sequences looks like
+            await nursery.start(actor.run)
     return loaded[0]
-
-
-def _load_tokenizer(file: ModelFile) -> Tokenizer:
-    tokenizer = load_tokenizer(file)
-    trim_heap()
-    return tokenizer
-
-
-def _describe(file: ModelFile, context: int) -> tuple[ModelDescription, ModelInfo]:
-    own = describe(file).context_length
-    context = min(context, own)
-    description = describe(file, context)
-    return description, model_info(file, description, context, own)
-
-
-def _core_classes(cores: Mapping[str, Sequence[int]] | None) -> tuple[CoreClass, ...]:
-    if cores is None:
-        return ()
-    lists = {name: ",".join(map(str, numbers)) for name, numbers in cores.items()}
-    return parse_core_classes([f"{name}={numbers}" for name, numbers in lists.items()])
-
-
-def _engine_options(
-    description: ModelDescription, options: ExecutorOptions, chosen: RuntimeOptions
-) -> EngineOptions:
-    return EngineOptions(
-        vocab_size=description.vocab_size,
-        slots=options.slots,
-        pages=options.pages,
-        context=options.context,
-        max_tokens=options.max_tokens,
-        mixed_chunk=min(MIXED_CHUNK, options.max_tokens),
-        max_queue=chosen.max_queue,
-    )
-
-
-def _ignore(done: int, total: int) -> None: ...

@@ -43,11 +43,17 @@ OF_PLAN = ("streamed", "read_by_row", "ring_bytes", "paged", "cluster_bytes", "n
 
 @dataclass(frozen=True, slots=True)
 class ExecutorPlan:
-    """``beside``: bytes of a budget that are for anything but weights and neurons: these keep their size."""
+    """``own``: bytes that the process itself takes; ``need``: of the executor."""
 
     options: ExecutorOptions
     chosen: RuntimeOptions
-    beside: int
+    own: int
+    need: MemoryNeed
+
+    @property
+    def beside(self) -> int:
+        """Bytes of a budget that are for anything but weights and neurons: these keep their size."""
+        return self.own + self.need.activations + self.options.pages * self.need.page
 
     def resized(
         self, file: ModelFile, description: ModelDescription, now: ExecutorOptions, memory: int
@@ -161,8 +167,7 @@ def plan_executor(
         reads=reads,
         trace=trace,
     )
-    beside = own + need.activations + options.pages * need.page
-    return ExecutorPlan(_with(streaming, options), chosen, beside)
+    return ExecutorPlan(_with(streaming, options), chosen, own, need)
 
 
 def _with(streaming: StreamingPlan, options: ExecutorOptions) -> ExecutorOptions:

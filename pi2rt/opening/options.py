@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from pi2rt._errors import RequestError
+from pi2rt.formats.plan import Plan
 from pi2rt.formats.row_blocks import SECTOR
 from pi2rt.memory import parse_size
 from pi2rt.runtime.executor import Executor, Progress
@@ -50,6 +51,7 @@ class RuntimeKeywords(TypedDict, total=False):
     prefill_chunk: int
     content_control_tokens: bool
     max_queue: int
+    plan: str | os.PathLike[str] | Plan | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +119,9 @@ class RuntimeOptions:
     """Requests that wait while ``max_sequences`` run, at most; the next one gets BusyError at once. 0: none waits. The
     default is sixteen rounds of eight: longer queues make everybody wait for minutes, and a waiting request costs no
     more than its tokens, 4 bytes each."""
+    plan: str | os.PathLike[str] | Plan | None = None
+    """A plan, or the file of one that ``pi2rt plan`` has written: what runs where and what lies where. None: the one
+    that ``pi2rt plan`` would write with the same options. Other options may repeat what it says, not contradict it."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.content_control_tokens, bool):

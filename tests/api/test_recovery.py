@@ -186,7 +186,7 @@ async def test_a_resize_while_the_executor_is_made_again_waits(disk: FaultyDisk)
         small, expected = held(runtime), await text(runtime)
         disk.hang_wholly()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(runtime._actor.reopen, lambda: None)
+            nursery.start_soon(runtime._actors[0].reopen, lambda: None)
             while runtime.statistics().actors[0].state != "rebuilding" or not disk.hanging():  # noqa: ASYNC110
                 await trio.sleep(0.001)
             nursery.start_soon(runtime.resize, LARGE)

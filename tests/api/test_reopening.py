@@ -183,12 +183,12 @@ async def test_a_failed_opening_leaves_nothing_to_the_garbage_collector(
     """What it had opened is freed with its error: no cycle holds it."""
     files: list[weakref.ref[Any]] = []
 
-    def opened(path: Path, real: Any = pi2rt.api.runtime.open_model_file) -> Any:
+    def opened(path: Path, real: Any = pi2rt.opening.opening.open_model_file) -> Any:
         file = real(path)
         files.append(weakref.ref(file))
         return file
 
-    monkeypatch.setattr("pi2rt.api.runtime.open_model_file", opened)
+    monkeypatch.setattr("pi2rt.opening.opening.open_model_file", opened)
 
     def failing() -> SimulatedExecutor:
         return SimulatedExecutor(faults=Faults(raise_in_open=True))

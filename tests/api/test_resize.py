@@ -105,7 +105,7 @@ async def test_memory_for_reads_is_pinned_once_and_follows_the_size(pack: Path) 
 
 
 def cache_of(runtime: pi2rt.Runtime) -> NeuronCache:
-    executor = runtime._actor._executor
+    executor = runtime._actors[0]._executor
     assert isinstance(executor, CpuExecutor)
     assert executor._neurons is not None
     return executor._neurons.cache
