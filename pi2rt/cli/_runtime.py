@@ -116,19 +116,66 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_plan_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="what 'pi2rt plan' has written: what runs where, and what lies where; options that contradict it are "
+        "refused",
+    )
+
+
+_KEYWORDS = {
+    "executor": "executor",
+    "threads": "threads",
+    "cores": "cores",
+    "kv": "kv_type",
+    "activations": "activations",
+    "kernels": "kernels",
+    "memory": "memory",
+    "io": "io",
+    "read_deadline": "read_deadline",
+    "cache": "cache",
+    "pipeline": "pipeline",
+    "two_phase": "two_phase",
+    "read_through": "read_through",
+    "sparsity": "sparsity",
+    "calibration": "calibration",
+}
+"""Of each option of ``add_runtime_options`` that a runtime has, the keyword of ``open_runtime``."""
+
+
+def runtime_keywords(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of ``add_runtime_options`` as keywords of ``open_runtime``: those that are not the default, for the
+    others may be a plan's."""
+    from pi2rt.host.topology import parse_core_classes
+
+    parser = argparse.ArgumentParser()
+    add_runtime_options(parser)
+    chosen = {
+        keyword: getattr(options, name)
+        for name, keyword in _KEYWORDS.items()
+        if getattr(options, name) != parser.get_default(name)
+    }
+    if "cores" in chosen:
+        chosen["cores"] = {each.name: each.cores for each in parse_core_classes(options.cores)}
+    if "two_phase" in chosen:
+        chosen["two_phase"] = True
+    return chosen
+
+
 @asynccontextmanager
 async def opened(
-    options: argparse.Namespace, *, context: int, max_sequences: int, **more: Any
+    options: argparse.Namespace, *, context: int | None, max_sequences: int | None, **more: Any
 ) -> AsyncIterator[Opened]:
     """Fetches the model if it has to, converts it if that is asked for and it does not fit, and opens it;
-    ``more`` goes to ``pi2rt.open_runtime``."""
+    ``more`` goes to ``pi2rt.open_runtime``. ``context``, ``max_sequences``: None leaves them to a plan."""
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="pi2rt: warning: %(message)s")
     from pi2rt import MemoryBudgetError, RequestError, open_runtime  # imported before the clock starts
     from pi2rt.cli._console import Bar
     from pi2rt.host.output_file import OutputFile
-    from pi2rt.host.topology import parse_core_classes
 
     if options.convert and options.memory is None:
         raise RequestError(
@@ -137,37 +184,18 @@ async def opened(
     if more.get("trace") is not None:
         OutputFile(more["trace"])  # refused before a model is fetched
     path = await fetch(options.model)
-    classes = parse_core_classes(options.cores) if options.cores else ()
+    keywords = runtime_keywords(options) | more
+    if context is not None:
+        keywords["context"] = context
+    if max_sequences is not None:
+        keywords["max_sequences"] = max_sequences
 
     async with AsyncExitStack() as stack:
 
         async def load() -> Opened:
             with Bar("loading") as bar:
                 start = time.perf_counter()
-                runtime = await stack.enter_async_context(
-                    open_runtime(
-                        path,
-                        context=context,
-                        max_sequences=max_sequences,
-                        executor=options.executor,
-                        threads=options.threads,
-                        cores={each.name: each.cores for each in classes} or None,
-                        kv_type=options.kv,
-                        activations=options.activations,
-                        kernels=options.kernels,
-                        memory=options.memory,
-                        io=options.io,
-                        read_deadline=options.read_deadline,
-                        cache=options.cache,
-                        pipeline=options.pipeline,
-                        two_phase=options.two_phase == "on",
-                        read_through=options.read_through,
-                        sparsity=options.sparsity,
-                        calibration=options.calibration,
-                        on_load=bar.update,
-                        **more,
-                    )
-                )
+                runtime = await stack.enter_async_context(open_runtime(path, on_load=bar.update, **keywords))
                 return Opened(runtime, path, time.perf_counter() - start)
 
         opened = None

@@ -17,11 +17,11 @@ from typing import NoReturn
 
 from pi2rt import __version__
 from pi2rt._errors import Pi2rtError
-from pi2rt.cli import bench, calibrate, convert, info, models, perplexity, pull, run, verify
+from pi2rt.cli import bench, calibrate, convert, info, models, perplexity, plan, pull, run, verify
 from pi2rt.cli._streams import standard_streams
 from pi2rt.host.limits import explained
 
-_COMMANDS = (run, pull, models, convert, verify, calibrate, info, bench, perplexity)
+_COMMANDS = (run, pull, models, convert, verify, calibrate, plan, info, bench, perplexity)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pi2rt.cli._prompt import PromptFile
 
 
+CONTEXT = 4096
+"""Tokens, unless the user or a plan says otherwise."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _runtime.add_model_argument(parser)
     prompt = parser.add_mutually_exclusive_group()
@@ -38,9 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json-lines", action="store_true", help="print one JSON object per token")
     parser.add_argument(
-        "--context", type=_runtime.positive, default=4096, metavar="N", help="tokens (default: 4096)"
+        "--context", type=_runtime.positive, metavar="N", help=f"tokens (default: {CONTEXT}, or the plan's)"
     )
     parser.add_argument("--trace", metavar="FILE", help="write a trace that ui.perfetto.dev opens")
+    _runtime.add_plan_option(parser)
     _runtime.add_runtime_options(parser)
     _add_sampling_options(parser)
 
@@ -131,8 +136,9 @@ async def _run(options: argparse.Namespace, params: SamplingParams, prompt: str 
 
     async with _runtime.opened(
         options,
-        context=options.context,
-        max_sequences=1,
+        context=options.context or (CONTEXT if options.plan is None else None),
+        max_sequences=1 if options.plan is None else None,
+        plan=options.plan,
         trace=options.trace,
         content_control_tokens=options.content_control_tokens,
     ) as opened:

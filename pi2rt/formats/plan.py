@@ -66,14 +66,15 @@ class PlanUnit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class PlanLane(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What runs at the same time as other lanes. ``units``: of its executor, the leading one first. ``max_tokens``: in
-    a step. The first lane decodes, with ``mixed_chunk`` prompt tokens beside it at most. Others compute prompts of at
-    least ``least_tokens``, all tokens but the last."""
+    a step; ``in_flight``: steps at once. The first lane decodes, with ``mixed_chunk`` prompt tokens beside it at most.
+    Others compute prompts of at least ``least_tokens``, all tokens but the last."""
 
     name: Name
     executor: Name
     role: Literal["decode", "prefill"]
     units: Annotated[list[Name], Meta(min_length=1, max_length=64)]
     max_tokens: Annotated[int, Meta(ge=1, le=1 << 16)]
+    in_flight: Annotated[int, Meta(ge=1, le=1 << 16)]
     mixed_chunk: Annotated[int, Meta(ge=0, le=1 << 16)] = 0
     least_tokens: Count = 0
 
@@ -214,7 +215,7 @@ def parse_plan(data: bytes) -> Plan:
         version = msgspec.json.decode(data, type=_Version).version
         if version != VERSION:
             raise ValueError(
-                f"version {version}; this pi2rt has version {VERSION}: make the plan again with 'pi2rt plan'"
+                f"version {version} is not {VERSION}, this pi2rt's: make it again with 'pi2rt plan'"
             )
         plan = msgspec.json.decode(data, type=Plan)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -52,19 +52,21 @@ class BlockPages:
         positions = np.arange(start, start + len(keys))
         page, at = table[positions // PAGE_TOKENS], positions % PAGE_TOKENS
         d = self._head_dim
+        stored: tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]] = keys, values
         if self._key_scales is not None and self._value_scales is not None:
-            keys, self._key_scales[page, :, at] = _quantised(keys)
-            values, self._value_scales[page, :, at] = _quantised(values)
-        self._keys[page, :, at // LANES, :d, at % LANES] = keys
-        self._values[page, :, at, :d] = values
+            small_keys, self._key_scales[page, :, at] = _quantised(keys)
+            small_values, self._value_scales[page, :, at] = _quantised(values)
+            stored = small_keys, small_values
+        self._keys[page, :, at // LANES, :d, at % LANES], self._values[page, :, at, :d] = stored
 
     def read(self, table: Int32s, count: int) -> tuple[Floats, Floats]:
         """Keys and values of positions 0 to ``count - 1``, float32 (count, g, head_dim) each."""
         used = table[: -(-count // PAGE_TOKENS)]
-        keys = self._keys[used].transpose(0, 2, 4, 1, 3)  # (pages, groups, lanes, g, d)
-        keys = keys.reshape(-1, *keys.shape[3:])[:count, :, : self._head_dim].astype(np.float32)
-        values = self._values[used].transpose(0, 2, 1, 3)  # (pages, 64, g, d)
-        values = values.reshape(-1, *values.shape[2:])[:count, :, : self._head_dim].astype(np.float32)
+        d = self._head_dim
+        in_lanes = self._keys[used].transpose(0, 2, 4, 1, 3)  # (pages, groups, lanes, g, d)
+        keys = in_lanes.reshape(-1, *in_lanes.shape[3:])[:count, :, :d].astype(np.float32)
+        in_rows = self._values[used].transpose(0, 2, 1, 3)  # (pages, 64, g, d)
+        values = in_rows.reshape(-1, *in_rows.shape[2:])[:count, :, :d].astype(np.float32)
         if self._key_scales is not None and self._value_scales is not None:
             keys *= _in_order(self._key_scales, used, count)
             values *= _in_order(self._value_scales, used, count)

@@ -30,7 +30,7 @@ from pi2rt.opening.plan_making import check_budget, check_plan, executor_options
 from pi2rt.opening.sparsity import Lossy, load_sparsity
 from pi2rt.planner.placement import PlacedActor, Placement, default_placement
 from pi2rt.runtime.actor import Actor
-from pi2rt.runtime.executor import Executor, ExecutorOptions, make_store
+from pi2rt.runtime.executor import Borrower, Executor, ExecutorOptions, make_store
 from pi2rt.runtime.registry import load_executor
 from pi2rt.runtime.trace import Trace
 from pi2rt.tokenizer import Tokenizer, load_tokenizer
@@ -149,7 +149,7 @@ class Opening:
             check_budget(self._given, self.file, self.description, chosen, divided.own)
         self._divided = divided
         self.plan = self._given or make_plan(
-            self.file, self.description, divided, self._units, self._cores, prefill
+            self.file, self.description, divided, self._units, self._cores, self.executor, prefill
         )
         self.options = [
             executor_options(self.plan, lane, self._lossy_options, self.trace) for lane in self.plan.lanes
@@ -205,14 +205,14 @@ class Opening:
             raise RequestError(
                 f"sparsity={sparsity!r}: the executor {executor.name!r} does not have it; take executor='cpu'"
             )
-        store = make_store(executor, self.description, options) if self.store is None else self.store
-        if len(self.plan.lanes) > 1 and store is None:
+        if len(self.plan.lanes) > 1 and not isinstance(executor, Borrower):
             raise RequestError(
                 f"the executor {executor.name!r} keeps the state of sequences by itself: it cannot share that with the "
                 f"lane {self.plan.lanes[not number].name!r}"
             )
-        self.store = store
-        await executor.open(file, self.description, options, store, self.chosen.on_load or _ignore)
+        if self.store is None:
+            self.store = make_store(executor, self.description, options)
+        await executor.open(file, self.description, options, self.store, self.chosen.on_load or _ignore)
 
     def engine_options(self) -> EngineOptions:
         plan = self.plan

@@ -34,8 +34,9 @@ from pi2rt.planner.measure.kept_curve import kept_curve
 from pi2rt.planner.measure.read_curve import ReadCurve
 from pi2rt.planner.placement import Placement as Units
 from pi2rt.planner.weights import all_neurons, expert_operations, least_experts, least_neurons
-from pi2rt.runtime.executor import ExecutorOptions
+from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads
+from pi2rt.runtime.registry import load_executor
 from pi2rt.runtime.trace import Trace
 
 LEAST_PREFILL = 64
@@ -53,6 +54,7 @@ def make_plan(
     divided: ExecutorPlan,
     units: Units,
     cores: Iterable[int],
+    executor: Executor,
     prefill: Iterable[str] = (),
 ) -> Plan:
     """What ``divided`` says, for reading and for keeping.
@@ -60,18 +62,19 @@ def make_plan(
     Args:
         units: the actors of the lane that decodes.
         cores: that the process may use.
-        prefill: executors of further lanes.
+        executor: of the kind that decodes; it is only asked.
+        prefill: names of the executors of further lanes.
     """
     options, chosen = divided.options, divided.chosen
     actors = [PlanUnit(actor.name, list(actor.cores)) for actor in units.actors]
-    executor = chosen.executor if isinstance(chosen.executor, str) else units.lead.name
     lanes = [
         PlanLane(
             name=units.lead.name,
-            executor=executor,
+            executor=chosen.executor if isinstance(chosen.executor, str) else executor.name,
             role="decode",
             units=[actor.name for actor in actors],
             max_tokens=options.max_tokens,
+            in_flight=executor.max_in_flight,
             mixed_chunk=min(MIXED_CHUNK, options.max_tokens),
         )
     ]
@@ -85,6 +88,7 @@ def make_plan(
                 role="prefill",
                 units=[unit],
                 max_tokens=options.max_tokens,
+                in_flight=load_executor(name)().max_in_flight,
                 least_tokens=LEAST_PREFILL,
             )
         )
@@ -294,7 +298,7 @@ def _misplaced(plan: Plan, file: ModelFile, description: ModelDescription) -> It
     paged = set(plan.placed(Placement.PAGED))
     if paged or plan.segments.experts:
         infos = [infos for infos in expert_operations(file, description) if infos]
-        if paged != {info.name for operation in infos for info in operation}:
+        if not infos or paged != {info.name for operation in infos for info in operation}:
             yield f"{len(paged)} tensors are paged: all of the experts' matrices are, or none"
         elif plan.segments.experts < least_experts(infos):
             yield f"experts of {plan.segments.experts} bytes, fewer than the {least_experts(infos)} of one expert"

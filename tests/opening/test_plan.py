@@ -1,0 +1,274 @@
+"""A plan says what a runtime does, and a runtime does what a plan says: for each place where weights may lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import trio
+
+import pi2rt
+from pi2rt._errors import MemoryBudgetError, RequestError
+from pi2rt.formats.plan import Placement, Plan, parse_plan, plan_text, read_plan, write_plan
+from pi2rt.opening.opening import Opening
+from pi2rt.opening.options import RuntimeKeywords
+from pi2rt.opening.own_memory import OWN
+from pi2rt.opening.plan_making import CHOICES
+from pi2rt.planner.pack.convert import convert
+from tests.support.tiny_models import TinyModel, write_gguf
+
+DENSE = TinyModel("llama", dim=512, hidden=2048, layers=8, heads=4, kv_heads=2, head_dim=64)
+RELU = replace(DENSE, hidden=4096, config={"hidden_act": "drelu"})
+EXPERTS = TinyModel("mixtral", dim=512, hidden=1024, layers=4, heads=4, kv_heads=2, head_dim=64)
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("plan")
+    made = {}
+    for name, model in (("dense", DENSE), ("relu", RELU), ("experts", EXPERTS)):
+        source = write_gguf(folder / f"{name}.gguf", model, weight_type="Q4_0")
+        convert(source, folder / f"{name}.pi2")
+        made[name] = folder / f"{name}.pi2"
+    return made
+
+
+@pytest.fixture(autouse=True)
+def own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the process takes by itself, which differs by pages from one opening to the next, and would decide what is
+    streamed."""
+    monkeypatch.setattr(OWN, "before_tokenizer", lambda description: 100 << 20)
+    monkeypatch.setattr(OWN, "with_tokenizer", lambda description: 100 << 20)
+
+
+KINDS = {
+    "resident": ("dense", None, set()),
+    "streamed": ("dense", 0.5, {Placement.STREAMED, Placement.BY_ROW}),
+    "neurons": ("relu", 0.5, {Placement.NEURONS, Placement.BY_ROW}),
+    "experts": ("experts", 0.5, {Placement.PAGED, Placement.BY_ROW}),
+}
+
+
+async def least_memory(pack: Path, share: float | None, context: int = 128) -> int | None:
+    """A budget with room for this share of the weights."""
+    if share is None:
+        return None
+    opening = await Opening.of(pack, {"context": context, "memory": 1 << 30})
+    segments, nbytes = opening.plan.segments, opening.plan.model.nbytes
+    opening.close()
+    return segments.process + segments.kv + segments.activations + int(share * nbytes) + (2 << 20)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_runtime_does_what_its_plan_says(packs: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    """Without a file, and with the file that ``plan`` writes: the same options of the executor, the same text."""
+    name, share, places = KINDS[kind]
+    monkeypatch.setattr(
+        OWN, "with_tokenizer", _constant(OWN.with_tokenizer)
+    )  # resident pages differ by a few
+    options: RuntimeKeywords = {"context": 128, "memory": await least_memory(packs[name], share)}
+    opening = await Opening.of(packs[name], options)
+    plan = opening.plan
+    assert set(plan.placements.values()) == places
+    opening.close()
+    write_plan(tmp_path / "plan.json", plan)
+    assert read_plan(tmp_path / "plan.json") == plan
+    again = await Opening.of(packs[name], {"plan": tmp_path / "plan.json"})
+    assert again.plan == plan
+    assert [asdict(each) for each in again.options] == [asdict(each) for each in opening.options]
+    again.close()
+    texts = []
+    for given in (options, {"plan": tmp_path / "plan.json"}, {"plan": plan}, {"context": 128}):
+        async with pi2rt.open_runtime(packs[name], **given) as runtime:  # type: ignore[arg-type]
+            texts.append((await runtime.generate("Once", max_tokens=20, ignore_eos=True)).tokens)
+    assert len(set(texts)) == 1
+
+
+async def plan_of(path: Path, **options: Any) -> Plan:
+    prefill = options.pop("prefill", ())
+    opening = await Opening.of(path, options, prefill=prefill)  # type: ignore[arg-type]
+    opening.close()
+    return opening.plan
+
+
+async def refused(path: Path, plan: Plan, **options: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        await Opening.of(path, {"plan": plan, **options})  # type: ignore[misc]
+    return str(caught.value)
+
+
+async def test_a_plan_of_another_model_is_refused_with_the_difference(packs: dict[str, Path]) -> None:
+    plan = await plan_of(packs["dense"], context=128)
+    message = await refused(packs["relu"], plan)
+    assert "fingerprint: " in message
+    assert f"nbytes: {plan.model.nbytes} in the plan, " in message
+    assert "make another one with 'pi2rt plan'" in message
+
+
+async def test_a_plan_of_another_machine_is_refused(packs: dict[str, Path]) -> None:
+    plan = await plan_of(packs["dense"], context=128)
+    units = [msgspec.structs.replace(plan.units[0], cores=[0, 4093, 4095])]
+    message = await refused(packs["dense"], msgspec.structs.replace(plan, units=units))
+    assert "cores of unit 'cpu': 4093, 4095 in the plan, not among those of this process" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"memory": "2G"}, "memory=2147483648 contradicts the plan, which has None"),
+        ({"context": 64}, "context=64 contradicts the plan, which has 128"),
+        ({"kv_type": "q8"}, "kv_type='q8' contradicts the plan, which has 'f16'"),
+        ({"max_sequences": 3}, "max_sequences=3 contradicts the plan, which has 8"),
+        ({"executor": "reference"}, "executor='reference' contradicts the plan, which has 'cpu'"),
+        ({"activations": "int8"}, "activations='int8' contradicts the plan, which has 'mixed'"),
+        ({"threads": 1}, "threads=1: the plan says which cores compute; leave it out"),
+    ],
+)
+async def test_options_may_not_contradict_a_plan(
+    packs: dict[str, Path], given: dict[str, Any], message: str
+) -> None:
+    assert await refused(packs["dense"], await plan_of(packs["dense"], context=128), **given) == message
+
+
+async def test_options_may_repeat_a_plan(packs: dict[str, Path]) -> None:
+    plan = await plan_of(packs["dense"], context=128, kv_type="q8", memory="1G")
+    given: RuntimeKeywords = {
+        "kv_type": "q8",
+        "memory": 1 << 30,
+        "threads": None,
+        "max_queue": 3,
+        "plan": plan,
+    }
+    opening = await Opening.of(packs["dense"], given)
+    assert opening.engine_options().max_queue == 3
+    opening.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda plan: {"placements": {**plan.placements, "nowhere": Placement.STREAMED}},
+            "'nowhere' is not in the model",
+        ),
+        (
+            lambda plan: {"placements": {**plan.placements, "output_norm.weight": Placement.STREAMED}},
+            "'output_norm.weight' is streamed, which takes the layout 'blocks16'",
+        ),
+        (lambda plan: {"placements": {}}, "bytes for 0 streamed tensors, which take 0 at least"),
+        (
+            lambda plan: {"segments": msgspec.structs.replace(plan.segments, ring=4096)},
+            "a ring of 4096 bytes for ",
+        ),
+        (
+            lambda plan: {"segments": msgspec.structs.replace(plan.segments, experts=1 << 20)},
+            "0 tensors are paged: all of the experts' matrices are, or none",
+        ),
+    ],
+)
+async def test_what_cannot_be_is_refused(
+    packs: dict[str, Path], change: Callable[[Plan], dict[str, Any]], message: str
+) -> None:
+    """A plan from a stranger, or one that was edited."""
+    plan = await plan_of(packs["dense"], context=128, memory=await least_memory(packs["dense"], 0.5))
+    assert message in await refused(packs["dense"], msgspec.structs.replace(plan, **change(plan)))
+
+
+async def test_a_plan_keeps_to_its_budget(packs: dict[str, Path]) -> None:
+    memory = await least_memory(packs["dense"], 0.5)
+    plan = await plan_of(packs["dense"], context=128, memory=memory)
+    segments = msgspec.structs.replace(plan.segments, ring=plan.segments.ring + (1 << 30))
+    with pytest.raises(
+        MemoryBudgetError, match=r"^the plan takes \d+ MiB, more than its memory of \d+ MiB: resident"
+    ):
+        await Opening.of(packs["dense"], {"plan": msgspec.structs.replace(plan, segments=segments)})
+
+
+async def test_another_placement_is_obeyed(packs: dict[str, Path]) -> None:
+    """One more tensor streamed than the planner chose: more bytes are read in a step, and the text is the same."""
+    memory = await least_memory(packs["dense"], 0.4)
+    assert memory is not None
+    plan = await plan_of(packs["dense"], context=128, memory=memory)
+    moved = next(
+        f"blk.{i}.attn_q.weight" for i in range(8) if f"blk.{i}.attn_q.weight" not in plan.placements
+    )
+    texts, read = [], []
+    for placements in (plan.placements, {**plan.placements, moved: Placement.STREAMED}):
+        forced = msgspec.structs.replace(plan, placements=placements)
+        async with pi2rt.open_runtime(packs["dense"], plan=forced) as runtime:
+            texts.append((await runtime.generate("Once", max_tokens=20, ignore_eos=True)).tokens)
+            recent = runtime.statistics().actors[0].executor.recent
+            read.append(min(use.streamed_bytes for use in recent))
+    assert texts[0] == texts[1]
+    assert read[1] > read[0]
+
+
+PROMPT = list(range(3, 203))
+
+
+@pytest.mark.parametrize("memory", [None, 0.5])
+async def test_a_second_cpu_executor_computes_prompts(packs: dict[str, Path], memory: float | None) -> None:
+    """The same bits as with one lane."""
+    options: dict[str, Any] = {"context": 256, "memory": await least_memory(packs["dense"], memory, 256)}
+    async with pi2rt.open_runtime(packs["dense"], **options) as runtime:
+        expected = await runtime.generate(PROMPT, max_tokens=20, logprobs=5, ignore_eos=True)
+    plan = await plan_of(packs["dense"], prefill=["cpu"], **options)
+    assert [lane.name for lane in plan.lanes] == ["cpu", "cpu prefill"]
+    async with pi2rt.open_runtime(packs["dense"], plan=plan) as runtime:
+        got: list[pi2rt.Completion] = []
+
+        async def ask() -> None:
+            got.append(await runtime.generate(PROMPT, max_tokens=20, logprobs=5, ignore_eos=True))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(ask)
+        statistics = runtime.statistics()
+        decode, prefill = statistics.engine.lanes
+        assert prefill.prefill_tokens >= len(PROMPT) - 1
+        assert decode.prefill_tokens < prefill.prefill_tokens
+        assert [actor.name for actor in statistics.actors] == ["cpu", "cpu prefill"]
+        assert [channel.name for channel in statistics.channels] == ["cpu.inbox", "cpu prefill.inbox"]
+    for each in got:
+        assert (each.tokens, each.logprobs, each.top_logprobs) == (
+            expected.tokens,
+            expected.logprobs,
+            expected.top_logprobs,
+        )
+
+
+async def test_the_reference_executor_computes_prompts(packs: dict[str, Path], tmp_path: Path) -> None:
+    """Of a file without bundles. Another executor computes otherwise: within a tolerance."""
+    source = packs["dense"].with_suffix(".gguf")
+    options: dict[str, Any] = {"context": 256, "activations": "int16"}
+    async with pi2rt.open_runtime(source, **options) as runtime:
+        expected = await runtime.generate(PROMPT, max_tokens=20, logprobs=0, ignore_eos=True)
+    trace = tmp_path / "trace.json"
+    plan = await plan_of(source, prefill=["reference"], **options)
+    async with pi2rt.open_runtime(source, plan=plan, trace=trace) as runtime:
+        got = await runtime.generate(PROMPT, max_tokens=20, logprobs=0, ignore_eos=True)
+        assert runtime.statistics().engine.lanes[1].prefill_tokens == len(PROMPT) - 1
+    np.testing.assert_allclose(got.logprobs[0], expected.logprobs[0], atol=0.05)
+    assert '"steps of reference"' in trace.read_text()
+
+
+async def test_a_lane_that_keeps_its_own_state_is_refused(packs: dict[str, Path]) -> None:
+    plan = await plan_of(packs["dense"], prefill=["simulated"], context=128)
+    with pytest.raises(
+        RequestError, match=r"^the executor 'simulated' keeps the state of sequences by itself: it"
+    ):
+        async with pi2rt.open_runtime(packs["dense"], plan=plan):
+            pass
+
+
+async def test_all_choices_are_recorded(packs: dict[str, Path]) -> None:
+    plan = await plan_of(packs["dense"], context=100, max_sequences=3, kv_type="q8", read_deadline=None)
+    again = parse_plan(plan_text(plan).encode())
+    assert again == plan
+    assert set(CHOICES) | {"memory", "cache"} == set(plan.choices.__struct_fields__)
+    assert (plan.choices.context, plan.choices.max_sequences, plan.choices.kv_type) == (100, 3, "q8")
