@@ -68,9 +68,6 @@ async def least_memory(pack: Path, share: float | None, context: int = 128) -> i
 async def test_a_runtime_does_what_its_plan_says(packs: dict[str, Path], kind: str, tmp_path: Path) -> None:
     """Without a file, and with the file that ``plan`` writes: the same options of the executor, the same text."""
     name, share, places = KINDS[kind]
-    monkeypatch.setattr(
-        OWN, "with_tokenizer", _constant(OWN.with_tokenizer)
-    )  # resident pages differ by a few
     options: RuntimeKeywords = {"context": 128, "memory": await least_memory(packs[name], share)}
     opening = await Opening.of(packs[name], options)
     plan = opening.plan
