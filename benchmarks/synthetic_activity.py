@@ -19,6 +19,7 @@ from pi2rt._errors import UnsupportedModelError
 from pi2rt.executors.reference.model import ReferenceModel
 from pi2rt.formats import ModelFile
 from pi2rt.formats.quants import dequantize
+from pi2rt.memory import StateLayout, StateStore
 from pi2rt.models import FeedForward, describe
 from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.step import Floats, Int32s
@@ -70,7 +71,9 @@ def activity(model: SyntheticModel, tokens: Int32s, layers: int | None = None) -
         )
     description = replace(description, layers=description.layers[:layers])
     pages = -(-len(tokens) // PAGE_TOKENS)
-    recorder = _Recorder(description, _Dequantised(model), pages)
+    recorder = _Recorder(
+        description, _Dequantised(model), StateStore(StateLayout.of(description, "f32"), pages)
+    )
     recorder.fired, recorder.rms = [], []
     stream = recorder.forward(tokens, 0, np.arange(pages, dtype=np.int32))
     found = [

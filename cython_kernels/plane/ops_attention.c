@@ -139,14 +139,17 @@ int pi2_op_attention(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     if (stopped) return stopped;
   }
   if (!r->n_prefill) { /* units that are alike */
-    for (int64_t first, last; pi2_take_near(r, index, r->n_units, 1, w->index, &first, &last);)
+    for (int64_t first, last; pi2_take_near(r, index, r->n_units, 1, w->index, &first, &last);) {
+      pi2_count(&s->taken.attention, last - first);
       for (int64_t i = first; i < last; i++)
         if (r->units[i].kv_head < op->n_kv_heads) attend_split(r, op, &r->units[i], s);
+    }
     return 0;
   }
   for (uint32_t i; (i = pi2_take(r, index, 1)) < (uint32_t)r->n_units;) {
     const pi2_unit *u = &r->units[i];
     if (u->kv_head >= op->n_kv_heads) continue;
+    pi2_count(&s->taken.attention, 1);
     if (u->splits)
       attend_split(r, op, u, s);
     else

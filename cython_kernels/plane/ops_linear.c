@@ -79,7 +79,7 @@ typedef struct {
 /* The next part of `blocks` row blocks, times `rows` rows. Rows of one pass: parts along the weights, ever smaller, or
  * in their order where they are streamed. More: tiles of row blocks and a pass of rows, in an order that keeps the
  * weights of a tile in the cache. */
-static int take_part(pi2_run *r, const pi2_op *op, int index, const pi2_worker *w, int rows, int64_t blocks, int64_t k,
+static int next_part(pi2_run *r, const pi2_op *op, int index, const pi2_worker *w, int rows, int64_t blocks, int64_t k,
                      int step, part *out) {
   const int pass = pi2_pass_rows(k), passes = (rows + pass - 1) / pass;
   if (passes <= 1) {
@@ -99,6 +99,13 @@ static int take_part(pi2_run *r, const pi2_op *op, int index, const pi2_worker *
   out->row = (int)(unit % passes) * pass;
   out->rows = rows - out->row < pass ? rows - out->row : pass;
   return out->first < blocks;
+}
+
+static int take_part(pi2_run *r, const pi2_op *op, int index, const pi2_worker *w, int rows, int64_t blocks, int64_t k,
+                     int step, part *out) {
+  if (!next_part(r, op, index, w, rows, blocks, k, step, out)) return 0;
+  pi2_count(&r->program->scratch[w->index].taken.row_blocks, out->last - out->first);
+  return 1;
 }
 
 /* Outputs of at most PI2_TILE_BLOCKS row blocks [first, last) of one matrix, which lie in one piece of it. Returns 0

@@ -608,7 +608,10 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     }
     ask(&k);
     if (take_gates(&k)) continue; /* first of all: what it needs can be on its way while the rest is computed */
-    if (take_cluster(&k)) continue;
+    if (take_cluster(&k)) {
+      pi2_count(&p->scratch[w->index].taken.clusters, 1);
+      continue;
+    }
     if (p->pipeline == PI2_PIPELINE_CLUSTER || atomic_load(&s->computed) == k.n_clusters || atomic_load(&s->crowded))
       if (advance_range(&k)) continue;
     if (ask(&k)) continue;

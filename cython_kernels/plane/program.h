@@ -159,6 +159,14 @@ typedef struct pi2_run {
   uint32_t *n_waits;           /* (threads) */
 } pi2_run;
 
+typedef struct { /* units of work that a thread took from the cursors, since the program was made */
+  _Atomic int64_t row_blocks, clusters, attention;
+} pi2_taken;
+/* Only the thread itself counts, so that no locked instruction is needed; others may read. */
+static inline void pi2_count(_Atomic int64_t *counter, int64_t more) {
+  atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + more, memory_order_relaxed);
+}
+
 typedef struct {                        /* one thread's own */
   pi2_q8 q8;                            /* (PI2_REPLICATED, max k) */
   float *floats;                        /* (PI2_REPLICATED, max k) */
@@ -172,6 +180,7 @@ typedef struct {                        /* one thread's own */
   float *ahead_floats;    /* the same; behind it what a predictor's first matrix makes of it */
   uint64_t waited;        /* ticks in the running operation */
   int turn;               /* which of the two sparse blocks' places is next */
+  pi2_taken taken;
 } pi2_scratch;
 
 typedef struct pi2_program {

@@ -138,7 +138,12 @@ cdef extern from "program.h" nogil:
         uint64_t *op_end
         pi2_wait *waits
         uint32_t *n_waits
+    ctypedef struct pi2_taken:
+        int64_t row_blocks, clusters, attention
+    ctypedef struct pi2_scratch:
+        pi2_taken taken
     ctypedef struct pi2_program:
+        pi2_scratch *scratch
         const pi2_kernels *kernels
         pi2_gang *gang
         pi2_stream *stream
@@ -504,6 +509,14 @@ cdef class Program:
     def thread_ns(self):
         """Nanoseconds that each thread has spent in kernels, of the steps whose results were taken."""
         return tuple(self.busy_ns)
+
+    @property
+    def taken(self):
+        """Units of work that each thread took: (row blocks, neuron clusters, units of attention)."""
+        if self.p.scratch == NULL:
+            return ((0, 0, 0),) * self.p.threads
+        return tuple((self.p.scratch[t].taken.row_blocks, self.p.scratch[t].taken.clusters,
+                      self.p.scratch[t].taken.attention) for t in range(self.p.threads))
 
     @property
     def operations(self):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import trio
@@ -397,8 +397,6 @@ class CpuExecutor:
                 "flash_reads_from": "a measured curve" if self._options.reads.measured else "defaults",
             }
             flash = (ThreadStatistics(FLASH, -1, flash_ns),)
-        busy = (0,) * len(self._threads) if self._program is None else self._program.thread_ns
-        threads = zip(self._threads, busy, strict=True)
         return ExecutorStatistics(
             steps=self._steps,
             tokens=self._tokens,
@@ -407,10 +405,18 @@ class CpuExecutor:
             kernel_ns=self._kernel_ns,
             finished_ns=self._finished_ns,
             bytes=held,
-            threads=(*(ThreadStatistics(actor, core, ns) for (actor, core), ns in threads), *flash),
+            threads=(*self._thread_statistics(), *flash),
             details=details,
             recent=tuple(self._recent),
         )
+
+    def _thread_statistics(self) -> Iterator[ThreadStatistics]:
+        if self._program is None:
+            yield from (ThreadStatistics(actor, core, 0) for actor, core in self._threads)
+            return
+        each = zip(self._threads, self._program.thread_ns, self._program.taken, strict=True)
+        for (actor, core), busy_ns, taken in each:
+            yield ThreadStatistics(actor, core, busy_ns, max(0, self._busy_ns - busy_ns), *taken)
 
 
 async def _closed(close: Callable[[], object]) -> None:

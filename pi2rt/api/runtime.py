@@ -35,6 +35,8 @@ from pi2rt.runtime.actor import Actor, ActorStatistics
 from pi2rt.runtime.assistant import assistant_statistics
 from pi2rt.runtime.channel import ChannelStatistics
 from pi2rt.runtime.executor import Progress
+from pi2rt.runtime.graph import graph_of
+from pi2rt.runtime.graph_statistics import EdgeStatistics, NodeStatistics, edge_statistics, node_statistics
 from pi2rt.runtime.own_nursery import open_own_nursery
 from pi2rt.runtime.step import Floats
 from pi2rt.runtime.trace import Trace
@@ -56,12 +58,15 @@ CLOSE_SECONDS = 5.0
 @dataclass(frozen=True, slots=True)
 class RuntimeStatistics:
     """A snapshot. ``actors``: of each lane the one that leads, then its assistants. ``memory``: bytes by what they are
-    for, and ``peak_rss`` of the whole process."""
+    for, and ``peak_rss`` of the whole process. ``nodes``, ``edges``: the actor graph, with what each did and what went
+    over each."""
 
     engine: EngineStatistics
     actors: tuple[ActorStatistics, ...]
     channels: tuple[ChannelStatistics, ...]
     memory: Mapping[str, int]
+    nodes: tuple[NodeStatistics, ...]
+    edges: tuple[EdgeStatistics, ...]
 
 
 class Runtime:
@@ -80,6 +85,7 @@ class Runtime:
         self.model = opening.info
         self.plan = opening.plan
         """What runs where, and what lies where."""
+        self._graph = graph_of(opening.plan)
         self._owner = Owner()
         self._entering = 0  # requests whose prompts are being tokenised
         self._entered = trio.Event()  # set when one of them is with the engine, or has failed
@@ -209,7 +215,16 @@ class Runtime:
                     memory[what] = memory.get(what, 0) + size
         memory["peak_rss"] = peak_rss_bytes()
         channels = tuple(leader.inbox for leader in leaders)
-        return RuntimeStatistics(self._engine.statistics(), tuple(actors), channels, memory)
+        engine = self._engine.statistics()
+        handed_over = {lane.name: lane.handed_over for lane in engine.lanes}
+        return RuntimeStatistics(
+            engine,
+            tuple(actors),
+            channels,
+            memory,
+            node_statistics(self._graph, leaders, engine.requests),
+            edge_statistics(self._graph, leaders, handed_over),
+        )
 
     async def aclose(self, *, drain: SupportsFloat = 0.0) -> None:
         """Ends all requests with ClosedError and frees the model. Safe to call twice; leaving

@@ -111,11 +111,16 @@ class StepUse:
 class ThreadStatistics:
     """A native thread. ``actor``: whose unit it is, which is another than the executor's own for the threads
     of assistants; ``core``: where it is pinned, or -1; ``kernel_ns``: time inside kernels, of a reader with a read in
-    flight."""
+    flight; ``waiting_ns``: time inside steps without one. Units of work that it took from the cursors which the
+    threads of a gang share: ``row_blocks`` of matrices, ``clusters`` of neurons, units of ``attention``."""
 
     actor: str
     core: int
     kernel_ns: int
+    waiting_ns: int = 0
+    row_blocks: int = 0
+    clusters: int = 0
+    attention: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from pi2rt.executors.reference.model import ReferenceModel
 from pi2rt.formats import open_model_file
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.quants import dequantize
+from pi2rt.memory import StateLayout, StateStore
 from pi2rt.models import FeedForward, describe
 from pi2rt.models.tensors import iterate_tensors
 from pi2rt.planner.learn.predictors import ask_for_all
@@ -92,7 +93,7 @@ def reference(source: Path) -> tuple[Floats, dict[str, Predictor]]:
             name: dequantize(file.tensors[name].type, file.read(name), file.tensors[name].shape)
             for name, _ in iterate_tensors(model)
         }
-    computed = Predicted(model, weights, 1)
+    computed = Predicted(model, weights, StateStore(StateLayout.of(model, "f32"), 1))
     computed.found = {}
     return computed.logits(computed.forward(TOKENS, 0, np.zeros(1, np.int32))), computed.found
 

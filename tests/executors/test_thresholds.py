@@ -14,6 +14,7 @@ from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.executors.reference.model import ReferenceModel
 from pi2rt.formats import open_model_file
 from pi2rt.formats.quants import dequantize
+from pi2rt.memory import StateLayout, StateStore
 from pi2rt.models import FeedForward, describe
 from pi2rt.models.tensors import iterate_tensors
 from pi2rt.planner.pack.convert import convert
@@ -75,7 +76,7 @@ def reference(source: Path) -> tuple[Floats, dict[str, Floats]]:
         for name, _ in iterate_tensors(model):
             info = file.tensors[name]
             weights[name] = dequantize(info.type, file.read(name), info.shape)
-    computed = Thresholded(model, weights, 1)
+    computed = Thresholded(model, weights, StateStore(StateLayout.of(model, "f32"), 1))
     computed.found = {}
     return computed.logits(computed.forward(TOKENS, 0, np.zeros(1, np.int32))), computed.found
 

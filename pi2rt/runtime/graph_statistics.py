@@ -1,0 +1,152 @@
+"""What each actor of the graph did, and what went over each of its edges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pi2rt.runtime.actor import ActorStatistics
+from pi2rt.runtime.executor import ThreadStatistics
+from pi2rt.runtime.graph import ENGINE, FLASH, Carrier, Edge, Graph, Kind
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatistics:
+    """An actor. ``state``, ``generation``: of the actor that owns its executor. ``threads``: native ones of its own;
+    ``busy_ns``, ``waiting_ns``: of these, added up: inside kernels (of flash: with a read in flight), and inside steps
+    without one. ``units``: what it has done, by kind: steps, row blocks, neuron clusters and units of attention that it
+    took, reads, bytes."""
+
+    name: str
+    kind: Kind
+    state: str
+    generation: int
+    threads: int
+    busy_ns: int
+    waiting_ns: int
+    units: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeStatistics:
+    """A queue. ``passed``: items that went over it; ``waiting``: that are in it now; ``peak``: the most that were.
+    None: the carrier does not count that."""
+
+    name: str
+    source: str
+    target: str
+    item: str
+    carrier: Carrier
+    capacity: int | None
+    passed: int | None
+    waiting: int | None
+    peak: int | None
+
+
+def node_statistics(
+    graph: Graph, leaders: Sequence[ActorStatistics], requests: int
+) -> tuple[NodeStatistics, ...]:
+    """One for each node, in their order.
+
+    Args:
+        leaders: of each lane, in the order of lanes.
+        requests: that the engine was given.
+    """
+    owners = _owners(graph, leaders)
+    found = []
+    for node in graph.nodes:
+        owner = owners.get(node.name)
+        if node.name == ENGINE or owner is None:
+            found.append(NodeStatistics(node.name, node.kind, "ready", 0, 0, 0, 0, {"requests": requests}))
+            continue
+        threads = [each for each in owner.executor.threads if each.actor == node.name]
+        units = _flash_units(owner) if node.name == FLASH else _units(threads)
+        if owner.name == node.name:
+            units = {"steps": owner.completed, **units}
+        found.append(
+            NodeStatistics(
+                name=node.name,
+                kind=node.kind,
+                state=owner.state,
+                generation=owner.generation,
+                threads=len(threads),
+                busy_ns=sum(each.kernel_ns for each in threads),
+                waiting_ns=sum(each.waiting_ns for each in threads),
+                units=units,
+            )
+        )
+    return tuple(found)
+
+
+def edge_statistics(
+    graph: Graph, leaders: Sequence[ActorStatistics], handed_over: Mapping[str, int]
+) -> tuple[EdgeStatistics, ...]:
+    """One for each edge, in their order.
+
+    Args:
+        handed_over: sequences that each prefill lane handed over, by its name.
+    """
+    by_name = {leader.name: leader for leader in leaders}
+    found = []
+    for edge in graph.edges:
+        passed = waiting = peak = None
+        if edge.source == ENGINE:
+            inbox = by_name[edge.target].inbox
+            passed, waiting, peak = inbox.sent, inbox.buffered, inbox.peak_buffered
+        elif edge.carrier == "state store":
+            passed = handed_over.get(edge.source, 0)
+        elif edge.carrier == "cursor":
+            threads = by_name[edge.source].executor.threads
+            passed = sum(_units([each for each in threads if each.actor == edge.target]).values())
+        elif edge.source == FLASH:
+            passed = _passed(edge, by_name[edge.target])
+        found.append(
+            EdgeStatistics(
+                edge.name,
+                edge.source,
+                edge.target,
+                edge.item,
+                edge.carrier,
+                edge.capacity,
+                passed,
+                waiting,
+                peak,
+            )
+        )
+    return tuple(found)
+
+
+def _owners(graph: Graph, leaders: Sequence[ActorStatistics]) -> dict[str, ActorStatistics]:
+    """The actor whose executor runs each node."""
+    owners = {leader.name: leader for leader in leaders}
+    for edge in graph.edges:
+        if edge.carrier == "cursor":
+            owners[edge.target] = owners[edge.source]
+        elif edge.source == FLASH:
+            owners[FLASH] = owners[edge.target]
+    return owners
+
+
+def _units(threads: Sequence[ThreadStatistics]) -> dict[str, int]:
+    return {
+        "row blocks": sum(each.row_blocks for each in threads),
+        "neuron clusters": sum(each.clusters for each in threads),
+        "units of attention": sum(each.attention for each in threads),
+    }
+
+
+def _flash_units(owner: ActorStatistics) -> dict[str, int]:
+    details = owner.executor.details
+    return {"page reads": _count(details, "flash_reads"), "bytes": _count(details, "flash_bytes")}
+
+
+def _passed(edge: Edge, owner: ActorStatistics) -> int | None:
+    """Items that flash gave: pages that a cache had to ask for. Streamed pieces and rows are counted in bytes only."""
+    names = {"neuron pages": "neuron_misses", "expert page": "cluster_misses"}
+    name = names.get(edge.item)
+    return None if name is None else _count(owner.executor.details, name)
+
+
+def _count(details: Mapping[str, object], name: str) -> int:
+    value = details.get(name, 0)
+    return value if isinstance(value, int) else 0
