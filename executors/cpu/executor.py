@@ -83,6 +83,9 @@ class CpuExecutor:
         self._tokens_of: deque[int] = deque()
         self._recent: deque[StepUse] = deque(maxlen=RECENT_STEPS)
         self._resizing = trio.Lock()
+        self._file: ModelFile | None = None  # and the model, while it is open: to build the program again
+        self._model: ModelDescription | None = None
+        self._read_failed = False  # the last step that failed did so because it could not read
 
     def page_type(self, kv_type: KvType, exact_floats: bool) -> KvType:
         """float32 where exact floats were asked for: half precision would be their largest error."""
@@ -119,19 +122,9 @@ class CpuExecutor:
             read_by_row=options.read_by_row,
         )
         reads = LateReads(file.path, options.read_deadline)
+        self._file, self._model, self._store = file, model, store
         await self._load(file, model, options, progress, reads)
-        if options.read_by_row is not None:
-            name = options.read_by_row
-            self._rows = await reads.run(
-                "weights", lambda: EmbeddingRows(file, name, options.read_deadline), EmbeddingRows.close
-            )
-        if options.streamed:
-            pieces, ring_bytes, io = self._weights.pieces.pieces, options.ring_bytes, options.io
-            deadline = options.read_deadline
-            self._ring = await reads.run(
-                "weights", lambda: Ring(file, pieces, ring_bytes, io, deadline, options.reads), Ring.close
-            )
-        self._store = store
+        await self._open_readers(reads)
         pinned = [core for _, core in self._threads]
         spin = SPIN_NS if len(set(pinned)) == len(pinned) else 0  # two on one core would spin for each other
         self._gang = program.Gang(pinned, spin_ns=spin)
@@ -139,9 +132,47 @@ class CpuExecutor:
         self._predictors = await reads.run(
             "weights", lambda: LoadedPredictors(file, wanted), LoadedPredictors.close
         )
+        self._build()
+        if options.trace is not None and self._neurons is not None:
+            trace = ReadTrace(options.trace, FLASH, self._neurons.layers)
+            self._read_traces.append((self._neurons.cache, trace))
+        if options.trace is not None and self._clusters is not None:
+            matrices = tuple(name.removesuffix(".weight") for name in options.paged)
+            trace = ReadTrace(options.trace, FLASH, matrices, "experts")
+            self._read_traces.append((self._clusters.cache, trace))
+        for reading, _ in self._read_traces:
+            reading.trace(TRACED_READS)
+
+    async def _open_readers(self, reads: LateReads) -> None:
+        """Those that keep nothing: of streamed pieces, and of rows of the embedding."""
+        file, options, weights = self._file, self._options, self._weights
+        assert file is not None
+        assert options is not None
+        assert weights is not None
+        deadline = options.read_deadline
+        if (name := options.read_by_row) is not None:
+            self._rows = await reads.run(
+                "weights", lambda: EmbeddingRows(file, name, deadline), EmbeddingRows.close
+            )
+        if options.streamed:
+            pieces, ring_bytes, io = weights.pieces.pieces, options.ring_bytes, options.io
+            self._ring = await reads.run(
+                "weights", lambda: Ring(file, pieces, ring_bytes, io, deadline, options.reads), Ring.close
+            )
+
+    def _build(self) -> None:
+        """The program, of the weights, readers and caches that are there."""
+        assert self._file is not None
+        assert self._model is not None
+        assert self._weights is not None
+        assert self._options is not None
+        assert self._gang is not None
+        assert self._predictors is not None
+        store, options = self._store, self._options
+        assert store is not None
         builder = ProgramBuilder(
-            file,
-            model,
+            self._file,
+            self._model,
             self._weights,
             options,
             self._gang,
@@ -162,15 +193,34 @@ class CpuExecutor:
                 kv_page_bytes=page_bytes,
                 kv_used=store.used_bytes,
             )
-        if options.trace is not None and self._neurons is not None:
-            trace = ReadTrace(options.trace, FLASH, self._neurons.layers)
-            self._read_traces.append((self._neurons.cache, trace))
-        if options.trace is not None and self._clusters is not None:
-            matrices = tuple(name.removesuffix(".weight") for name in options.paged)
-            trace = ReadTrace(options.trace, FLASH, matrices, "experts")
-            self._read_traces.append((self._clusters.cache, trace))
-        for reading, _ in self._read_traces:
-            reading.trace(TRACED_READS)
+
+    async def repair(self) -> bool:
+        """See ``pi2rt.runtime.executor.Repairable``. What is in memory stays: weights, cached neurons and experts."""
+        program, options, file = self._program, self._options, self._file
+        if not self._read_failed or program is None or self._gang is None or options is None or file is None:
+            return False
+        for step_id in self._in_flight:
+            program.stop(step_id)
+        while program.in_flight:  # each ends at its next barrier
+            while not program.ready():
+                await trio.lowlevel.wait_readable(self._gang.event_fd)
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._gang.event_fd, 8)
+            with contextlib.suppress(Exception):  # lost, one way or the other
+                program.result()
+        self._in_flight.clear()
+        self._tokens_of.clear()
+        self._program = None
+        del program  # and its buffers, before those of the next
+        readers = (self._ring, self._rows)
+        self._ring = self._rows = None
+        for reader in readers:
+            if reader is not None:
+                await _closed(reader.close)
+        await self._open_readers(LateReads(file.path, options.read_deadline))
+        self._build()
+        self._read_failed = False
+        return True
 
     async def _load(
         self,
@@ -250,7 +300,11 @@ class CpuExecutor:
                 os.read(event_fd, 8)
         self._in_flight.popleft()
         tokens = self._tokens_of.popleft()
-        result, times = self._program.result()
+        try:
+            result, times = self._program.result()
+        except Exception:  # a step fails by what it could not read, and by nothing else
+            self._read_failed = True
+            raise
         busy_ns = result.finished_ns - result.started_ns
         self._steps += 1
         self._tokens += tokens
@@ -325,7 +379,7 @@ class CpuExecutor:
         for reader in readers:  # joined: afterwards nobody writes to their memory
             if reader is not None:
                 await _closed(reader.close)
-        self._store = None
+        self._store = self._file = self._model = None
         if self._weights is not None:
             self._weights.close()
             self._weights = None

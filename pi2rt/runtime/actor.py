@@ -24,7 +24,7 @@ import trio
 
 from pi2rt._errors import BusyError, ClosedError, ExecutorError, InternalError, RequestError
 from pi2rt.runtime.channel import ChannelStatistics
-from pi2rt.runtime.executor import Executor, ExecutorStatistics, Resizable
+from pi2rt.runtime.executor import Executor, ExecutorStatistics, Repairable, Resizable
 from pi2rt.runtime.step import Step, StepResult
 from pi2rt.runtime.trace import Trace, Track
 
@@ -485,17 +485,21 @@ class Actor:
         old, self._executor = self._executor, None
         started_ns = time.perf_counter_ns()
         try:
-            if old is not None:
+            if old is not None and (self._seconds_to_wait() > 0 or not await self._repaired(old)):
                 await self._retire(old)
-                self._unclosed = False
-                self._gone.unpark_all()
+                old = None
+            self._unclosed = False
+            self._gone.unpark_all()
             if self._seconds_to_wait() > 0:
                 raise ExecutorError(
                     self.name,
                     "rebuild",
                     f"{len(self._failures)} failures within {FAILURE_WINDOW:g} s; last: {_say(self._cause)}",
                 ) from self._cause
-            await self._open()
+            if old is None:
+                await self._open()
+            else:
+                self._executor = old
             self._state = "ready"
         except Exception as error:
             if not self._counted:
@@ -506,6 +510,18 @@ class Actor:
         if self.track is not None:
             self.track.span("rebuild", started_ns, time.perf_counter_ns(), outcome=self._state)
         self._wake_all()
+
+    async def _repaired(self, executor: Executor) -> bool:
+        """Whether the executor that failed can go on as it is. Not where a task still waits for a result of it, nor
+        where it is only to be opened otherwise."""
+        if self._cause is None or self._waiting or not isinstance(executor, Repairable):
+            return False
+        try:
+            with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                return await executor.repair()
+        except Exception as error:
+            self._cause.add_note(f"and it could not be repaired: {_say(error)}")
+        return False
 
     async def _retire(self, executor: Executor) -> None:
         """Closes an executor whatever happens around, within CLOSE_SECONDS.

@@ -212,6 +212,17 @@ def make_store(executor: Executor, model: ModelDescription, options: ExecutorOpt
 
 
 @runtime_checkable
+class Repairable(Protocol):
+    """An executor that can go on after some failures without loading weights again, such as reads that failed."""
+
+    async def repair(self) -> bool:
+        """Called when a step has failed and no task is in ``wait``. Ends all steps in flight, whose results are lost,
+        and makes the executor as it is behind ``open``: no slot is bound. True: it can go on. False, or an error: it
+        has to be closed. Bounded."""
+        ...
+
+
+@runtime_checkable
 class Resizable(Protocol):
     """An executor whose memory for neurons (``ExecutorOptions.neuron_bytes``) can change while steps run."""
 

@@ -4,8 +4,10 @@ budget meanwhile. Text is the same afterwards."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -195,3 +197,53 @@ async def test_a_resize_while_the_executor_is_made_again_waits(disk: FaultyDisk)
             disk.work()
         assert held(runtime) > small
         assert await text(runtime) == expected
+
+
+async def test_a_failed_read_is_repaired_without_loading_weights(disk: FaultyDisk) -> None:
+    """The requests of the step fail. Others go on from what is computed, and the executor is the same one."""
+    loads: list[int] = []
+    async with pi2rt.open_runtime(
+        disk.path, context=256, memory=LARGE, on_load=lambda done, total: loads.append(done)
+    ) as runtime:
+        least, _ = await budgets(runtime, disk.path)
+        await runtime.resize(least)
+        expected = await text(runtime)
+        actor = runtime._actors[0]
+        executor, loaded = actor._executor, len(loads)
+        for _ in range(2):
+            disk.fail(errno.EIO)
+            with pytest.raises(ExecutorError, match="Input/output error"):
+                await text(runtime)
+            disk.work()
+            begin = time.perf_counter()
+            assert await text(runtime) == expected
+            print(f"{time.perf_counter() - begin:.3f} s from the error to the end of the next answer")
+        assert actor._executor is executor
+        assert actor.generation >= 2
+        assert len(loads) == loaded
+
+
+async def test_who_is_not_in_the_failed_step_goes_on_from_its_pages(disk: FaultyDisk) -> None:
+    async with pi2rt.open_runtime(disk.path, context=256, memory=LARGE, max_sequences=2) as runtime:
+        least, _ = await budgets(runtime, disk.path)
+        await runtime.resize(least)
+        prompt = list(range(5, 105))
+        expected = (await runtime.generate(prompt, max_tokens=30, ignore_eos=True)).tokens
+        got: list[int] = []
+        # its consumer reads nothing, so that no step has a slice of it, until the other has failed
+        params = pi2rt.SamplingParams(max_tokens=30, ignore_eos=True)
+        async with runtime.stream(prompt, params) as stream:
+            got.append((await anext(stream)).token)
+            while runtime.statistics().engine.steps_in_flight:  # noqa: ASYNC110 - until all 30 tokens are there
+                await trio.sleep(0.001)
+            disk.fail(errno.EIO)
+            with pytest.raises(ExecutorError):
+                await text(runtime)
+            disk.work()
+            got += [chunk.token async for chunk in stream]
+        assert tuple(got) == expected
+        computed = runtime.statistics().engine.prefill_tokens
+        assert (await runtime.generate(prompt, max_tokens=30, ignore_eos=True)).tokens == expected
+        assert runtime.statistics().engine.prefill_tokens - computed < len(
+            prompt
+        )  # its pages are still known
