@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pi2rt.cython_kernels.plane.program import CLUSTER
 from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.row_blocks import ROWS, SECTOR, page_blocks, page_bytes
-from pi2rt.models import MixtureOfExperts, ModelDescription, iterate_tensors
+from pi2rt.models import ModelDescription, iterate_tensors
 from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.runtime.flash_reads import FlashReads
 
@@ -116,11 +116,10 @@ def expert_operations(
     experts, which every token uses."""
     for layer in model.layers:
         for block in layer.blocks:
-            if isinstance(block, MixtureOfExperts):
-                for each in map(block.expert, range(block.n_experts)):
-                    for linears in ((each.up, each.gate), (each.down,)):
-                        infos = (file.tensors[linear.weight] for linear in linears if linear is not None)
-                        yield tuple(info for info in infos if as_pack or info.layout == "blocks16")
+            for each in block.routed():
+                for operation in each.operations():
+                    infos = map(file.tensors.__getitem__, operation.matrices)
+                    yield tuple(info for info in infos if as_pack or info.layout == "blocks16")
 
 
 def _pages(info: TensorInfo) -> int:

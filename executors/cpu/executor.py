@@ -20,9 +20,10 @@ from pi2rt.cython_kernels.flash.neuron_cache import NeuronCache
 from pi2rt.cython_kernels.kernels import native
 from pi2rt.cython_kernels.plane import program
 from pi2rt.executors.cpu.expert_pages import Clusters
+from pi2rt.executors.cpu.need import cpu_need
 from pi2rt.executors.cpu.neurons import Neurons
 from pi2rt.executors.cpu.predictors import LoadedPredictors
-from pi2rt.executors.cpu.program_builder import ProgramBuilder
+from pi2rt.executors.cpu.program_builder import BLOCKS, ProgramBuilder
 from pi2rt.executors.cpu.weights import Weights
 from pi2rt.executors.flash.embedding_rows import EmbeddingRows
 from pi2rt.executors.flash.late_reads import LateReads
@@ -32,8 +33,9 @@ from pi2rt.executors.flash.ring import Ring
 from pi2rt.formats import ModelFile
 from pi2rt.host.limits import explained
 from pi2rt.host.topology import own_cores
-from pi2rt.memory import KvType, StateStore
+from pi2rt.memory import KvType, MemoryNeed, StateStore
 from pi2rt.models import ModelDescription
+from pi2rt.models.block_check import check_blocks
 from pi2rt.runtime.executor import (
     RECENT_STEPS,
     ExecutorOptions,
@@ -60,6 +62,7 @@ class CpuExecutor:
 
     name = "cpu"
     reads_bundles = True
+    streams_weights = True
     sparsities = ("exact", "thresholded", "predicted")
     max_in_flight = program.MOST_IN_FLIGHT
 
@@ -91,6 +94,10 @@ class CpuExecutor:
         """float32 where exact floats were asked for: half precision would be their largest error."""
         return "f32" if exact_floats else kv_type
 
+    def need(self, file: ModelFile, model: ModelDescription, options: ExecutorOptions) -> MemoryNeed:
+        check_blocks(file.path, model, BLOCKS, self.name)
+        return cpu_need(file, model, options, self.page_type(options.kv_type, options.exact_floats))
+
     async def open(
         self,
         file: ModelFile,
@@ -108,6 +115,7 @@ class CpuExecutor:
                 "bundles",
                 "are not read as exact floats; convert the model with --bundles off for that",
             )
+        check_blocks(file.path, model, BLOCKS, self.name)
         cores = options.cores or tuple(sorted(own_cores()))
         self._threads = [(options.actor, core) for core in cores]
         self._threads += [(actor, core) for actor, group in options.assistants for core in group]

@@ -17,13 +17,12 @@ import numpy.typing as npt
 from pi2rt._errors import ModelFormatError
 from pi2rt.cython_kernels.kernels import native
 from pi2rt.executors.cpu.weights import to_floats
-from pi2rt.executors.reference.model import ReferenceModel
+from pi2rt.executors.reference.model import Place, ReferenceModel
 from pi2rt.formats import ModelFile, TensorInfo, neuron_order
 from pi2rt.formats.quants import dequantize
 from pi2rt.memory import StateLayout, StateStore
 from pi2rt.models import Block, FeedForward, MixtureOfExperts, ModelDescription
 from pi2rt.models.states import PAGE_TOKENS
-from pi2rt.models.tensors import block_tensors
 from pi2rt.runtime.step import Floats, Int32s
 
 PIECE_ROWS = 1024
@@ -71,38 +70,47 @@ def walk(
     pages = np.arange(-(-longest // PAGE_TOKENS), dtype=np.int32)
     layout = StateLayout.of(model, "f32")
     streams = [weights.rows(model.embedding, text) * np.float32(model.embedding_scale) for text in texts]
-    total, done = sum(_parts(block) for layer in model.layers for block in layer.blocks), 0
+    total = sum(_parts(block) for layer in model.layers for block in layer.blocks)
+    done = 0
     for index, layer in enumerate(model.layers):
         for number, block in enumerate(layer.blocks):
             progress(done, total)
-            if isinstance(block, MixtureOfExperts):
-                with StateStore(layout, len(pages)) as store:
-                    reference = ReferenceModel(model, weights, store)
-                    for _ in _mixture(reference, weights, index, block, streams, observe):
-                        done += 1
-                        progress(done, total)
-                continue
-            weights.load(name for name, _ in block_tensors(block, model.dim))
             with StateStore(layout, len(pages)) as store:  # of which only what this block uses is touched
                 reference = ReferenceModel(model, weights, store)
-                if isinstance(block, FeedForward):
-                    observe(index, block, weights, _feed_forward(reference, block, streams))
-                else:
-                    for i, x in enumerate(streams):
-                        streams[i] = reference.behind(index, number, x, 0, pages)
-            done += 1
+                walk_block = WALKS.get(type(block), _unobserved)
+                for _ in walk_block(
+                    reference, weights, block, Place(index, number, 0, pages), streams, observe
+                ):
+                    done += 1
+                    progress(done, total)
     progress(done, total)
 
 
 def _parts(block: Block) -> int:
-    return sum(1 for _ in block.experts()) if isinstance(block, MixtureOfExperts) else 1
+    """Steps of progress: experts, or one."""
+    return max(1, sum(1 for _ in block.feed_forwards()))
+
+
+def _unobserved(
+    reference: ReferenceModel,
+    weights: _BlockWeights,
+    block: Block,
+    place: Place,
+    streams: list[Floats],
+    observe: Observer,
+) -> Iterator[None]:
+    """A block without neurons."""
+    weights.load(name for name, _ in block.tensors(reference.model.dim))
+    for i, x in enumerate(streams):
+        streams[i] = reference.behind(place.layer, place.number, x, place.start, place.table)
+    yield
 
 
 def _mixture(
     reference: ReferenceModel,
     weights: _BlockWeights,
-    index: int,
     block: MixtureOfExperts,
+    place: Place,
     streams: list[Floats],
     observe: Observer,
 ) -> Iterator[None]:
@@ -123,8 +131,8 @@ def _mixture(
             out[tokens] += shares[tokens, places, None] * y
 
     for number, expert in enumerate(block.experts()):
-        weights.load(name for name, _ in block_tensors(expert, dim))
-        observe(index, expert, weights, factors(expert, number))
+        weights.load(name for name, _ in expert.tensors(dim))
+        observe(place.layer, expert, weights, factors(expert, number))
         yield
     weights.load(_around(block))
     for i, x in enumerate(streams):
@@ -143,12 +151,32 @@ def _around(block: MixtureOfExperts) -> Iterator[str]:
         yield block.post_norm.weight
 
 
-def _feed_forward(reference: ReferenceModel, block: FeedForward, streams: list[Floats]) -> Iterator[Factors]:
-    for i, x in enumerate(streams):
-        mine = reference.normalized(block, x)
-        gate, up = reference.factors(block, mine)
-        yield Factors(gate, up, partial(reference.gate_product, block, mine))
-        streams[i] = reference.add(block, x, reference.down(block, gate if up is None else gate * up))
+def _feed_forward(
+    reference: ReferenceModel,
+    weights: _BlockWeights,
+    block: FeedForward,
+    place: Place,
+    streams: list[Floats],
+    observe: Observer,
+) -> Iterator[None]:
+    weights.load(name for name, _ in block.tensors(reference.model.dim))
+
+    def factors() -> Iterator[Factors]:
+        for i, x in enumerate(streams):
+            mine = reference.normalized(block, x)
+            gate, up = reference.factors(block, mine)
+            yield Factors(gate, up, partial(reference.gate_product, block, mine))
+            streams[i] = reference.add(block, x, reference.down(block, gate if up is None else gate * up))
+
+    observe(place.layer, block, weights, factors())
+    yield
+
+
+WALKS: dict[type[Block], Callable[..., Iterator[None]]] = {
+    FeedForward: _feed_forward,
+    MixtureOfExperts: _mixture,
+}
+"""How text goes through blocks whose neurons are observed; all others go through the reference executor's."""
 
 
 class _BlockWeights(Mapping[str, Floats]):

@@ -19,7 +19,7 @@ from pi2rt.executors.cpu.weights import Weights
 from pi2rt.executors.flash.page_cache import PageCache
 from pi2rt.formats import ModelFile, neuron_bundles, neuron_order
 from pi2rt.host.read_errors import read_failure
-from pi2rt.models import FeedForward, ModelDescription, feed_forwards
+from pi2rt.models import FeedForward, ModelDescription
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Floats
 
@@ -64,7 +64,7 @@ class Neurons(PageCache):
             (number, each)
             for number, layer in enumerate(model.layers)
             for block in layer.blocks
-            for each in feed_forwards(block)
+            for each in block.feed_forwards()
         ]
         blocks = [block for _, block in numbered]
         for block in blocks:

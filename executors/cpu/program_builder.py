@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from pi2rt.executors.cpu.predictors import LoadedPredictor
 from pi2rt.executors.cpu.weights import PackedMatrix, Weights
 from pi2rt.formats import ModelFile
 from pi2rt.memory import PagedLayout, StateStore
-from pi2rt.models import Attention, FeedForward, Linear, MixtureOfExperts, ModelDescription, Norm, Rope
+from pi2rt.models import Attention, Block, FeedForward, Linear, MixtureOfExperts, ModelDescription, Norm, Rope
 from pi2rt.runtime.executor import ExecutorOptions
 from pi2rt.runtime.step import Floats
 
@@ -65,28 +66,25 @@ class ProgramBuilder:
         self._predictors = predictors
         self._rows = rows
         self._ropes: dict[Rope, int] = {}
+        self._store: StateStore
+        self._layouts: Mapping[tuple[int, int], PagedLayout] = {}
 
     def build(self, store: StateStore) -> program.Program:
         """``store``: whose pages the program works on."""
         p, model = self._program, self._model
         embedding = self._matrix(Linear(model.embedding))
         p.embed(embedding, rows=self._rows)
-        attention = iter(store.layout.paged)
+        self._store = store
+        self._layouts = {(each.layer, each.block): each for each in store.layout.paged}
         for index, layer in enumerate(model.layers):
-            for block in layer.blocks:
-                if isinstance(block, Attention):
-                    self._attention(index, block, store, next(attention))
-                elif isinstance(block, FeedForward):
-                    self._feed_forward(index, block)
-                    self._close(index, block.post_norm)
-                else:
-                    self._mixture(index, block)
+            for number, block in enumerate(layer.blocks):
+                BLOCKS[type(block)](self, block, index, number)
         p.head(self._norm(model.final_norm), self._matrix(model.head))
         p.prepare()
         return p
 
-    def _attention(self, index: int, block: Attention, store: StateStore, layout: PagedLayout) -> None:
-        p = self._program
+    def _attention(self, block: Attention, index: int, number: int) -> None:
+        p, store, layout = self._program, self._store, self._layouts[index, number]
         group = block.n_heads // block.n_kv_heads
         if group > 128:
             raise UnsupportedModelError(
@@ -128,7 +126,11 @@ class ProgramBuilder:
         p.linear(index, None, "attention", sink, [self._matrix(block.out)], q8_in=q8, mixed=mixed)
         self._close(index, block.post_norm)
 
-    def _feed_forward(self, index: int, block: FeedForward, expert: int = -1) -> None:
+    def _feed_forward(self, block: FeedForward, index: int, number: int) -> None:
+        self._neurons_of(index, block)
+        self._close(index, block.post_norm)
+
+    def _neurons_of(self, index: int, block: FeedForward, expert: int = -1) -> None:
         """``expert``: the number of one of a mixture's; -1: the block stands by itself."""
         sink = "mix" if expert >= 0 else "x" if block.post_norm is None else "y"
         mixed = self._is_mixed(block.up, *(() if block.gate is None else (block.gate,)))
@@ -173,7 +175,7 @@ class ProgramBuilder:
         self._program.linear(index, self._norm(block.norm), "x", "reduced", [predictor.first], expert=expert)
         return predictor.second
 
-    def _mixture(self, index: int, block: MixtureOfExperts) -> None:
+    def _mixture(self, block: MixtureOfExperts, index: int, number: int) -> None:
         p, shared = self._program, block.shared_expert()
         routers = [self._matrix(block.router)]
         if block.shared is not None:
@@ -187,9 +189,9 @@ class ProgramBuilder:
             shared=shared is not None,
         )
         for expert in range(block.n_experts):
-            self._feed_forward(index, block.expert(expert), expert)
+            self._neurons_of(index, block.expert(expert), expert)
         if shared is not None:
-            self._feed_forward(index, shared, block.n_experts)
+            self._neurons_of(index, shared, block.n_experts)
         p.add(index, self._norm(block.post_norm))
 
     def _close(self, index: int, post_norm: Norm | None) -> None:
@@ -235,3 +237,11 @@ class ProgramBuilder:
             frequencies = np.array(rope.inverse_frequencies, np.float64)
             self._ropes[rope] = self._program.rope(frequencies, rope.style == "interleaved", rope.magnitude)
         return self._ropes[rope]
+
+
+BLOCKS: dict[type[Block], Callable[[ProgramBuilder, Any, int, int], None]] = {
+    Attention: ProgramBuilder._attention,
+    FeedForward: ProgramBuilder._feed_forward,
+    MixtureOfExperts: ProgramBuilder._mixture,
+}
+"""What appends the operations of each kind of block: of the builder, the block, its layer and its number there."""

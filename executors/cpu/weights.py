@@ -20,7 +20,7 @@ from pi2rt.cython_kernels.kernels import native
 from pi2rt.executors.flash.late_reads import LateReads
 from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.quants import dequantize
-from pi2rt.models import MixtureOfExperts, ModelDescription, iterate_tensors
+from pi2rt.models import ModelDescription, iterate_tensors
 from pi2rt.models.stream_pieces import cut
 from pi2rt.runtime.executor import Progress
 from pi2rt.runtime.own_nursery import open_own_nursery
@@ -253,8 +253,8 @@ def to_floats(info: TensorInfo, raw: npt.NDArray[np.uint8], rows: int) -> Floats
 
 def _shared_routers(model: ModelDescription) -> set[str]:
     """Names of the vectors that are multiplied by, as matrices of one row."""
-    mixtures = (b for layer in model.layers for b in layer.blocks if isinstance(b, MixtureOfExperts))
-    return {each.shared.router for each in mixtures if each.shared is not None}
+    blocks = (block for layer in model.layers for block in layer.blocks)
+    return {name for block in blocks for name in block.vectors_multiplied_by()}
 
 
 def _bytes_in_file(info: TensorInfo, first: int, last: int) -> int:

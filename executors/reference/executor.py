@@ -17,17 +17,19 @@ import numpy.typing as npt
 import trio
 
 from pi2rt._errors import BusyError, ClosedError, InternalError, ModelFormatError, RequestError
-from pi2rt.executors.reference.model import Mark, ReferenceModel, StoppedError
+from pi2rt.executors.reference.model import BLOCKS, LOGIT_ROWS, Mark, ReferenceModel, StoppedError
 from pi2rt.executors.reference.sampling import log_softmax, sample
 from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.quants import check_scales, dequantize
-from pi2rt.memory import KvType, StateStore
-from pi2rt.models import ModelDescription, iterate_tensors
+from pi2rt.memory import KvType, MemoryNeed, StateLayout, StateStore, weight_bytes
+from pi2rt.models import ModelDescription, Paged, iterate_tensors
+from pi2rt.models.block_check import check_blocks
 from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
 from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Slice, Step, StepResult, Unusable
 
 _JOIN_SECONDS = 60.0  # a layer of a long prompt on a slow machine, with room to spare
+_LIBRARIES = 48 << 20  # buffers of the BLAS that numpy uses, and the heap between arrays
 _UNPACK_ROWS = 1024  # at once, because the interpreter waits meanwhile; whole row blocks
 
 
@@ -70,6 +72,27 @@ class ReferenceExecutor:
     def page_type(self, kv_type: KvType, exact_floats: bool) -> KvType:
         return "f32"
 
+    def need(self, file: ModelFile, model: ModelDescription, options: ExecutorOptions) -> MemoryNeed:
+        """Weights are float32. Beside them: the largest tensor as it is in the file, while it is dequantised; the rows
+        of a step between blocks; keys and values of a context, and the scores of a head against them; logits."""
+        check_blocks(file.path, model, BLOCKS, self.name)
+        rows, context = options.max_tokens, options.context
+        widest = max((each.hidden for each in model.feed_forwards()), default=0)
+        paged = [each.state for each in model.states() if isinstance(each.state, Paged)]
+        keys = max((each.kv_heads * each.head_dim for each in paged), default=0)
+        heads = 3 * max(widest, model.dim, keys)  # queries are seldom wider than that
+        floats = (
+            rows * (8 * model.dim + heads + 3 * context)
+            + 6 * context * keys
+            + 3 * LOGIT_ROWS * model.vocab_size
+        )
+        largest = max(file.tensors[name].nbytes for name, _ in iterate_tensors(model))
+        return MemoryNeed(
+            weight_bytes(file, model, floats=True),
+            StateLayout.of(model, self.page_type(options.kv_type, options.exact_floats)).page_bytes,
+            4 * floats + largest + _LIBRARIES,
+        )
+
     async def open(
         self,
         file: ModelFile,
@@ -90,6 +113,7 @@ class ReferenceExecutor:
             raise RequestError(
                 "the reference executor keeps all weights in memory: give it more memory, or take executor='cpu'"
             )
+        check_blocks(file.path, model, BLOCKS, self.name)
         weights = await trio.to_thread.run_sync(_load, file, model, progress)
         self._model = ReferenceModel(model, weights, store)
         self._done_send, self._done = trio.open_memory_channel[_Outcome](self.max_in_flight)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pi2rt.memory import BlockPages, StateStore
+from pi2rt.memory import StateStore
 from pi2rt.models import (
     Activation,
     Attention,
@@ -31,15 +32,25 @@ Weights = Mapping[str, Floats]
 Mark = tuple[str, int, int]
 """(block, start, end), in nanoseconds of ``time.perf_counter_ns``."""
 
-_LOGIT_ROWS = 64  # rows of logits at once, which bounds memory
+LOGIT_ROWS = 64  # rows of logits at once, which bounds memory
 
 
 class StoppedError(Exception):
     """The forward pass was asked to stop between two layers."""
 
 
+class Place(NamedTuple):
+    """Where a block stands, and in which sequence: ``start`` positions are before its rows; ``table``: int32, the
+    sequence's page table."""
+
+    layer: int
+    number: int
+    start: int
+    table: Int32s
+
+
 class ReferenceModel:
-    """A model, and the KV pages that it works on.
+    """A model, all of whose blocks are of kinds in ``BLOCKS``, and the KV pages that it works on.
 
     Args:
         model: what to compute.
@@ -91,12 +102,8 @@ class ReferenceModel:
     def behind(self, layer: int, number: int, x: Floats, start: int, pages: Int32s) -> Floats:
         """The residual stream (t, dim) behind a block, from the one before it. Arguments as ``forward``."""
         block = self.model.layers[layer].blocks[number]
-        y = self.normalized(block, x)
-        if isinstance(block, FeedForward):
-            return self.add(block, x, self._feed_forward(block, y))
-        if isinstance(block, Attention):
-            return self.add(block, x, self._attention(block, y, start, pages, self._pages[layer, number]))
-        return self.add(block, x, self._mixture(block, y))
+        y = BLOCKS[type(block)](self, block, self.normalized(block, x), Place(layer, number, start, pages))
+        return self.add(block, x, y)
 
     def normalized(self, block: Block, x: Floats) -> Floats:
         """A block's input, of the stream (t, dim) before it."""
@@ -144,15 +151,16 @@ class ReferenceModel:
     def logits(self, x: Floats) -> Floats:
         """(t, dim) to (t, vocab_size)."""
         out = np.empty((len(x), self.model.vocab_size), np.float32)
-        for i in range(0, len(x), _LOGIT_ROWS):
-            rows = slice(i, i + _LOGIT_ROWS)
+        for i in range(0, len(x), LOGIT_ROWS):
+            rows = slice(i, i + LOGIT_ROWS)
             y = self._linear(self.model.head, self._norm(self.model.final_norm, x[rows]))
             out[rows] = _softcap(y, self.model.logit_softcap)
         return out
 
     # -- blocks
 
-    def _attention(self, block: Attention, x: Floats, start: int, table: Int32s, pages: BlockPages) -> Floats:
+    def _attention(self, block: Attention, x: Floats, place: Place) -> Floats:
+        start, table, pages = place.start, place.table, self._pages[place.layer, place.number]
         t, d = len(x), block.head_dim
         q = self._linear(block.q, x).reshape(t, block.n_heads, d)  # (t, h, d)
         k = self._linear(block.k, x).reshape(t, block.n_kv_heads, d)  # (t, g, d)
@@ -181,11 +189,11 @@ class ReferenceModel:
             out[:, head] = weights @ values[:, head // group]
         return self._linear(block.out, out.reshape(t, -1))
 
-    def _feed_forward(self, block: FeedForward, x: Floats) -> Floats:
+    def _feed_forward(self, block: FeedForward, x: Floats, place: Place | None = None) -> Floats:
         gate, up = self.factors(block, x)
         return self._linear(block.down, gate if up is None else gate * up)
 
-    def _mixture(self, block: MixtureOfExperts, x: Floats) -> Floats:
+    def _mixture(self, block: MixtureOfExperts, x: Floats, place: Place | None = None) -> Floats:
         chosen, weights = self.route(block, x)
         out = np.zeros_like(x)
         for number, expert in enumerate(block.experts()):
@@ -260,3 +268,12 @@ def _softmax(scores: Floats) -> Floats:
 
 def _softcap(x: Floats, cap: float | None) -> Floats:
     return x if cap is None else np.tanh(x / np.float32(cap)) * np.float32(cap)
+
+
+BLOCKS: dict[type[Block], Callable[[ReferenceModel, Any, Floats, Place], Floats]] = {
+    Attention: ReferenceModel._attention,
+    FeedForward: ReferenceModel._feed_forward,
+    MixtureOfExperts: ReferenceModel._mixture,
+}
+"""What each kind of block computes: of the model, the block, its normalised input (t, dim) and its place, the output
+(t, dim) before the second norm."""

@@ -32,7 +32,7 @@ from pi2rt._errors import BusyError, ClosedError, InternalError
 from pi2rt.executors.reference.sampling import penalised
 from pi2rt.executors.simulated.cache import SimulatedCache, SimulatedPages, SimulatedSequence
 from pi2rt.formats import ModelFile
-from pi2rt.memory import StateStore
+from pi2rt.memory import PAGE_TOKENS, MemoryNeed, StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
 from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Slice, Step, StepResult, Unusable
@@ -154,6 +154,10 @@ class SimulatedExecutor:
         self._queue: deque[_Running] = deque()
         self._changed = trio.lowlevel.ParkingLot()  # wait waits here, until a deadline or a change of it
         self._steps = self._tokens = self._busy_ns = self._finished_ns = 0
+
+    def need(self, file: ModelFile, model: ModelDescription, options: ExecutorOptions) -> MemoryNeed:
+        """Token ids of its pages: it loads no weights, and computes nothing."""
+        return MemoryNeed(0, PAGE_TOKENS * np.dtype(np.int32).itemsize, 0)
 
     async def open(
         self,

@@ -1,6 +1,6 @@
 """What the runtime remembers between steps: the state of sequences, who holds its pages, and what may be used again."""
 
-from pi2rt.memory.need import MemoryNeed, estimate_need
+from pi2rt.memory.need import MemoryNeed, weight_bytes
 from pi2rt.memory.page_codec import BlockPages
 from pi2rt.memory.page_pool import PagePool, PagePoolStatistics
 from pi2rt.memory.page_table import PageTable
@@ -24,6 +24,6 @@ __all__ = [
     "PrefixIndexStatistics",
     "StateLayout",
     "StateStore",
-    "estimate_need",
     "parse_size",
+    "weight_bytes",
 ]

@@ -1,22 +1,11 @@
 """Model descriptions: one file per architecture."""
 
-from pi2rt.models.description import (
-    Activation,
-    Attention,
-    Block,
-    FeedForward,
-    Layer,
-    Linear,
-    MixtureOfExperts,
-    ModelDescription,
-    Norm,
-    Rope,
-    SharedExpert,
-    feed_forwards,
-)
+from pi2rt.models.blocks import Attention, Block, FeedForward, MixtureOfExperts, Operation, SharedExpert
+from pi2rt.models.description import Layer, ModelDescription
 from pi2rt.models.load import ARCHITECTURES, describe
+from pi2rt.models.parts import Activation, Linear, Norm, Rope
 from pi2rt.models.states import BlockState, Fixed, FixedArray, Paged, State
-from pi2rt.models.tensors import block_tensors, iterate_tensors
+from pi2rt.models.tensors import iterate_tensors
 
 __all__ = [
     "ARCHITECTURES",
@@ -32,12 +21,11 @@ __all__ = [
     "MixtureOfExperts",
     "ModelDescription",
     "Norm",
+    "Operation",
     "Paged",
     "Rope",
     "SharedExpert",
     "State",
-    "block_tensors",
     "describe",
-    "feed_forwards",
     "iterate_tensors",
 ]

@@ -7,13 +7,14 @@ Every number is checked against sane bounds here, before anything is built from 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
 from pi2rt.formats.model_file import ModelFile, printable
-from pi2rt.models.description import Linear, Norm
+from pi2rt.models.parts import Linear, Norm
 
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 22  # of any dimension but the vocabulary's
@@ -88,32 +89,93 @@ class Checkpoint:
 
         self.n_layers = self.integer("block_count", "num_hidden_layers", high=MAX_LAYERS)
         self.dim = self.integer("embedding_length", "hidden_size")
-        self.hidden = self.integer("feed_forward_length", "intermediate_size")
-        self.n_heads = self.integer("attention.head_count", "num_attention_heads")
-        self.n_kv_heads = self.integer("attention.head_count_kv", "num_key_value_heads", default=self.n_heads)
-        if self.n_heads % self.n_kv_heads:
-            raise self.error(
-                "attention.head_count_kv",
-                "num_key_value_heads",
-                f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads evenly",
-            )
-        self.head_dim = self.integer("attention.key_length", "head_dim", default=self._default_head_dim())
-        if self.head_dim % 2:
-            raise self.error(
-                "attention.key_length", "head_dim", f"{self.head_dim} is odd; the rotation needs pairs"
-            )
-        value_dim = self.integer("attention.value_length", None, default=self.head_dim)
-        if value_dim != self.head_dim:
-            raise self.unsupported(
-                "attention.value_length",
-                None,
-                f"values of {value_dim} beside keys of {self.head_dim} elements",
-            )
         self.trained_context = self.integer("context_length", "max_position_embeddings", high=MAX_CONTEXT)
         self.context = context or self.trained_context
         self.eps = self.number("attention.layer_norm_rms_epsilon", "rms_norm_eps", low=0.0, high=1.0)
 
-    # -- hyperparameters
+    # -- hyperparameters, each read and checked when an architecture asks for it: not every one has attention
+
+    @cached_property
+    def hidden(self) -> int:
+        """Neurons of each feed-forward block."""
+        return self.integer("feed_forward_length", "intermediate_size")
+
+    @cached_property
+    def n_heads(self) -> int:
+        return self.integer("attention.head_count", "num_attention_heads")
+
+    @cached_property
+    def n_kv_heads(self) -> int:
+        kv_heads = self.integer("attention.head_count_kv", "num_key_value_heads", default=self.n_heads)
+        self._check_sharing(self.n_heads, kv_heads)
+        return kv_heads
+
+    @cached_property
+    def head_dim(self) -> int:
+        head_dim = self.integer("attention.key_length", "head_dim", default=self._default_head_dim())
+        if head_dim % 2:
+            raise self.error(
+                "attention.key_length", "head_dim", f"{head_dim} is odd; the rotation needs pairs"
+            )
+        value_dim = self.integer("attention.value_length", None, default=head_dim)
+        if value_dim != head_dim:
+            raise self.unsupported(
+                "attention.value_length", None, f"values of {value_dim} beside keys of {head_dim} elements"
+            )
+        return head_dim
+
+    @cached_property
+    def layer_heads(self) -> tuple[tuple[int, int], ...]:
+        """(query heads, KV heads) of each layer; (0, 0) of one without attention. Hybrid files have either as an array,
+        with zeros."""
+        heads = self.integers("attention.head_count", "num_attention_heads", default=0)
+        kv_heads = self.integers("attention.head_count_kv", "num_key_value_heads", default=heads)
+        found = tuple((each, kv) if each and kv else (0, 0) for each, kv in zip(heads, kv_heads, strict=True))
+        for each, kv in found:
+            if kv:
+                self._check_sharing(each, kv)
+        return found
+
+    @cached_property
+    def layer_hidden(self) -> tuple[int, ...]:
+        """Neurons of each layer's feed-forward block; 0 of one without."""
+        return self.integers("feed_forward_length", "intermediate_size", default=0)
+
+    def integers(
+        self,
+        gguf: str | None,
+        huggingface: str | None,
+        *,
+        default: int | Sequence[int],
+        high: int = MAX_WIDTH,
+    ) -> tuple[int, ...]:
+        """A whole number from 0 on for each layer: of one number for all, or of an array with one for each.
+
+        Raises:
+            ModelFormatError: it is neither, or the array has not as many as there are layers.
+        """
+        value = self.value(gguf, huggingface)
+        if value is None:
+            value = default
+        if not isinstance(value, list | tuple | np.ndarray):
+            return (self.integer(gguf, huggingface, default=value, low=0, high=high),) * self.n_layers
+        if len(value) != self.n_layers:
+            raise self.error(gguf, huggingface, f"has {len(value)} values for {self.n_layers} layers")
+        for each in value:
+            whole = isinstance(each, int | np.integer) and not isinstance(each, bool | np.bool_)
+            if not whole or not 0 <= each <= high:
+                raise self.error(
+                    gguf, huggingface, f"{printable(repr(each))} is not an integer between 0 and {high}"
+                )
+        return tuple(int(each) for each in value)
+
+    def _check_sharing(self, heads: int, kv_heads: int) -> None:
+        if heads % kv_heads:
+            raise self.error(
+                "attention.head_count_kv",
+                "num_key_value_heads",
+                f"{heads} query heads cannot share {kv_heads} key-value heads evenly",
+            )
 
     def value(self, gguf: str | None, huggingface: str | None) -> Any:
         """The raw value under the key of this container, None where there is none. Keys of GGUF are given

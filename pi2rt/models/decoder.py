@@ -8,8 +8,10 @@ from collections.abc import Iterable
 
 from pi2rt._errors import ModelFormatError
 from pi2rt.formats.model_file import printable
+from pi2rt.models.blocks import Attention, FeedForward
 from pi2rt.models.checkpoint import Checkpoint
-from pi2rt.models.description import Activation, Attention, FeedForward, Layer, ModelDescription, Rope
+from pi2rt.models.description import Layer, ModelDescription
+from pi2rt.models.parts import Activation, Rope
 
 ACTIVATIONS: dict[str, tuple[Activation, Activation | None]] = {
     "silu": ("silu", None),

@@ -11,9 +11,10 @@ import numpy as np
 from pi2rt._errors import ModelFormatError
 from pi2rt.formats.model_file import printable
 from pi2rt.formats.stacked_experts import MAX_EXPERTS
+from pi2rt.models.blocks import MixtureOfExperts, SharedExpert
 from pi2rt.models.checkpoint import Checkpoint
 from pi2rt.models.decoder import ACTIVATIONS
-from pi2rt.models.description import Linear, MixtureOfExperts, SharedExpert
+from pi2rt.models.parts import Linear
 
 
 def mixture(

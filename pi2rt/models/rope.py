@@ -21,7 +21,7 @@ from pi2rt._errors import ModelFormatError
 from pi2rt.formats.model_file import printable
 from pi2rt.models import rope_scaling
 from pi2rt.models.checkpoint import MAX_CONTEXT, Checkpoint
-from pi2rt.models.description import Rope
+from pi2rt.models.parts import Rope
 
 
 def read_rope(

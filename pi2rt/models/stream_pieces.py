@@ -13,24 +13,19 @@ from dataclasses import dataclass
 from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.neuron_order import CLUSTER
 from pi2rt.formats.row_blocks import ROWS, SECTOR, row_block_bytes
-from pi2rt.models.description import Attention, FeedForward, ModelDescription
+from pi2rt.models.blocks import Operation
+from pi2rt.models.description import ModelDescription
 
 TILE_BLOCKS = 16
 """Row blocks of which larger pieces are a multiple, and of which smaller ones have a half, a fourth or an eighth: so a
 tile of a product with many rows lies in one piece (``cython_kernels/plane/ops_streamed.c``)."""
 
 
-def operations_in_order(model: ModelDescription) -> Iterator[tuple[tuple[str, ...], bool]]:
-    """(names, whether of a feed-forward block) of the matrices that one operation of a step uses together, in the
-    order in which a step runs them, without the output head."""
+def operations_in_order(model: ModelDescription) -> Iterator[Operation]:
+    """In the order in which a step runs them, without the output head."""
     for layer in model.layers:
         for block in layer.blocks:
-            if isinstance(block, Attention):
-                yield (block.q.weight, block.k.weight, block.v.weight), False
-                yield (block.out.weight,), False
-            elif isinstance(block, FeedForward):
-                yield tuple(each.weight for each in (block.up, block.gate) if each is not None), True
-                yield (block.down.weight,), True
+            yield from block.operations()
 
 
 def matrices_in_order(model: ModelDescription) -> Iterator[tuple[str, bool]]:
@@ -81,12 +76,7 @@ def cut(
     pieces: list[Piece] = []
     matrices: dict[str, StreamedMatrix] = {}
     together = 0
-    blocks_of_layers = (block for layer in model.layers for block in layer.blocks)
-    by_cluster = {
-        (block.up if block.gate is None else block.gate).weight
-        for block in blocks_of_layers
-        if isinstance(block, FeedForward) and block.down.weight in file.bundles
-    }
+    by_cluster = {each.deciding.weight for each in model.feed_forwards() if each.down.weight in file.bundles}
     for names, feed_forward in operations_in_order(model):
         infos = [file.tensors[name] for name in names if name in streamed]
         if not infos:

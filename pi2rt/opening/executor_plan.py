@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from pi2rt import catalogue
-from pi2rt._errors import MemoryBudgetError, ModelNotFoundError
+from pi2rt._errors import MemoryBudgetError, ModelNotFoundError, RequestError
 from pi2rt.formats import ModelFile
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.row_blocks import SECTOR
 from pi2rt.host.memory import available_memory, rss_bytes
-from pi2rt.memory import KvType, MemoryNeed, estimate_need
+from pi2rt.memory import KvType, MemoryNeed, StateLayout, weight_bytes
 from pi2rt.models import ModelDescription
 from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.opening.options import RuntimeOptions
@@ -29,7 +29,7 @@ from pi2rt.planner.weights import (
     with_records,
     without_records,
 )
-from pi2rt.runtime.executor import Borrower, Executor, ExecutorOptions
+from pi2rt.runtime.executor import Executor, ExecutorOptions, Measured
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.trace import Trace
 
@@ -112,21 +112,33 @@ def plan_executor(
     """
 
     kv_type = cast("KvType", chosen.kv_type)  # checked by RuntimeOptions
-    page_type = kv_type
-    if isinstance(executor, Borrower):
-        page_type = executor.page_type(kv_type, chosen.exact_floats)
-
-    def need_of(max_tokens: int) -> MemoryNeed:
-        return estimate_need(
-            file,
-            description,
-            max_tokens=max_tokens,
-            slots=chosen.max_sequences,
-            kv_type=page_type,
-            exact_floats=chosen.exact_floats,
-            threads=placement.threads,
+    if not isinstance(executor, Measured) and chosen.memory is not None:
+        raise RequestError(
+            f"memory={chosen.memory!r}: the executor {executor.name!r} does not say what memory it needs, so that a "
+            f"budget cannot be kept; leave it out, or take executor='cpu'"
         )
 
+    def need_of(max_tokens: int) -> MemoryNeed:
+        if not isinstance(
+            executor, Measured
+        ):  # weights as they are; it decides only how many pages there are
+            page = StateLayout.of(description, kv_type).page_bytes
+            return MemoryNeed(weight_bytes(file, description, floats=False), page, 0)
+        return executor.need(file, description, replace(ask, max_tokens=max_tokens))
+
+    ask = ExecutorOptions(
+        slots=chosen.max_sequences,
+        pages=1,
+        context=context,
+        max_tokens=1,
+        cores=placement.lead.cores,
+        actor=placement.lead.name,
+        assistants=placement.assistants,
+        kv_type=kv_type,
+        activations=chosen.activations,
+        exact_floats=chosen.exact_floats,
+        kernels=chosen.kernels,
+    )
     tokens, available = chosen.step_tokens, available_memory()
     need, streaming = need_of(tokens), StreamingPlan()
     each = -(-context // PAGE_TOKENS)
@@ -135,7 +147,8 @@ def plan_executor(
         own += chosen.read_through_bytes + predictors + prompt  # read through: where gaps go
         limit = min(available + own, chosen.memory_bytes)
         available = limit - own
-        if not chosen.exact_floats:
+        streams = getattr(executor, "streams_weights", False) and not chosen.exact_floats
+        if streams:
             if need.weights + need.activations + each * need.page > available:
                 tokens = min(tokens, max(STREAMED_CHUNK, chosen.max_sequences))
                 need = need_of(tokens)
@@ -144,7 +157,7 @@ def plan_executor(
             need = replace(need, weights=streaming.nbytes)
         if own + need.weights + need.activations + each * need.page > limit:
             packed = None
-            if not chosen.exact_floats and not isinstance(file, PackFile):
+            if streams and not isinstance(file, PackFile):
                 packed = plan_streaming(file, description, 0, reads=reads, as_pack=True)
             kv = each * need.page
             raise _too_small(file, limit, own, predictors, prompt, need, streaming, kv, packed)

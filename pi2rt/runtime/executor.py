@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pi2rt.formats import ModelFile
-from pi2rt.memory import KvType, StateLayout, StateStore
+from pi2rt.memory import KvType, MemoryNeed, StateLayout, StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Floats, NeuronUse, Step, StepResult
@@ -149,7 +149,8 @@ class Executor(Protocol):
 
     ``max_in_flight``: how many steps may be submitted and not yet waited for; at least 1. Steps complete in
     the order of submission. An executor that has an attribute ``reads_bundles``, and it is true, knows matrices of the
-    layout "neurons"; others are given no file that has any.
+    layout "neurons"; others are given no file that has any. One that has ``streams_weights``, and it is true, takes
+    options that read weights in every step; others are given none.
     """
 
     name: str
@@ -200,6 +201,16 @@ class Borrower(Protocol):
     def page_type(self, kv_type: KvType, exact_floats: bool) -> KvType:
         """Type of the pages that it wants, where ``ExecutorOptions`` say that. It has to take those of another lane
         too."""
+        ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """An executor that says what memory it takes. Without that, a memory budget is refused: it could not be kept."""
+
+    def need(self, file: ModelFile, model: ModelDescription, options: ExecutorOptions) -> MemoryNeed:
+        """Bytes that it will take at most, beside the pages that it borrows. Called before ``open``; acquires nothing.
+        ``options``: of what is not planned yet, ``pages`` is 1, and all weights are resident."""
         ...
 
 

@@ -26,8 +26,7 @@ from pi2rt.formats.neuron_bundles import (
 )
 from pi2rt.formats.neuron_order import CLUSTER, Order, bundle_order, decode_order, encode_order, put_in_order
 from pi2rt.formats.pack_writer import PackWriter, Planned
-from pi2rt.models import FeedForward, ModelDescription, feed_forwards
-from pi2rt.models.tensors import block_tensors
+from pi2rt.models import FeedForward, ModelDescription
 
 Bundling: TypeAlias = Literal["relu", "gates", "all", "off"]
 """Which feed-forward blocks are stored by neuron: those of which a zero gate skips neurons without changing a bit of
@@ -70,9 +69,9 @@ def bundled_blocks(
         ValueError: an order is none of its block's neurons.
     """
     for layer in model.layers if bundling != "off" else ():
-        tensors = [each for block in layer.blocks for each in block_tensors(block, model.dim)]
+        tensors = [each for block in layer.blocks for each in block.tensors(model.dim)]
         last = [name for name, shape in tensors if len(shape) == 2][-1:]
-        for block in (each for mixed in layer.blocks for each in feed_forwards(mixed)):
+        for block in (each for mixed in layer.blocks for each in mixed.feed_forwards()):
             matrices = _matrices(file, block) if bundling == "all" or rests(block) else None
             if matrices is not None:
                 up, down = matrices

@@ -38,7 +38,7 @@ from pi2rt.formats.quants import TYPES, check_scales
 from pi2rt.formats.regular_file import RegularFile
 from pi2rt.formats.row_blocks import ROWS
 from pi2rt.models import ModelDescription, describe
-from pi2rt.models.tensors import block_tensors, iterate_tensors
+from pi2rt.models.tensors import iterate_tensors
 from pi2rt.planner.pack.bundling import (
     Bundled,
     BundleWriter,
@@ -140,11 +140,11 @@ def source_stamps(file: ModelFile) -> tuple[tuple[str, tuple[int, ...]], ...]:
 def reading_order(model: ModelDescription) -> Iterator[str]:
     """Names of a model's tensors as a pack has them: embedding, final norm and head, then layer by layer its vectors
     and its matrices in the order of their use, so that the matrices of a layer lie in one piece."""
-    blocks = [tuple(block_tensors(block, model.dim)) for layer in model.layers for block in layer.blocks]
+    blocks = [tuple(block.tensors(model.dim)) for layer in model.layers for block in layer.blocks]
     inside = {name for block in blocks for name, _ in block}
     yield from (name for name, _ in iterate_tensors(model) if name not in inside)
     for layer in model.layers:
-        tensors = [each for block in layer.blocks for each in block_tensors(block, model.dim)]
+        tensors = [each for block in layer.blocks for each in block.tensors(model.dim)]
         for dims in (1, 2):
             yield from (name for name, shape in tensors if len(shape) == dims)
 

@@ -257,7 +257,7 @@ async def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 async def test_a_model_larger_than_the_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor_plan, "available_memory", lambda: 1 << 20)
     with pytest.raises(pi2rt.MemoryBudgetError, match=r"1\.0 MiB are available, .* too few: weights"):
-        async with pi2rt.open_runtime(tiny, executor="simulated"):
+        async with pi2rt.open_runtime(tiny):
             pass
 
 

@@ -206,7 +206,7 @@ def test_an_order(pi2rt: Run, tmp_path: Path, text: str) -> None:
             ("--calibration", f"{ordered}.calibration"),
             "has no order of neurons, and no block whose neurons rarely rest",
         ),
-        (("--calibration", calibrate, "--bundles", "off"), "is not stored by neuron (--bundles off)"),
+        (("--calibration", calibration, "--bundles", "off"), "is not stored by neuron (--bundles off)"),
         (("--calibration", plain), "magic: is b'PI2\\x00PACK'"),
         (("--calibration", str(tmp_path / "absent")), "cannot be opened"),
     ]

@@ -15,7 +15,7 @@ from pi2rt.executors.reference.model import ReferenceModel, activate
 from pi2rt.formats import open_model_file
 from pi2rt.formats.quants import dequantize
 from pi2rt.memory import StateLayout, StateStore
-from pi2rt.models import FeedForward, describe, feed_forwards
+from pi2rt.models import FeedForward, describe
 from pi2rt.models.tensors import iterate_tensors
 from pi2rt.planner.pack.bundling import Bundling
 from pi2rt.planner.pack.convert import convert
@@ -98,7 +98,7 @@ def test_the_same_activations(tmp_path: Path, name: str, bundles: Bundling | Non
         (number, each.down.weight)
         for number, layer in enumerate(model.layers)
         for block in layer.blocks
-        for each in feed_forwards(block)
+        for each in block.feed_forwards()
     ]
     assert layers == [number for number, _ in blocks]
     assert list(found) == [name for _, name in blocks]

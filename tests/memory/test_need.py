@@ -1,32 +1,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pi2rt._errors import MemoryBudgetError
 from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.formats import open_model_file
-from pi2rt.memory import MemoryNeed, estimate_need
+from pi2rt.memory import MemoryNeed
 from pi2rt.models import describe
 from pi2rt.planner.pack.bundling import Bundling
 from pi2rt.planner.pack.convert import convert
+from pi2rt.runtime.executor import ExecutorOptions
 from tests.support.running import opened
 from tests.support.tiny_models import VOCAB_SIZE, TinyModel, write_gguf
 
 MIB = 1 << 20
 
 
-def need(path: Path, **changes: object) -> MemoryNeed:
-    options = {
-        "max_tokens": 512,
-        "slots": 8,
-        "kv_type": "f16",
-        "exact_floats": False,
-        "threads": 2,
-    }
+def need(path: Path, *, threads: int = 2, **changes: Any) -> MemoryNeed:
+    given = {"slots": 8, "max_tokens": 512, "cores": (0,) * threads, "kv_type": "f16"} | changes
+    options = ExecutorOptions(pages=1, context=256, **given)
     with open_model_file(path) as file:
-        return estimate_need(file, describe(file), **{**options, **changes})  # type: ignore[arg-type]
+        return CpuExecutor().need(file, describe(file), options)
 
 
 def test_the_need_of_a_tiny_model(tmp_path: Path) -> None:
@@ -40,7 +37,7 @@ def test_the_need_of_a_tiny_model(tmp_path: Path) -> None:
     assert found.activations > 4 * (512 * model.dim + 8 * VOCAB_SIZE)
     assert need(path, exact_floats=True).weights == 4 * parameters
     assert need(path, kv_type="q8").page == 64 * 3 * 2 * 2 * (16 + 4)  # and a scale, float32
-    assert need(path, kv_type="f32").page == 2 * found.page
+    assert need(path, exact_floats=True).page == 2 * found.page
 
 
 def test_experts_count_as_weights_and_one_of_them_as_activations(tmp_path: Path) -> None:
