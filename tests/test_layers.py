@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "api": frozenset(IN_ORDER) | {"engine", "planner", "opening"},
     "tools": frozenset(IN_ORDER) | {"engine", "executors", "planner", "opening", "api"},
     "cli": frozenset(IN_ORDER) | {"engine", "executors", "planner", "opening", "api", "tools"},
+    "testing": frozenset(IN_ORDER) | {"executors"},
     "plugins": frozenset(IN_ORDER) | {"engine", "executors", "planner", "opening", "api"},
 }
 

@@ -1,6 +1,5 @@
 """The executor protocol: what drives one hardware unit. Built-in executors and plug-ins are found alike, by
-entry point (group ``pi2rt.executors``), and pass the same conformance tests
-(``tests/executors/conformance.py``).
+entry point (group ``pi2rt.executors``), and pass the same conformance tests (``pi2rt.testing``).
 
 An executor is owned by one actor and called from its Trio task only; it may use threads of its own
 underneath.

@@ -23,7 +23,7 @@ from pi2rt.models import ModelDescription, describe
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from pi2rt.runtime.trace import Trace
-from tests.executors.conformance import ExecutorConformance
+from pi2rt.testing import StepExecutorConformance, Tolerance
 from tests.golden.compare import compare_logits, load_greedy, load_logits
 from tests.support.families import FAMILIES
 from tests.support.real_model import smollm2
@@ -48,7 +48,12 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(path, QUANTISED, weight_type="Q4_0", types=types)
 
 
-class TestCpu(ExecutorConformance):
+class TestCpu(StepExecutorConformance):
+    """Activations are int8 or int16 where weights are quantised."""
+
+    models = ("quantised",)
+    tolerance = Tolerance(reference=0.06)
+
     @pytest.fixture(autouse=True)
     def _model(self, quantised: Path) -> None:
         self.path = quantised
@@ -56,7 +61,7 @@ class TestCpu(ExecutorConformance):
     def make_executor(self) -> Executor:
         return CpuExecutor()
 
-    def open_model(self) -> tuple[ModelFile, ModelDescription]:
+    def open_model(self, name: str) -> tuple[ModelFile, ModelDescription]:
         file = open_model_file(self.path)
         return file, describe(file)
 

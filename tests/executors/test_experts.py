@@ -22,7 +22,7 @@ from pi2rt.planner.weights import StreamingPlan, expert_operations, plan_streami
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.trace import Trace
-from tests.executors.conformance import ExecutorConformance
+from pi2rt.testing import StepExecutorConformance, Tolerance
 from tests.executors.test_sparse import one_by_one
 from tests.support.running import all_logits, opened
 from tests.support.tiny_models import TinyModel, write_gguf
@@ -179,15 +179,18 @@ async def test_reads_of_experts_are_in_the_trace(
     assert {e["name"] for e in events if e["ph"] == "C"} >= {"reads of experts in flight"}
 
 
-class TestExpertsInPages(ExecutorConformance):
-    """With as little memory for them as can be."""
+class TestExpertsInPages(StepExecutorConformance):
+    """With as little memory for them as can be. The reference reads the file that the pack was made from."""
+
+    models = ("experts",)
+    tolerance = Tolerance(reference=0.06, within=0.98, top1=0.99)
 
     @pytest.fixture(autouse=True)
     def _model(self, tmp_path: Path, small_pages: None) -> None:
         model, weight_type, types = MODELS["reglu"]
-        source = write_gguf(tmp_path / "m.gguf", model, weight_type=weight_type, types=types)
+        self.source = write_gguf(tmp_path / "m.gguf", model, weight_type=weight_type, types=types)
         self.path = tmp_path / "m.pi2"
-        convert(source, self.path)
+        convert(self.source, self.path)
         plan = least_plan(self.path)
         self.options = ExecutorOptions(
             slots=4,
@@ -202,6 +205,10 @@ class TestExpertsInPages(ExecutorConformance):
     def make_executor(self) -> Executor:
         return CpuExecutor()
 
-    def open_model(self) -> tuple[ModelFile, ModelDescription]:
+    def open_model(self, name: str) -> tuple[ModelFile, ModelDescription]:
         file = open_model_file(self.path)
+        return file, describe(file)
+
+    def open_reference_model(self, name: str) -> tuple[ModelFile, ModelDescription]:
+        file = open_model_file(self.source)
         return file, describe(file)

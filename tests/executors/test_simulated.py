@@ -21,26 +21,40 @@ from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.step import Bind, Int32s, Sampling, Slice, Step
+from pi2rt.testing import Flow, Lifecycle, Outputs, Sequences
+from pi2rt.testing.harness import FOLLOW_ON, GREEDY, no_progress
 
-from .conformance import FOLLOW_ON, GREEDY, ExecutorConformance, no_progress
 from .stand_in import STAND_IN_MODEL, StandInFile
 
 OPTIONS = ExecutorOptions(slots=3, pages=8, context=200, max_tokens=200)
 
 
-class TestSimulated(ExecutorConformance):
+class TestSimulated(Lifecycle, Flow, Sequences, Outputs):
+    """Not ``Agreement``, for it computes no model, nor ``SamplingOptions``: of these it follows the seed alone."""
+
+    models = ("stand-in",)
+
     def make_executor(self) -> Executor:
         return SimulatedExecutor(seconds_per_step=2e-4, seconds_per_token=1e-5, seconds_to_open=1e-3)
 
-    def open_model(self) -> tuple[ModelFile, ModelDescription]:
+    def open_model(self, name: str) -> tuple[ModelFile, ModelDescription]:
         return StandInFile(), STAND_IN_MODEL
 
 
-class TestSimulatedInstantly(ExecutorConformance):
+class TestSimulatedOneAtATime(TestSimulated):
     def make_executor(self) -> Executor:
-        return SimulatedExecutor(max_in_flight=1)
+        return SimulatedExecutor(max_in_flight=1, seconds_per_token=1e-5)
 
-    def open_model(self) -> tuple[ModelFile, ModelDescription]:
+
+class TestSimulatedInstantly(Lifecycle, Sequences, Outputs):
+    """Not ``Flow`` either: a step that takes no time cannot be stopped or overtaken."""
+
+    models = ("stand-in",)
+
+    def make_executor(self) -> Executor:
+        return SimulatedExecutor()
+
+    def open_model(self, name: str) -> tuple[ModelFile, ModelDescription]:
         return StandInFile(), STAND_IN_MODEL
 
 

@@ -22,7 +22,7 @@ from pi2rt.planner.pack.convert import convert
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
-from tests.executors.conformance import ExecutorConformance
+from pi2rt.testing import StepExecutorConformance, Tolerance
 from tests.support.running import NOTHING, all_logits, opened, page_table, stopped_steps_leave_nothing
 from tests.support.tiny_models import TinyModel, write_gguf
 
@@ -165,12 +165,15 @@ async def test_exact_floats_are_refused(packs: tuple[Path, Path]) -> None:
             pass
 
 
-class TestSparseCpu(ExecutorConformance):
-    """With the smallest cache there can be."""
+class TestSparseCpu(StepExecutorConformance):
+    """With the smallest cache there can be. The reference reads the same weights without bundles."""
+
+    models = ("relu",)
+    tolerance = Tolerance(reference=0.06)
 
     @pytest.fixture(autouse=True)
     def _model(self, packs: tuple[Path, Path]) -> None:
-        self.path = packs[0]
+        self.path, self.dense = packs
         size, cluster, _ = cache_sizes(self.path)
         self.options = ExecutorOptions(
             slots=4, pages=16, context=256, max_tokens=192, neuron_bytes=cluster * size
@@ -179,8 +182,12 @@ class TestSparseCpu(ExecutorConformance):
     def make_executor(self) -> Executor:
         return CpuExecutor()
 
-    def open_model(self) -> tuple[ModelFile, ModelDescription]:
+    def open_model(self, name: str) -> tuple[ModelFile, ModelDescription]:
         file = open_model_file(self.path)
+        return file, describe(file)
+
+    def open_reference_model(self, name: str) -> tuple[ModelFile, ModelDescription]:
+        file = open_model_file(self.dense)
         return file, describe(file)
 
 

@@ -21,7 +21,7 @@ from pi2rt.planner.pack.convert import convert
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.trace import Trace
-from tests.executors.conformance import ExecutorConformance
+from pi2rt.testing import StepExecutorConformance, Tolerance
 from tests.executors.test_sparse import one_by_one
 from tests.support.native_threads import settles_at
 from tests.support.running import all_logits, open_with_state, opened, stopped_steps_leave_nothing
@@ -56,8 +56,11 @@ def ring_for(path: Path, names: Sequence[str], more: int = 0, reads: FlashReads 
         return cut(file, describe(file), names, reads.stream_bytes).ring + more * SECTOR
 
 
-class TestStreamedCpu(ExecutorConformance):
+class TestStreamedCpu(StepExecutorConformance):
     """Every matrix of every layer is streamed, through the smallest ring there can be."""
+
+    models = ("quantised",)
+    tolerance = Tolerance(reference=0.06)
 
     @pytest.fixture(autouse=True)
     def _model(self, pack: Path) -> None:
@@ -76,7 +79,7 @@ class TestStreamedCpu(ExecutorConformance):
     def make_executor(self) -> Executor:
         return CpuExecutor()
 
-    def open_model(self) -> tuple[ModelFile, ModelDescription]:
+    def open_model(self, name: str) -> tuple[ModelFile, ModelDescription]:
         file = open_model_file(self.path)
         return file, describe(file)
 

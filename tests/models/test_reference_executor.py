@@ -14,13 +14,12 @@ import trio
 from pi2rt._errors import BusyError, ClosedError, ModelFormatError
 from pi2rt.executors.reference import model as reference_model
 from pi2rt.executors.reference.executor import ReferenceExecutor
-from pi2rt.formats import ModelFile, open_model_file
-from pi2rt.models import ModelDescription, describe
+from pi2rt.formats import open_model_file
+from pi2rt.models import describe
 from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step, StepResult
 from pi2rt.runtime.trace import Trace
-from tests.executors.conformance import ExecutorConformance
 from tests.support.running import NOTHING, all_logits, greedy, open_with_state, opened, page_table
 from tests.support.tiny_models import VOCAB_SIZE, TinyModel, write_gguf, write_huggingface
 
@@ -41,19 +40,6 @@ async def _run(
 
 def _bind(slot: int, sampling: Sampling | None = None, history: np.ndarray = NOTHING) -> Bind:
     return Bind(slot, sampling or Sampling(), history)
-
-
-class TestConformance(ExecutorConformance):
-    @pytest.fixture(autouse=True)
-    def _use_model(self, path: Path) -> None:
-        self.path = path
-
-    def make_executor(self) -> Executor:
-        return ReferenceExecutor()
-
-    def open_model(self) -> tuple[ModelFile, ModelDescription]:
-        file = open_model_file(self.path)
-        return file, describe(file)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (64,), (63, 65, 128), tuple(range(1, 150, 7))])

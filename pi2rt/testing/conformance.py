@@ -1,0 +1,14 @@
+"""All that an executor which runs whole steps must do."""
+
+from __future__ import annotations
+
+from pi2rt.testing.agreement import Agreement
+from pi2rt.testing.flow import Flow
+from pi2rt.testing.lifecycle import Lifecycle
+from pi2rt.testing.outputs import Outputs
+from pi2rt.testing.sampling_options import SamplingOptions
+from pi2rt.testing.sequences import Sequences
+
+
+class StepExecutorConformance(Lifecycle, Flow, Sequences, Outputs, SamplingOptions, Agreement):
+    """Subclass it under a name that starts with "Test", and give ``make_executor``; see ``Harness`` for the rest."""
