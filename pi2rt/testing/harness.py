@@ -29,9 +29,6 @@ SEEDED = Sampling(temperature=1.0, seed=7)
 FOLLOW_ON = np.empty(0, np.int32)
 """Tokens of a slice that continues the token sampled last."""
 
-TRIES = 50
-"""How often a race between a call and a step is tried, where one outcome at least must be seen."""
-
 Arguments = ParamSpec("Arguments")
 Suite = TypeVar("Suite", bound="Harness")
 
@@ -87,13 +84,15 @@ class Harness:
     ``models``: names of those of ``TINY_MODELS`` that the executor can run; most tests take the first one. Where
     ``open_model`` is overridden, any names. ``options``: what ``Executor.open`` gets; 4 slots, 256 positions and 192
     tokens in a step at least, and 4 pages for each slot. ``tolerance``: see there. ``patience``: seconds that a test
-    may take; only a hang takes that long.
+    may take; only a hang takes that long. ``tries``: how often a race between a call and a step is tried, where one of
+    its outcomes must be seen at least once.
     """
 
     models: ClassVar[Sequence[str]] = tuple(TINY_MODELS)
     options: ExecutorOptions = ExecutorOptions(slots=4, pages=16, context=256, max_tokens=192)
     tolerance: Tolerance = Tolerance()
     patience: float = 60.0
+    tries: int = 50
     folder: Path
     doing = "the test"  # what a test that hangs is blamed on
     vocab_size = 0
@@ -146,7 +145,10 @@ class Harness:
         self.doing = "open"
         if store is None:
             store = make_store(executor, description, options)
-        await executor.open(file, description, options, store, progress)
+        try:
+            await executor.open(file, description, options, store, progress)
+        except Exception as error:
+            raise AssertionError(f"open failed with {error!r}") from error
 
     @asynccontextmanager
     async def _opened(
@@ -155,10 +157,19 @@ class Harness:
         try:
             await self.open(executor, file, description, options)
             yield
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error says what is wrong
+                await self.close(executor)
+            raise
+        else:
+            await self.close(executor)
         finally:
-            with trio.CancelScope(shield=True), trio.move_on_after(self.patience):
-                await executor.aclose()
             file.close()
+
+    async def close(self, executor: Executor) -> None:
+        with trio.CancelScope(shield=True), trio.move_on_after(self.patience) as scope:
+            await executor.aclose()
+        assert not scope.cancelled_caught, f"aclose did not end within {self.patience:g} s"
 
     async def reference_logits(self, model: str, tokens: Int32s) -> Floats:
         """Logits (t, vocab_size) of a sequence of tokens (t,), by the reference executor."""
@@ -197,7 +208,10 @@ class Harness:
 
     async def wait(self, executor: Executor, step_id: int) -> StepResult:
         self.doing = f"wait for step {step_id}"
-        result = await executor.wait()
+        try:
+            result = await executor.wait()
+        except Exception as error:
+            raise AssertionError(f"step {step_id} failed with {error!r}") from error
         assert result.id == step_id, (
             f"step {step_id} is the oldest, but wait gave the result of step {result.id}"
         )
@@ -205,7 +219,11 @@ class Harness:
 
     async def run(self, executor: Executor, step: Step) -> list[Output]:
         """What a step gives for each of its slices, complete and of the right shapes."""
-        executor.submit(step)
+        try:
+            executor.submit(step)
+        except Exception as error:
+            counts = " and ".join(str(piece.count) for piece in step.slices)
+            raise AssertionError(f"{step}, slices of {counts} tokens, was refused with {error!r}") from error
         return self.outputs(step, await self.wait(executor, step.id))
 
     def outputs(self, step: Step, result: StepResult) -> list[Output]:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pi2rt.models.states import PAGE_TOKENS
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import Borrower, Executor, make_store
 from pi2rt.runtime.step import Bind, Floats, Int32s, Sampling, Slice, Step
-from pi2rt.testing.harness import GREEDY, SEEDED, Harness, Output, in_trio
+from pi2rt.testing.harness import GREEDY, SEEDED, Harness, in_trio
 
 _LENGTH = 150  # of a prompt: three pages, and a part of the last
 _CUTS = ((1,), (64,), (63, 65, 128), (1, 64, 149), tuple(range(7, _LENGTH, 11)))
@@ -90,7 +90,7 @@ class Sequences(Harness):
                     binds.append(Bind(2, GREEDY, texts[2]))
                     expected.insert(1, whole[2])
                 step = Step(10 + i, tuple(pieces), tuple(binds))
-                outputs = await self._run_mixed(executor, step)
+                outputs = await self.run(executor, step)
                 for piece, output, right in zip(pieces, outputs, expected, strict=True):
                     self.check_same(
                         output.rows,
@@ -98,18 +98,6 @@ class Sequences(Harness):
                         f"{piece.count} tokens of slot {piece.slot} in {step}",
                         piece.start,
                     )
-
-    async def _run_mixed(self, executor: Executor, step: Step) -> list[Output]:
-        try:
-            return await self.run(executor, step)
-        except AssertionError:
-            raise
-        except Exception as error:
-            counts = ", ".join(str(piece.count) for piece in step.slices)
-            raise AssertionError(
-                f"a step whose slices have {counts} tokens was refused with {error!r}; prompts and single tokens "
-                f"come mixed"
-            ) from error
 
     @in_trio
     async def test_pages_in_any_order(self) -> None:
@@ -231,6 +219,32 @@ class Sequences(Harness):
                 whole = await self.whole(executor, np.append(prompt, np.int32(first.token)), 0, SEEDED)
                 what = f"a slice without tokens, which continues token {first.token}"
                 self.check_same(remembered.rows, whole[-1:], what, 9)
+
+    @in_trio
+    async def test_state_outlives_the_executor(self) -> None:
+        """Another executor continues a sequence on the same KV pages, where they are the runtime's."""
+        async with self.opened() as executor:
+            prompt = self.prompt(100)
+            if not isinstance(executor, Borrower):
+                pytest.skip("the executor keeps keys and values by itself, so they end with it")
+            whole = await self.whole(executor, prompt)
+        file, description = self.open_model(self.models[0])
+        store = make_store(executor, description, self.options)
+        pieces = (
+            Slice(1, 0, self.pages(1), prompt[:70], logits=True),
+            Slice(1, 70, self.pages(1), prompt[70:], logits=True),
+        )
+        for number, piece in enumerate(pieces):
+            executor = self.make_executor()
+            try:
+                await self.open(executor, file, description, self.options, store=store)
+                (output,) = await self.run(executor, Step(number, (piece,), (Bind(1, GREEDY, prompt),)))
+            finally:
+                await executor.aclose()
+            right = whole[piece.start : piece.start + piece.count]
+            what = "continued by another executor on the same KV pages"
+            self.check_same(output.rows, right, what, piece.start)
+        file.close()
 
     @in_trio
     async def test_any_schedule(self) -> None:

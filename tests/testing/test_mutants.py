@@ -1,0 +1,42 @@
+"""The suite fails wrong executors, each in the test that is there for it, with a message that says what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pi2rt.testing import StepExecutorConformance
+from tests.testing import (
+    flow_mutants,
+    lifecycle_mutants,
+    model_mutants,
+    output_mutants,
+    sampling_mutants,
+    sequence_mutants,
+)
+from tests.testing.mutant import Mutant
+
+MUTANTS = [
+    *lifecycle_mutants.MUTANTS,
+    *flow_mutants.MUTANTS,
+    *sequence_mutants.MUTANTS,
+    *output_mutants.MUTANTS,
+    *sampling_mutants.MUTANTS,
+    *model_mutants.MUTANTS,
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mutants")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant}, {mutant.test}")
+def test_the_suite_fails(mutant: Mutant, folder: Path) -> None:
+    mutant.check(folder)
+
+
+def test_every_test_of_the_suite_fails_a_mutant() -> None:
+    tests = {name for name in dir(StepExecutorConformance) if name.startswith("test_")}
+    assert tests == {mutant.test for mutant in MUTANTS}
