@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
@@ -78,6 +78,18 @@ class Output:
         return self.logits
 
 
+def shown(sampling: Sampling) -> str:
+    """What differs from the default, for a message."""
+    found = []
+    for each in fields(sampling):
+        value = getattr(sampling, each.name)
+        if value != each.default:
+            found.append(
+                f"logit_bias of {len(value)}" if each.name == "logit_bias" else f"{each.name}={value}"
+            )
+    return f"Sampling({', '.join(found)})"
+
+
 class Harness:
     """Where a part of the suite begins. Subclasses give ``make_executor``; the rest may stay as it is.
 
@@ -96,6 +108,9 @@ class Harness:
     folder: Path
     doing = "the test"  # what a test that hangs is blamed on
     vocab_size = 0
+    stores: tuple[
+        StateStore | None, ...
+    ] = ()  # kept to the end: a wrong executor may use one after ``aclose``
 
     @pytest.fixture(autouse=True)
     def _in_a_folder(self, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -145,6 +160,7 @@ class Harness:
         self.doing = "open"
         if store is None:
             store = make_store(executor, description, options)
+        self.stores = (*self.stores, store)
         try:
             await executor.open(file, description, options, store, progress)
         except Exception as error:
@@ -318,12 +334,35 @@ class Harness:
             f"allowed {self.tolerance.top1:.1%}"
         )
 
+    async def check_text(
+        self,
+        executor: Executor,
+        prompt: Int32s,
+        sampling: Sampling,
+        got: Sequence[int],
+        expected: Sequence[int],
+        what: str,
+    ) -> None:
+        """Tokens after the prompt are those that this executor gave another time. Where it is inexact, they are up to
+        the first near tie, where errors of that size decide what is sampled. ``sampling`` has no penalties."""
+        if list(got) == list(expected):
+            return
+        message = f"{what}: tokens are {list(got)}, not {list(expected)}"
+        assert self.tolerance.repeat > 0.0, message
+        at = next(i for i, pair in enumerate(zip(got, expected, strict=True)) if pair[0] != pair[1])
+        tokens = np.concatenate((prompt, np.array(expected[:at], np.int32)))
+        (output,) = await self.run(executor, self.prefill(3000, tokens, 3, logits=True))
+        counts = np.zeros(self.vocab_size, np.int32)
+        error = 2 * self.tolerance.repeat  # both may have one, and that of these logits
+        allowed = allowed_tokens(output.rows[-1], sampling, counts, len(tokens), error)
+        assert len(allowed) > 1, message
+
     def check_token(
         self, token: int, logits: Floats, sampling: Sampling, counts: Int32s, position: int, what: str
     ) -> None:
         """The token at ``position`` is what ``sampling`` picks from these logits (vocab_size,) of the same step."""
         allowed = allowed_tokens(logits, sampling, counts, position)
         assert token in allowed, (
-            f"{what}: token {token} at position {position}, but from the executor's own logits {sampling} picks "
+            f"{what}: token {token} at position {position}, but from the executor's own logits {shown(sampling)} picks "
             f"{' or '.join(map(str, sorted(allowed))) or 'none'}"
         )

@@ -31,23 +31,25 @@ class Sequences(Harness):
     @in_trio
     async def test_same_again(self, sampling: Sampling) -> None:
         """Opened anew, and in another slot."""
-        texts = []
-        for _ in range(2):
+        texts: list[list[int]] = []
+        for number in range(2):
             async with self.opened() as executor:
-                texts.append(await self.generate(executor, self.prompt(9), 6, (0,), sampling))
-                texts.append(await self.generate(executor, self.prompt(9), 6, (2,), sampling))
-        assert texts == [texts[0]] * 4, f"the same prompt four times gave {texts}"
+                prompt = self.prompt(9)
+                for slot in (0, 2):
+                    texts += await self.generate(executor, prompt, 6, (slot,), sampling)
+                    what = f"the same prompt again, in slot {slot} of executor {number}"
+                    await self.check_text(executor, prompt, sampling, texts[-1], texts[0], what)
 
     @pytest.mark.parametrize("sampling", [GREEDY, SEEDED])
     @in_trio
     async def test_text_does_not_depend_on_the_batch(self, sampling: Sampling) -> None:
         async with self.opened() as executor:
-            (alone,) = await self.generate(executor, self.prompt(9), 12, (0,), sampling)
-            together = await self.generate(executor, self.prompt(9), 12, (2, 0, 1), sampling)
-        for place, text in enumerate(together):
-            assert text == alone, (
-                f"slice {place} of 3 in a step gave the tokens {text}, alone it gives {alone}"
-            )
+            prompt = self.prompt(9)
+            (alone,) = await self.generate(executor, prompt, 12, (0,), sampling)
+            together = await self.generate(executor, prompt, 12, (2, 0, 1), sampling)
+            for place, text in enumerate(together):
+                what = f"slice {place} of 3 in a step"
+                await self.check_text(executor, prompt, sampling, text, alone, what)
 
     @in_trio
     async def test_prefill_in_chunks(self) -> None:
@@ -204,9 +206,8 @@ class Sequences(Harness):
                 while len(got) < count:
                     (output,) = self.outputs(steps[len(got)], await self.wait(executor, 1 + len(got)))
                     got.append(output.token)
-                assert got == expected, (
-                    f"with {executor.max_in_flight} steps in flight the tokens are {got}, one by one {expected}"
-                )
+                what = f"with {executor.max_in_flight} steps in flight"
+                await self.check_text(executor, self.prompt(9), sampling, got, expected, what)
 
     @in_trio
     async def test_token_given_or_remembered(self) -> None:

@@ -20,7 +20,7 @@ difference it is the root of two, and six times that is not seen in a vocabulary
 HOST_ERROR = 1e-6
 """Relative error of bias, penalties and softmax on the same logits, float32 in any order."""
 
-_TRIALS = 16
+_TRIALS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,15 @@ def near_ties(logits: Floats, chosen: Int32s, error: float) -> Floats:
     return behind <= NEAR_TIE * error * rms  # type: ignore[no-any-return]
 
 
-def allowed_tokens(logits: Floats, sampling: Sampling, counts: Int32s, position: int) -> frozenset[int]:
-    """The tokens that may be sampled from logits (vocab_size,): what the reference picks from them, and from the same
-    logits with random errors of ``HOST_ERROR``. Arguments as ``reference.sampling.sample`` has them. Empty where the
-    logits are unusable.
+def allowed_tokens(
+    logits: Floats, sampling: Sampling, counts: Int32s, position: int, error: float = HOST_ERROR
+) -> frozenset[int]:
+    """The tokens that may be sampled from logits (vocab_size,) that are known up to a relative ``error``: what the
+    reference picks from them, and from the same logits with random errors of that size. Arguments as
+    ``reference.sampling.sample`` has them. Empty where the logits are unusable.
     """
     random = np.random.RandomState(position)
-    spread = np.float32(HOST_ERROR * np.sqrt(np.mean(np.square(logits))))
+    spread = np.float32(error * np.sqrt(np.mean(np.square(logits))))
     tokens = []
     for trial in range(_TRIALS):
         noise = random.standard_normal(len(logits)).astype(np.float32) * spread if trial else np.float32(0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _FENCE = re.compile(r"^```(\w*)\s*$")
-_NOTE = re.compile(r"^<!-- (not run|slow): (\S.*\S) -->$")
+_NOTE = re.compile(r"^<!-- (not run|slow|file): (\S.*\S) -->$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,8 @@ class Block:
     """A fenced block.
 
     A comment on the line before the block says what tests do with it: ``<!-- not run: REASON -->`` leaves it out,
-    ``<!-- slow: REASON -->`` runs it with the slow tests. ``note`` and ``reason`` are its two parts, "" without one.
+    ``<!-- slow: REASON -->`` runs it with the slow tests, ``<!-- file: PATH -->`` makes a file of it. ``note`` and
+    ``reason`` are its two parts, "" without one.
     """
 
     document: Path

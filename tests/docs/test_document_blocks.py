@@ -13,10 +13,12 @@ def test_blocks_are_found_with_their_notes(tmp_path: Path) -> None:
     path = tmp_path / "a.md"
     path.write_text(
         "text\n```python\nx = 1\n```\n\n<!-- not run: takes an hour -->\n```console\n$ a --b\nout\n\nmore\n$ c\n```\n"
+        "<!-- file: b/c.toml -->\n```toml\n[d]\n```\n"
     )
-    python, console = blocks(path)
+    python, console, file = blocks(path)
     assert (python.language, python.text, python.note, python.line) == ("python", "x = 1\n", "", 2)
     assert (console.language, console.note, console.reason) == ("console", "not run", "takes an hour")
+    assert (file.language, file.note, file.reason, file.text) == ("toml", "file", "b/c.toml", "[d]\n")
     assert console.commands() == [Command("a --b", "out\n\nmore\n"), Command("c", "")]
 
 

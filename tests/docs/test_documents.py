@@ -21,7 +21,7 @@ from tests.support.tiny_models import TinyModel, write_gguf
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
-RUNNABLE = [block for block in BLOCKS if block.language in ("python", "console")]
+RUNNABLE = [block for block in BLOCKS if block.language in ("python", "console") and block.note != "file"]
 OWN_MODELS = ("model.gguf", "big.gguf", "SmolLM2-135M-Instruct.Q4_1.gguf")
 """What documents call a model file that the reader has."""
 RELU_MODEL = "relu.gguf"
@@ -36,11 +36,13 @@ _NUMBER = re.compile(r"\d+(\.\d+)?( (ms|s|bytes|[KMG]iB)\b)?")
 
 def documents(*, slow: bool) -> list[Path]:
     """Those with a block to run. All blocks of a document are run in the slow tests if one of them is slow, since each
-    may need what the ones before it have made."""
+    may need what the ones before it have made. Those that write files are tutorials, which have tests of their own."""
+    tutorials = {block.document for block in BLOCKS if block.note == "file"}
     return [
         document
         for document in DOCUMENTS
-        if (runs := [block for block in RUNNABLE if block.document == document and block.note != "not run"])
+        if document not in tutorials
+        and (runs := [block for block in RUNNABLE if block.document == document and block.note != "not run"])
         and slow == any(block.note == "slow" for block in runs)
     ]
 

@@ -40,14 +40,11 @@ class ShowsTheLastLogitsOnly(Wrapper):
 
 
 class ShiftsTargets(Wrapper):
-    """A target is scored after the token it was given for has been replaced by the next one."""
+    """A target is scored where the next one belongs."""
 
-    def change_step(self, step: Step) -> Step:
-        slices = (
-            piece if piece.targets is None else replace(piece, targets=np.roll(piece.targets, 1))
-            for piece in step.slices
-        )
-        return replace(step, slices=tuple(slices))
+    def change_result(self, step: Step, result: StepResult) -> StepResult:
+        shifted = tuple(None if each is None else np.roll(each, 1) for each in result.scores)
+        return replace(result, scores=shifted)
 
 
 class ScoresNegativeTargets(Wrapper):
@@ -190,16 +187,18 @@ _FORBIDDEN: Mapping[str, Any] = {"blamed": "logit_bias", "bias": -np.inf, "other
 MUTANTS = [
     Mutant(PicksTheLeastLikely, "test_logits_and_sampled_token_agree", "greedy sampling picked token"),
     Mutant(
-        PicksOtherwiseWithoutLogits, "test_logits_and_sampled_token_agree", r"without logits, \d+ with them"
+        PicksOtherwiseWithoutLogits,
+        "test_logits_and_sampled_token_agree",
+        "after 1 tokens, without logits: tokens are",
     ),
     Mutant(
         ShowsTheLastLogitsOnly,
         "test_logits_and_sampled_token_agree",
         r"logits must be float32 \(9, 320\), but is float32 \(1, 320\)",
     ),
-    Mutant(ShiftsTargets, "test_scores", "with logits: scores"),
+    Mutant(ShiftsTargets, "test_scores", r"with logits: the score of target \d+, token \d+, is"),
     Mutant(ScoresNegativeTargets, "test_scores", "scores of negative targets must be 0"),
-    Mutant(ScoresLogits, "test_scores", "but log probabilities of the targets after each token are"),
+    Mutant(ScoresLogits, "test_scores", "by the logits of the same step its log probability"),
     Mutant(ReversesOutputs, "test_each_slice_gets_what_it_asked_for", "was asked for|was not asked for"),
     Mutant(
         SamplesAlways,
@@ -215,6 +214,13 @@ MUTANTS = [
     Mutant(PicksATokenFromNoNumbers, _UNUSABLE, "logit_bias leaves no token to pick", _FORBIDDEN),
     Mutant(BlamesNothing, _UNUSABLE, "must be Unusable", _FORBIDDEN),
     Mutant(FailsTheStep, _UNUSABLE, "step 1 failed with .*logits are not numbers", _FORBIDDEN),
-    Mutant(SpoilsTheOthers, _UNUSABLE, "a token was asked for, the result has Unusable", _FORBIDDEN),
-    Mutant(StaysUnusable, _UNUSABLE, "a token was asked for, the result has Unusable", _FORBIDDEN),
+    Mutant(
+        SpoilsTheOthers, _UNUSABLE, "slot 0, beside an unusable slice: the results are Unusable", _FORBIDDEN
+    ),
+    Mutant(
+        StaysUnusable,
+        _UNUSABLE,
+        "the slot that was unusable, bound again: the result is Unusable",
+        _FORBIDDEN,
+    ),
 ]

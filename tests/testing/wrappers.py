@@ -146,3 +146,22 @@ class Resampling(Wrapper):
             logits if piece.logits else None for piece, logits in zip(step.slices, result.logits, strict=True)
         )
         return replace(result, sampled=tuple(sampled), logits=kept)
+
+
+class Inexact(Resampling):
+    """Its logits have an error of a hundredth, another one in each step, as those of a unit that rounds in batches."""
+
+    error = 0.01
+
+    def change_result(self, step: Step, result: StepResult) -> StepResult:
+        random = np.random.RandomState(step.id)
+
+        def noisy(values: Floats | None) -> Floats | None:
+            if values is None:
+                return None
+            rms = np.sqrt(np.mean(np.square(values), axis=-1, keepdims=True))
+            return values + np.float32(self.error) * rms * random.standard_normal(values.shape).astype(
+                np.float32
+            )
+
+        return super().change_result(step, replace(result, logits=tuple(map(noisy, result.logits))))

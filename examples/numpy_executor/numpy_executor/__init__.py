@@ -1,0 +1,1 @@
+"""An executor for pi2rt in plain numpy."""

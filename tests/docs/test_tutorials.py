@@ -1,0 +1,96 @@
+"""Documents that make a package: their files are those of an example, and their commands work in an empty folder."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.docs.document_blocks import Block, blocks
+from tests.support.fresh_environment import fresh_environment
+from tests.support.real_model import smollm2
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+PACKAGES = sorted(path.parent.name for path in EXAMPLES.glob("*/pyproject.toml"))
+TUTORIALS = {"executors.md": "numpy_executor"}
+"""Documents, and the example that each of them makes."""
+
+
+def run(command: list[str], folder: Path, environment: Mapping[str, str]) -> str:
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}"
+    return done.stdout
+
+
+def files(document: str) -> dict[str, Block]:
+    """Blocks that are files, by path."""
+    return {block.reason: block for block in blocks(ROOT / "docs" / document) if block.note == "file"}
+
+
+def sources(example: str) -> dict[str, str]:
+    """The files of an example that are no output of a build, by path."""
+    folder = EXAMPLES / example
+    found = [path for path in folder.rglob("*") if path.suffix in (".py", ".toml", ".md")]
+    return {
+        path.relative_to(folder).as_posix(): path.read_text()
+        for path in found
+        if "build" not in path.relative_to(folder).parts
+    }
+
+
+@pytest.mark.parametrize(("document", "example"), TUTORIALS.items())
+def test_the_files_of_a_tutorial_are_those_of_the_example(document: str, example: str) -> None:
+    assert {path: block.text for path, block in files(document).items()} == sources(example)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", TUTORIALS)
+def test_a_tutorial_works_in_an_empty_folder(document: str, tmp_path: Path) -> None:
+    smollm2()
+    environment = fresh_environment(tmp_path / "environment")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    shown = ""
+    for block in blocks(ROOT / "docs" / document):
+        if block.note == "file":
+            path = folder / block.reason
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text)
+        elif block.language == "console" and block.note != "not run":
+            for command in block.commands():
+                shown += run(["bash", "-c", command.text], folder, environment)
+    assert "numpy: numpy_executor.executor:NumpyExecutor" in shown
+    assert " passed in " in shown
+    assert "generated: 8 tokens" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", PACKAGES)
+def test_an_example_package_installs_and_passes_its_tests(example: str, tmp_path: Path) -> None:
+    for path, text in sources(example).items():
+        target = tmp_path / "package" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+    environment = fresh_environment(tmp_path / "environment")
+    run(["pip", "install", "--quiet", "./package"], tmp_path, environment)
+    shutil.move(tmp_path / "package" / "tests", tmp_path / "tests")  # so that they test what is installed
+    shown = run(["pytest", "-q", "tests"], tmp_path, environment)
+    assert " passed in " in shown
+
+
+def test_every_package_of_the_examples_has_a_tutorial() -> None:
+    assert set(TUTORIALS.values()) == set(PACKAGES)
