@@ -43,6 +43,12 @@ int pi2_pieces_prepare(pi2_program *p) {
 /* How much of the loan this run leaves alone. Rows of long steps are given back to the system behind them. */
 static int64_t lendable(const pi2_run *r) {
   pi2_program *p = r->program;
+  for (int i = 0; i < r->copies.n; i++) {
+    const pi2_copy *copy = &r->copies.copy[i];
+    const uintptr_t end = (uintptr_t)copy->to + (uintptr_t)copy->bytes; /* a slot's lies elsewhere */
+    if ((uintptr_t)copy->to >= p->kv && end <= p->kv + (uintptr_t)p->kv_bytes && (int64_t)(end - p->kv) > p->kv_used)
+      p->kv_used = (int64_t)(end - p->kv);
+  }
   for (int i = 0; i < r->n_slices; i++) {
     const pi2_slice *s = &r->slices[i];
     for (int page = s->start / PI2_PAGE; page * PI2_PAGE < s->start + s->count; page++) {

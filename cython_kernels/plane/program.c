@@ -87,6 +87,7 @@ static void free_run(pi2_run *r) {
   free(r->head_row);
   free(r->prefill_row);
   free(r->slices);
+  free(r->copies.copy);
   free(r->pages);
   free(r->targets);
   free(r->scores);
@@ -345,6 +346,7 @@ pi2_run *pi2_run_new(pi2_program *p) {
   pi2_run *r = &p->runs[p->next_run % PI2_QUEUE];
   if (!r->done) return NULL;
   r->n_rows = r->n_slices = r->n_units = r->n_prefill = r->n_head = r->trace = r->urgent = 0;
+  r->copies.n = 0;
   return r;
 }
 
@@ -475,6 +477,11 @@ int pi2_run_job(void *context, pi2_worker *w) {
   p->scratch[w->index].turn = 0;
   int stopped = 0;
   uint64_t busy = 0;
+  if (r->copies.n) { /* the first operation, of embeddings, touches no state, and its closing barrier follows */
+    const uint64_t begin = pi2_ticks();
+    pi2_copies_run(&r->copies, w->index, p->threads);
+    busy += pi2_ticks() - begin;
+  }
   for (int i = 0; i < p->n_ops && !stopped; i++) {
     const pi2_op *op = &p->ops[i];
     pi2_op streamed;

@@ -9,6 +9,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "copies.h"
 #include "gang.h"
 #include "kernels.h"
 #include "neuron_cache.h"
@@ -135,6 +136,7 @@ typedef struct pi2_run {
   int32_t *head_row;                    /* (max_rows) rows that need logits */
   int32_t *prefill_row;                 /* (max_rows) rows whose keys must be stored before attention */
   pi2_slice *slices;                    /* (max_slots) */
+  pi2_copies copies;                    /* of state, before anything is computed */
   pi2_unit *units;
   int64_t units_capacity;
   int32_t *pages, *targets; /* arenas of this run's page tables and targets */

@@ -76,6 +76,11 @@ cdef extern from "sparse.h" nogil:
         const float *thresholds
         const uint16_t *order
 
+cdef extern from "copies.h" nogil:
+    ctypedef struct pi2_copies:
+        int n
+    int pi2_copies_add(pi2_copies *, const uint8_t *, uint8_t *, int64_t)
+
 cdef extern from "program.h" nogil:
     enum: PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD, PI2_HEAD, PI2_SPARSE, PI2_ROUTE
     enum: PI2_QUEUE
@@ -124,6 +129,7 @@ cdef extern from "program.h" nogil:
         int n_rows, n_slices, trace, urgent
         int32_t *token
         pi2_slice *slices
+        pi2_copies copies
         int32_t *pages
         int32_t *targets
         float *scores
@@ -314,7 +320,8 @@ cdef class Program:
     cdef list keep, waiting
     cdef int capacity, capacity_ropes
     cdef bint prepared
-    cdef int64_t pages
+    cdef int64_t pages, page_bytes, state_slots, slot_bytes
+    cdef uintptr_t page_memory, slot_memory
     cdef readonly int64_t weight_bytes
     cdef list busy_ns
     cdef pid_t owner
@@ -489,6 +496,23 @@ cdef class Program:
             raise memory_failure("buffers for activations")
         self.prepared = True
 
+    def state(self, *, uintptr_t pages, int64_t page_bytes, uintptr_t slots=0, int64_t n_slots=0, int64_t slot_bytes=0):
+        """Where the first page lies, and the first of ``n_slots`` slots of fixed arrays: what steps may copy."""
+        self.page_memory, self.page_bytes = pages, page_bytes
+        self.slot_memory, self.state_slots, self.slot_bytes = slots, n_slots, slot_bytes
+
+    cdef int add_copy(self, pi2_run *r, copy) except -1:
+        cdef bint paged = copy.kind == "page"
+        cdef int64_t count = self.pages if paged else self.state_slots
+        cdef int64_t nbytes = self.page_bytes if paged else self.slot_bytes
+        cdef int64_t source = copy.source, target = copy.target
+        cdef uintptr_t base = self.page_memory if paged else self.slot_memory
+        if not (0 <= source < count and 0 <= target < count):
+            raise InternalError(f"{copy!r}: there are {count} of that kind")
+        if pi2_copies_add(&r.copies, <const uint8_t *>(base + source * nbytes), <uint8_t *>(base + target * nbytes), nbytes):
+            raise memory_failure("copies of state")
+        return 0
+
     @property
     def activation_bytes(self):
         return self.p.activation_bytes
@@ -588,6 +612,8 @@ cdef class Program:
             raise InternalError(f"{step!r} exceeds {self.p.max_slots} slots or {self.p.max_rows} tokens")
         for bind in step.binds:
             self.bind(bind)
+        for copy in step.copies:
+            self.add_copy(r, copy)
         held = []
         for sl in step.slices:
             s = &r.slices[index]

@@ -81,6 +81,14 @@ class ProgramBuilder:
                 BLOCKS[type(block)](self, block, index, number)
         p.head(self._norm(model.final_norm), self._matrix(model.head))
         p.prepare()
+        layout, slots = store.layout, store.slots if store.layout.slot_bytes else 0
+        p.state(
+            pages=store.page_memory.address,
+            page_bytes=layout.page_bytes,
+            slots=store.slot_memory.address if slots else 0,
+            n_slots=slots,
+            slot_bytes=layout.slot_bytes,
+        )
         return p
 
     def _attention(self, block: Attention, index: int, number: int) -> None:

@@ -218,6 +218,8 @@ class ReferenceExecutor:
         for bind in step.binds:
             counts = np.bincount(bind.history, minlength=self._model.model.vocab_size).astype(np.int32)
             self._slots[bind.slot] = _Slot(bind.sampling, counts)
+        for copy in step.copies:
+            self._model.copy(copy)
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # an outcome (Unusable), not a mistake
                 results = [self._run_slice(self._model, step.id, part, marks) for part in step.slices]

@@ -26,7 +26,7 @@ from pi2rt.models import (
     Norm,
     Rope,
 )
-from pi2rt.runtime.step import Floats, Int32s
+from pi2rt.runtime.step import Floats, Int32s, StateCopy
 
 Weights = Mapping[str, Floats]
 Mark = tuple[str, int, int]
@@ -63,6 +63,13 @@ class ReferenceModel:
         self.weights = weights
         self._store = store  # which the arrays below do not keep
         self._pages = store.blocks()
+
+    def copy(self, copy: StateCopy) -> None:
+        """Replaces a page or a slot by another one."""
+        if copy.kind == "page":
+            self._store.copy_page(copy.source, copy.target)
+        else:
+            self._store.copy_slot(copy.source, copy.target)
 
     def forward(
         self,

@@ -9,7 +9,7 @@ import numpy as np
 
 from pi2rt._errors import InternalError
 from pi2rt.models.states import PAGE_TOKENS
-from pi2rt.runtime.step import Bind, Int32s, Slice, Step
+from pi2rt.runtime.step import Bind, Int32s, Slice, StateCopy, Step
 
 _EMPTY = -1  # no token was written here
 
@@ -101,13 +101,19 @@ class SimulatedCache:
                     raise InternalError(
                         f"{step}: slot {piece.slot} uses page {page}, which another executor is still writing"
                     )
-        for page in writers:
+        copies = [copy for copy in step.copies if copy.kind == "page"]  # it has no fixed arrays
+        for copy in copies:
+            self._check_copy(step, copy)
+        for page in _written_by(step):
             steps = self._pages.writers.get(page, (self, 0))[1]
             self._pages.writers[page] = self, steps + 1
+        for copy in copies:
+            self._tokens[copy.target] = self._tokens[copy.source]
+            self._owners[copy.target] = None
 
     def end(self, step: Step) -> None:
         """The step writes no more."""
-        for page in {page for piece in step.slices for page in _written(piece).tolist()}:
+        for page in _written_by(step):
             steps = self._pages.writers[page][1]
             if steps > 1:
                 self._pages.writers[page] = self, steps - 1
@@ -146,11 +152,13 @@ class SimulatedCache:
         if sequence.first_sample is None:
             sequence.first_sample = position
 
-    def undo(self, sequence: SimulatedSequence, piece: Slice) -> None:
-        """The slice was stopped on its way: what it wrote is undefined from now on."""
+    def undo(self, sequence: SimulatedSequence, piece: Slice, lost: dict[int, int]) -> None:
+        """The slice was stopped on its way: what it wrote is undefined from now on. ``lost``: learns of each page the
+        first position in it that is."""
         start, end = piece.start, piece.start + piece.count
         for position in range(start, end):
             page = int(piece.pages[position // PAGE_TOKENS])
+            lost.setdefault(page, position % PAGE_TOKENS)
             if self._owners[page] is sequence:
                 self._tokens[page, position % PAGE_TOKENS] = _EMPTY
         if sequence.written is not None:
@@ -158,10 +166,37 @@ class SimulatedCache:
         sequence.length = min(sequence.length, max(sequence.prompt, start))
         sequence.sampled_at = -1
 
+    def undo_copies(self, step: Step, lost: dict[int, int], *, stopped: bool) -> None:
+        """What the step copied is undefined where it was ``stopped``, or as far as the page that it copied is
+        (``lost``) and no slice of it wrote something else there."""
+        for copy in step.copies:
+            if copy.kind != "page":
+                continue
+            if stopped or copy.source in lost:
+                first = lost[copy.target] = 0 if stopped else lost[copy.source]
+                end = min(
+                    (
+                        piece.start % PAGE_TOKENS
+                        for piece in step.slices
+                        if not stopped and _written(piece)[0] == copy.target
+                    ),
+                    default=PAGE_TOKENS,
+                )
+                self._tokens[copy.target, first:end] = _EMPTY
+            else:
+                lost.pop(copy.target, None)
+
     def readable(self, piece: Slice) -> bool:
         """Whether all that the slice reads is defined."""
         tokens = self._tokens[piece.pages[: _pages_for(piece.start)]].reshape(-1)[: piece.start]
         return int(tokens.min(initial=0)) >= 0
+
+    def _check_copy(self, step: Step, copy: StateCopy) -> None:
+        for page in copy.source, copy.target:
+            if not 0 <= page < len(self._owners):
+                raise InternalError(f"{step}: {copy}, but there are {len(self._owners)} pages")
+            if self._pages.writers.get(page, (self, 0))[0] is not self:
+                raise InternalError(f"{step}: {copy}, but another executor is still writing page {page}")
 
     def _check_slice(self, piece: Slice) -> None:
         start, end, pages = piece.start, piece.start + piece.count, piece.pages
@@ -256,3 +291,9 @@ def _pages_for(positions: int) -> int:
 def _written(piece: Slice) -> Int32s:
     """Pages that the slice writes to."""
     return piece.pages[piece.start // PAGE_TOKENS : _pages_for(piece.start + piece.count)]
+
+
+def _written_by(step: Step) -> set[int]:
+    """Pages that the step writes to."""
+    copied = {copy.target for copy in step.copies if copy.kind == "page"}
+    return copied.union(*(_written(piece).tolist() for piece in step.slices))

@@ -353,12 +353,14 @@ class SimulatedExecutor:
     def _undo_from(self, stopped: _Running) -> None:
         cache = self._opened()
         undefined: set[int] = set()  # by identity of the sequence
+        lost: dict[int, int] = {}  # of pages, from which position on
         reached = False
         for running in self._queue:
             reached = reached or running is stopped
             if not reached:
                 continue
+            cache.undo_copies(running.step, lost, stopped=running is stopped)
             for sequence, piece in running.touched:
                 if running is stopped or id(sequence) in undefined or not cache.readable(piece):
-                    cache.undo(sequence, piece)
+                    cache.undo(sequence, piece, lost)
                     undefined.add(id(sequence))

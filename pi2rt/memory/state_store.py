@@ -58,6 +58,17 @@ class StateStore:
             raise ClosedError("the state of the sequences is closed")
         return self._pages
 
+    @property
+    def slot_memory(self) -> Memory:
+        """Slot s begins at byte ``s * layout.slot_bytes``.
+
+        Raises:
+            ClosedError: the model has no fixed arrays, or the store is closed.
+        """
+        if self._slots is None:
+            raise ClosedError("the store has no slots of fixed arrays, or is closed")
+        return self._slots
+
     def blocks(self) -> dict[tuple[int, int], BlockPages]:
         """The keys and values of each block as arrays, by (layer, block): for executors that compute with numpy."""
         view = self.page_memory.view()
@@ -70,7 +81,7 @@ class StateStore:
         """One array of a slot, shaped as its description says; a view."""
         start = slot * self.layout.slot_bytes + fixed.offset
         array = fixed.array
-        return self._slot_memory.view()[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        return self.slot_memory.view()[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
 
     def export_page(self, page: int) -> Bytes:
         """A copy of the bytes of a page, for devices that do not see the memory of the host."""
@@ -85,8 +96,10 @@ class StateStore:
 
     def copy_slot(self, source: int, target: int) -> None:
         """Snapshot, fork and roll-back of fixed arrays."""
-        size = self.layout.slot_bytes
-        view = self._slot_memory.view().reshape(self.slots, size)
+        for slot in (source, target):
+            if not 0 <= slot < self.slots:
+                raise IndexError(f"slot {slot} of {self.slots} with fixed arrays")
+        view = self.slot_memory.view().reshape(self.slots, self.layout.slot_bytes)
         view[target] = view[source]
 
     def close(self) -> None:
@@ -110,12 +123,6 @@ class StateStore:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    @property
-    def _slot_memory(self) -> Memory:
-        if self._slots is None:
-            raise ClosedError("the store has no slots of fixed arrays, or is closed")
-        return self._slots
 
     def _page(self, page: int) -> Bytes:
         if not 0 <= page < self.pages:

@@ -8,6 +8,7 @@ sequences, so that the control plane is crossed once per step and not once per l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -75,12 +76,30 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class StateCopy:
+    """Replaces state by other state: a fork, a snapshot or a roll-back.
+
+    ``kind`` "page": all bytes of KV page ``target`` by those of ``source``. "slot": all fixed arrays of slot ``target``
+    of the state store by those of ``source``.
+    """
+
+    kind: Literal["page", "slot"]
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """One pass. No two slices share a slot."""
+    """One pass. No two slices share a slot.
+
+    ``copies`` are made in their order, before any slice reads or writes state and after all steps before. Where the
+    step is stopped, their targets are undefined.
+    """
 
     id: int
     slices: tuple[Slice, ...]
     binds: tuple[Bind, ...] = ()
+    copies: tuple[StateCopy, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -137,10 +156,10 @@ class StepResult:
     """What a step gives back. ``sampled``, ``scores``, ``logits`` are aligned with ``Step.slices``. Logits that
     cannot be used are no failure of the step: see ``Unusable``.
 
-    ``stopped``: the step was cancelled on its way; nothing in it is valid and its sequences' KV entries from
-    ``start`` on are undefined. Times are ``time.perf_counter_ns``; ``kernel_ns`` is time inside kernels,
-    averaged over threads. ``weight_bytes``: of the weights that the step computed with; ``streamed_bytes``: read
-    of matrices, for this step or ahead for the next."""
+    ``stopped``: the step was cancelled on its way; nothing in it is valid; its sequences' KV entries from ``start`` on
+    and the targets of its copies are undefined. Times are ``time.perf_counter_ns``; ``kernel_ns`` is time inside
+    kernels, averaged over threads. ``weight_bytes``: of the weights that the step computed with; ``streamed_bytes``:
+    read of matrices, for this step or ahead for the next."""
 
     id: int
     sampled: tuple[Sampled | Unusable | None, ...] = ()

@@ -20,6 +20,7 @@ from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.planner.pack.convert import convert
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads
+from pi2rt.runtime.step import Bind, Sampling, Slice, StateCopy, Step
 from pi2rt.runtime.trace import Trace
 from pi2rt.testing import StepExecutorConformance, Tolerance
 from tests.executors.test_sparse import one_by_one
@@ -138,6 +139,35 @@ async def test_short_steps_keep_pieces_in_memory_that_long_ones_need(pack: Path)
             assert of_last_step() == (0, whole)
             np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
             assert of_last_step() == (whole, 0)
+
+
+async def test_a_page_that_is_copied_to_is_given_back_before(pack: Path) -> None:
+    """A page behind all that were used holds pieces of weights meanwhile: neither they nor the copy suffer."""
+    tokens = np.random.RandomState(5).randint(0, 300, 22).astype(np.int32)
+    names = every_matrix(pack)
+    async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
+        expected = await all_logits(executor, tokens)
+    given = {"streamed": names, "ring_bytes": ring_for(pack, names, 4), "reads": READS, "exact_floats": False}
+    first, copied = np.array([0], np.int32), np.array([127], np.int32)
+    given["max_tokens"] = 20  # or all would fit where rows of activations lie
+    async with opened(CpuExecutor(), pack, slots=2, pages=128, context=1024, **given) as executor:
+        binds = tuple(Bind(slot, Sampling(), tokens) for slot in range(2))
+        executor.submit(Step(0, (Slice(0, 0, first, tokens[:19]),), binds))
+        await executor.wait()
+        for number in range(1, 4):  # short ones, so that all that is streamed comes to lie there
+            executor.submit(Step(number, (Slice(0, 19, first, tokens[19:20], logits=True),)))
+            await executor.wait()
+        lent = [executor.statistics().details["stream_lent_bytes"]]
+        copies = (StateCopy("page", 0, 127),)
+        executor.submit(Step(4, (Slice(0, 20, first, tokens[20:21], logits=True),), copies=copies))
+        executor.submit(Step(5, (Slice(1, 20, copied, tokens[20:], logits=True),)))
+        forked = (await executor.wait()).logits[0]
+        lent.append(executor.statistics().details["stream_lent_bytes"])
+        np.testing.assert_array_equal(forked, expected[20:21])
+        np.testing.assert_array_equal((await executor.wait()).logits[0], expected[20:])
+    assert isinstance(lent[0], int)
+    assert isinstance(lent[1], int)
+    assert lent[0] > lent[1]
 
 
 @pytest.mark.parametrize(
