@@ -157,3 +157,14 @@ def assert_like(command: Command, shown: str, block: Block) -> None:
 
 def words_of(text: str) -> list[str]:
     return _NUMBER.sub("#", text).split()
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda path: path.name)
+def test_lines_have_120_columns(path: Path) -> None:
+    """But for rows of tables, which cannot be folded, and what commands print."""
+    long, code = [], False
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        code ^= line.startswith("```")
+        if len(line) > 120 and not code and not line.startswith("|"):
+            long.append(number)
+    assert long == []
