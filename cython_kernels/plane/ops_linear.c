@@ -2,7 +2,9 @@
 #include <math.h>
 #include <string.h>
 
+#include "ops_linear.h"
 #include "program.h"
+#include "sparse.h"
 
 /* One row: normalised into `floats` where the operation has a norm, and as int8 where it needs that. */
 static void prepare_row(const pi2_program *p, const pi2_op *op, const float *x, int64_t k, pi2_q8 *q8, float *floats,
@@ -21,7 +23,7 @@ static void prepare_row(const pi2_program *p, const pi2_op *op, const float *x, 
 }
 
 pi2_input pi2_prepare(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, int64_t k, const int32_t *row_of,
-                      int rows, int needs_q8, int *stopped) {
+                      int rows, int form, int *stopped) {
   const pi2_program *p = r->program;
   pi2_scratch *s = &p->scratch[w->index];
   const float *source = op->source == PI2_FROM_X           ? p->x
@@ -30,7 +32,7 @@ pi2_input pi2_prepare(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, in
   const int64_t ld = op->source == PI2_FROM_X           ? p->dim
                      : op->source == PI2_FROM_ATTENTION ? p->attention_columns
                                                         : p->hidden;
-  const int normed = op->norm.weight != NULL;
+  const int normed = op->norm.weight != NULL, needs_q8 = form != PI2_AS_FLOATS;
   pi2_input in = {.floats = source, .ld = ld};
   if (!normed && !needs_q8) return in;
   if (!normed && op->q8_in) { /* quantised where it was made */
@@ -49,7 +51,7 @@ pi2_input pi2_prepare(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, in
     return in;
   }
   pi2_q8 prepared = op->source == PI2_FROM_HIDDEN ? p->q8_hidden : p->q8_prepared;
-  if (op->mixed && p->kernels->bytes_alone && op->kind != PI2_SPARSE) prepared.q = NULL; /* single neurons meet words */
+  if (op->mixed && p->kernels->bytes_alone && form != PI2_AS_WORDS) prepared.q = NULL;
   for (uint32_t i; (i = pi2_take(r, index, 0)) < (uint32_t)rows;) {
     pi2_q8 q8 = pi2_q8_row(&prepared, i);
     prepare_row(p, op, source + (row_of ? row_of[i] : (int64_t)i) * ld, k, &q8, p->prepared + i * k, needs_q8);
@@ -61,12 +63,11 @@ pi2_input pi2_prepare(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, in
   return in;
 }
 
-static int needs_q8(const pi2_op *op) {
+static int form_of(const pi2_op *op) {
   for (int i = 0; i < op->n_matrices; i++)
-    if (!pi2_is_float(op->matrix[i].type)) return 1;
-  return 0;
+    if (!pi2_is_float(op->matrix[i].type)) return PI2_AS_INTEGERS;
+  return PI2_AS_FLOATS;
 }
-static int64_t row_blocks(const pi2_matrix *m) { return (m->rows + PI2_ROWS - 1) / PI2_ROWS; }
 
 #define STREAMED_BLOCKS 8 /* that a thread takes of what has just been read */
 
@@ -127,19 +128,19 @@ static int linear_tile(pi2_run *r, const pi2_op *op, const pi2_matrix *m, int64_
   return 1;
 }
 
-int pi2_op_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
+static int run_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   int stopped = 0;
   const int rows = pi2_rows(r, op);
   pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, op->source == PI2_FROM_X ? pi2_row_of(r, op) : NULL,
-                             rows, needs_q8(op), &stopped);
+                             rows, form_of(op), &stopped);
   if (stopped) return stopped;
   int64_t blocks = 0;
-  for (int i = 0; i < op->n_matrices; i++) blocks += row_blocks(&op->matrix[i]);
+  for (int i = 0; i < op->n_matrices; i++) blocks += pi2_row_blocks(&op->matrix[i]);
   for (part u; take_part(r, op, index, w, rows, blocks, op->matrix[0].k, 1, &u);) {
     int64_t start = 0, column = 0; /* of the matrix: its first global block, its first output */
     for (int i = 0; i < op->n_matrices; i++) {
       const pi2_matrix *m = &op->matrix[i];
-      const int64_t n = row_blocks(m), from = u.first > start ? u.first - start : 0;
+      const int64_t n = pi2_row_blocks(m), from = u.first > start ? u.first - start : 0;
       const int64_t to = u.last - start < n ? u.last - start : n;
       for (int64_t b = from, end; b < to; b = end) {
         end = pi2_tile_end(m, b, to);
@@ -152,12 +153,31 @@ int pi2_op_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   return 0;
 }
 
+static const char *name_linear(const pi2_op *op) {
+  if (op->n_matrices == 3) return "qkv";
+  return op->source == PI2_FROM_X ? "router" : op->source == PI2_FROM_ATTENTION ? "out" : "down";
+}
+static void measure_linear(pi2_program *p, const pi2_op *op) {
+  int64_t columns = 0;
+  for (int j = 0; j < op->n_matrices; j++) columns += op->matrix[j].rows;
+  pi2_widen(op->sink == PI2_TO_REDUCED ? &p->reduced_columns : &p->y_columns, columns);
+}
+static int linear_on_head_rows(const pi2_op *op) { return op->source == PI2_FROM_HIDDEN && op->sink == PI2_ADD_TO_X; }
+
+const pi2_op_class pi2_linear_class = {.name = "linear",
+                                       .name_of = name_linear,
+                                       .measure = measure_linear,
+                                       .run = run_linear,
+                                       .by_row = 1,
+                                       .on_head_rows = linear_on_head_rows};
+
 /* Hidden values of at most PI2_TILE_BLOCKS row blocks, a whole number of 32s: blocks of integers for the down
  * projection. Returns 0 where weights cannot be read. */
 static int ffn_tile(pi2_run *r, const pi2_op *op, int64_t first, int64_t last, int row, int rows, const pi2_input *in,
                     const pi2_worker *w) {
   const pi2_program *p = r->program;
   float *tile = p->scratch[w->index].tile;
+  const pi2_ffn *ffn = op->data;
   const pi2_matrix *up = &op->matrix[0], *gate = op->n_matrices > 1 ? &op->matrix[1] : NULL;
   const int count = (int)(last - first);
   const int64_t begin = first * PI2_ROWS, end = last * PI2_ROWS < up->rows ? last * PI2_ROWS : up->rows,
@@ -171,7 +191,7 @@ static int ffn_tile(pi2_run *r, const pi2_op *op, int64_t first, int64_t last, i
     float *u = tile + c * PI2_TILE_LD, *g = gate_tile + c * PI2_TILE_LD;
     if (up->bias) p->kernels->add(up->bias + begin, u, width);
     if (gate && gate->bias) p->kernels->add(gate->bias + begin, g, width);
-    p->kernels->activate(op->activation, op->up_activation, gate ? g : NULL, u, u, width);
+    p->kernels->activate(ffn->activation, ffn->up_activation, gate ? g : NULL, u, u, width);
     if (op->q8_out) {
       pi2_q8 o = pi2_q8_at(p, &p->q8_hidden, row + c, begin);
       pi2_quantize(p, u, width, &o);
@@ -184,12 +204,12 @@ static int ffn_tile(pi2_run *r, const pi2_op *op, int64_t first, int64_t last, i
   return 1;
 }
 
-int pi2_op_ffn(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
+static int run_ffn(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   int stopped = 0;
   const int rows = pi2_rows(r, op);
-  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, pi2_row_of(r, op), rows, needs_q8(op), &stopped);
+  pi2_input in = pi2_prepare(r, op, index, w, op->matrix[0].k, pi2_row_of(r, op), rows, form_of(op), &stopped);
   if (stopped) return stopped;
-  const int64_t blocks = row_blocks(&op->matrix[0]);
+  const int64_t blocks = pi2_row_blocks(&op->matrix[0]);
   const pi2_matrix *streamed = pi2_is_streamed(&op->matrix[0]) ? &op->matrix[0] : &op->matrix[op->n_matrices - 1];
   for (part u; take_part(r, op, index, w, rows, blocks, op->matrix[0].k, 2, &u);)
     for (int64_t b = u.first, end; b < u.last; b = end) {
@@ -199,45 +219,73 @@ int pi2_op_ffn(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   return 0;
 }
 
+static void measure_ffn(pi2_program *p, const pi2_op *op) { pi2_widen(&p->hidden, op->matrix[0].rows); }
+static int ffn_on_head_rows(const pi2_op *op) { return op->expert < 0; }
+
+const pi2_op_class pi2_ffn_class = {.name = "ffn",
+                                    .data_bytes = sizeof(pi2_ffn),
+                                    .measure = measure_ffn,
+                                    .run = run_ffn,
+                                    .by_row = 1,
+                                    .on_head_rows = ffn_on_head_rows};
+
+typedef struct {
+  float *logits;              /* (PI2_HEAD_ROWS, vocab) */
+  pi2_candidate **candidates; /* (threads) of (vocab) */
+} head_buffers;
+
 /* What becomes of one row of logits: returned, scored, sampled. */
-static void finish_row(pi2_run *r, int32_t row, float *logits, pi2_worker *w) {
+static void finish_row(pi2_run *r, const pi2_head *head, int32_t row, float *logits, pi2_candidate *candidates) {
   const pi2_program *p = r->program;
   pi2_slice *s = &r->slices[r->slice_of[row]];
   const int at = row - s->row;
-  if (p->logit_softcap > 0) p->kernels->softcap(logits, p->logit_softcap, p->vocab);
+  if (head->softcap > 0) p->kernels->softcap(logits, head->softcap, p->vocab);
   if (s->want_logits) memcpy(s->logits + at * p->vocab, logits, (size_t)p->vocab * sizeof *logits);
   if (s->targets && s->targets[at] >= 0)
     s->scores[at] = (float)((double)logits[s->targets[at]] - p->kernels->logsumexp(logits, p->vocab));
   if (s->sample && at == s->count - 1)
-    s->pick = pi2_sample(p->kernels, &p->slots[s->slot], logits, p->vocab, s->start + s->count, s->top,
-                         p->scratch[w->index].candidates);
+    s->pick = pi2_sample(p->kernels, &p->slots[s->slot], logits, p->vocab, s->start + s->count, s->top, candidates);
 }
 
-int pi2_op_head(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
+static int run_head(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
+  const head_buffers *b = p->shared[PI2_HEAD];
   const pi2_matrix *m = &op->matrix[0];
-  const int64_t blocks = row_blocks(m);
+  const int64_t blocks = pi2_row_blocks(m);
   int stopped = 0;
   for (int first = 0; first < r->n_head && !stopped; first += PI2_HEAD_ROWS, index++) {
     const int n = r->n_head - first < PI2_HEAD_ROWS ? r->n_head - first : PI2_HEAD_ROWS;
-    pi2_input in = pi2_prepare(r, op, index, w, m->k, r->head_row + first, n, needs_q8(op), &stopped);
+    pi2_input in = pi2_prepare(r, op, index, w, m->k, r->head_row + first, n, form_of(op), &stopped);
     if (stopped) return stopped;
     float *tile = p->scratch[w->index].tile;
     for (part u; take_part(r, op, index, w, n, blocks, m->k, 1, &u);)
-      for (int64_t b = u.first; b < u.last; b += PI2_TILE_BLOCKS) {
-        const int64_t last = b + PI2_TILE_BLOCKS < u.last ? b + PI2_TILE_BLOCKS : u.last;
-        const int64_t begin = b * PI2_ROWS, end = last * PI2_ROWS < m->rows ? last * PI2_ROWS : m->rows;
-        pi2_multiply(p, m, b, (int)(last - b), &in, u.row, u.rows, tile, PI2_TILE_LD);
+      for (int64_t at = u.first; at < u.last; at += PI2_TILE_BLOCKS) {
+        const int64_t last = at + PI2_TILE_BLOCKS < u.last ? at + PI2_TILE_BLOCKS : u.last;
+        const int64_t begin = at * PI2_ROWS, end = last * PI2_ROWS < m->rows ? last * PI2_ROWS : m->rows;
+        pi2_multiply(p, m, at, (int)(last - at), &in, u.row, u.rows, tile, PI2_TILE_LD);
         for (int c = 0; c < u.rows; c++) {
           if (m->bias) p->kernels->add(m->bias + begin, tile + c * PI2_TILE_LD, end - begin);
-          memcpy(p->logits + (u.row + c) * p->vocab + begin, tile + c * PI2_TILE_LD,
+          memcpy(b->logits + (u.row + c) * p->vocab + begin, tile + c * PI2_TILE_LD,
                  (size_t)(end - begin) * sizeof *tile);
         }
       }
     stopped = pi2_barrier(w);
     for (uint32_t i; !stopped && (i = pi2_take(r, index, 2)) < (uint32_t)n;)
-      finish_row(r, r->head_row[first + i], p->logits + i * p->vocab, w);
+      finish_row(r, op->data, r->head_row[first + i], b->logits + i * p->vocab, b->candidates[w->index]);
     if (!stopped && first + PI2_HEAD_ROWS < r->n_head) stopped = pi2_barrier(w); /* logits are used again */
   }
   return stopped;
 }
+
+static void prepare_head(pi2_program *p, pi2_arena *a) {
+  const head_buffers b = {.logits = pi2_take_rows(p, a, PI2_HEAD_ROWS, p->vocab * 4),
+                          .candidates = pi2_arena_take(a, p->threads, sizeof *b.candidates)};
+  for (int t = 0; t < p->threads; t++) {
+    pi2_candidate *candidates = pi2_arena_take(a, p->vocab, sizeof *candidates);
+    if (a->base) b.candidates[t] = candidates;
+  }
+  p->shared[PI2_HEAD] = pi2_keep(a, &b, sizeof b);
+}
+
+const pi2_op_class pi2_head_class = {
+    .name = "head", .data_bytes = sizeof(pi2_head), .prepare = prepare_head, .run = run_head};

@@ -3,13 +3,36 @@
 #include <string.h>
 
 #include "layout.h"
+#include "ops_experts.h"
 #include "program.h"
+#include "sparse.h"
 
 #define AHEAD 512     /* bytes of what comes next that are prefetched while something else is computed */
 #define PI2_GUESSES 8 /* blocks that are looked ahead for at once */
 #define PI2_DOUBTFUL                                                                                            \
   0.1f /* of the mean of the gates that are positive: those below are foreseen in vain about as often as not */
 #define WAIT_NS 20000000 /* after which a thread that waits looks whether the run was stopped */
+
+typedef struct {             /* one thread's own */
+  _Alignas(64) pi2_q8 ahead; /* (PI2_REPLICATED, dim) what the next sparse block may be computed on */
+  float *ahead_floats;       /* the same; behind it what a predictor's first matrix makes of it */
+  int16_t *arranged;         /* activations in the order of single neurons' rows, and their scales */
+  float *arranged_d, *arranged_s;
+  int turn; /* which of the two sparse blocks' places is next */
+} scratch;
+typedef struct {
+  pi2_sparse *sparse[2]; /* the second for steps of few rows */
+  scratch *scratch;      /* (threads) */
+} common;
+
+static const common *common_of(const pi2_program *p) { return p->shared[PI2_SPARSE]; }
+static const pi2_neuron_block *data_of(const pi2_op *op) { return op->data; }
+static const pi2_bundles *bundles_of(const pi2_op *op) { return data_of(op)->bundles; }
+/* What the block that runs next works on: one that follows another begins while the places of that one are put in
+ * order, so they take turns where there are two. */
+static pi2_sparse *place_of(const pi2_run *run, int turn) {
+  return common_of(run->program)->sparse[run->n_rows <= PI2_REPLICATED ? turn : 0];
+}
 
 /* What the block is computed on, the same for all threads. */
 typedef struct {
@@ -20,6 +43,7 @@ typedef struct {
   pi2_sparse *s;
   pi2_neuron_cache *cache;
   pi2_worker *w;
+  scratch *scratch;
   const pi2_input *in;
   pi2_input predicted;                   /* of a predictor's second matrix: the operation before has put it there */
   int index, rows, n_clusters, arranged; /* arranged: row whose activations are in the scratch */
@@ -36,21 +60,21 @@ static int n_active(const block *k, int row, int c) { return k->s->n_active[row 
  * activations all do. With thresholds, g is the activated gate: lossy, but for 0. NaN fires always: it must not get
  * lost. */
 static inline int fires_at(const pi2_op *op, int64_t neuron, float g) {
-  if (op->bundles->thresholds) return !(fabsf(g) <= op->bundles->thresholds[neuron]);
-  return (op->activation != PI2_RELU && op->activation != PI2_RELU2) || !(g <= 0);
+  if (bundles_of(op)->thresholds) return !(fabsf(g) <= bundles_of(op)->thresholds[neuron]);
+  return (data_of(op)->activation != PI2_RELU && data_of(op)->activation != PI2_RELU2) || !(g <= 0);
 }
 /* From the deciding matrix' products of neurons [at, at + width) to what decides, in place, and to who fires. Where
  * gates are in the bundles, those are only neurons that may fire, whose gates are computed once they are read: those
  * for which a predictor's value is positive, and all where there is none. */
 static void decide(const pi2_program *p, const pi2_op *op, int64_t at, int64_t width, float *g, uint8_t *fires) {
-  const pi2_bundles *b = op->bundles;
+  const pi2_bundles *b = bundles_of(op);
   const pi2_matrix *m = &op->matrix[0];
   if (m->bias) p->kernels->add(m->bias + at, g, width);
   if (b->gate_type >= 0) {
     for (int64_t j = 0; j < width; j++) fires[j] = !op->n_matrices || !(g[j] <= 0), g[j] = 0;
     return;
   }
-  if (b->up_type < 0 || b->thresholds) p->kernels->activate(op->activation, PI2_NONE, NULL, g, g, width);
+  if (b->up_type < 0 || b->thresholds) p->kernels->activate(data_of(op)->activation, PI2_NONE, NULL, g, g, width);
   for (int64_t j = 0; j < width; j++) fires[j] = (uint8_t)fires_at(op, at + j, g[j]);
 }
 
@@ -71,9 +95,9 @@ static int pages_of(const pi2_bundles *b, int64_t first, int64_t end, const uint
 
 /* Whether what `decide` leaves in the tile are gates, of which those fire that are positive. */
 static int by_sign(const pi2_op *op) {
-  const pi2_bundles *b = op->bundles;
-  return (op->activation == PI2_RELU || op->activation == PI2_RELU2) && b->up_type >= 0 && b->gate_type < 0 &&
-         !b->thresholds;
+  const pi2_bundles *b = bundles_of(op);
+  return (data_of(op)->activation == PI2_RELU || data_of(op)->activation == PI2_RELU2) && b->up_type >= 0 &&
+         b->gate_type < 0 && !b->thresholds;
 }
 /* How near neurons were to firing: 1 where the gate was not negative, 0 where it was so by half the root mean square of
  * gates or more, and what lies between in proportion. The most of what is there and of this row. */
@@ -166,8 +190,8 @@ static void gate_cluster(block *k, int c) {
  * experts of the same mixture (`exact`); else int8 will do, which takes less time. Returns whether there is any. */
 static int prepare_ahead(const block *k, const pi2_op *next, int exact, pi2_input *in) {
   const pi2_program *p = k->p;
-  pi2_scratch *scratch = &p->scratch[k->w->index];
-  const int rows = pi2_rows(k->r, next), predicted = next->bundles->gate_type >= 0;
+  scratch *scratch = k->scratch;
+  const int rows = pi2_rows(k->r, next), predicted = bundles_of(next)->gate_type >= 0;
   const int32_t *row_of = pi2_row_of(k->r, next);
   const pi2_kernels *kernels = p->kernels;
   if (!next->matrix[0].data || !next->norm.weight || pi2_is_float(next->matrix[0].type) != predicted) return 0;
@@ -190,8 +214,8 @@ static int prepare_ahead(const block *k, const pi2_op *next, int exact, pi2_inpu
 /* What the predictor's first matrix makes of that, once. */
 static void reduce_ahead(const block *k, const pi2_op *next, pi2_input *in) {
   const pi2_matrix *first = &next[-1].matrix[0];
-  float *reduced = k->p->scratch[k->w->index].ahead_floats + PI2_REPLICATED * k->p->dim;
-  if (next->bundles->gate_type < 0 || in->floats == reduced) return;
+  float *reduced = k->scratch->ahead_floats + PI2_REPLICATED * k->p->dim;
+  if (bundles_of(next)->gate_type < 0 || in->floats == reduced) return;
   pi2_multiply(k->p, first, 0, (int)((first->rows + PI2_ROWS - 1) / PI2_ROWS), in, 0, k->rows, reduced, k->p->dim);
   in->floats = reduced;
 }
@@ -206,18 +230,19 @@ typedef struct {
 /* The experts that the next mixture's router would choose now, of a single row. */
 static void guess_experts(const block *k, guesses *g) {
   const pi2_program *p = k->p;
-  const pi2_op *route = &p->ops[k->op->next_route], *router = route - 1;
+  const pi2_op *at = &p->ops[data_of(k->op)->next_route], *router = at - 1;
+  const pi2_route *route = at->data;
   const int wanted = route->n_used < PI2_GUESSES ? route->n_used : PI2_GUESSES;
   const int64_t blocks = (route->n_experts + PI2_ROWS - 1) / PI2_ROWS;
   float *logits = p->scratch[k->w->index].tile;
   int32_t chosen[PI2_GUESSES];
-  if (route[1].kind != PI2_SPARSE || router->streamed || blocks > PI2_TILE_ROWS || k->r->n_rows > 1) return;
-  pi2_op first = route[1];
+  if (at[1].kind != PI2_SPARSE || router->streamed || blocks > PI2_TILE_ROWS || k->r->n_rows > 1) return;
+  pi2_op first = at[1];
   first.expert = -1; /* nobody has chosen it yet: its input is the row */
   if (!prepare_ahead(k, &first, 0, &g->in)) return;
   pi2_multiply(p, &router->matrix[0], 0, (int)blocks, &g->in, 0, 1, logits, blocks * PI2_ROWS);
   pi2_largest(logits, route->n_experts, wanted, chosen);
-  for (int i = 0; i < wanted; i++) g->op[g->n++] = route + 1 + chosen[i];
+  for (int i = 0; i < wanted; i++) g->op[g->n++] = at + 1 + chosen[i];
 }
 /* What to look ahead for, if reading is worth it. */
 static guesses guess(const block *k) {
@@ -227,9 +252,9 @@ static guesses guess(const block *k) {
   if (p->pipeline != PI2_PIPELINE_CLUSTER || k->r->n_rows > PI2_REPLICATED) return g;
   if (c->used < c->n_slots || c->n_slots == c->n_pages) return g; /* all is there, or has room */
   if (k->op->expert >= 0) {
-    if (k->op->next_route) guess_experts(k, &g);
-  } else if (k->op->next_sparse) {
-    g.op[0] = &p->ops[k->op->next_sparse];
+    if (data_of(k->op)->next_route) guess_experts(k, &g);
+  } else if (data_of(k->op)->next_sparse) {
+    g.op[0] = &p->ops[data_of(k->op)->next_sparse];
     g.n = prepare_ahead(k, g.op[0], 0, &g.in);
   }
   return g;
@@ -265,7 +290,8 @@ static void foresee_cluster(const block *k, const pi2_op *next, int c, const pi2
       wanted[at - first + j] = (uint8_t)any;
     }
   }
-  pi2_neuron_cache_foresee(k->cache, next->bundles->region, pages, pages_of(next->bundles, first, end, wanted, pages));
+  pi2_neuron_cache_foresee(k->cache, bundles_of(next)->region, pages,
+                           pages_of(bundles_of(next), first, end, wanted, pages));
 }
 
 /* Asks for what clusters need, in order, so that the oldest is never short of what a younger one has pinned. Returns
@@ -318,7 +344,7 @@ static void compute_gates(block *k, int c, int row) {
   const pi2_bundles *b = k->b;
   const int64_t first = (int64_t)c * PI2_CLUSTER;
   const uint8_t *const *places = k->s->places + first;
-  pi2_scratch *scratch = &p->scratch[k->w->index];
+  scratch *scratch = k->scratch;
   uint16_t *list = active(k, row, c);
   float *h = k->s->values + row * p->hidden + first;
   const int n = n_active(k, row, c);
@@ -335,7 +361,7 @@ static void compute_gates(block *k, int c, int row) {
     p->kernels->neuron_rows[b->gate_type](rows, scales, m, p->dim, scratch->arranged, scratch->arranged_d,
                                           scratch->arranged_s, gate);
     for (int i = 0; b->gate_bias && i < m; i++) gate[i] += b->gate_bias[first + list[at + i]];
-    if (b->thresholds) p->kernels->activate(k->op->activation, PI2_NONE, NULL, gate, gate, m);
+    if (b->thresholds) p->kernels->activate(data_of(k->op)->activation, PI2_NONE, NULL, gate, gate, m);
     for (int i = 0; i < m; i++)
       if (fires_at(k->op, first + list[at + i], gate[i])) {
         h[list[at + i]] = gate[i];
@@ -347,7 +373,7 @@ static void compute_gates(block *k, int c, int row) {
 
 /* The row's activations as the kernels of single neurons want them. */
 static void arrange(block *k, int row) {
-  pi2_scratch *scratch = &k->p->scratch[k->w->index];
+  scratch *scratch = k->scratch;
   if (k->arranged == row) return;
   const pi2_q8 x = pi2_q8_row(&k->in->q8, row);
   pi2_arrange(&x, k->p->wide, k->p->dim, scratch->arranged, scratch->arranged_d, scratch->arranged_s);
@@ -381,8 +407,8 @@ static void compute_up(block *k, int c, int chosen) {
   const pi2_bundles *b = k->b;
   const int64_t first = (int64_t)c * PI2_CLUSTER, width = cluster_end(k, c) - first;
   const uint8_t *const *places = k->s->places + first;
-  pi2_scratch *scratch = &p->scratch[k->w->index];
-  const int activation = b->thresholds ? PI2_NONE : k->op->activation; /* thresholds are of activated gates */
+  scratch *scratch = k->scratch;
+  const int activation = b->thresholds ? PI2_NONE : data_of(k->op)->activation; /* thresholds are of activated gates */
   find_neurons(k, &k->s->clusters[c], first, first + width);
   for (int row = 0; row < k->rows; row++) {
     const uint16_t *list = active(k, row, c);
@@ -405,11 +431,11 @@ static void compute_up(block *k, int c, int chosen) {
       p->kernels->neuron_rows[b->up_type](rows, scales, m, p->dim, scratch->arranged, scratch->arranged_d,
                                           scratch->arranged_s, up);
       for (int i = 0; b->up_bias && i < m; i++) up[i] += b->up_bias[first + list[at + i]];
-      p->kernels->activate(activation, k->op->up_activation, gate, up, up, m);
+      p->kernels->activate(activation, data_of(k->op)->up_activation, gate, up, up, m);
       for (int i = 0; i < m; i++) h[list[at + i]] = up[i];
     }
     pi2_q8 q8 = pi2_q8_at(p, &p->q8_hidden, row, first);
-    pi2_quantize_both(p, k->op->mixed_down, h, width, &q8);
+    pi2_quantize_both(p, data_of(k->op)->mixed_down, h, width, &q8);
   }
 }
 
@@ -534,7 +560,8 @@ static int take_cluster(block *k) {
   return 0;
 }
 
-void pi2_sparse_reset(pi2_sparse *s) {
+/* Back to where a block begins: behind the barrier that ends one. */
+static void reset(pi2_sparse *s) {
   for (int c = 0; c < s->n_clusters; c++) atomic_store(&s->clusters[c].stage, PI2_IDLE);
   for (int i = 0; i < PI2_RANGES; i++) atomic_store(&s->range[i].next, 0), atomic_store(&s->range[i].busy, 0);
   atomic_store(&s->arrived, 0);
@@ -550,24 +577,27 @@ static block block_of(pi2_run *r, const pi2_op *op, int index, pi2_worker *w, in
   return (block){.r = r,
                  .p = p,
                  .op = op,
-                 .b = op->bundles,
-                 .s = pi2_sparse_of(r, turn),
+                 .b = bundles_of(op),
+                 .s = place_of(r, turn),
                  .cache = p->neurons,
                  .w = w,
+                 .scratch = &common_of(p)->scratch[w->index],
                  .in = in,
                  .predicted = {.floats = p->reduced, .ld = p->reduced_columns},
                  .index = index,
                  .rows = pi2_rows(r, op),
                  .arranged = -1,
-                 .n_clusters = (int)((op->bundles->neurons + PI2_CLUSTER - 1) / PI2_CLUSTER)};
+                 .n_clusters = (int)((bundles_of(op)->neurons + PI2_CLUSTER - 1) / PI2_CLUSTER)};
 }
 /* The next expert of the same mixture, for a few rows: its gates can be computed while this one waits. NULL: there is
  * none, or its gates are in the bundles. */
 static const pi2_op *next_expert(const pi2_run *r, const pi2_op *op) {
   const pi2_program *p = r->program;
-  int next = op->expert < 0 || p->pipeline != PI2_PIPELINE_CLUSTER || r->n_rows > PI2_REPLICATED ? 0 : op->next_sparse;
-  while (next && !pi2_rows(r, &p->ops[next])) next = p->ops[next].next_sparse;
-  return next && p->ops[next].bundles->gate_type < 0 ? &p->ops[next] : NULL;
+  int next = op->expert < 0 || p->pipeline != PI2_PIPELINE_CLUSTER || r->n_rows > PI2_REPLICATED
+                 ? 0
+                 : data_of(op)->next_sparse;
+  while (next && !pi2_rows(r, &p->ops[next])) next = data_of(&p->ops[next])->next_sparse;
+  return next && bundles_of(&p->ops[next])->gate_type < 0 ? &p->ops[next] : NULL;
 }
 /* The next gates of a block, if any are left. */
 static int take_gates(block *k) {
@@ -578,11 +608,12 @@ static int take_gates(block *k) {
   return 1;
 }
 
-int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
+static int run(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   const pi2_program *p = r->program;
-  const int turn = p->scratch[w->index].turn;
+  const int turn = common_of(p)->scratch[w->index].turn;
   int stopped = 0;
-  pi2_input in = pi2_prepare(r, op, index, w, p->dim, pi2_row_of(r, op), pi2_rows(r, op), 1, &stopped);
+  pi2_input in = pi2_prepare(r, op, index, w, p->dim, pi2_row_of(r, op), pi2_rows(r, op), PI2_AS_WORDS,
+                             &stopped); /* that is what single neurons meet */
   if (stopped) return stopped;
   block k = block_of(r, op, index, w, turn, &in), next = {0};
   pi2_sparse *s = k.s;
@@ -636,3 +667,92 @@ int pi2_op_sparse(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   if (p->threads > 1) pi2_neuron_cache_signal(k.cache); /* whoever waits leaves, too */
   return 0;
 }
+
+static int done(pi2_run *r, const pi2_op *op, pi2_worker *w, int stopped) {
+  int *turn = &common_of(r->program)->scratch[w->index].turn;
+  if (w->index == 0) reset(place_of(r, *turn)); /* barriers away from its next use, */
+  *turn = !*turn;
+  if (op->expert >= 0 && r->n_rows > PI2_REPLICATED && !stopped) stopped = pi2_barrier(w); /* but for this case */
+  return stopped;
+}
+
+static void begin(pi2_run *r, pi2_worker *w) {
+  const pi2_program *p = r->program;
+  common_of(p)->scratch[w->index].turn = 0;
+  if (w->index) return;
+  pi2_neuron_cache_step(p->neurons);
+  r->before = pi2_neuron_cache_counts(p->neurons);
+}
+static void end(pi2_run *r, int stopped) {
+  const pi2_program *p = r->program;
+  if (stopped) {
+    for (int i = 0; i < 2; i++) reset(common_of(p)->sparse[i]);
+    pi2_neuron_cache_abandon(p->neurons);
+  }
+  r->used = pi2_neuron_cache_counts(p->neurons);
+}
+
+static void measure(pi2_program *p, const pi2_op *op) {
+  pi2_widen(&p->hidden, bundles_of(op)->neurons);
+  if (op->sink == PI2_TO_Y) pi2_widen(&p->y_columns, p->dim);
+}
+/* Buffers of one block, for the largest there is. `values` NULL: of its own. */
+static pi2_sparse *take_place(pi2_program *p, pi2_arena *a, int64_t rows, float *values) {
+  pi2_sparse *s = pi2_arena_take(a, 1, sizeof *s);
+  const int64_t n_clusters = (p->hidden + PI2_CLUSTER - 1) / PI2_CLUSTER, stride = pi2_align(p->dim, 128);
+  int64_t n_ranges = stride / 128 < 2 * p->threads ? stride / 128 : 2 * p->threads;
+  if (n_ranges > PI2_RANGES) n_ranges = PI2_RANGES;
+  pi2_cluster *clusters = pi2_arena_take(a, n_clusters, sizeof *clusters);
+  uint16_t *active = pi2_take_rows(p, a, rows, p->hidden * (int64_t)sizeof *active);
+  uint16_t *n_active = pi2_arena_take(a, rows * n_clusters, sizeof *n_active);
+  int32_t *pages = pi2_arena_take(a, p->hidden, sizeof *pages);
+  const uint8_t **places = pi2_arena_take(a, p->hidden, sizeof *places);
+  if (!values) values = pi2_arena_take(a, rows * p->hidden, sizeof *values);
+  float *sums = pi2_take_rows(p, a, rows, stride * (int64_t)sizeof *sums);
+  if (!a->base) return NULL;
+  s->n_clusters = (int32_t)n_clusters, s->n_ranges = (int32_t)n_ranges, s->stride = stride;
+  s->clusters = clusters, s->active = active, s->n_active = n_active, s->pages = pages, s->places = places;
+  s->values = values, s->sums = sums;
+  for (int c = 0; c < n_clusters; c++) clusters[c].pages = pages + c * PI2_CLUSTER;
+  reset(s);
+  return s;
+}
+/* Which blocks follow which. */
+static void link_blocks(pi2_program *p) {
+  for (int i = p->n_ops - 1, next = 0, route = 0; i > 0; i--) {
+    if (p->ops[i].kind == PI2_ROUTE) next = 0, route = i;
+    if (p->ops[i].kind != PI2_SPARSE) continue;
+    pi2_neuron_block *data = p->ops[i].data;
+    data->next_sparse = next, data->next_route = route, next = i;
+  }
+}
+static void prepare(pi2_program *p, pi2_arena *a) {
+  common c = {.scratch = pi2_arena_take(a, p->threads, sizeof *c.scratch)};
+  link_blocks(p);
+  c.sparse[0] = take_place(p, a, p->max_rows, p->hidden_floats);
+  c.sparse[1] = take_place(p, a, PI2_REPLICATED, NULL);
+  const int64_t arranged = pi2_align(p->dim, 512);
+  for (int t = 0; t < p->threads; t++) {
+    const scratch s = {.ahead = pi2_take_q8(p, a, PI2_REPLICATED, p->dim, p->mixed),
+                       .ahead_floats = pi2_arena_take(a, 2 * PI2_REPLICATED * p->dim, sizeof *s.ahead_floats),
+                       .arranged = pi2_arena_take(a, arranged, sizeof *s.arranged),
+                       .arranged_d = pi2_arena_take(a, arranged / PI2_BLOCK, sizeof *s.arranged_d),
+                       .arranged_s = pi2_arena_take(a, arranged / PI2_BLOCK, sizeof *s.arranged_s)};
+    if (a->base) c.scratch[t] = s;
+  }
+  for (int i = 0; p->traced && i < PI2_QUEUE; i++) {
+    pi2_run *r = &p->runs[i];
+    r->waits = pi2_arena_take(a, (int64_t)p->threads * PI2_WAITS, sizeof *r->waits);
+    r->n_waits = pi2_arena_take(a, p->threads, sizeof *r->n_waits);
+  }
+  p->shared[PI2_SPARSE] = pi2_keep(a, &c, sizeof c);
+}
+
+const pi2_op_class pi2_sparse_class = {.name = "ffn",
+                                       .data_bytes = sizeof(pi2_neuron_block),
+                                       .measure = measure,
+                                       .prepare = prepare,
+                                       .begin = begin,
+                                       .run = run,
+                                       .done = done,
+                                       .end = end};

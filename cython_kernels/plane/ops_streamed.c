@@ -10,34 +10,24 @@
 
 #include "program.h"
 
-static int64_t pieces(const pi2_matrix *m) {
-  return (((m->rows + PI2_ROWS - 1) / PI2_ROWS) + m->page_blocks - 1) / m->page_blocks;
-}
-
-int pi2_pieces_prepare(pi2_program *p) {
-  const int n = p->stream ? p->stream->n : 0;
-  if (!n) return 1;
-  for (int i = 0; i < p->n_tails;
-       i++) /* or the first rows might bring them along, where the system prefers huge pages */
+void pi2_pieces_prepare(pi2_program *p, pi2_arena *a) {
+  if (!p->n_pieces) return;
+  p->piece_blocks = pi2_arena_take(a, p->n_pieces, sizeof *p->piece_blocks);
+  p->piece_left = pi2_arena_take(a, p->n_pieces, sizeof *p->piece_left);
+  if (!a->base) return;
+  for (int i = 0; i < p->n_tails; i++) /* or the first rows might bring them along, where huge pages are preferred */
     madvise(p->tail_of[i].base, (size_t)p->tail_of[i].bytes, MADV_NOHUGEPAGE);
-  p->piece_blocks = pi2_allocate(p, n, sizeof *p->piece_blocks);
-  p->piece_left = pi2_allocate(p, n, sizeof *p->piece_left);
-  if (!p->piece_blocks || !p->piece_left) return 0;
   for (int i = 0; i < p->n_ops; i++)
     for (int j = 0; j < p->ops[i].n_matrices; j++) {
       const pi2_matrix *m = &p->ops[i].matrix[j];
       if (!pi2_is_streamed(m)) continue;
-      while (pieces(m) > 1 && m->page_blocks % p->ops[i].tile_blocks) p->ops[i].tile_blocks /= 2;
-      const int64_t blocks = (m->rows + PI2_ROWS - 1) / PI2_ROWS;
-      p->max_pieces = pieces(m) > p->max_pieces ? pieces(m) : p->max_pieces;
-      for (int64_t piece = 0; piece < pieces(m); piece++) {
+      const int64_t parts = pi2_parts(m), blocks = pi2_row_blocks(m);
+      while (parts > 1 && m->page_blocks % p->ops[i].tile_blocks) p->ops[i].tile_blocks /= 2;
+      for (int64_t piece = 0; piece < parts; piece++) {
         const int64_t left = blocks - piece * m->page_blocks;
         p->piece_blocks[m->unit + piece * m->stride] = left < m->page_blocks ? left : m->page_blocks;
       }
     }
-  for (int t = 0; t < p->threads; t++)
-    if (!(p->scratch[t].pieces = pi2_allocate(p, PI2_MATRICES * p->max_pieces, sizeof *p->scratch[t].pieces))) return 0;
-  return 1;
 }
 
 /* How much of the loan this run leaves alone. Rows of long steps are given back to the system behind them. */
@@ -72,7 +62,7 @@ void pi2_pieces_begin(pi2_run *r) {
   r->base = pi2_stream_begin(p->stream);
   if (p->loan_bytes) pi2_stream_lend(p->stream, lendable(r), &r->stop);
   r->kept_bytes = atomic_load(&p->stream->kept_bytes);
-  for (int i = 0; i < p->stream->n; i++)
+  for (int64_t i = 0; i < p->n_pieces; i++)
     atomic_store_explicit(&p->piece_left[i], p->piece_blocks[i] * r->n_rows, memory_order_relaxed);
 }
 
@@ -103,7 +93,7 @@ void pi2_pieces_release(pi2_run *r, const pi2_matrix *m, int64_t first, int64_t 
   for (int moved = !done; !moved;) { /* of two threads that end neighbours at the same time, the later one sees both */
     const uint64_t at = atomic_load(&p->stream->released);
     uint64_t end = at;
-    while (end < r->base + (uint64_t)p->stream->n && !atomic_load(&p->piece_left[end - r->base])) end++;
+    while (end < r->base + (uint64_t)p->n_pieces && !atomic_load(&p->piece_left[end - r->base])) end++;
     moved = end == at || pi2_stream_release(p->stream, at, end);
   }
 }

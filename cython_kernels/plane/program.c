@@ -4,388 +4,202 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "elementary.h"
+#define PI2_KIND(number, name) extern const pi2_op_class pi2_##name##_class;
+PI2_OP_KINDS(PI2_KIND)
+#undef PI2_KIND
+#define PI2_KIND(number, name) [PI2_##number] = &pi2_##name##_class,
+const pi2_op_class *const pi2_op_classes[PI2_OP_COUNT] = {PI2_OP_KINDS(PI2_KIND)};
+#undef PI2_KIND
 
-void *pi2_allocate(pi2_program *p, int64_t count, size_t size) {
-  int64_t bytes = pi2_align(count * (int64_t)size + 64, 64);
-  p->activation_bytes += bytes;
-  return aligned_alloc(64, (size_t)bytes); /* touched on use: the first large batch pays, not the start */
+pi2_op *pi2_op_add(pi2_program *p, int kind, int layer) {
+  if (p->n_ops == p->ops_capacity) {
+    const int capacity = p->ops_capacity ? 2 * p->ops_capacity : 64;
+    pi2_op *ops = realloc(p->ops, (size_t)capacity * sizeof *ops);
+    if (!ops) return NULL;
+    p->ops = ops;
+    p->ops_capacity = capacity;
+  }
+  const size_t bytes = pi2_op_classes[kind]->data_bytes;
+  void *data = bytes ? calloc(1, bytes) : NULL;
+  if (bytes && !data) return NULL;
+  pi2_op *op = &p->ops[p->n_ops++];
+  *op = (pi2_op){.kind = kind, .layer = layer, .expert = -1, .data = data};
+  return op;
 }
+
 /* The rows of a buffer that short steps have no use for. */
 static void note_tail(pi2_program *p, uint8_t *base, int64_t rows, int64_t bytes) {
-  if (!base || rows <= PI2_FEW_ROWS || p->n_tails == PI2_TAILS) return;
-  const pi2_pages tail = pi2_pages_within(base + PI2_FEW_ROWS * bytes, (rows - PI2_FEW_ROWS) * bytes);
+  if (rows <= PI2_FEW_ROWS || p->n_tails == PI2_TAILS) return;
+  const uintptr_t tail_at = (uintptr_t)base + (uintptr_t)(PI2_FEW_ROWS * bytes);
+  const pi2_pages tail = pi2_pages_within((void *)tail_at, (rows - PI2_FEW_ROWS) * bytes);
   if (!tail.bytes) return;
   p->tail_of[p->n_tails++] = tail;
   p->tail_bytes += tail.bytes;
 }
-static void *allocate_rows(pi2_program *p, int64_t rows, int64_t bytes) {
-  void *base = pi2_allocate(p, rows, (size_t)bytes);
+void *pi2_take_rows(pi2_program *p, pi2_arena *a, int64_t rows, int64_t bytes) {
+  void *base = pi2_arena_take(a, rows, (size_t)bytes);
   note_tail(p, base, rows, bytes);
   return base;
 }
 static int64_t stride(int64_t bytes) {
   return pi2_align(bytes, 64) + 64; /* off the 4096 bytes that would map a tile's rows to one cache set */
 }
-static int allocate_q8(pi2_program *p, pi2_q8 *q, int64_t rows, int64_t k, int mixed) {
-  q->ldq = stride(k << p->wide);
-  q->ldb = k / PI2_BLOCK;
-  q->q = allocate_rows(p, rows, q->ldq);
+pi2_q8 pi2_take_q8(pi2_program *p, pi2_arena *a, int64_t rows, int64_t k, int mixed) {
+  pi2_q8 q = {.ldq = stride(k << p->wide), .ldb = k / PI2_BLOCK};
+  q.q = pi2_take_rows(p, a, rows, q.ldq);
   if (mixed) {
-    q->ldh = stride(k);
-    if (!(q->high = pi2_allocate(p, 2 * rows * q->ldh, 1))) return 0;
-    q->low = q->high + rows * q->ldh;
-    note_tail(p, (uint8_t *)q->high, rows, q->ldh);
-    note_tail(p, (uint8_t *)q->low, rows, q->ldh);
+    q.ldh = stride(k);
+    q.high = pi2_arena_take(a, 2 * rows * q.ldh, 1);
+    q.low = (int8_t *)((uintptr_t)q.high + (uintptr_t)(rows * q.ldh));
+    note_tail(p, (uint8_t *)q.high, rows, q.ldh);
+    note_tail(p, (uint8_t *)q.low, rows, q.ldh);
   }
-  q->d = pi2_allocate(p, rows * q->ldb, 4);
-  q->s = pi2_allocate(p, rows * q->ldb, 4);
-  q->h = pi2_allocate(p, rows * q->ldb * 2, 2);
-  return q->q && q->d && q->s && q->h;
-}
-static void free_q8(pi2_q8 *q) {
-  free(q->q);
-  free(q->high);
-  free(q->d);
-  free(q->s);
-  free(q->h);
+  q.d = pi2_arena_take(a, rows * q.ldb, 4);
+  q.s = pi2_arena_take(a, rows * q.ldb, 4);
+  q.h = pi2_arena_take(a, rows * q.ldb * 2, 2);
+  return q;
 }
 
 static int64_t cursors(const pi2_program *p) { return p->n_ops + p->max_rows / PI2_HEAD_ROWS + 1; }
 
-static int prepare_run(pi2_program *p, pi2_run *r) {
+static void prepare_run(pi2_program *p, pi2_arena *a, pi2_run *r) {
   const int64_t pages = p->context / PI2_PAGE + 1;
   r->program = p;
   r->done = 1;
-  r->token = pi2_allocate(p, p->max_rows, 4);
-  r->position = pi2_allocate(p, p->max_rows, 4);
-  r->slice_of = pi2_allocate(p, p->max_rows, 4);
-  r->head_row = pi2_allocate(p, p->max_rows, 4);
-  r->prefill_row = pi2_allocate(p, p->max_rows, 4);
-  r->slices = pi2_allocate(p, p->max_slots, sizeof(pi2_slice));
-  r->pages = pi2_allocate(p, p->max_slots * pages, 4);
-  r->targets = pi2_allocate(p, p->max_rows, 4);
-  r->scores = pi2_allocate(p, p->max_rows, 4);
-  r->cursors = pi2_allocate(p, 4 * cursors(p), 4);
-  r->shares = pi2_allocate(p, p->threads * p->share_stride, 8);
-  r->splits_left = pi2_allocate(p, p->max_slots * p->max_kv_heads, 4);
-  r->busy = pi2_allocate(p, p->threads, 8);
-  r->op_begin = pi2_allocate(p, (int64_t)p->threads * p->n_ops, 8);
-  r->op_end = pi2_allocate(p, (int64_t)p->threads * p->n_ops, 8);
-  if (p->traced && p->neurons) {
-    r->waits = pi2_allocate(p, (int64_t)p->threads * PI2_WAITS, sizeof *r->waits);
-    r->n_waits = pi2_allocate(p, p->threads, sizeof *r->n_waits);
-    if (!r->waits || !r->n_waits) return 0;
-  }
-  return r->token && r->position && r->slice_of && r->head_row && r->prefill_row && r->slices && r->pages &&
-         r->targets && r->scores && r->cursors && r->shares && r->splits_left && r->busy && r->op_begin && r->op_end;
+  r->token = pi2_arena_take(a, p->max_rows, 4);
+  r->position = pi2_arena_take(a, p->max_rows, 4);
+  r->slice_of = pi2_arena_take(a, p->max_rows, 4);
+  r->head_row = pi2_arena_take(a, p->max_rows, 4);
+  r->prefill_row = pi2_arena_take(a, p->max_rows, 4);
+  r->slices = pi2_arena_take(a, p->max_slots, sizeof(pi2_slice));
+  r->pages = pi2_arena_take(a, p->max_slots * pages, 4);
+  r->targets = pi2_arena_take(a, p->max_rows, 4);
+  r->scores = pi2_arena_take(a, p->max_rows, 4);
+  r->cursors = pi2_arena_take(a, 4 * cursors(p), 4);
+  r->shares = pi2_arena_take(a, p->threads * p->share_stride, 8);
+  r->busy = pi2_arena_take(a, p->threads, 8);
+  r->op_begin = pi2_arena_take(a, (int64_t)p->threads * p->n_ops, 8);
+  r->op_end = pi2_arena_take(a, (int64_t)p->threads * p->n_ops, 8);
 }
-static void free_run(pi2_run *r) {
-  free(r->token);
-  free(r->position);
-  free(r->slice_of);
-  free(r->head_row);
-  free(r->prefill_row);
-  free(r->slices);
-  free(r->copies.copy);
-  free(r->pages);
-  free(r->targets);
-  free(r->scores);
-  free(r->cursors);
-  free(r->shares);
-  free(r->splits_left);
-  free(r->busy);
-  free(r->op_begin);
-  free(r->op_end);
-  free(r->units);
-  free(r->waits);
-  free(r->n_waits);
-}
-
-/* Buffers of one sparse block, for the largest there is. */
-static pi2_sparse *new_sparse(pi2_program *p, int64_t rows, float *values) {
-  pi2_sparse *s = aligned_alloc(64, (sizeof *s + 63) / 64 * 64);
-  if (!s) return NULL;
-  memset(s, 0, sizeof *s);
-  s->n_clusters = (int32_t)((p->hidden + PI2_CLUSTER - 1) / PI2_CLUSTER);
-  s->stride = pi2_align(p->dim, 128);
-  s->n_ranges = (int32_t)(s->stride / 128 < 2 * p->threads ? s->stride / 128 : 2 * p->threads);
-  if (s->n_ranges > PI2_RANGES) s->n_ranges = PI2_RANGES;
-  s->clusters = pi2_allocate(p, s->n_clusters, sizeof *s->clusters);
-  s->active = allocate_rows(p, rows, p->hidden * (int64_t)sizeof *s->active);
-  s->n_active = pi2_allocate(p, rows * s->n_clusters, sizeof *s->n_active);
-  s->pages = pi2_allocate(p, p->hidden, sizeof *s->pages);
-  s->places = pi2_allocate(p, p->hidden, sizeof *s->places);
-  s->values = values ? values : pi2_allocate(p, rows * p->hidden, sizeof *s->values);
-  s->sums = allocate_rows(p, rows, s->stride * (int64_t)sizeof *s->sums);
-  if (s->clusters && s->active && s->n_active && s->pages && s->places && s->values && s->sums) {
-    for (int c = 0; c < s->n_clusters; c++) s->clusters[c] = (pi2_cluster){.pages = s->pages + c * PI2_CLUSTER};
-    pi2_sparse_reset(s);
-  }
-  return s;
-}
-static void free_sparse(const pi2_program *p, pi2_sparse *s) {
-  if (!s) return;
-  if (s->values != p->hidden_floats) free(s->values);
-  free(s->clusters);
-  free(s->active);
-  free(s->n_active);
-  free(s->pages);
-  free((void *)s->places);
-  free(s->sums);
-  free(s);
-}
-static int prepare_sparse(pi2_program *p) {
-  for (int i = 0; i < 2; i++) {
-    const pi2_sparse *s = p->sparse[i] =
-        i ? new_sparse(p, PI2_REPLICATED, NULL) : new_sparse(p, p->max_rows, p->hidden_floats);
-    if (!s || !s->clusters || !s->active || !s->n_active || !s->pages || !s->places || !s->values || !s->sums) return 0;
-  }
-  for (int i = p->n_ops - 1, next = 0, route = 0; i > 0; i--) {
-    if (p->ops[i].kind == PI2_ROUTE) next = 0, route = i;
-    if (p->ops[i].kind == PI2_SPARSE) p->ops[i].next_sparse = next, p->ops[i].next_route = route, next = i;
-  }
+static void prepare_scratch(pi2_program *p, pi2_arena *a) {
+  pi2_scratch *scratch = pi2_arena_take(a, p->threads, sizeof *scratch);
   for (int t = 0; t < p->threads; t++) {
-    pi2_scratch *scratch = &p->scratch[t];
-    scratch->ahead_floats = pi2_allocate(p, 2 * PI2_REPLICATED * p->dim, sizeof *scratch->ahead_floats);
-    if (!scratch->ahead_floats || !allocate_q8(p, &scratch->ahead, PI2_REPLICATED, p->dim, p->mixed)) return 0;
-    scratch->arranged = pi2_allocate(p, pi2_align(p->dim, 512), sizeof *scratch->arranged);
-    scratch->arranged_d = pi2_allocate(p, pi2_align(p->dim, 512) / PI2_BLOCK, sizeof *scratch->arranged_d);
-    scratch->arranged_s = pi2_allocate(p, pi2_align(p->dim, 512) / PI2_BLOCK, sizeof *scratch->arranged_s);
-    if (!scratch->arranged || !scratch->arranged_d || !scratch->arranged_s) return 0;
+    const pi2_scratch s = {.q8 = pi2_take_q8(p, a, PI2_REPLICATED, p->max_k, p->mixed),
+                           .floats = pi2_arena_take(a, PI2_REPLICATED * p->max_k, 4),
+                           .tile = pi2_arena_take(a, 2 * PI2_TILE_ROWS * PI2_TILE_LD, 4),
+                           .pieces = pi2_arena_take(a, PI2_MATRICES * p->max_pieces, sizeof *s.pieces)};
+    if (a->base) scratch[t] = s;
   }
-  return 1;
-}
-
-static int prepare_routing(pi2_program *p, int64_t experts, int64_t used) {
-  pi2_routing *g = &p->routing;
-  g->n_experts = (int)experts;
-  g->count = pi2_allocate(p, experts, sizeof *g->count);
-  g->row = pi2_allocate(p, experts * p->max_rows, sizeof *g->row);
-  g->weight = pi2_allocate(p, experts * p->max_rows, sizeof *g->weight);
-  g->chosen = pi2_allocate(p, p->max_rows * used, sizeof *g->chosen);
-  g->share = pi2_allocate(p, p->max_rows * used, sizeof *g->share);
-  return g->count && g->row && g->weight && g->chosen && g->share;
-}
-/* Where the pages of an operation's matrices lie, while it runs. */
-static int prepare_pages(pi2_program *p) {
-  if (!p->clusters) return 1;
-  for (int i = 0; i < p->clusters->n_regions; i++)
-    p->max_pages = p->clusters->regions[i].pages > p->max_pages ? p->clusters->regions[i].pages : p->max_pages;
-  p->page_table = pi2_allocate(p, PI2_MATRICES * p->max_pages, sizeof *p->page_table);
-  p->page_numbers = pi2_allocate(p, p->max_pages, sizeof *p->page_numbers);
-  if (!p->page_table || !p->page_numbers) return 0;
-  for (int64_t i = 0; i < p->max_pages; i++) p->page_numbers[i] = (int32_t)i;
-  for (int i = 0; i < p->n_ops; i++)
-    for (int j = 0; j < p->ops[i].n_matrices; j++) p->ops[i].matrix[j].page = p->page_table + j * p->max_pages;
-  return 1;
+  p->scratch = scratch;
 }
 
 /* What becomes of a row behind the last attention matters only if it needs logits. */
 static void find_tail(pi2_program *p) {
   int at = p->n_ops - 1;
-  while (at >= 0 && p->ops[at].kind != PI2_ATTENTION) at--;
+  while (at >= 0 && !pi2_op_classes[p->ops[at].kind]->run_tail) at--;
   p->tail = at;
   if (at < 0) return;
-  for (int i = at + 1; i < p->n_ops; i++) {
+  const int end = p->n_ops - 1; /* the head */
+  for (int i = at + 1; i < end; i++) {
     const pi2_op *op = &p->ops[i];
-    if (op->kind == PI2_HEAD) continue;
-    if ((op->kind != PI2_LINEAR && op->kind != PI2_FFN && op->kind != PI2_ADD) || op->expert >= 0 || op->streamed ||
-        op->paged) {
+    if (!pi2_op_classes[op->kind]->by_row || op->expert >= 0 || op->streamed || op->paged) {
       p->tail = -1;
       return;
     }
   }
-  pi2_op *ffn = &p->ops[at + 2], *down = ffn + 1;
-  if (at + 5 == p->n_ops && ffn->kind == PI2_FFN && down->kind == PI2_LINEAR && down->sink == PI2_ADD_TO_X &&
-      down->source == PI2_FROM_HIDDEN)
-    ffn->head_only = down->head_only = 1;
+  const int first = at + 2; /* behind attention's own output, which is of all rows */
+  for (int i = first; i < end; i++) {
+    const pi2_op_class *class = pi2_op_classes[p->ops[i].kind];
+    if (!class->on_head_rows || !class->on_head_rows(&p->ops[i])) return;
+  }
+  for (int i = first; i < end; i++) p->ops[i].head_only = 1;
+}
+
+/* Widths of what operations share. */
+static void measure_ops(pi2_program *p) {
+  memset(p->used, 0, sizeof p->used);
+  for (int i = 0; i < p->n_ops; i++) {
+    pi2_op *op = &p->ops[i];
+    const pi2_op_class *class = pi2_op_classes[op->kind];
+    p->used[op->kind]++;
+    op->tile_blocks = PI2_TILE_BLOCKS;
+    if (op->sink == PI2_MIX_INTO_Y) pi2_widen(&p->y_columns, p->dim);
+    for (int j = 0; j < op->n_matrices; j++) {
+      const pi2_matrix *m = &op->matrix[j];
+      pi2_widen(&p->max_k, m->k);
+      if (op->source != PI2_FROM_HIDDEN || op->norm.weight) pi2_widen(&p->prepared_k, m->k);
+      if (pi2_is_paged(m)) pi2_widen(&p->max_pages, pi2_parts(m));
+      if (!pi2_is_streamed(m)) continue;
+      pi2_widen(&p->max_pieces, pi2_parts(m));
+      pi2_widen(&p->n_pieces, m->unit + (pi2_parts(m) - 1) * m->stride + 1);
+    }
+    if (class->measure) class->measure(p, op);
+  }
+}
+
+/* Takes all buffers from the arena. */
+static void take_buffers(pi2_program *p) {
+  pi2_arena *a = &p->arena;
+  const int64_t rows = p->max_rows;
+  p->n_tails = 0;
+  p->tail_bytes = 0;
+  p->share_stride = pi2_align(cursors(p), 8);
+  for (int i = 0; i < p->n_ropes; i++) {
+    p->ropes[i].cosine = pi2_arena_take(a, rows * p->ropes[i].half, 4);
+    p->ropes[i].sine = pi2_arena_take(a, rows * p->ropes[i].half, 4);
+  }
+  pi2_pages_prepare(p, a);
+  p->x = pi2_take_rows(p, a, rows, p->dim * 4);
+  p->y = pi2_take_rows(p, a, rows, p->y_columns * 4);
+  p->reduced = pi2_take_rows(p, a, rows, p->reduced_columns * 4);
+  p->attention = pi2_take_rows(p, a, rows, p->attention_columns * 4);
+  p->hidden_floats = pi2_take_rows(p, a, rows, p->hidden * 4);
+  p->prepared = pi2_take_rows(p, a, rows, p->prepared_k * 4);
+  p->slots = pi2_arena_take(a, p->max_slots, sizeof *p->slots);
+  p->counts = pi2_arena_take(a, p->max_slots * p->vocab, sizeof *p->counts);
+  p->q8_prepared = pi2_take_q8(p, a, rows, p->prepared_k, p->mixed);
+  p->q8_attention = pi2_take_q8(p, a, rows, p->attention_columns, 0);
+  p->q8_hidden = pi2_take_q8(p, a, rows, p->hidden, p->mixed);
+  prepare_scratch(p, a);
+  for (int i = 0; i < PI2_QUEUE; i++) prepare_run(p, a, &p->runs[i]);
+  for (int i = 0; i < PI2_OP_COUNT; i++)
+    if (p->used[i] && pi2_op_classes[i]->prepare) pi2_op_classes[i]->prepare(p, a);
+  pi2_pieces_prepare(p, a); /* knows the tails of all rows */
+}
+
+void pi2_program_measure(pi2_program *p) {
+  measure_ops(p);
+  find_tail(p);
+  p->arena = (pi2_arena){0};
+  take_buffers(p);
 }
 
 int pi2_program_prepare(pi2_program *p) {
-  const int64_t rows = p->max_rows;
-  int64_t experts = 0, used = 0;
-  int ok = 1;
-  for (int i = 0; i < p->n_ops; i++) {
-    const pi2_op *op = &p->ops[i];
-    p->ops[i].tile_blocks = PI2_TILE_BLOCKS;
-    if (op->sink == PI2_MIX_INTO_Y) p->y_columns = p->dim > p->y_columns ? p->dim : p->y_columns;
-    if (op->kind == PI2_ROUTE) {
-      experts = op->n_experts + op->shared > experts ? op->n_experts + op->shared : experts;
-      used = op->n_used + op->shared > used ? op->n_used + op->shared : used;
-    }
-    for (int j = 0; j < op->n_matrices; j++) {
-      const int64_t k = op->matrix[j].k;
-      p->max_k = k > p->max_k ? k : p->max_k;
-      if ((op->source != PI2_FROM_HIDDEN || op->norm.weight) && k > p->prepared_k) p->prepared_k = k;
-    }
-    if (op->kind == PI2_LINEAR) {
-      int64_t columns = 0;
-      for (int j = 0; j < op->n_matrices; j++) columns += op->matrix[j].rows;
-      int64_t *most = op->sink == PI2_TO_REDUCED ? &p->reduced_columns : &p->y_columns;
-      *most = columns > *most ? columns : *most;
-    } else if (op->kind == PI2_FFN || op->kind == PI2_SPARSE) {
-      if (op->kind == PI2_SPARSE && op->sink == PI2_TO_Y) p->y_columns = p->dim > p->y_columns ? p->dim : p->y_columns;
-      const int64_t hidden = op->kind == PI2_SPARSE ? op->bundles->neurons : op->matrix[0].rows;
-      p->hidden = hidden > p->hidden ? hidden : p->hidden;
-    } else if (op->kind == PI2_ATTENTION) {
-      int64_t columns = (int64_t)op->n_heads * op->head_dim;
-      p->attention_columns = columns > p->attention_columns ? columns : p->attention_columns;
-      p->max_heads = op->n_heads > p->max_heads ? op->n_heads : p->max_heads;
-      p->max_kv_heads = op->n_kv_heads > p->max_kv_heads ? op->n_kv_heads : p->max_kv_heads;
-      p->max_head_dim = op->kv.head_dim > p->max_head_dim ? op->kv.head_dim : p->max_head_dim;
-      const int group = op->n_heads / op->n_kv_heads;
-      p->max_group = group > p->max_group ? group : p->max_group;
-    }
-  }
-  for (int i = 0; i < p->n_ropes; i++) {
-    p->ropes[i].cosine = pi2_allocate(p, rows * p->ropes[i].half, 4);
-    p->ropes[i].sine = pi2_allocate(p, rows * p->ropes[i].half, 4);
-    ok &= p->ropes[i].cosine && p->ropes[i].sine;
-  }
-  find_tail(p);
-  if (experts) ok &= prepare_routing(p, experts, used);
-  ok &= prepare_pages(p);
-  p->partial_splits = p->context > 4 * PI2_LARGEST_SPLIT ? p->context / PI2_LARGEST_SPLIT + 1 : 4;
-  p->x = allocate_rows(p, rows, p->dim * 4);
-  p->y = allocate_rows(p, rows, p->y_columns * 4);
-  p->reduced = allocate_rows(p, rows, p->reduced_columns * 4);
-  p->attention = allocate_rows(p, rows, p->attention_columns * 4);
-  p->hidden_floats = allocate_rows(p, rows, p->hidden * 4);
-  p->prepared = allocate_rows(p, rows, p->prepared_k * 4);
-  p->logits = allocate_rows(p, PI2_HEAD_ROWS, p->vocab * 4);
-  p->partial = pi2_allocate(p, p->max_slots * p->max_heads * p->partial_splits * (p->max_head_dim + 16), 4);
-  if (p->rows) ok &= (p->row_tokens = pi2_allocate(p, rows, sizeof *p->row_tokens)) != NULL;
-  p->slots = calloc((size_t)p->max_slots, sizeof *p->slots);
-  p->scratch = calloc((size_t)p->threads, sizeof *p->scratch);
-  ok &= allocate_q8(p, &p->q8_prepared, rows, p->prepared_k, p->mixed);
-  ok &= allocate_q8(p, &p->q8_attention, rows, p->attention_columns, 0);
-  ok &= allocate_q8(p, &p->q8_hidden, rows, p->hidden, p->mixed);
-  ok &= p->x && p->y && p->reduced && p->attention && p->hidden_floats && p->prepared && p->logits && p->partial &&
-        p->slots && p->scratch;
-  if (!ok) return -1;
-  const int64_t vectors = p->max_group > 64 ? p->max_group : 64; /* queries of one attention tile */
-  for (int t = 0; t < p->threads; t++) {
-    pi2_scratch *s = &p->scratch[t];
-    ok &= allocate_q8(p, &s->q8, PI2_REPLICATED, p->max_k, p->mixed);
-    s->floats = pi2_allocate(p, PI2_REPLICATED * p->max_k, 4);
-    s->tile = pi2_allocate(p, 2 * PI2_TILE_ROWS * PI2_TILE_LD, 4);
-    s->queries = pi2_allocate(p, vectors * p->max_head_dim, 4);
-    s->scores = pi2_allocate(p, vectors * PI2_PAGE, 4);
-    s->acc = pi2_allocate(p, vectors * (p->max_head_dim + 2), 4);
-    s->acc2 = pi2_allocate(p, vectors * (p->max_head_dim + 2), 4);
-    s->candidates = pi2_allocate(p, p->vocab, sizeof(pi2_candidate));
-    ok &= s->floats && s->tile && s->queries && s->scores && s->acc && s->acc2 && s->candidates;
-  }
-  ok &= pi2_pieces_prepare(p);
-  p->share_stride = pi2_align(cursors(p), 8);
-  for (int i = 0; i < PI2_QUEUE; i++) ok &= prepare_run(p, &p->runs[i]);
-  if (p->neurons) ok &= prepare_sparse(p);
-  return ok ? 0 : -1;
+  pi2_program_measure(p);
+  if (pi2_arena_map(&p->arena)) return -1;
+  take_buffers(p);
+  return 0;
 }
 
 void pi2_program_free(pi2_program *p) {
-  for (int i = 0; i < p->n_ropes; i++) {
-    free((void *)p->ropes[i].frequencies);
-    free(p->ropes[i].cosine);
-    free(p->ropes[i].sine);
-  }
-  for (int i = 0; p->slots && i < p->max_slots; i++) {
+  for (int i = 0; i < p->n_ropes; i++) free((void *)p->ropes[i].frequencies);
+  for (int i = 0; p->arena.base && i < p->max_slots; i++) {
     free(p->slots[i].bias_ids);
     free(p->slots[i].bias);
-    free(p->slots[i].counts);
   }
-  for (int t = 0; p->scratch && t < p->threads; t++) {
-    pi2_scratch *s = &p->scratch[t];
-    free_q8(&s->q8);
-    free(s->floats);
-    free(s->tile);
-    free(s->queries);
-    free(s->scores);
-    free(s->acc);
-    free(s->acc2);
-    free(s->candidates);
-    free((void *)s->pieces);
-    free(s->arranged);
-    free(s->arranged_d);
-    free(s->arranged_s);
-    free(s->ahead_floats);
-    free_q8(&s->ahead);
-  }
-  free_sparse(p, p->sparse[0]);
-  free_sparse(p, p->sparse[1]);
-  for (int i = 0; i < PI2_QUEUE; i++) free_run(&p->runs[i]);
-  free_q8(&p->q8_prepared);
-  free_q8(&p->q8_attention);
-  free_q8(&p->q8_hidden);
-  free(p->x);
-  free(p->y);
-  free(p->reduced);
-  free(p->attention);
-  free(p->hidden_floats);
-  free(p->prepared);
-  free(p->logits);
-  free(p->routing.count);
-  free(p->routing.row);
-  free(p->routing.weight);
-  free(p->routing.chosen);
-  free(p->routing.share);
-  free((void *)p->page_table);
-  free(p->page_numbers);
-  free(p->piece_blocks);
-  free((void *)p->piece_left);
-  free(p->partial);
-  free(p->row_tokens);
-  free(p->slots);
-  free(p->scratch);
+  for (int i = 0; i < PI2_QUEUE; i++) free(p->runs[i].copies.copy);
+  for (int i = 0; i < p->n_ops; i++) free(p->ops[i].data);
   free(p->ops);
   free(p->ropes);
+  pi2_arena_unmap(&p->arena);
 }
 
 pi2_run *pi2_run_new(pi2_program *p) {
   pi2_run *r = &p->runs[p->next_run % PI2_QUEUE];
   if (!r->done) return NULL;
-  r->n_rows = r->n_slices = r->n_units = r->n_prefill = r->n_head = r->trace = r->urgent = 0;
+  r->n_rows = r->n_slices = r->n_prefill = r->n_head = r->trace = r->urgent = 0;
   r->copies.n = 0;
   return r;
-}
-
-static int add_unit(pi2_run *r, pi2_unit unit) {
-  if (r->n_units == r->units_capacity) {
-    int64_t capacity = r->units_capacity ? 2 * r->units_capacity : 256;
-    pi2_unit *bigger = realloc(r->units, (size_t)capacity * sizeof *bigger);
-    if (!bigger) return -1;
-    r->units = bigger;
-    r->units_capacity = capacity;
-  }
-  r->units[r->n_units++] = unit;
-  return 0;
-}
-
-/* Units of attention: the same for every layer, with the most KV heads of any; a layer with fewer skips. Single rows
- * are cut along the context, so that a long one is shared; rows of a chunk are cut in tiles, the last (longest) first.
- */
-static int make_units(pi2_run *r) {
-  const pi2_program *p = r->program;
-  for (int i = 0; i < r->n_slices; i++) {
-    const pi2_slice *s = &r->slices[i];
-    if (s->count == 1) {
-      const int splits = s->start / pi2_split(s->start) + 1;
-      for (int split = splits - 1; split >= 0; split--)
-        for (int h = 0; h < p->max_kv_heads; h++)
-          if (add_unit(r, (pi2_unit){i, s->row, 1, h, split, splits})) return -1;
-    } else {
-      const int tile = p->max_group <= 8 ? 8 : p->max_group <= 32 ? 2 : 1; /* at most 64 query vectors, in eights */
-      for (int first, last = s->count; last > 0; last = first) {           /* rows of a tile are split alike */
-        const int begin = pi2_split_begin(pi2_split(s->start + last - 1)) - s->start;
-        first = (last - 1) / tile * tile;
-        if (first < begin) first = begin;
-        for (int h = 0; h < p->max_kv_heads; h++)
-          if (add_unit(r, (pi2_unit){i, s->row + first, last - first, h, 0, 0})) return -1;
-      }
-    }
-  }
-  return 0;
 }
 
 int pi2_run_post(pi2_run *r) {
@@ -400,10 +214,10 @@ int pi2_run_post(pi2_run *r) {
         r->head_row[r->n_head++] = s->row + j;
     }
   }
-  if (make_units(r)) return -1;
+  for (int i = 0; i < PI2_OP_COUNT; i++)
+    if (p->used[i] && pi2_op_classes[i]->post) pi2_op_classes[i]->post(r);
   memset((void *)r->cursors, 0, (size_t)(4 * cursors(p)) * 4);
   memset((void *)r->shares, 0, (size_t)(p->threads * p->share_stride) * 8);
-  memset((void *)r->splits_left, 0, (size_t)(p->max_slots * p->max_kv_heads) * 4);
   memset(r->busy, 0, (size_t)p->threads * 8);
   if (r->n_waits) memset(r->n_waits, 0, (size_t)p->threads * sizeof *r->n_waits);
   atomic_store(&r->stop, 0);
@@ -417,64 +231,18 @@ int pi2_run_post(pi2_run *r) {
   return 0;
 }
 
-static int32_t token_of(const pi2_run *r, int row) {
-  return r->token[row] >= 0 ? r->token[row] : r->program->slots[r->slices[r->slice_of[row]].slot].last;
-}
-/* All rows of an embedding that is not in memory: a thread that reads them one by one would wait for each. */
-static void read_embedding(pi2_run *r) {
-  const pi2_program *p = r->program;
-  for (int row = 0; row < r->n_rows; row++) p->row_tokens[row] = token_of(r, row);
-  const int error = pi2_rows_read(p->rows, p->row_tokens, r->n_rows, p->x, p->dim, &r->stop);
-  if (!error) return;
-  if (error != ECANCELED || !atomic_load(&r->stop)) r->error = error;
-  atomic_store(&r->stop, 1); /* the barrier behind this operation ends the run on every thread */
-}
-
-/* Token embeddings and, with them, the step's rotations. */
-static void op_embed(pi2_run *r, int index, pi2_worker *w) {
-  const pi2_program *p = r->program;
-  const int scaled = p->embedding_scale != 1.0f;
-  if (p->rows && w->index == 0) {
-    read_embedding(r);
-    for (int row = 0; scaled && row < r->n_rows; row++)
-      p->kernels->scale(p->x + row * p->dim, p->embedding_scale, p->x + row * p->dim, p->dim);
-  }
-  for (uint32_t row; (row = pi2_take(r, index, 0)) < (uint32_t)r->n_rows;) {
-    float *x = p->x + row * p->dim;
-    if (!p->rows) {
-      pi2_unpack_row(p->embedding.type, p->embedding.data, p->dim, token_of(r, (int)row), x);
-      if (scaled) p->kernels->scale(x, p->embedding_scale, x, p->dim);
-    }
-    for (int i = 0; i < p->n_ropes; i++) {
-      const pi2_rope *rope = &p->ropes[i];
-      pi2_rotation(rope->frequencies, rope->half, r->position[row], rope->magnitude, rope->cosine + row * rope->half,
-                   rope->sine + row * rope->half);
-    }
-  }
-}
-
-/* x += y, through the second norm of a block that has one */
-static void op_add(pi2_run *r, const pi2_op *op, int index) {
-  const pi2_program *p = r->program;
-  for (uint32_t row; (row = pi2_take(r, index, 0)) < (uint32_t)r->n_rows;) {
-    float *y = p->y + row * p->y_columns;
-    if (op->norm.weight) p->kernels->rmsnorm(y, op->norm.weight, op->norm.offset, op->norm.eps, y, p->dim);
-    p->kernels->add(y, p->x + row * p->dim, p->dim);
-  }
-}
-
 int pi2_run_job(void *context, pi2_worker *w) {
   pi2_run *r = context;
   pi2_program *p = r->program;
+  for (int i = 0; i < PI2_OP_COUNT; i++)
+    if (p->used[i] && pi2_op_classes[i]->begin) pi2_op_classes[i]->begin(r, w);
   if (w->index == 0) { /* before the others can be at work: kernel time never exceeds the run's */
     if (p->stream) pi2_pieces_begin(r);
-    if (p->neurons) pi2_neuron_cache_step(p->neurons), r->before = pi2_neuron_cache_counts(p->neurons);
-    if (p->clusters) pi2_neuron_cache_step(p->clusters), r->cluster_bytes = -atomic_load(&p->clusters->bytes);
+    if (p->clusters) pi2_pages_begin(r);
     r->begin_ns = pi2_now_ns();
     r->begin_ticks = pi2_ticks();
   }
   pi2_job_begin(w, &r->stop);
-  p->scratch[w->index].turn = 0;
   int stopped = 0;
   uint64_t busy = 0;
   if (r->copies.n) { /* the first operation, of embeddings, touches no state, and its closing barrier follows */
@@ -484,10 +252,11 @@ int pi2_run_job(void *context, pi2_worker *w) {
   }
   for (int i = 0; i < p->n_ops && !stopped; i++) {
     const pi2_op *op = &p->ops[i];
+    const pi2_op_class *class = pi2_op_classes[op->kind];
     pi2_op streamed;
     const int behind = p->tail >= 0 && i >= p->tail && !r->n_head; /* of a chunk that is not a prompt's last */
-    if ((op->expert >= 0 && !p->routing.count[op->expert]) ||
-        (behind && op->kind != PI2_ATTENTION)) { /* nobody wants it */
+    const pi2_op_run run = behind ? class->run_tail : class->run;
+    if (!run || (op->expert >= 0 && !p->routing.count[op->expert])) { /* nobody wants it */
       if (w->index == 0) r->skipped_bytes += op->weight_bytes;
       if (r->trace) r->op_begin[w->index * p->n_ops + i] = r->op_end[w->index * p->n_ops + i] = pi2_ticks();
       continue;
@@ -501,21 +270,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
     if (op->paged && (stopped = pi2_pages_get(r, op, w))) break;
     const uint64_t begin = pi2_ticks();
     p->scratch[w->index].waited = 0;
-    switch (op->kind) {
-    case PI2_EMBED: op_embed(r, i, w); break;
-    case PI2_LINEAR: stopped = pi2_op_linear(r, op, i, w); break;
-    case PI2_ATTENTION:
-      if (behind)
-        pi2_op_store(r, op, i, w);
-      else
-        stopped = pi2_op_attention(r, op, i, w);
-      break;
-    case PI2_FFN: stopped = pi2_op_ffn(r, op, i, w); break;
-    case PI2_ADD: op_add(r, op, i); break;
-    case PI2_ROUTE: pi2_op_route(r, op, i, w, &stopped); break;
-    case PI2_HEAD: stopped = pi2_op_head(r, op, i, w); break;
-    case PI2_SPARSE: stopped = pi2_op_sparse(r, op, i, w); break;
-    }
+    stopped = run(r, op, i, w);
     const uint64_t end = pi2_ticks();
     busy += end - begin - p->scratch[w->index].waited;
     if (r->trace) {
@@ -523,23 +278,14 @@ int pi2_run_job(void *context, pi2_worker *w) {
       r->op_end[w->index * p->n_ops + i] = end;
     }
     if (!stopped) stopped = pi2_barrier(w);
-    if (op->kind == PI2_SPARSE) {
-      int *turn = &p->scratch[w->index].turn;
-      if (w->index == 0) pi2_sparse_reset(pi2_sparse_of(r, *turn)); /* barriers away from its next use, */
-      *turn = !*turn;
-      if (op->expert >= 0 && r->n_rows > PI2_REPLICATED && !stopped) stopped = pi2_barrier(w); /* but for this case */
-    }
+    if (class->done) stopped = class->done(r, op, w, stopped);
     if (op->paged && w->index == 0 && !stopped) pi2_pages_release(p, op);
   }
   r->busy[w->index] = busy;
   if (w->index == 0) {
-    if (stopped && p->neurons) {
-      for (int i = 0; i < 2; i++) pi2_sparse_reset(p->sparse[i]);
-      pi2_neuron_cache_abandon(p->neurons);
-    }
-    if (stopped && p->clusters) pi2_neuron_cache_abandon(p->clusters);
-    if (p->neurons) r->used = pi2_neuron_cache_counts(p->neurons);
-    if (p->clusters) r->cluster_bytes += atomic_load(&p->clusters->bytes);
+    for (int i = 0; i < PI2_OP_COUNT; i++)
+      if (p->used[i] && pi2_op_classes[i]->end) pi2_op_classes[i]->end(r, stopped);
+    if (p->clusters) pi2_pages_end(r, stopped);
     r->end_ticks = pi2_ticks();
     r->end_ns = pi2_now_ns();
     r->stopped = stopped;

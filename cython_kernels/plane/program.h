@@ -9,14 +9,14 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "arena.h"
 #include "copies.h"
 #include "gang.h"
 #include "kernels.h"
 #include "neuron_cache.h"
+#include "op.h"
 #include "pages.h"
-#include "rows.h"
 #include "sampler.h"
-#include "sparse.h"
 #include "stream.h"
 
 #define PI2_REPLICATED 4   /* rows up to which every thread prepares all inputs itself */
@@ -29,24 +29,7 @@
 #define PI2_HEAD_ROWS 32 /* rows of logits at once */
 #define PI2_FEW_ROWS 8   /* rows of a short step: what buffers have for more may be lent meanwhile */
 #define PI2_TAILS 32     /* buffers that have rows */
-#define PI2_MATRICES 3   /* of one operation */
 #define PI2_WAITS 4096   /* of a thread in a run that are recorded, at most */
-
-typedef struct {
-  int type;
-  int64_t rows, k;
-  const uint8_t *data;  /* row blocks; NULL: in pages or streamed in pieces, and known only while its operation runs */
-  const float *bias;    /* (rows) or NULL */
-  int unit, stride;     /* of the stream, where streamed: its first piece, and from each to its next */
-  int region;           /* of the clusters, where data is NULL and this not -1: the matrix of an expert, in pages */
-  int64_t page_blocks;  /* row blocks of a page or piece */
-  const uint8_t **page; /* where each page or piece lies */
-} pi2_matrix;
-
-typedef struct { /* weight NULL: no norm */
-  const float *weight;
-  float offset, eps;
-} pi2_norm;
 
 typedef struct {
   int half, interleaved;
@@ -54,40 +37,6 @@ typedef struct {
   float magnitude;
   float *cosine, *sine; /* (max_rows, half), filled per step */
 } pi2_rope;
-
-enum pi2_op_kind { PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD, PI2_HEAD, PI2_SPARSE, PI2_ROUTE };
-enum pi2_source { PI2_FROM_X, PI2_FROM_ATTENTION, PI2_FROM_HIDDEN };
-/* Mix: times the expert's weight, added. Reduced: what a predictor's second matrix is multiplied by. */
-enum pi2_sink { PI2_TO_Y, PI2_ADD_TO_X, PI2_MIX_INTO_Y, PI2_TO_REDUCED };
-
-typedef struct {
-  int kind, layer;
-  /* LINEAR: y or x += W [norm](source). FFN: hidden = act(gate) * up. SPARSE: y or x += down(act(gate) * up).
-   * HEAD: logits. */
-  pi2_norm norm;
-  int source, sink, n_matrices;
-  pi2_matrix matrix[PI2_MATRICES]; /* LINEAR: outputs one after the other. FFN: up, gate. HEAD, SPARSE: one */
-  int streamed, tile_blocks; /* how many of its matrices are; row blocks that all rows meet before the next ones do */
-  int paged;                 /* how many of its matrices are */
-  int expert;                /* whose rows it works on; -1: all rows */
-  int head_only;             /* works on rows that need logits alone: nothing reads what others would become */
-  int64_t weight_bytes;      /* of its matrices */
-  int n_experts, n_used, normalized, shared; /* ROUTE: from logits in y; a shared one's logit is behind the others */
-  int activation, up_activation;
-  const pi2_bundles *bundles; /* SPARSE */
-  int next_sparse; /* the operation of the next sparse block, or 0; of an expert's, that of its mixture's next expert */
-  int next_route;  /* of an expert's: the operation that routes in the next mixture, or 0 */
-  int mixed;       /* the rows that it quantises become int16 in both forms (pi2_q8) */
-  int mixed_down;  /* SPARSE: so do its hidden values, cluster by cluster */
-  int q8_in, q8_out; /* the source is integers already; the next operation wants them: quantise while in cache */
-  /* ATTENTION */
-  int n_heads, n_kv_heads, head_dim, window; /* window 0: all. kv.head_dim: padded to a multiple of 16 */
-  float scale, softcap;
-  int rope; /* index or -1 */
-  pi2_norm q_norm, k_norm;
-  pi2_kv kv; /* base, strides; the page table is the slice's */
-  int64_t kv_head_stride;
-} pi2_op;
 
 typedef struct { /* which rows go to which expert; a shared one is the last */
   int n_experts;
@@ -110,41 +59,24 @@ typedef struct {                   /* one slice of a step */
 } pi2_slice;
 
 typedef struct {
-  int32_t slice, row, rows, kv_head, split, splits;
-} pi2_unit;
-/* Positions whose attention is one partial sum, for a row at `position`: a page at least, then a quarter of the
- * context, at most PI2_LARGEST_SPLIT. For a small model has few KV heads, and a thread for which none is left would
- * idle. It follows from the position alone, so that bits depend neither on threads nor on chunks and batches. */
-#define PI2_LARGEST_SPLIT 512
-static inline int32_t pi2_split(int32_t position) {
-  int32_t split = PI2_PAGE;
-  while (split < PI2_LARGEST_SPLIT && position >= 4 * split) split *= 2;
-  return split;
-}
-/* The first position that is split so. */
-static inline int32_t pi2_split_begin(int32_t split) { return split > PI2_PAGE ? 2 * split : 0; }
-
-typedef struct {
   uint64_t begin, end;
 } pi2_wait; /* ticks */
 
 typedef struct pi2_run {
   struct pi2_program *program;
-  int n_rows, n_slices, n_units, n_prefill, n_head, trace;
+  int n_rows, n_slices, n_prefill, n_head, trace;
   int urgent;                           /* its result is told at once, see pi2_job */
   int32_t *token, *position, *slice_of; /* (max_rows); token -1: the slot's last */
   int32_t *head_row;                    /* (max_rows) rows that need logits */
   int32_t *prefill_row;                 /* (max_rows) rows whose keys must be stored before attention */
   pi2_slice *slices;                    /* (max_slots) */
   pi2_copies copies;                    /* of state, before anything is computed */
-  pi2_unit *units;
-  int64_t units_capacity;
-  int32_t *pages, *targets; /* arenas of this run's page tables and targets */
+  int32_t *pages, *targets;             /* arenas of this run's page tables and targets */
   float *scores;
   _Atomic int stop;
   _Atomic uint32_t *cursors;
-  _Atomic uint64_t *shares;      /* (threads, share_stride) what is taken of a thread's share of an operation */
-  _Atomic uint32_t *splits_left; /* (max_slots, max KV heads): splits done in this layer */
+  _Atomic uint64_t *shares;   /* (threads, share_stride) what is taken of a thread's share of an operation */
+  void *shared[PI2_OP_COUNT]; /* of the operations of a class in this run */
   int stopped;
   _Atomic int64_t neuron_bytes;         /* of neurons that fired, with their scales */
   int64_t skipped_bytes, cluster_bytes; /* of experts that nobody chose; read of those that are in pages */
@@ -169,19 +101,12 @@ static inline void pi2_count(_Atomic int64_t *counter, int64_t more) {
   atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + more, memory_order_relaxed);
 }
 
-typedef struct {                        /* one thread's own */
-  pi2_q8 q8;                            /* (PI2_REPLICATED, max k) */
-  float *floats;                        /* (PI2_REPLICATED, max k) */
-  float *tile;                          /* GEMM outputs */
-  float *queries, *scores, *acc, *acc2; /* attention */
-  pi2_candidate *candidates;
-  int16_t *arranged; /* activations in the order of single neurons' rows, and their scales */
-  float *arranged_d, *arranged_s;
+typedef struct {          /* one thread's own */
+  _Alignas(64) pi2_q8 q8; /* (PI2_REPLICATED, max k) */
+  float *floats;          /* (PI2_REPLICATED, max k) */
+  float *tile;            /* GEMM outputs */
   const uint8_t **pieces; /* (PI2_MATRICES, max_pieces) of the running operation, where they have arrived */
-  pi2_q8 ahead;           /* (PI2_REPLICATED, dim) what the next sparse block may be computed on */
-  float *ahead_floats;    /* the same; behind it what a predictor's first matrix makes of it */
   uint64_t waited;        /* ticks in the running operation */
-  int turn;               /* which of the two sparse blocks' places is next */
   pi2_taken taken;
 } pi2_scratch;
 
@@ -190,12 +115,12 @@ typedef struct pi2_program {
   pi2_gang *gang;
   pi2_stream *stream;         /* or NULL: all weights are in memory */
   pi2_neuron_cache *neurons;  /* of SPARSE operations, or NULL */
-  pi2_sparse *sparse[2];      /* the second for steps of few rows */
   pi2_neuron_cache *clusters; /* of experts' matrices that are in pages, or NULL */
   const uint8_t **page_table; /* (PI2_MATRICES, max_pages) of the running operation */
   int32_t *page_numbers;      /* (max_pages) 0, 1, ... */
   int64_t max_pages;
-  int64_t *piece_blocks;       /* (units of the stream) row blocks of each */
+  int64_t n_pieces;            /* units of the stream */
+  int64_t *piece_blocks;       /* (pieces) row blocks of each */
   _Atomic int64_t *piece_left; /* of these, times rows, those that the running step has not computed with yet */
   int64_t max_pieces;
   pi2_pages tail_of[PI2_TAILS]; /* rows that short steps have no use for, in whole pages of memory */
@@ -217,58 +142,64 @@ typedef struct pi2_program {
   int64_t reduced_columns; /* of what predictors' first matrices make */
   int64_t prepared_k;      /* the largest k of what `prepared` and q8_prepared take: all but hidden values, which have
                               q8_hidden */
-  int threads, max_heads, max_kv_heads, max_head_dim, max_group, n_ropes, n_ops; /* max_head_dim: padded */
+  int threads, n_ropes, n_ops, ops_capacity;
   pi2_op *ops;
   pi2_rope *ropes;
-  pi2_matrix embedding; /* data NULL: its rows are read */
-  pi2_row_reader *rows; /* through this, or NULL */
-  int32_t *row_tokens;  /* (max_rows) which, in the running step */
-  float embedding_scale, logit_softcap;
-  float *x, *y, *reduced, *attention, *hidden_floats, *prepared, *logits;
+  float *x, *y, *reduced, *attention, *hidden_floats, *prepared;
   pi2_q8 q8_prepared, q8_attention, q8_hidden;
-  float *partial; /* attention of one row split along the context */
-  int64_t partial_splits;
   pi2_slot *slots;
+  int32_t *counts; /* (max_slots, vocab) for those of slots */
   pi2_scratch *scratch;
+  int used[PI2_OP_COUNT];     /* operations of each class */
+  void *shared[PI2_OP_COUNT]; /* of the operations of a class */
   pi2_run runs[PI2_QUEUE];
   uint32_t next_run;
-  int64_t activation_bytes;
+  pi2_arena arena; /* all of these buffers */
 } pi2_program;
 
-/* Allocates buffers for the ops in place. Returns 0, or -1 out of memory. The program owns ops' and ropes' arrays from
- * then on, not the weights. */
+/* Another operation, zero but for its kind, its layer, `expert`, and its data, which are zeros. NULL: out of memory. It
+ * moves with the next one; its data stay where they are. */
+pi2_op *pi2_op_add(pi2_program *p, int kind, int layer);
+/* Widths and sizes of all buffers, without memory for them. After this p->arena.used and p->tail_bytes are those of a
+ * prepared program. Weights and readers may be missing: of a matrix only shape and place count. */
+void pi2_program_measure(pi2_program *p);
+/* Memory for all buffers. Returns 0, or -1 out of memory. */
 int pi2_program_prepare(pi2_program *p);
-void *pi2_allocate(pi2_program *p, int64_t count, size_t size); /* counted as activations */
+/* Of a measured or prepared program, or one that is not complete. It owns operations and rotations, not the weights. */
 void pi2_program_free(pi2_program *p);
+/* Of a prepare hook: a buffer of rows, of which those that short steps have no use for may be lent; rows of integers.
+ */
+void *pi2_take_rows(pi2_program *p, pi2_arena *a, int64_t rows, int64_t bytes);
+pi2_q8 pi2_take_q8(pi2_program *p, pi2_arena *a, int64_t rows, int64_t k, int mixed);
+/* The same in the arena. NULL while it measures. */
+static inline void *pi2_keep(pi2_arena *a, const void *value, size_t size) {
+  void *kept = pi2_arena_take(a, 1, size);
+  return a->base ? memcpy(kept, value, size) : NULL;
+}
+static inline void pi2_widen(int64_t *width, int64_t to) { *width = to > *width ? to : *width; }
 
 /* A run to fill (rows, slices), then post. NULL when PI2_QUEUE are unfinished. */
 pi2_run *pi2_run_new(pi2_program *p);
-/* Derives units and head rows from the slices and hands the run to the gang. Returns 0 or -1 (out of memory). */
+/* Derives head rows and what classes need from the slices, and hands the run to the gang. Returns 0, or -1 when the
+ * gang has PI2_JOBS jobs. */
 int pi2_run_post(pi2_run *run);
 
 /* The job the gang runs; context is the run. */
 int pi2_run_job(void *run, pi2_worker *worker);
 
-/* ops_*.c: each runs on every thread and ends before its closing barrier; returns nonzero if stopped at an inner one.
- */
-int pi2_op_linear(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
-int pi2_op_ffn(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
-int pi2_op_attention(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
-void pi2_op_store(pi2_run *run, const pi2_op *op, int index, pi2_worker *w); /* attention's keys and values alone */
-int pi2_op_sparse(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
-void pi2_op_route(pi2_run *run, const pi2_op *op, int index, pi2_worker *w, int *stopped);
-int pi2_op_head(pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
-
-/* ops_experts.c: pages of experts' matrices. Each is called on every thread. pi2_pages_get waits until those of an
- * operation are there; nonzero if the run was stopped. pi2_pages_release follows its closing barrier. */
+/* ops_experts.c: pages of experts' matrices. pi2_pages_get is called on every thread and waits until those of an
+ * operation are there; nonzero if the run was stopped. The others are for thread 0; pi2_pages_release follows the
+ * closing barrier. */
 void pi2_largest(const float *value, int n, int wanted, int32_t *chosen); /* of equal ones those that come first */
+void pi2_pages_prepare(pi2_program *p, pi2_arena *a);
+void pi2_pages_begin(pi2_run *run);
 int pi2_pages_get(pi2_run *run, const pi2_op *op, pi2_worker *w);
 void pi2_pages_release(const pi2_program *p, const pi2_op *op);
+void pi2_pages_end(pi2_run *run, int stopped);
 
 /* ops_streamed.c: pieces of matrices that pass through a ring. */
-static inline int pi2_is_streamed(const pi2_matrix *m) { return !m->data && m->region < 0; }
-int pi2_pieces_prepare(pi2_program *p); /* returns 0 out of memory */
-void pi2_pieces_begin(pi2_run *run);    /* thread 0 */
+void pi2_pieces_prepare(pi2_program *p, pi2_arena *a);
+void pi2_pieces_begin(pi2_run *run); /* thread 0 */
 /* Waits for those with row blocks [first, last); only then m may be multiplied by these. Returns 0 when reading has
  * failed or the run was stopped: the operation ends, and its closing barrier tells the other threads. */
 int pi2_pieces_get(pi2_run *run, const pi2_matrix *m, const pi2_worker *w, int64_t first, int64_t last);
@@ -282,11 +213,6 @@ static inline int64_t pi2_tile_end(const pi2_matrix *m, int64_t from, int64_t to
   return end;
 }
 
-/* What the sparse block that runs next works on: one that follows another begins while the places of that one are put
- * in order, so they take turns where there are two. */
-static inline pi2_sparse *pi2_sparse_of(const pi2_run *run, int turn) {
-  return run->program->sparse[run->n_rows <= PI2_REPLICATED ? turn : 0];
-}
 /* Rows that an operation works on: of the step, or only those of its expert, or that need logits, which they are then.
  */
 static inline int pi2_rows(const pi2_run *run, const pi2_op *op) {
@@ -320,9 +246,10 @@ typedef struct {
   int64_t ld;
   int narrow; /* q8 is int8, whatever the program's others are */
 } pi2_input;
+enum pi2_form { PI2_AS_FLOATS, PI2_AS_INTEGERS, PI2_AS_WORDS }; /* integers: in whatever form kernels prefer */
 /* Prepares `rows` rows: row i is source row rows_of[i] (or i, where NULL). May meet a barrier; *stopped is set then. */
 pi2_input pi2_prepare(pi2_run *run, const pi2_op *op, int index, pi2_worker *w, int64_t k, const int32_t *row_of,
-                      int rows, int needs_q8, int *stopped);
+                      int rows, int form, int *stopped);
 static inline pi2_q8 pi2_q8_row(const pi2_q8 *x, int64_t row) {
   pi2_q8 r = *x;
   if (r.q) r.q += row * r.ldq;

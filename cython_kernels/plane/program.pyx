@@ -2,7 +2,7 @@
 
 from libc.errno cimport errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 from posix.types cimport pid_t
 from posix.unistd cimport getpid
@@ -75,15 +75,17 @@ cdef extern from "sparse.h" nogil:
         const float *down_bias
         const float *thresholds
         const uint16_t *order
+    ctypedef struct pi2_neuron_block:
+        const pi2_bundles *bundles
+        int activation, up_activation, mixed_down
 
 cdef extern from "copies.h" nogil:
     ctypedef struct pi2_copies:
         int n
     int pi2_copies_add(pi2_copies *, const uint8_t *, uint8_t *, int64_t)
 
-cdef extern from "program.h" nogil:
+cdef extern from "op.h" nogil:
     enum: PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD, PI2_HEAD, PI2_SPARSE, PI2_ROUTE
-    enum: PI2_QUEUE
     ctypedef struct pi2_matrix:
         int type
         int64_t rows, k
@@ -94,25 +96,56 @@ cdef extern from "program.h" nogil:
     ctypedef struct pi2_norm:
         const float *weight
         float offset, eps
-    ctypedef struct pi2_rope:
-        int half, interleaved
-        const double *frequencies
-        float magnitude
     ctypedef struct pi2_op:
         int kind, layer
         pi2_norm norm
         int source, sink, n_matrices
         pi2_matrix matrix[3]
-        int streamed, paged, expert, n_experts, n_used, normalized, shared
+        int streamed, paged, expert
         int64_t weight_bytes
-        int activation, up_activation, q8_in, q8_out, mixed, mixed_down
-        const pi2_bundles *bundles
+        int mixed, q8_in, q8_out
+        void *data
+    ctypedef struct pi2_op_class:
+        const char *name
+        const char *(*name_of)(const pi2_op *)
+    const pi2_op_class **pi2_op_classes
+    int64_t pi2_parts(const pi2_matrix *)
+
+cdef extern from "ops_embed.h" nogil:
+    ctypedef struct pi2_embed:
+        pi2_matrix matrix
+        pi2_row_reader *rows
+        float scale
+
+cdef extern from "ops_linear.h" nogil:
+    ctypedef struct pi2_ffn:
+        int activation, up_activation
+    ctypedef struct pi2_head:
+        float softcap
+
+cdef extern from "ops_attention.h" nogil:
+    ctypedef struct pi2_attention:
         int n_heads, n_kv_heads, head_dim, window
         float scale, softcap
         int rope
         pi2_norm q_norm, k_norm
         pi2_kv kv
         int64_t kv_head_stride
+
+cdef extern from "ops_experts.h" nogil:
+    ctypedef struct pi2_route:
+        int n_experts, n_used, normalized, shared
+
+cdef extern from "arena.h" nogil:
+    ctypedef struct pi2_arena:
+        int64_t used
+
+cdef extern from "program.h" nogil:
+    enum: PI2_QUEUE
+    ctypedef struct pi2_rope:
+        int half, interleaved
+        const double *frequencies
+        float magnitude
     ctypedef struct pi2_slice:
         int32_t slot, start, count, row
         const int32_t *pages
@@ -160,12 +193,13 @@ cdef extern from "program.h" nogil:
         int wide, mixed, traced, threads, n_ropes, n_ops
         pi2_op *ops
         pi2_rope *ropes
-        pi2_matrix embedding
-        pi2_row_reader *rows
-        float embedding_scale, logit_softcap
         pi2_slot *slots
-        int64_t activation_bytes, tail_bytes, loan_bytes, kv_bytes, kv_page_bytes, kv_used
+        int32_t *counts
+        pi2_arena arena
+        int64_t tail_bytes, loan_bytes, kv_bytes, kv_page_bytes, kv_used
         uintptr_t kv
+    pi2_op *pi2_op_add(pi2_program *, int, int)
+    void pi2_program_measure(pi2_program *)
     int pi2_program_prepare(pi2_program *)
     void pi2_program_free(pi2_program *)
     pi2_run *pi2_run_new(pi2_program *)
@@ -318,8 +352,8 @@ cdef class Program:
     cdef object stream, neurons, clusters, rows
     cdef int next_unit
     cdef list keep, waiting
-    cdef int capacity, capacity_ropes
-    cdef bint prepared
+    cdef float embedding_scale, logit_softcap
+    cdef bint measured, prepared
     cdef int64_t pages, page_bytes, state_slots, slot_bytes
     cdef uintptr_t page_memory, slot_memory
     cdef readonly int64_t weight_bytes
@@ -346,21 +380,14 @@ cdef class Program:
         if clusters is not None:
             p.clusters = <pi2_neuron_cache *><uintptr_t>clusters.address
         p.pipeline = PIPELINES[pipeline]
-        p.embedding_scale, p.logit_softcap = embedding_scale, logit_softcap
+        self.embedding_scale, self.logit_softcap = embedding_scale, logit_softcap
 
     cdef pi2_op *operation(self, int kind, int layer) except NULL:
-        cdef pi2_op *ops
-        if self.p.n_ops == self.capacity:
-            self.capacity = max(64, 2 * self.capacity)
-            ops = <pi2_op *>realloc(self.p.ops, self.capacity * sizeof(pi2_op))
-            if ops == NULL:
-                raise memory_failure("the operations of a step")
-            self.p.ops = ops
-        ops = &self.p.ops[self.p.n_ops]
-        memset(ops, 0, sizeof(pi2_op))
-        ops.kind, ops.layer, ops.rope, ops.expert = kind, layer, -1, -1
-        self.p.n_ops += 1
-        return ops
+        self.measured = False
+        op = pi2_op_add(&self.p, kind, layer)
+        if op == NULL:
+            raise memory_failure("the operations of a step")
+        return op
 
     cdef pi2_norm norm_of(self, norm) except *:
         cdef pi2_norm n
@@ -427,10 +454,10 @@ cdef class Program:
         """``rows``: ``rows.Rows`` of a matrix that is not in memory, which outlive the gang."""
         if (matrix.m.data == NULL) != (rows is not None):
             raise InternalError("an embedding is in memory or in a file")
-        self.operation(PI2_EMBED, -1)
-        self.p.embedding, self.rows = matrix.m, rows
+        data = <pi2_embed *>self.operation(PI2_EMBED, -1).data
+        data.matrix, data.scale, self.rows = matrix.m, self.embedding_scale, rows
         if rows is not None:
-            self.p.rows = <pi2_row_reader *><uintptr_t>rows.address
+            data.rows = <pi2_row_reader *><uintptr_t>rows.address
         self.keep.append(matrix)
 
     def linear(self, int layer, norm, source, sink, matrices, *, bint q8_in=False, bint mixed=False,
@@ -446,7 +473,8 @@ cdef class Program:
         op = self.operation(PI2_FFN, layer)
         op.expert = expert
         op.norm = self.norm_of(norm)
-        op.activation, op.up_activation, op.q8_out, op.mixed = activation, up_activation, q8_out, mixed
+        data = <pi2_ffn *>op.data
+        data.activation, data.up_activation, op.q8_out, op.mixed = activation, up_activation, q8_out, mixed
         self.set_matrices(op, [up] if gate is None else [up, gate])
 
     def sparse_ffn(self, int layer, norm, sink, decides, Bundles bundles, int activation, int up_activation, *,
@@ -459,8 +487,10 @@ cdef class Program:
         op = self.operation(PI2_SPARSE, layer)
         op.expert = expert
         op.norm = self.norm_of(norm)
-        op.sink, op.bundles = SINKS[sink], &bundles.b
-        op.activation, op.up_activation, op.mixed, op.mixed_down = activation, up_activation, mixed, mixed_down
+        op.sink, op.mixed = SINKS[sink], mixed
+        data = <pi2_neuron_block *>op.data
+        data.bundles = &bundles.b
+        data.activation, data.up_activation, data.mixed_down = activation, up_activation, mixed_down
         self.set_matrices(op, [] if decides is None else [decides])
         self.keep.append(bundles)
 
@@ -470,17 +500,19 @@ cdef class Program:
         if n_heads % n_kv_heads or n_heads // n_kv_heads > 128:
             raise ValueError(f"{n_heads} heads over {n_kv_heads} KV heads")
         op = self.operation(PI2_ATTENTION, layer)
-        op.n_heads, op.n_kv_heads, op.head_dim, op.window = n_heads, n_kv_heads, head_dim, window
-        op.scale, op.softcap, op.rope, op.q8_out = scale, softcap, rope, q8_out
-        op.q_norm, op.k_norm = self.norm_of(q_norm), self.norm_of(k_norm)
-        op.kv.base, op.kv.page_stride, op.kv.v_offset = <const uint8_t *>kv, page_stride, v_offset
-        op.kv.head_dim, op.kv.type = (head_dim + 15) // 16 * 16, kv_type
-        op.kv_head_stride = head_stride
+        op.q8_out = q8_out
+        data = <pi2_attention *>op.data
+        data.n_heads, data.n_kv_heads, data.head_dim, data.window = n_heads, n_kv_heads, head_dim, window
+        data.scale, data.softcap, data.rope = scale, softcap, rope
+        data.q_norm, data.k_norm = self.norm_of(q_norm), self.norm_of(k_norm)
+        data.kv.base, data.kv.page_stride, data.kv.v_offset = <const uint8_t *>kv, page_stride, v_offset
+        data.kv.head_dim, data.kv.type = (head_dim + 15) // 16 * 16, kv_type
+        data.kv_head_stride = head_stride
 
     def route(self, int layer, *, int n_experts, int n_used, bint normalized, bint shared):
         """Chooses each row's experts by the logits in y; ``shared``: behind them is that of one more, which all rows use."""
-        op = self.operation(PI2_ROUTE, layer)
-        op.n_experts, op.n_used, op.normalized, op.shared = n_experts, n_used, normalized, shared
+        data = <pi2_route *>self.operation(PI2_ROUTE, layer).data
+        data.n_experts, data.n_used, data.normalized, data.shared = n_experts, n_used, normalized, shared
 
     def add(self, int layer, norm):
         """x += [norm](y)"""
@@ -488,13 +520,14 @@ cdef class Program:
 
     def head(self, norm, Matrix matrix):
         op = self.operation(PI2_HEAD, -1)
+        (<pi2_head *>op.data).softcap = self.logit_softcap
         op.norm = self.norm_of(norm)
         self.set_matrices(op, [matrix])
 
     def prepare(self):
         if pi2_program_prepare(&self.p):
             raise memory_failure("buffers for activations")
-        self.prepared = True
+        self.measured = self.prepared = True
 
     def state(self, *, uintptr_t pages, int64_t page_bytes, uintptr_t slots=0, int64_t n_slots=0, int64_t slot_bytes=0):
         """Where the first page lies, and the first of ``n_slots`` slots of fixed arrays: what steps may copy."""
@@ -515,7 +548,11 @@ cdef class Program:
 
     @property
     def activation_bytes(self):
-        return self.p.activation_bytes
+        """What ``prepare`` takes, or has taken."""
+        if not self.measured:
+            pi2_program_measure(&self.p)
+            self.measured = True
+        return self.p.arena.used
 
     @property
     def rarely_used_bytes(self):
@@ -537,7 +574,7 @@ cdef class Program:
     @property
     def taken(self):
         """Units of work that each thread took: (row blocks, neuron clusters, units of attention)."""
-        if self.p.scratch == NULL:
+        if not self.prepared:
             return ((0, 0, 0),) * self.p.threads
         return tuple((self.p.scratch[t].taken.row_blocks, self.p.scratch[t].taken.clusters,
                       self.p.scratch[t].taken.attention) for t in range(self.p.threads))
@@ -545,14 +582,12 @@ cdef class Program:
     @property
     def operations(self):
         """Names of the operations, for traces: ``"layer 3 attention"``."""
-        names = {PI2_EMBED: "embed", PI2_LINEAR: "linear", PI2_ATTENTION: "attention", PI2_FFN: "ffn",
-                 PI2_ADD: "add", PI2_HEAD: "head", PI2_SPARSE: "ffn", PI2_ROUTE: "route"}
+        cdef const pi2_op_class *kind
         out = []
         for i in range(self.p.n_ops):
             op = &self.p.ops[i]
-            name = names[op.kind]
-            if op.kind == PI2_LINEAR:
-                name = "qkv" if op.n_matrices == 3 else ("router", "out", "down")[op.source]
+            kind = pi2_op_classes[op.kind]
+            name = (kind.name if kind.name_of == NULL else kind.name_of(op)).decode()
             if op.expert >= 0:
                 name = f"expert {op.expert} {name}"
             out.append(name if op.layer < 0 else f"layer {op.layer} {name}")
@@ -573,7 +608,6 @@ cdef class Program:
         s.seed, s.logprobs, s.last = o.seed & 0xffffffffffffffff, min(o.logprobs, self.p.vocab), 0
         free(s.bias_ids)
         free(s.bias)
-        free(s.counts)
         s.bias_ids, s.bias, s.counts, s.n_bias = NULL, NULL, NULL, 0
         for token, _ in o.logit_bias:
             if not 0 <= token < self.p.vocab:
@@ -588,9 +622,8 @@ cdef class Program:
                 s.bias_ids[j], s.bias[j] = token, value
             s.n_bias = n
         if o.repetition_penalty != 1 or o.presence_penalty or o.frequency_penalty:
-            s.counts = <int32_t *>calloc(self.p.vocab, 4)
-            if s.counts == NULL:
-                raise memory_failure("counts of tokens for penalties", self.p.vocab * 4)
+            s.counts = self.p.counts + slot * self.p.vocab
+            memset(s.counts, 0, self.p.vocab * sizeof(int32_t))
             for i in range(history.shape[0]):
                 if 0 <= history[i] < self.p.vocab:
                     s.counts[history[i]] += 1
@@ -664,7 +697,7 @@ cdef class Program:
             row += count
         r.n_rows, r.n_slices, r.trace = <int>row, <int>len(step.slices), trace
         if pi2_run_post(r):
-            raise memory_failure("units of attention")
+            raise InternalError("the gang has no place for a step")
         self.waiting.append((<uintptr_t>r, step, held))
 
     def stop(self, step_id):
@@ -751,7 +784,7 @@ cdef class Program:
     def __dealloc__(self):
         # The gang was closed before (it joins its threads after finishing what was posted). A forked child leaves all
         # as it is: buffers that a device may write to are not mapped there.
-        if self.prepared and self.owner == getpid():
+        if self.owner == getpid():
             pi2_program_free(&self.p)
 
 

@@ -13,7 +13,7 @@ typedef struct {
   int32_t n_bias;
   int32_t *bias_ids; /* owned */
   float *bias;       /* owned */
-  int32_t *counts;   /* owned, (vocab); NULL without penalties */
+  int32_t *counts;   /* (vocab) or NULL without penalties */
   int32_t last;      /* the token sampled last; always a valid one */
 } pi2_slot;
 

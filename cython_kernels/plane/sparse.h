@@ -47,6 +47,14 @@ typedef struct {                  /* where the neurons of a block lie; docs/pack
   const uint16_t *order;
 } pi2_bundles;
 
+typedef struct { /* the data of PI2_SPARSE: y or x += down(act(gate) * up); its matrix, if any, decides */
+  const pi2_bundles *bundles;
+  int activation, up_activation;
+  int mixed_down;  /* hidden values become int16 in both forms (pi2_q8), cluster by cluster */
+  int next_sparse; /* the operation of the next sparse block, or 0; of an expert's, that of its mixture's next expert */
+  int next_route;  /* of an expert's: the operation that routes in the next mixture, or 0 */
+} pi2_neuron_block;
+
 /* CHOSEN: its true gates, which are in the bundles, are computed, and what follows them is read where they let it
  * through. */
 enum { PI2_IDLE, PI2_GATED, PI2_ASKED, PI2_TAKEN, PI2_CHOSEN, PI2_COMPUTED };
@@ -79,7 +87,4 @@ typedef struct {
     _Atomic int32_t next;
   } range[PI2_RANGES]; /* next: cluster to add */
 } pi2_sparse;
-
-/* Back to where a block begins: behind the barrier that ends one. */
-void pi2_sparse_reset(pi2_sparse *s);
 #endif

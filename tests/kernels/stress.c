@@ -15,7 +15,11 @@
 #include <unistd.h>
 
 #include "bundles.h"
+#include "ops_attention.h"
+#include "ops_embed.h"
+#include "ops_linear.h"
 #include "program.h"
+#include "sparse.h"
 
 enum {
   RECORDS = 32,
@@ -119,7 +123,18 @@ static void free_model(model *m) {
   }
 }
 
-static void build(pi2_program *p, const model *m, pi2_gang *gang, uint8_t *cache) {
+static pi2_op *add(pi2_program *p, int kind, int layer) {
+  pi2_op *op = pi2_op_add(p, kind, layer);
+  if (!op) die("out of memory");
+  return op;
+}
+static void add_linear(pi2_program *p, int layer, int source, int sink, int q8_in, pi2_matrix m) {
+  pi2_op *op = add(p, PI2_LINEAR, layer);
+  op->source = source, op->sink = sink, op->q8_in = q8_in;
+  op->n_matrices = 1, op->matrix[0] = m;
+}
+/* `sparse`: of feed-forward blocks neurons are read; see sparse_all. */
+static void build(pi2_program *p, const model *m, pi2_gang *gang, uint8_t *cache, int sparse) {
   memset(p, 0, sizeof *p);
   *p = (pi2_program){.kernels = pi2_variants()[0],
                      .gang = gang,
@@ -130,85 +145,61 @@ static void build(pi2_program *p, const model *m, pi2_gang *gang, uint8_t *cache
                      .max_rows = MAX_ROWS,
                      .max_slots = SLOTS,
                      .context = CONTEXT,
-                     .embedding = m->embedding,
-                     .embedding_scale = 1,
                      .n_ropes = 1,
-                     .ropes = calloc(1, sizeof(pi2_rope)),
-                     .ops = calloc(2 + 5 * LAYERS, sizeof(pi2_op))};
+                     .ropes = calloc(1, sizeof(pi2_rope))};
   double *frequencies = malloc(HEAD_DIM / 2 * sizeof *frequencies);
   for (int i = 0; i < HEAD_DIM / 2; i++) frequencies[i] = pow(10000, -2.0 * i / HEAD_DIM);
   p->ropes[0] = (pi2_rope){.half = HEAD_DIM / 2, .frequencies = frequencies, .magnitude = 1};
   const pi2_norm norm = {.weight = m->norm, .eps = 1e-5f};
-  p->ops[p->n_ops++] = (pi2_op){.kind = PI2_EMBED, .rope = -1, .expert = -1};
+  *(pi2_embed *)add(p, PI2_EMBED, -1)->data = (pi2_embed){.matrix = m->embedding, .scale = 1};
   for (int i = 0; i < LAYERS; i++) {
     const int out_q8 = m->out[i].type != PI2_F16, down_q8 = m->down[i].type != PI2_F16;
-    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR,
-                                  .layer = i,
-                                  .norm = norm,
-                                  .source = PI2_FROM_X,
-                                  .sink = PI2_TO_Y,
-                                  .n_matrices = 3,
-                                  .matrix = {m->q[i], m->k[i], m->v[i]},
-                                  .rope = -1,
-                                  .expert = -1};
-    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_ATTENTION,
-                                  .layer = i,
-                                  .n_heads = HEADS,
-                                  .n_kv_heads = KV_HEADS,
-                                  .head_dim = HEAD_DIM,
-                                  .window = i ? 100 : 0,
-                                  .scale = 0.125f,
-                                  .softcap = i ? 30 : 0,
-                                  .rope = 0,
-                                  .expert = -1,
-                                  .q8_out = out_q8,
-                                  .kv = {.base = cache + i * KV_HEADS * 2 * m->half,
-                                         .page_stride = m->page_bytes,
-                                         .v_offset = m->half,
-                                         .head_dim = HEAD_DIM,
-                                         .type = PI2_KV_F16},
-                                  .kv_head_stride = 2 * m->half};
-    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR,
-                                  .layer = i,
-                                  .source = PI2_FROM_ATTENTION,
-                                  .sink = PI2_ADD_TO_X,
-                                  .n_matrices = 1,
-                                  .matrix = {m->out[i]},
-                                  .q8_in = out_q8,
-                                  .rope = -1,
-                                  .expert = -1};
-    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_FFN,
-                                  .layer = i,
-                                  .norm = norm,
-                                  .source = PI2_FROM_X,
-                                  .n_matrices = 2,
-                                  .matrix = {m->up[i], m->gate[i]},
-                                  .activation = m->relu ? PI2_RELU : PI2_SILU,
-                                  .q8_out = down_q8,
-                                  .rope = -1,
-                                  .expert = -1};
-    p->ops[p->n_ops++] = (pi2_op){.kind = PI2_LINEAR,
-                                  .layer = i,
-                                  .source = PI2_FROM_HIDDEN,
-                                  .sink = PI2_ADD_TO_X,
-                                  .n_matrices = 1,
-                                  .matrix = {m->down[i]},
-                                  .q8_in = down_q8,
-                                  .rope = -1,
-                                  .expert = -1};
+    pi2_op *qkv = add(p, PI2_LINEAR, i);
+    qkv->norm = norm, qkv->n_matrices = 3;
+    qkv->matrix[0] = m->q[i], qkv->matrix[1] = m->k[i], qkv->matrix[2] = m->v[i];
+    pi2_op *attention = add(p, PI2_ATTENTION, i);
+    attention->q8_out = out_q8;
+    *(pi2_attention *)attention->data = (pi2_attention){.n_heads = HEADS,
+                                                        .n_kv_heads = KV_HEADS,
+                                                        .head_dim = HEAD_DIM,
+                                                        .window = i ? 100 : 0,
+                                                        .scale = 0.125f,
+                                                        .softcap = i ? 30 : 0,
+                                                        .rope = 0,
+                                                        .kv = {.base = cache + i * KV_HEADS * 2 * m->half,
+                                                               .page_stride = m->page_bytes,
+                                                               .v_offset = m->half,
+                                                               .head_dim = HEAD_DIM,
+                                                               .type = PI2_KV_F16},
+                                                        .kv_head_stride = 2 * m->half};
+    add_linear(p, i, PI2_FROM_ATTENTION, PI2_ADD_TO_X, out_q8, m->out[i]);
+    if (sparse) {
+      pi2_op *op = add(p, PI2_SPARSE, i);
+      op->norm = norm, op->sink = PI2_ADD_TO_X, op->n_matrices = 1, op->matrix[0] = m->gate[i];
+      ((pi2_neuron_block *)op->data)->activation = PI2_RELU;
+      continue;
+    }
+    pi2_op *ffn = add(p, PI2_FFN, i);
+    ffn->norm = norm, ffn->q8_out = down_q8;
+    ffn->n_matrices = 2, ffn->matrix[0] = m->up[i], ffn->matrix[1] = m->gate[i];
+    ((pi2_ffn *)ffn->data)->activation = m->relu ? PI2_RELU : PI2_SILU;
+    add_linear(p, i, PI2_FROM_HIDDEN, PI2_ADD_TO_X, down_q8, m->down[i]);
   }
-  p->ops[p->n_ops++] =
-      (pi2_op){.kind = PI2_HEAD, .norm = norm, .n_matrices = 1, .matrix = {m->head}, .rope = -1, .expert = -1};
+  pi2_op *head = add(p, PI2_HEAD, -1);
+  head->norm = norm, head->n_matrices = 1, head->matrix[0] = m->head;
 }
 static void prepare(pi2_program *p) {
+  pi2_program_measure(p);
+  const int64_t measured = p->arena.used, tails = p->tail_bytes;
   if (pi2_program_prepare(p)) die("out of memory");
+  if (p->arena.used != measured || p->tail_bytes != tails) die("what is taken is not what was measured");
   for (int i = 0; i < SLOTS; i++) {
     p->slots[i] = (pi2_slot){.temperature = i ? 0.9f : 0,
                              .top_p = i == 2 ? 0.9f : 1,
                              .repetition = i ? 1.1f : 1,
                              .seed = 7u * (unsigned)i,
                              .logprobs = 2,
-                             .counts = i ? calloc(VOCAB, 4) : NULL};
+                             .counts = i ? p->counts + i * VOCAB : NULL};
   }
 }
 
@@ -337,7 +328,8 @@ static pi2_stream *stream_all(pi2_program *p, stored *f) {
   strcpy(f->path, "stress.XXXXXX");
   const int fd = mkstemp(f->path);
   if (fd < 0) die("no file");
-  pi2_matrix *e = &p->embedding;
+  pi2_embed *embed = p->ops[0].data;
+  pi2_matrix *e = &embed->matrix;
   const int64_t rows = (e->rows + 15) / 16 * pi2_row_block_bytes(e->type, e->k);
   if (pwrite(fd, e->data, (size_t)rows, 0) != rows) die("cannot write");
   at = pi2_align(rows, PI2_SECTOR);
@@ -381,8 +373,8 @@ static pi2_stream *stream_all(pi2_program *p, stored *f) {
   flash = pi2_flash_open(f->path, PI2_IO_PREADV, PI2_ROWS_DEPTH, &error);
   const int64_t bytes = PI2_ROWS_DEPTH * pi2_rows_buffer(e->type, e->k);
   if (!flash || posix_memalign((void **)&f->rows, PI2_SECTOR, (size_t)bytes)) die("no flash");
-  p->rows = pi2_rows_create(flash, e->type, e->k, 0, f->rows, -1);
-  if (!p->rows) die("no rows");
+  embed->rows = pi2_rows_create(flash, e->type, e->k, 0, f->rows, -1);
+  if (!embed->rows) die("no rows");
   e->data = NULL;
   return s;
 }
@@ -456,26 +448,8 @@ static void sparse_all(pi2_program *p, const model *m, neurons *f) {
                                   .order = i % 2 ? f->order : NULL};
   }
   if (fsync(fd) || close(fd)) die("cannot write");
-  int n = 0;
-  for (int i = 0; i < p->n_ops; i++) { /* up and gate, and down behind them, become one */
-    pi2_op op = p->ops[i];
-    if (op.kind == PI2_FFN) {
-      op = (pi2_op){.kind = PI2_SPARSE,
-                    .layer = op.layer,
-                    .norm = op.norm,
-                    .source = PI2_FROM_X,
-                    .sink = PI2_ADD_TO_X,
-                    .n_matrices = 1,
-                    .matrix = {op.matrix[1]},
-                    .activation = PI2_RELU,
-                    .rope = -1,
-                    .expert = -1,
-                    .bundles = &f->bundles[op.layer]};
-      i++;
-    }
-    p->ops[n++] = op;
-  }
-  p->n_ops = n;
+  for (int i = 0; i < p->n_ops; i++)
+    if (p->ops[i].kind == PI2_SPARSE) ((pi2_neuron_block *)p->ops[i].data)->bundles = &f->bundles[p->ops[i].layer];
   if (posix_memalign((void **)&f->memory, PI2_SECTOR, (size_t)f->pages * PI2_SECTOR)) die("out of memory");
   int error = 0;
   pi2_flash *flash = pi2_flash_open(f->path, PI2_IO_AUTO, 8, &error);
@@ -527,7 +501,7 @@ static int play(const model *m, int threads, const step *script, int steps, resu
   pi2_gang *gang = pi2_gang_create(threads, cores, 20000);
   if (!gang) die("no gang");
   pi2_program p;
-  build(&p, m, gang, cache);
+  build(&p, m, gang, cache, way == SPARSE);
   stored file = {.n = 0};
   neurons sparse;
   if (way == STREAMED) p.stream = stream_all(&p, &file);
@@ -558,7 +532,7 @@ static int play(const model *m, int threads, const step *script, int steps, resu
   }
   if (way == STREAMED) {
     pi2_stream_destroy(p.stream);
-    pi2_rows_destroy(p.rows);
+    pi2_rows_destroy(((pi2_embed *)p.ops[0].data)->rows);
     unlink(file.path);
     free(file.ring), free(file.rows), free(file.loan);
   }
