@@ -68,7 +68,7 @@ class Program:
     in_flight: int
     def __init__(
         self,
-        gang: Gang,
+        gang: Gang | int,
         kernels: int,
         *,
         dim: int,

@@ -342,6 +342,9 @@ cdef class Program:
     a key of PIPELINES, how far reading its neurons overlaps with computing (sparse.h). ``clusters``: another one, whose
     regions are experts' matrices that are not in memory. ``traced``: steps may be posted with ``trace``.
 
+    ``gang``: that runs it; or a number of threads, for a program that is only measured. Such a one needs no weights,
+    readers and caches: of a matrix only its shape and place count. It has ``activation_bytes``, and cannot be prepared.
+
     ``expert`` of an operation: it works on the rows that chose this one, as the last ``route`` before says; -1: all rows.
     Its sink "mix" adds the results times the expert's weight to y, whence ``add`` takes them.
     Norms are ``(weight float32 (n,), offset, eps)`` or None. Everything passed in must stay alive and unmoved.
@@ -353,24 +356,27 @@ cdef class Program:
     cdef int next_unit
     cdef list keep, waiting
     cdef float embedding_scale, logit_softcap
-    cdef bint measured, prepared
+    cdef bint measured, prepared, only_measured
     cdef int64_t pages, page_bytes, state_slots, slot_bytes
     cdef uintptr_t page_memory, slot_memory
     cdef readonly int64_t weight_bytes
     cdef list busy_ns
     cdef pid_t owner
 
-    def __init__(self, Gang gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
+    def __init__(self, gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
                  int64_t context, int64_t pages, bint wide=True, bint mixed=False, float embedding_scale=1, float logit_softcap=0,
                  stream=None, neurons=None, clusters=None, pipeline="cluster", bint traced=False):
         self.owner = getpid()
-        self.gang, self.pages, self.stream = gang, pages, stream
+        self.only_measured = not isinstance(gang, Gang)
+        self.gang, self.pages, self.stream = None if self.only_measured else gang, pages, stream
         self.neurons, self.clusters = neurons, clusters
         self.keep = []
         self.waiting = []
-        self.busy_ns = [0] * gang.gang.n
         p = &self.p
-        p.gang, p.threads, p.kernels = gang.gang, gang.gang.n, <const pi2_kernels *>kernels
+        p.threads, p.kernels = len(self.gang.cores) if self.gang is not None else gang, <const pi2_kernels *>kernels
+        if self.gang is not None:
+            p.gang = self.gang.gang
+        self.busy_ns = [0] * p.threads
         p.dim, p.vocab, p.max_rows, p.max_slots, p.context = dim, vocab, max_rows, max_slots, context
         p.wide, p.mixed, p.traced = wide, mixed, traced
         if stream is not None:
@@ -407,11 +413,11 @@ cdef class Program:
             m = matrix
             op.matrix[i] = m.m
             if m.m.data == NULL and m.m.region >= 0:
-                if self.clusters is None or m.m.region >= self.clusters.n_regions:
+                if not self.only_measured and (self.clusters is None or m.m.region >= self.clusters.n_regions):
                     raise InternalError(f"a matrix of region {m.m.region} is in no cache")
                 op.paged += 1
             elif m.m.data == NULL:
-                if self.stream is None or m.m.page_blocks < 1 or op.expert >= 0:
+                if (self.stream is None and not self.only_measured) or m.m.page_blocks < 1 or op.expert >= 0:
                     raise InternalError("a matrix that is not in memory, and cannot be streamed")
                 pieces = <int>(((m.m.rows + PI2_ROWS - 1) // PI2_ROWS + m.m.page_blocks - 1) // m.m.page_blocks)
                 units += range(m.m.unit, m.m.unit + pieces * m.m.stride, m.m.stride)
@@ -428,7 +434,8 @@ cdef class Program:
             at_once = op.streamed if op.kind == PI2_FFN else min(op.n_matrices, 2)  # of a tile that begins in q, and ends in k
             if op.kind == PI2_SPARSE:  # gates of a cluster, wherever it begins
                 at_once = <int>((PI2_CLUSTER // PI2_ROWS + op.matrix[0].page_blocks - 1) // op.matrix[0].page_blocks) + 1
-            self.stream.check(units, at_once)
+            if self.stream is not None:
+                self.stream.check(units, at_once)
         return 0
 
     def rope(self, frequencies, bint interleaved, float magnitude):
@@ -452,7 +459,7 @@ cdef class Program:
 
     def embed(self, Matrix matrix, *, rows=None):
         """``rows``: ``rows.Rows`` of a matrix that is not in memory, which outlive the gang."""
-        if (matrix.m.data == NULL) != (rows is not None):
+        if not self.only_measured and (matrix.m.data == NULL) != (rows is not None):
             raise InternalError("an embedding is in memory or in a file")
         data = <pi2_embed *>self.operation(PI2_EMBED, -1).data
         data.matrix, data.scale, self.rows = matrix.m, self.embedding_scale, rows
@@ -482,7 +489,7 @@ cdef class Program:
         """A whole feed-forward block whose neurons are read when they fire. ``decides``: gate, or up where there is none.
         Where gates are in the bundles, what of a predictor is applied to the ``linear`` before, whose sink is "reduced";
         None: all neurons are read."""
-        if self.neurons is None or not 0 <= bundles.b.region < self.neurons.n_regions:
+        if not self.only_measured and (self.neurons is None or not 0 <= bundles.b.region < self.neurons.n_regions):
             raise InternalError(f"neurons of region {bundles.b.region} are in no cache")
         op = self.operation(PI2_SPARSE, layer)
         op.expert = expert
@@ -525,6 +532,8 @@ cdef class Program:
         self.set_matrices(op, [matrix])
 
     def prepare(self):
+        if self.only_measured:
+            raise InternalError("a program without a gang can only be measured")
         if pi2_program_prepare(&self.p):
             raise memory_failure("buffers for activations")
         self.measured = self.prepared = True

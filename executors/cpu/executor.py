@@ -20,7 +20,7 @@ from pi2rt.cython_kernels.flash.neuron_cache import NeuronCache
 from pi2rt.cython_kernels.kernels import native
 from pi2rt.cython_kernels.plane import program
 from pi2rt.executors.cpu.expert_pages import Clusters
-from pi2rt.executors.cpu.need import cpu_need
+from pi2rt.executors.cpu.need import cpu_need, layout_of
 from pi2rt.executors.cpu.neurons import Neurons
 from pi2rt.executors.cpu.predictors import LoadedPredictors
 from pi2rt.executors.cpu.program_builder import BLOCKS, ProgramBuilder
@@ -95,8 +95,10 @@ class CpuExecutor:
         return "f32" if exact_floats else kv_type
 
     def need(self, file: ModelFile, model: ModelDescription, options: ExecutorOptions) -> MemoryNeed:
+        """See ``pi2rt.runtime.executor.Measured``."""
         check_blocks(file.path, model, BLOCKS, self.name)
-        return cpu_need(file, model, options, self.page_type(options.kv_type, options.exact_floats))
+        kv_type = self.page_type(options.kv_type, options.exact_floats)
+        return cpu_need(file, model, options, kv_type, len(_threads(options)))
 
     async def open(
         self,
@@ -116,19 +118,9 @@ class CpuExecutor:
                 "are not read as exact floats; convert the model with --bundles off for that",
             )
         check_blocks(file.path, model, BLOCKS, self.name)
-        cores = options.cores or tuple(sorted(own_cores()))
-        self._threads = [(options.actor, core) for core in cores]
-        self._threads += [(actor, core) for actor, group in options.assistants for core in group]
+        self._threads = _threads(options)
         self._options = options
-        self._weights = Weights(
-            file,
-            model,
-            exact_floats=options.exact_floats,
-            streamed=options.streamed,
-            piece_bytes=options.reads.stream_bytes,
-            paged=options.paged,
-            read_by_row=options.read_by_row,
-        )
+        self._weights = Weights(file, layout_of(file, model, options))
         reads = LateReads(file.path, options.read_deadline)
         self._file, self._model, self._store = file, model, store
         await self._load(file, model, options, progress, reads)
@@ -186,11 +178,20 @@ class CpuExecutor:
             self._gang,
             None if self._ring is None else self._ring.stream,
             None if self._rows is None else self._rows.rows,
-            self._neurons,
-            self._clusters,
+            None if self._neurons is None else self._neurons.cached,
+            None if self._clusters is None else self._clusters.cached,
             self._predictors.by_down,
         )
-        self._program = builder.build(store)
+        self._program = builder.build(store.layout, store.page_memory.address)
+        self._program.prepare()
+        slots = store.slots if store.layout.slot_bytes else 0
+        self._program.state(
+            pages=store.page_memory.address,
+            page_bytes=store.layout.page_bytes,
+            slots=store.slot_memory.address if slots else 0,
+            n_slots=slots,
+            slot_bytes=store.layout.slot_bytes,
+        )
         if self._ring is not None:
             pages, page_bytes = store.page_memory, store.layout.page_bytes
             lent = self._ring.borrow(self._program.rarely_used_bytes + pages.nbytes - page_bytes)
@@ -479,6 +480,12 @@ class CpuExecutor:
         each = zip(self._threads, self._program.thread_ns, self._program.taken, strict=True)
         for (actor, core), busy_ns, taken in each:
             yield ThreadStatistics(actor, core, busy_ns, max(0, self._busy_ns - busy_ns), *taken)
+
+
+def _threads(options: ExecutorOptions) -> list[tuple[str, int]]:
+    """(actor, core) of each thread."""
+    threads = [(options.actor, core) for core in options.cores or tuple(sorted(own_cores()))]
+    return threads + [(actor, core) for actor, group in options.assistants for core in group]
 
 
 async def _closed(close: Callable[[], object]) -> None:

@@ -6,13 +6,37 @@ bandwidth. All experts of all layers share one cache, so that those that are cho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from pi2rt.cython_kernels.flash.neuron_cache import PAGE
+from pi2rt.cython_kernels.flash.neuron_cache import PAGE, NeuronCache
 from pi2rt.executors.flash.page_cache import PageCache
 from pi2rt.formats import ModelFile
 from pi2rt.formats.row_blocks import page_blocks, page_bytes
 from pi2rt.runtime.flash_reads import FlashReads
+
+
+@dataclass(frozen=True, slots=True)
+class CachedExperts:
+    """What a program needs to know of them. ``matrices``: (region of the cache, row blocks of a page) of each,
+    by name; ``cache``: None, where the program is only measured."""
+
+    matrices: Mapping[str, tuple[int, int]]
+    cache: NeuronCache | None
+
+
+def expert_regions(file: ModelFile, names: Sequence[str]) -> Mapping[str, tuple[int, int]]:
+    """``CachedExperts.matrices`` of a pack."""
+    infos = [file.tensors[name] for name in names]
+    return {info.name: (region, page_blocks(info.type, *info.shape)) for region, info in enumerate(infos)}
+
+
+def expert_places(file: ModelFile, names: Sequence[str]) -> list[tuple[int, int, int]]:
+    """(offset, bytes of a page, bytes of all) of each."""
+    infos = [file.tensors[name] for name in names]
+    return [
+        (info.offset, page_bytes(info.type, *info.shape), -(-info.nbytes // PAGE) * PAGE) for info in infos
+    ]
 
 
 class Clusters(PageCache):
@@ -36,16 +60,10 @@ class Clusters(PageCache):
         deadline: float | None,
         reads: FlashReads,
     ) -> None:
-        infos = [file.tensors[name] for name in names]
-        self.matrices = {
-            info.name: (region, page_blocks(info.type, *info.shape)) for region, info in enumerate(infos)
-        }
-        """(region of the cache, row blocks of a page) of each."""
-        regions = [
-            (info.offset, page_bytes(info.type, *info.shape), -(-info.nbytes // PAGE) * PAGE)
-            for info in infos
-        ]
-        super().__init__(file, regions, nbytes, io=io, deadline=deadline, depth=reads.cluster_depth)
+        super().__init__(
+            file, expert_places(file, names), nbytes, io=io, deadline=deadline, depth=reads.cluster_depth
+        )
+        self.cached = CachedExperts(expert_regions(file, names), self.cache)
 
     def load(self, report: Callable[[int], None]) -> None:
         """Fills the cache, with as much of each matrix. Blocks: for a worker thread. ``report`` is called with the

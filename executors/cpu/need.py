@@ -1,111 +1,98 @@
-"""What the CPU executor takes: weights as they are in the file, and buffers for activations.
+"""How much memory the cpu executor takes for a model, before it is opened.
 
-The buffers are those of ``cython_kernels/plane/program.c``. A test holds this against what a program allocates.
+Activations are what the program takes from its arena: the program is built of the shapes alone, by the code that builds
+the one that runs, and measured (``cython_kernels/plane/arena.h``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+import numpy as np
+
+from pi2rt.cython_kernels.flash.rows import memory_bytes
+from pi2rt.cython_kernels.kernels import native
+from pi2rt.executors.cpu.expert_pages import CachedExperts, expert_places, expert_regions
+from pi2rt.executors.cpu.neurons import CachedNeurons, NeuronBlocks
+from pi2rt.executors.cpu.predictors import predictor_bytes, predictor_shapes
+from pi2rt.executors.cpu.program_builder import ProgramBuilder
+from pi2rt.executors.cpu.weights import PackedMatrix, WeightLayout
+from pi2rt.executors.flash.page_cache import cache_slots
 from pi2rt.formats import ModelFile
-from pi2rt.host.topology import own_cores
-from pi2rt.memory import MemoryNeed, StateLayout, weight_bytes
-from pi2rt.memory.state_layout import KvType
-from pi2rt.models import Attention, Block, FeedForward, MixtureOfExperts, ModelDescription
+from pi2rt.memory import KvType, MemoryNeed, StateLayout
+from pi2rt.models import ModelDescription
+from pi2rt.models.stream_pieces import StreamPieces
 from pi2rt.runtime.executor import ExecutorOptions
+from pi2rt.runtime.step import Floats
+
+NOWHERE = 64
+"""Address of weights that are not loaded: 0 means that a matrix is read while steps run."""
 
 
-@dataclass(slots=True)
-class Widths:
-    """The largest of any block. ``columns``: of what is computed of the stream together; ``attention``: of all heads'
-    outputs; ``experts``, ``used``: of a mixture, the shared one among them."""
+@dataclass(frozen=True, slots=True)
+class _Shapes:
+    """See ``PlacedWeights``: of weights that are nowhere."""
 
-    columns: int = 0
-    attention: int = 0
-    heads: int = 0
-    head_dim: int = 0
-    experts: int = 0
-    used: int = 0
-
-    def widen(self, other: Widths) -> None:
-        for field in fields(self):
-            setattr(self, field.name, max(getattr(self, field.name), getattr(other, field.name)))
+    matrices: Mapping[str, PackedMatrix]
+    scales: Mapping[str, tuple[str, int]]
+    vectors: Mapping[str, Floats]
+    pieces: StreamPieces
+    dim: int
 
 
-def _attention(block: Attention) -> Widths:
-    return Widths(
-        columns=(block.n_heads + 2 * block.n_kv_heads) * block.head_dim,
-        attention=block.n_heads * block.head_dim,
-        heads=block.n_heads,
-        head_dim=block.head_dim,
+def layout_of(file: ModelFile, model: ModelDescription, options: ExecutorOptions) -> WeightLayout:
+    return WeightLayout(
+        file,
+        model,
+        exact_floats=options.exact_floats,
+        streamed=options.streamed,
+        piece_bytes=options.reads.stream_bytes,
+        paged=options.paged,
+        read_by_row=options.read_by_row,
     )
-
-
-def _mixture(block: MixtureOfExperts) -> Widths:
-    shared = block.shared is not None
-    return Widths(experts=block.n_experts + shared, used=block.n_used + shared)
-
-
-WIDTHS: dict[type[Block], Callable[[Any], Widths]] = {
-    Attention: _attention,
-    FeedForward: lambda block: Widths(),
-    MixtureOfExperts: _mixture,
-}
-"""What each kind of block needs beside the neurons of its feed-forward blocks."""
 
 
 def cpu_need(
-    file: ModelFile, model: ModelDescription, options: ExecutorOptions, page_type: KvType
+    file: ModelFile, model: ModelDescription, options: ExecutorOptions, kv_type: KvType, threads: int
 ) -> MemoryNeed:
-    """Reads none of the tensors. ``page_type``: of the KV pages."""
-    threads = len(options.cores or own_cores()) + sum(len(cores) for _, cores in options.assistants)
-    return MemoryNeed(
-        weight_bytes(file, model, floats=options.exact_floats),
-        StateLayout.of(model, page_type).page_bytes,
-        _activations(file, model, options.max_tokens, options.slots, threads),
-    )
+    """Reads no weights, and takes no memory for them.
+
+    Args:
+        kv_type: of the pages that the executor borrows.
+        threads: that compute.
+
+    Raises:
+        UnsupportedModelError, RequestError: the model or an option is one that ``open`` refuses.
+    """
+    layout = layout_of(file, model, options)
+    weights = _shapes(layout)
+    neurons = None
+    if weights.scales:
+        neurons = CachedNeurons(NeuronBlocks(file, model, two_phase=options.two_phase), None)
+    experts = CachedExperts(expert_regions(file, options.paged), None) if options.paged else None
+    state = StateLayout.of(model, kv_type)
+    predictors = predictor_shapes(options.predictors, NOWHERE)
+    builder = ProgramBuilder(
+        file, model, weights, options, threads, None, None, neurons, experts, predictors
+    )  # fmt: skip
+    activations = builder.build(state, NOWHERE).activation_bytes
+    resident = layout.nbytes + layout.vector_bytes + options.ring_bytes
+    resident += sum(each.nbytes for each in options.thresholds.values())
+    resident += sum(predictor_bytes(options.predictors[name]) for name in options.predictors)
+    if options.read_by_row is not None:
+        info = file.tensors[options.read_by_row]
+        activations += memory_bytes(native.TYPE_IDS[info.type], info.shape[1])
+    if neurons is not None:
+        resident += math.prod(cache_slots(neurons.blocks.regions, options.neuron_bytes))
+    if options.paged:
+        resident += math.prod(cache_slots(expert_places(file, options.paged), options.cluster_bytes))
+    return MemoryNeed(resident, state.page_bytes, activations)
 
 
-def _activations(file: ModelFile, model: ModelDescription, rows: int, slots: int, threads: int) -> int:
-    """Bytes for steps of so many tokens, and for what sampling knows of each sequence."""
-    dim, vocab = model.dim, model.vocab_size
-    most = Widths(columns=dim)
-    blocks, hidden, sparse, whole_downs = 0, 0, False, [0]
-    for layer in model.layers:
-        for block in layer.blocks:
-            blocks += 1
-            most.widen(WIDTHS[type(block)](block))
-            for each in block.feed_forwards():
-                hidden = max(hidden, each.hidden)
-                if each.down.weight in file.bundles:
-                    sparse = True
-                else:
-                    whole_downs.append(each.hidden)
-    attention, head_dim, prepared = most.attention, most.head_dim, max(most.attention, dim)
-    each_row = 4 * (dim + most.columns + attention + hidden + prepared) + 8 * head_dim
-    each_row += _quantized(prepared) + _quantized(attention, words_alone=True) + _quantized(hidden)
-    each_row += 8 * (most.experts + most.used) + 8 * _RUNS * 4
-    longest = max(prepared, *whole_downs)
-    each_thread = _REPLICATED * (_quantized(longest) + 4 * longest)
-    each_thread += _TILE + 64 * (4 * head_dim + 256 + 8 * (head_dim + 2)) + 8 * vocab
-    if sparse:
-        each_row += 2 * hidden + 4 * (dim + 128)
-        each_thread += _REPLICATED * (_quantized(dim) + 8 * dim) + 4 * (dim + 512)
-        each_thread += _REPLICATED * (6 * hidden + 4 * (dim + 128)) // threads + 24 * hidden // threads
-    sequence = 4 * vocab + 4 * most.heads * (head_dim + 16) * max(4, model.context_length // 512 + 1)
-    operations = 5 * blocks + 8 * blocks * most.experts
-    runs = _RUNS * operations * (16 + 24 * threads)
-    return rows * each_row + threads * each_thread + slots * sequence + runs + _LOGITS * 4 * vocab
-
-
-_REPLICATED, _RUNS, _LOGITS = 4, 8, 32
-_TILE = 2 * 32 * (256 + 16) * 4
-"""As in ``cython_kernels/plane/program.h``: rows that every thread prepares by itself, steps in flight, rows of logits
-at once, and bytes of the tiles of a thread."""
-
-
-def _quantized(columns: int, *, words_alone: bool = False) -> int:
-    """Bytes of a row of quantised activations: words, high and low bytes, and of each 32 a scale, a sum, halves."""
-    return (2 if words_alone else 4) * columns + 12 * columns // 32 + 3 * 128
+def _shapes(layout: WeightLayout) -> _Shapes:
+    matrices, scales, _ = layout.place(NOWHERE)
+    zeros = np.zeros(max((info.shape[0] for info in layout.vector_infos), default=0), np.float32)
+    vectors = {info.name: zeros[: info.shape[0]] for info in layout.vector_infos}
+    return _Shapes(matrices, scales, vectors, layout.pieces, layout.dim)

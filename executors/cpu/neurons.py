@@ -9,13 +9,15 @@ import errno
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from pi2rt._errors import ClosedError, RequestError, UnsupportedModelError
+from pi2rt.cython_kernels.flash.neuron_cache import NeuronCache
 from pi2rt.cython_kernels.kernels import native
 from pi2rt.cython_kernels.plane import program
-from pi2rt.executors.cpu.weights import Weights
+from pi2rt.executors.cpu.weights import PlacedWeights
 from pi2rt.executors.flash.page_cache import PageCache
 from pi2rt.formats import ModelFile, neuron_bundles, neuron_order
 from pi2rt.host.read_errors import read_failure
@@ -32,34 +34,21 @@ FILL_PAGES = 4096
 """Pages that are read between two reports of progress."""
 
 
-class Neurons(PageCache):
-    """The neuron cache of one model.
+class NeuronBlocks:
+    """The feed-forward blocks of a model whose neurons a pack stores one by one, in the order of their regions.
 
-    Args:
-        file: a pack with bundles; stays open as long as this.
-        model: what is in it.
-        nbytes: memory for neurons; 0 where all of them stay.
-        io: "auto", "uring" or "preadv".
-        deadline: seconds; see ``NeuronCache``.
-        reads: how many at once.
-        two_phase: see ``ExecutorOptions``.
+    Attributes:
+        bundles: of each block.
+        regions: (offset, bytes of a page, bytes of all) of each.
+        heads: of each, bytes of a page that a first phase reads; 0: all.
+        layers: names of the layers that they are of.
 
     Raises:
         UnsupportedModelError: bundles are not of the model.
-        RequestError: there is nothing that a second phase could save.
+        RequestError: ``two_phase``, and there is nothing that a second phase could save.
     """
 
-    def __init__(
-        self,
-        file: ModelFile,
-        model: ModelDescription,
-        nbytes: int,
-        io: str,
-        deadline: float | None,
-        reads: FlashReads,
-        *,
-        two_phase: bool = False,
-    ) -> None:
+    def __init__(self, file: ModelFile, model: ModelDescription, *, two_phase: bool) -> None:
         numbered = [
             (number, each)
             for number, layer in enumerate(model.layers)
@@ -78,33 +67,107 @@ class Neurons(PageCache):
                     f"bundles {bundles.name}",
                     "do not go with the block; convert the model again",
                 )
-        self._bundles = [
+        self.bundles = [
             file.bundles[block.down.weight] for block in blocks if block.down.weight in file.bundles
         ]
-        heads = [each.head_bytes if two_phase else 0 for each in self._bundles]
-        if two_phase and not any(heads):
-            size = max(each.page_bytes for each in self._bundles)
+        self.heads = [each.head_bytes if two_phase else 0 for each in self.bundles]
+        if two_phase and not any(self.heads):
+            size = max(each.page_bytes for each in self.bundles)
             raise RequestError(
                 f"{file.path}: two_phase is for bundles with gates that take more than one sector (convert --bundles "
-                f"gates); those of this pack have {'no gates' if self._bundles[0].gate is None else f'{size} bytes'}"
+                f"gates); those of this pack have {'no gates' if self.bundles[0].gate is None else f'{size} bytes'}"
             )
         self.layers = tuple(
             f"layer {number}" for number, block in numbered if block.down.weight in file.bundles
         )
+        self.regions = [(each.offset, each.page_bytes, each.nbytes) for each in self.bundles]
+        self._numbers = {each.down: number for number, each in enumerate(self.bundles)}
+
+    def block(self, block: FeedForward, weights: PlacedWeights, thresholds: Floats | None) -> program.Bundles:
+        """What a program needs to know of one block. ``thresholds``: float32 (hidden,); see ``ExecutorOptions``."""
+        bundles = self.bundles[self._numbers[block.down.weight]]
+        down_type, down_scales = weights.scales[block.down.weight]
+        down_group = neuron_bundles.down_scales(down_type, weights.dim)
+        up = None
+        if block.gate is not None:
+            up_type, up_scales = weights.scales[block.up.weight]
+            up = (native.TYPE_IDS[up_type], up_scales, neuron_bundles.up_scales(up_type, weights.dim))
+        gate = gate_bias = None
+        if block.gate is not None and bundles.gate is not None:
+            gate_type, gate_scales = weights.scales[block.gate.weight]
+            gate = (native.TYPE_IDS[gate_type], gate_scales, neuron_bundles.up_scales(gate_type, weights.dim))
+            gate_bias = None if block.gate.bias is None else weights.vectors[block.gate.bias]
+        biased = block.up.bias if block.gate is not None else None
+        return program.Bundles(
+            self._numbers[block.down.weight],
+            up,
+            (native.TYPE_IDS[down_type], down_scales, down_group),
+            down_plane=down_group // 2,
+            neurons=bundles.neurons,
+            per_page=bundles.neurons_per_page,
+            neuron_bytes=bundles.neuron_bytes,
+            up_bytes=bundles.gate_bytes + bundles.up_bytes,
+            gate=gate,
+            gate_bytes=bundles.gate_bytes,
+            gate_bias=gate_bias,
+            up_bias=None if biased is None else weights.vectors[biased],
+            down_bias=None if block.down.bias is None else weights.vectors[block.down.bias],
+            thresholds=thresholds,
+            order=None if bundles.order is None else neuron_order.bundle_order(bundles),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CachedNeurons:
+    """What a program needs to know of neurons. ``cache``: None, where the program is only measured."""
+
+    blocks: NeuronBlocks
+    cache: NeuronCache | None
+
+
+class Neurons(PageCache):
+    """The neuron cache of one model.
+
+    Args:
+        file: a pack with bundles; stays open as long as this.
+        model: what is in it.
+        nbytes: memory for neurons; 0 where all of them stay.
+        io: "auto", "uring" or "preadv".
+        deadline: seconds; see ``NeuronCache``.
+        reads: how many at once.
+        two_phase: see ``ExecutorOptions``.
+
+    Raises:
+        UnsupportedModelError, RequestError: as ``NeuronBlocks``.
+    """
+
+    def __init__(
+        self,
+        file: ModelFile,
+        model: ModelDescription,
+        nbytes: int,
+        io: str,
+        deadline: float | None,
+        reads: FlashReads,
+        *,
+        two_phase: bool = False,
+    ) -> None:
+        self.blocks = NeuronBlocks(file, model, two_phase=two_phase)
+        self.layers = self.blocks.layers
+        self._bundles = self.blocks.bundles
         self._lock = threading.Lock()  # of its size, its memory and its end
         self._sizes, self._closed = 0, False
-        self._numbers = {each.down: number for number, each in enumerate(self._bundles)}
-        regions = [(each.offset, each.page_bytes, each.nbytes) for each in self._bundles]
         super().__init__(
             file,
-            regions,
+            self.blocks.regions,
             nbytes,
             io=io,
             deadline=deadline,
             depth=reads.neuron_depth,
-            heads=heads,
+            heads=self.blocks.heads,
             read_through=reads.neuron_gap,
         )
+        self.cached = CachedNeurons(self.blocks, self.cache)
 
     @property
     def resident(self) -> bool:
@@ -174,39 +237,6 @@ class Neurons(PageCache):
                             return
                         break
                 time.sleep(REFILL_PAUSE_S)
-
-    def block(self, block: FeedForward, weights: Weights, thresholds: Floats | None) -> program.Bundles:
-        """What a program needs to know of one block. ``thresholds``: float32 (hidden,); see ``ExecutorOptions``."""
-        bundles = self._bundles[self._numbers[block.down.weight]]
-        down_type, down_scales = weights.scales[block.down.weight]
-        down_group = neuron_bundles.down_scales(down_type, weights.dim)
-        up = None
-        if block.gate is not None:
-            up_type, up_scales = weights.scales[block.up.weight]
-            up = (native.TYPE_IDS[up_type], up_scales, neuron_bundles.up_scales(up_type, weights.dim))
-        gate = gate_bias = None
-        if block.gate is not None and bundles.gate is not None:
-            gate_type, gate_scales = weights.scales[block.gate.weight]
-            gate = (native.TYPE_IDS[gate_type], gate_scales, neuron_bundles.up_scales(gate_type, weights.dim))
-            gate_bias = None if block.gate.bias is None else weights.vectors[block.gate.bias]
-        biased = block.up.bias if block.gate is not None else None
-        return program.Bundles(
-            self._numbers[block.down.weight],
-            up,
-            (native.TYPE_IDS[down_type], down_scales, down_group),
-            down_plane=down_group // 2,
-            neurons=bundles.neurons,
-            per_page=bundles.neurons_per_page,
-            neuron_bytes=bundles.neuron_bytes,
-            up_bytes=bundles.gate_bytes + bundles.up_bytes,
-            gate=gate,
-            gate_bytes=bundles.gate_bytes,
-            gate_bias=gate_bias,
-            up_bias=None if biased is None else weights.vectors[biased],
-            down_bias=None if block.down.bias is None else weights.vectors[block.down.bias],
-            thresholds=thresholds,
-            order=None if bundles.order is None else neuron_order.bundle_order(bundles),
-        )
 
     def close(self) -> None:
         """Joins the reader, then frees the memory that it wrote to. Only after the threads that compute have ended."""

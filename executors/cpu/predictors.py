@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,11 @@ from pi2rt.cython_kernels.kernels import native
 from pi2rt.cython_kernels.plane import program
 from pi2rt.formats import ModelFile
 from pi2rt.runtime.executor import Predictor
+from pi2rt.runtime.step import Floats
 
 TYPE = "F16"
+
+Halves: TypeAlias = npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,19 @@ class LoadedPredictor:
 
     first: program.Matrix
     second: program.Matrix
+
+
+def predictor_bytes(predictor: Predictor) -> int:
+    """What it takes in memory."""
+    return _bytes(predictor.first) + _bytes(predictor.second) + predictor.bias.nbytes
+
+
+def predictor_shapes(predictors: Mapping[str, Predictor], address: int) -> dict[str, LoadedPredictor]:
+    """By the name of the down tensor, for a program that is only measured. ``address``: of all that is not loaded."""
+    return {
+        name: LoadedPredictor(*(_matrix(values, address, bias) for values, bias in _parts(predictors[name])))
+        for name in predictors
+    }
 
 
 class LoadedPredictors:
@@ -60,12 +77,12 @@ class LoadedPredictors:
         self._memories.append(memory)
         self.nbytes += memory.nbytes + predictor.bias.nbytes
         matrices, address = [], memory.address
-        for values, bias in ((predictor.first, None), (predictor.second, predictor.bias)):
+        for values, bias in _parts(predictor):
             rows, columns = values.shape
             raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
             if native.repack(TYPE, raw, rows, columns, address) is not None:
                 raise RequestError(f"{file.path}: the predictor of {name} holds NaN or infinity")
-            matrices.append(program.Matrix(native.TYPE_IDS[TYPE], rows, columns, address, bias))
+            matrices.append(_matrix(values, address, bias))
             address += _bytes(values)
         self.by_down[name] = LoadedPredictor(*matrices)
 
@@ -77,6 +94,15 @@ class LoadedPredictors:
         self._memories.clear()
 
 
-def _bytes(values: npt.NDArray[np.float16]) -> int:
+def _parts(predictor: Predictor) -> tuple[tuple[Halves, None], tuple[Halves, Floats]]:
+    return (predictor.first, None), (predictor.second, predictor.bias)
+
+
+def _matrix(values: Halves, address: int, bias: Floats | None) -> program.Matrix:
+    rows, columns = values.shape
+    return program.Matrix(native.TYPE_IDS[TYPE], rows, columns, address, bias)
+
+
+def _bytes(values: Halves) -> int:
     rows, columns = values.shape
     return native.matrix_bytes(TYPE, rows, columns)

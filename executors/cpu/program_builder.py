@@ -12,12 +12,12 @@ from pi2rt.cython_kernels.flash.rows import Rows
 from pi2rt.cython_kernels.flash.stream import Stream
 from pi2rt.cython_kernels.kernels import native
 from pi2rt.cython_kernels.plane import program
-from pi2rt.executors.cpu.expert_pages import Clusters
-from pi2rt.executors.cpu.neurons import Neurons
+from pi2rt.executors.cpu.expert_pages import CachedExperts
+from pi2rt.executors.cpu.neurons import CachedNeurons
 from pi2rt.executors.cpu.predictors import LoadedPredictor
-from pi2rt.executors.cpu.weights import PackedMatrix, Weights
+from pi2rt.executors.cpu.weights import PackedMatrix, PlacedWeights
 from pi2rt.formats import ModelFile
-from pi2rt.memory import PagedLayout, StateStore
+from pi2rt.memory import PagedLayout, StateLayout
 from pi2rt.models import Attention, Block, FeedForward, Linear, MixtureOfExperts, ModelDescription, Norm, Rope
 from pi2rt.runtime.executor import ExecutorOptions
 from pi2rt.runtime.step import Floats
@@ -26,19 +26,19 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 class ProgramBuilder:
-    """Builds the program of a model for one gang of threads."""
+    """Builds the program of a model for a gang of threads; or for a number of threads, to be measured (``need.py``)."""
 
     def __init__(
         self,
         file: ModelFile,
         model: ModelDescription,
-        weights: Weights,
+        weights: PlacedWeights,
         options: ExecutorOptions,
-        gang: program.Gang,
+        gang: program.Gang | int,
         stream: Stream | None,
         rows: Rows | None,
-        neurons: Neurons | None,
-        clusters: Clusters | None,
+        neurons: CachedNeurons | None,
+        clusters: CachedExperts | None,
         predictors: Mapping[str, LoadedPredictor],
     ) -> None:
         self._file, self._model, self._weights, self._options = file, model, weights, options
@@ -66,33 +66,25 @@ class ProgramBuilder:
         self._predictors = predictors
         self._rows = rows
         self._ropes: dict[Rope, int] = {}
-        self._store: StateStore
-        self._layouts: Mapping[tuple[int, int], PagedLayout] = {}
+        self._state: StateLayout
+        self._pages = 0
+        self._places: Mapping[tuple[int, int], PagedLayout] = {}
 
-    def build(self, store: StateStore) -> program.Program:
-        """``store``: whose pages the program works on."""
+    def build(self, layout: StateLayout, pages: int) -> program.Program:
+        """Not prepared yet. ``pages``: address of the KV pages that it works on, which ``layout`` describes."""
         p, model = self._program, self._model
         embedding = self._matrix(Linear(model.embedding))
         p.embed(embedding, rows=self._rows)
-        self._store = store
-        self._layouts = {(each.layer, each.block): each for each in store.layout.paged}
+        self._state, self._pages = layout, pages
+        self._places = {(each.layer, each.block): each for each in layout.paged}
         for index, layer in enumerate(model.layers):
             for number, block in enumerate(layer.blocks):
                 BLOCKS[type(block)](self, block, index, number)
         p.head(self._norm(model.final_norm), self._matrix(model.head))
-        p.prepare()
-        layout, slots = store.layout, store.slots if store.layout.slot_bytes else 0
-        p.state(
-            pages=store.page_memory.address,
-            page_bytes=layout.page_bytes,
-            slots=store.slot_memory.address if slots else 0,
-            n_slots=slots,
-            slot_bytes=layout.slot_bytes,
-        )
         return p
 
     def _attention(self, block: Attention, index: int, number: int) -> None:
-        p, store, layout = self._program, self._store, self._layouts[index, number]
+        p, place = self._program, self._places[index, number]
         group = block.n_heads // block.n_kv_heads
         if group > 128:
             raise UnsupportedModelError(
@@ -123,11 +115,11 @@ class ProgramBuilder:
             rope=self._rope(block.rope),
             q_norm=self._norm(block.q_norm),
             k_norm=self._norm(block.k_norm),
-            kv=store.page_memory.address + layout.offset,
-            page_stride=store.layout.page_bytes,
-            head_stride=layout.head_stride,
-            v_offset=layout.v_offset,
-            kv_type=native.KV_TYPES[store.layout.kv_type],
+            kv=self._pages + place.offset,
+            page_stride=self._state.page_bytes,
+            head_stride=place.head_stride,
+            v_offset=place.v_offset,
+            kv_type=native.KV_TYPES[self._state.kv_type],
             q8_out=q8,
         )
         sink = "x" if block.post_norm is None else "y"
@@ -149,7 +141,9 @@ class ProgramBuilder:
                 self._norm(block.norm),
                 sink,
                 self._deciding(index, block, expert),
-                self._neurons.block(block, self._weights, self._options.thresholds.get(block.down.weight)),
+                self._neurons.blocks.block(
+                    block, self._weights, self._options.thresholds.get(block.down.weight)
+                ),
                 native.ACTIVATIONS[block.activation],
                 native.ACTIVATIONS[block.up_activation],
                 mixed=mixed,

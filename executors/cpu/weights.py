@@ -6,11 +6,13 @@ a few megabytes, and no page of the file is mapped.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,7 @@ from pi2rt.executors.flash.late_reads import LateReads
 from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.quants import dequantize
 from pi2rt.models import ModelDescription, iterate_tensors
-from pi2rt.models.stream_pieces import cut
+from pi2rt.models.stream_pieces import StreamPieces, cut
 from pi2rt.runtime.executor import Progress
 from pi2rt.runtime.own_nursery import open_own_nursery
 from pi2rt.runtime.step import Floats
@@ -43,14 +45,33 @@ class PackedMatrix:
     address: int
 
 
-class Weights:
-    """Every tensor a description names: matrices as row blocks, vectors as float32.
+class PlacedWeights(Protocol):
+    """Where the weights of a model lie, by name. ``vectors``: float32; ``scales``: of matrices whose neurons a pack
+    stores one by one, type and address; ``pieces``: of streamed matrices; ``dim``: of the model."""
+
+    @property
+    def vectors(self) -> Mapping[str, Floats]: ...
+    @property
+    def matrices(self) -> Mapping[str, PackedMatrix]: ...
+    @property
+    def scales(self) -> Mapping[str, tuple[str, int]]: ...
+    @property
+    def pieces(self) -> StreamPieces: ...
+    @property
+    def dim(self) -> int: ...
+
+
+class WeightLayout:
+    """How every tensor that a description names is kept: matrices as row blocks, vectors as float32. Reads none.
 
     ``exact_floats``: matrices become float32, dequantised as the format says. Not loaded, with address 0, are
     ``streamed``: matrices that are read in every step, in ``pieces`` of ``piece_bytes``; ``paged``: those that are read
     when an expert is chosen; ``read_by_row``: one more.
 
-    ``scales``: of matrices whose neurons a pack stores one by one, type and address; ``dim``: of the model.
+    Attributes:
+        matrix_infos, scale_infos: in the order in which they lie in memory.
+        vector_infos: which lie by themselves.
+        nbytes: of matrices and scales.
     """
 
     def __init__(
@@ -64,8 +85,7 @@ class Weights:
         paged: Sequence[str] = (),
         read_by_row: str | None = None,
     ) -> None:
-        self._file = file
-        self._exact_floats = exact_floats
+        self.exact_floats = exact_floats
         routers = _shared_routers(model)
         infos = [
             replace(info, shape=(1, model.dim)) if info.name in routers else info
@@ -74,45 +94,55 @@ class Weights:
         self.pieces = cut(file, model, frozenset(streamed), piece_bytes)
         absent = {*streamed, *paged, read_by_row}
         matrices = [info for info in infos if len(info.shape) == 2 and info.name not in absent]
-        self._matrix_infos = [info for info in matrices if info.layout != "neurons"]
-        self._scale_infos = [info for info in matrices if info.layout == "neurons"]
-        self._vector_infos = [info for info in infos if len(info.shape) == 1]
-        self.vectors: dict[str, Floats] = {}
-        self.matrices: dict[str, PackedMatrix] = {}
-        self.scales: dict[str, tuple[str, int]] = {}
+        self.matrix_infos = [info for info in matrices if info.layout != "neurons"]
+        self.scale_infos = [info for info in matrices if info.layout == "neurons"]
+        self.vector_infos = [info for info in infos if len(info.shape) == 1]
         self.dim = model.dim
-        size = 0
-        for info in self._matrix_infos:
-            size += native.matrix_bytes(self._type(info), *info.shape)
-        size += sum(-(-info.nbytes // 64) * 64 for info in self._scale_infos)
-        self.nbytes = size
+        self._elsewhere = [
+            file.tensors[name] for name in (read_by_row, *streamed, *paged) if name is not None
+        ]
+        self.nbytes = self.place(0)[2]
+
+    def type(self, info: TensorInfo) -> str:
+        return "F32" if self.exact_floats else info.type
+
+    @property
+    def vector_bytes(self) -> int:
+        return sum(4 * math.prod(info.shape) for info in self.vector_infos)
+
+    def place(self, address: int) -> tuple[dict[str, PackedMatrix], dict[str, tuple[str, int]], int]:
+        """Matrices and scales, where they lie in memory that begins at ``address``; and its end."""
+        matrices: dict[str, PackedMatrix] = {}
+        scales: dict[str, tuple[str, int]] = {}
+        for info in self.matrix_infos:
+            rows, columns = info.shape
+            matrices[info.name] = PackedMatrix(self.type(info), rows, columns, address)
+            address += native.matrix_bytes(self.type(info), rows, columns)
+        for info in self.scale_infos:
+            scales[info.name] = (info.type, address)
+            address += -(-info.nbytes // 64) * 64
+        for info in self._elsewhere:
+            rows, columns = info.shape
+            matrices[info.name] = PackedMatrix(info.type, rows, columns, 0)
+        return matrices, scales, address
+
+
+class Weights:
+    """The weights of a model, loaded as ``layout`` says: see ``PlacedWeights``."""
+
+    def __init__(self, file: ModelFile, layout: WeightLayout) -> None:
+        self._file, self._layout = file, layout
+        self.pieces, self.dim, self.nbytes = layout.pieces, layout.dim, layout.nbytes
+        self.vectors: dict[str, Floats] = {}
         self._lock = threading.Lock()  # of these two
         self._loading, self._closed = 0, False  # calls that write to memory; of which some may never return
-        self._memory = native.Memory(max(size, 1))
-        address = self._memory.address
-        for info in self._matrix_infos:
-            rows, columns = info.shape
-            self.matrices[info.name] = PackedMatrix(self._type(info), rows, columns, address)
-            address += native.matrix_bytes(self._type(info), rows, columns)
-        for info in self._scale_infos:
-            self.scales[info.name] = (info.type, address)
-            address += -(-info.nbytes // 64) * 64
-        if read_by_row is not None:
-            info = file.tensors[read_by_row]
-            rows, columns = info.shape
-            self.matrices[read_by_row] = PackedMatrix(info.type, rows, columns, 0)
-        for name in (*streamed, *paged):
-            info = file.tensors[name]
-            rows, columns = info.shape
-            self.matrices[name] = PackedMatrix(info.type, rows, columns, 0)
-
-    def _type(self, info: TensorInfo) -> str:
-        return "F32" if self._exact_floats else info.type
+        self._memory = native.Memory(max(layout.nbytes, 1))
+        self.matrices, self.scales, _ = layout.place(self._memory.address)
 
     @property
     def file_bytes(self) -> int:
         """What ``load`` reads."""
-        return sum(info.nbytes for info in (*self._matrix_infos, *self._scale_infos))
+        return sum(info.nbytes for info in (*self._layout.matrix_infos, *self._layout.scale_infos))
 
     async def load(self, progress: Progress, workers: int, deadline: float | None = None) -> None:
         """Reads everything with ``workers`` threads. Cancellable between pieces.
@@ -124,12 +154,12 @@ class Weights:
             OSError: the file cannot be read; ETIMEDOUT after the deadline.
         """
         pieces: deque[tuple[TensorInfo, int, int]] = deque()
-        for info in self._matrix_infos:
+        for info in self._layout.matrix_infos:
             step = max(16, PIECE_BYTES // max(1, info.nbytes // max(1, info.shape[0])) // 16 * 16)
             pieces.extend(
                 (info, row, min(row + step, info.shape[0])) for row in range(0, info.shape[0], step)
             )
-        pieces.extend((info, 0, info.shape[0]) for info in self._scale_infos)
+        pieces.extend((info, 0, info.shape[0]) for info in self._layout.scale_infos)
         total = self.file_bytes
         done = 0
         reads = LateReads(self._file.path, deadline, workers)
@@ -153,8 +183,8 @@ class Weights:
         async with open_own_nursery() as nursery:  # every worker may find an error: the first tells enough
             for _ in range(workers):
                 nursery.start_soon(worker)
-            for first in range(0, len(self._vector_infos), VECTORS_AT_ONCE):
-                infos = self._vector_infos[first : first + VECTORS_AT_ONCE]
+            for first in range(0, len(self._layout.vector_infos), VECTORS_AT_ONCE):
+                infos = self._layout.vector_infos[first : first + VECTORS_AT_ONCE]
                 await work(partial(self._load_vectors, infos))
         native.trim_heap()
 
@@ -206,7 +236,7 @@ class Weights:
                 continue
             start, size = _bytes_in_file(info, 0, first), _bytes_in_file(info, first, last)
             packed = self.matrices[info.name]
-            if info.layout == "blocks16" and not self._exact_floats:
+            if info.layout == "blocks16" and not self._layout.exact_floats:
                 at = packed.address - self._memory.address + start
                 self._file.read_into(info, start, self._memory.view()[at : at + size].data)
                 if self.pieces.pieces:  # memory is short
@@ -214,7 +244,7 @@ class Weights:
                 continue
             raw = buffer[:size]
             self._file.read_into(info, start, raw.data)
-            if self._exact_floats:
+            if self._layout.exact_floats:
                 values = to_floats(info, raw, last - first)
                 raw = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8)
             address = packed.address + native.matrix_bytes(packed.type, first, packed.columns)

@@ -11,6 +11,13 @@ from pi2rt.executors.flash.late_reads import give_back
 from pi2rt.formats import ModelFile
 
 
+def cache_slots(regions: Sequence[tuple[int, int, int]], nbytes: int) -> tuple[int, int]:
+    """How many pages a ``PageCache`` of these regions and this size holds, and bytes of each."""
+    slot_bytes = max(size for _, size, _ in regions)
+    pages = sum(-(-total // size) for _, size, total in regions)
+    return min(pages, nbytes // slot_bytes) if nbytes else pages, slot_bytes
+
+
 class PageCache:
     """All regions share the slots, so that those whose pages are used more get more of them.
 
@@ -36,10 +43,9 @@ class PageCache:
         heads: Sequence[int] | None = None,
         read_through: int = 0,
     ) -> None:
-        self.slot_bytes = max(size for _, size, _ in regions)
         self.region_pages = [-(-total // size) for _, size, total in regions]
         self.pages = sum(self.region_pages)
-        self.slots = min(self.pages, nbytes // self.slot_bytes) if nbytes else self.pages
+        self.slots, self.slot_bytes = cache_slots(regions, nbytes)
         self.depth = depth
         self._memory = native.Memory(self.pages * self.slot_bytes)  # resident where it is used
         try:

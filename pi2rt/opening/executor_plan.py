@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 from pi2rt import catalogue
 from pi2rt._errors import MemoryBudgetError, ModelNotFoundError, RequestError
@@ -37,18 +39,22 @@ STREAMED_CHUNK = 128
 """Prompt tokens in one step at most where weights are read in every step: reading lies under the computing of so
 many already, and what activations of more would take holds weights instead."""
 
+Measure: TypeAlias = Callable[[ModelFile, ModelDescription, StreamingPlan], MemoryNeed]
+
 OF_PLAN = ("streamed", "read_by_row", "ring_bytes", "paged", "cluster_bytes", "neuron_bytes")
 """Fields of a streaming plan that are options of an executor."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutorPlan:
-    """``own``: bytes that the process itself takes; ``need``: of the executor."""
+    """``own``: bytes that the process itself takes; ``need``: of the executor; ``measure``: of one that is opened with
+    another streaming plan."""
 
     options: ExecutorOptions
     chosen: RuntimeOptions
     own: int
     need: MemoryNeed
+    measure: Measure
 
     @property
     def beside(self) -> int:
@@ -72,11 +78,40 @@ class ExecutorPlan:
             if neurons < least:
                 raise _too_small_for_a_change(memory, beside + with_records(file, least))
             return replace(now, neuron_bytes=neurons)
-        room = max(0, min(memory, available_memory() + rss_bytes()) - self.beside)
-        streaming = plan_streaming(file, description, room, self.chosen.cache_bytes, reads=now.reads)
-        if streaming.nbytes > room:
-            raise _too_small_for_a_change(memory, self.beside + streaming.nbytes)
+        beside = self.beside - self.need.activations
+        room = max(0, min(memory, available_memory() + rss_bytes()) - beside)
+        streaming, need = _fit(
+            file, description, self.measure, self.need, room, self.chosen.cache_bytes, now.reads
+        )
+        if need.weights + need.activations > room:
+            raise _too_small_for_a_change(memory, beside + need.weights + need.activations)
         return _with(streaming, now)
+
+
+def _fit(
+    file: ModelFile,
+    description: ModelDescription,
+    measure: Measure,
+    need: MemoryNeed,
+    room: int,
+    cache: int | None,
+    reads: FlashReads,
+) -> tuple[StreamingPlan, MemoryNeed]:
+    """As many weights as have room beside activations; or as few as can be, where not even these have it. What is read
+    while steps run takes memory itself, so each plan is measured again.
+
+    Args:
+        need: of any plan, to begin with.
+        room: bytes for weights and activations.
+        cache: bytes for neurons at most; None: all that is left.
+    """
+    left = room - need.activations
+    while True:
+        streaming = plan_streaming(file, description, left, cache, reads=reads)
+        need = measure(file, description, streaming)
+        if need.weights + need.activations <= room or streaming.nbytes > left:
+            return streaming, need
+        left = room - need.activations - (need.weights - streaming.nbytes)  # the same plan would exceed that
 
 
 def _too_small_for_a_change(memory: int, least: int) -> MemoryBudgetError:
@@ -94,6 +129,7 @@ def plan_executor(
     executor: Executor,
     trace: Trace | None,
     *,
+    sparsity: Mapping[str, Any] | None = None,
     own: int = 0,
     predictors: int = 0,
     prompt: int = 0,
@@ -103,6 +139,7 @@ def plan_executor(
 
     Args:
         executor: of the kind that will be opened; it is only asked.
+        sparsity: fields of its options for thresholds and predictors.
         own: of a budget, bytes that the process itself takes; see ``own_memory``.
         predictors: bytes that an executor takes for them.
         prompt: bytes that the text of a prompt takes, beside its keys and values.
@@ -118,54 +155,12 @@ def plan_executor(
             f"budget cannot be kept; leave it out, or take executor='cpu'"
         )
 
-    def need_of(max_tokens: int) -> MemoryNeed:
-        if not isinstance(
-            executor, Measured
-        ):  # weights as they are; it decides only how many pages there are
-            page = StateLayout.of(description, kv_type).page_bytes
-            return MemoryNeed(weight_bytes(file, description, floats=False), page, 0)
-        return executor.need(file, description, replace(ask, max_tokens=max_tokens))
-
+    reads = replace(_reads(file, chosen.io), neuron_gap=chosen.read_through_bytes)
     ask = ExecutorOptions(
         slots=chosen.max_sequences,
         pages=1,
         context=context,
         max_tokens=1,
-        cores=placement.lead.cores,
-        actor=placement.lead.name,
-        assistants=placement.assistants,
-        kv_type=kv_type,
-        activations=chosen.activations,
-        exact_floats=chosen.exact_floats,
-        kernels=chosen.kernels,
-    )
-    tokens, available = chosen.step_tokens, available_memory()
-    need, streaming = need_of(tokens), StreamingPlan()
-    each = -(-context // PAGE_TOKENS)
-    reads = replace(_reads(file, chosen.io), neuron_gap=chosen.read_through_bytes)
-    if chosen.memory is not None:
-        own += chosen.read_through_bytes + predictors + prompt  # read through: where gaps go
-        limit = min(available + own, chosen.memory_bytes)
-        available = limit - own
-        streams = getattr(executor, "streams_weights", False) and not chosen.exact_floats
-        if streams:
-            if need.weights + need.activations + each * need.page > available:
-                tokens = min(tokens, max(STREAMED_CHUNK, chosen.max_sequences))
-                need = need_of(tokens)
-            room = available - need.activations - each * need.page
-            streaming = plan_streaming(file, description, room, chosen.cache_bytes, reads=reads)
-            need = replace(need, weights=streaming.nbytes)
-        if own + need.weights + need.activations + each * need.page > limit:
-            packed = None
-            if streams and not isinstance(file, PackFile):
-                packed = plan_streaming(file, description, 0, reads=reads, as_pack=True)
-            kv = each * need.page
-            raise _too_small(file, limit, own, predictors, prompt, need, streaming, kv, packed)
-    options = ExecutorOptions(
-        slots=chosen.max_sequences,
-        pages=need.pages(available, each, each * chosen.max_sequences),
-        context=context,
-        max_tokens=tokens,
         cores=placement.lead.cores,
         actor=placement.lead.name,
         assistants=placement.assistants,
@@ -179,8 +174,52 @@ def plan_executor(
         two_phase=chosen.two_phase,
         reads=reads,
         trace=trace,
+        **(sparsity or {}),
     )
-    return ExecutorPlan(_with(streaming, options), chosen, own, need)
+    tokens, available, streaming = chosen.step_tokens, available_memory(), StreamingPlan()
+    measure = partial(_need, executor, replace(ask, max_tokens=tokens), predictors)
+    need = measure(file, description, streaming)
+    each = -(-context // PAGE_TOKENS)
+    if chosen.memory is not None:
+        own += chosen.read_through_bytes + predictors + prompt  # read through: where gaps go
+        limit = min(available + own, chosen.memory_bytes)
+        available = limit - own
+        streams = getattr(executor, "streams_weights", False) and not chosen.exact_floats
+        if streams:
+            if need.weights + need.activations + each * need.page > available:
+                tokens = min(tokens, max(STREAMED_CHUNK, chosen.max_sequences))
+                measure = partial(_need, executor, replace(ask, max_tokens=tokens), predictors)
+                need = measure(file, description, streaming)
+            room = available - each * need.page
+            streaming, need = _fit(file, description, measure, need, room, chosen.cache_bytes, reads)
+        if own + need.weights + need.activations + each * need.page > limit:
+            packed = None
+            if streams and not isinstance(file, PackFile):
+                packed = plan_streaming(file, description, 0, reads=reads, as_pack=True)
+                need = replace(need, activations=measure(file, description, packed).activations)
+            kv = each * need.page
+            raise _too_small(file, limit, own, predictors, prompt, need, streaming, kv, packed)
+    pages = need.pages(available, each, each * chosen.max_sequences)
+    options = _with(streaming, replace(ask, pages=pages, max_tokens=tokens))
+    return ExecutorPlan(options, chosen, own, need, measure)
+
+
+def _need(
+    executor: Executor,
+    ask: ExecutorOptions,
+    predictors: int,
+    file: ModelFile,
+    description: ModelDescription,
+    streaming: StreamingPlan,
+) -> MemoryNeed:
+    """Of an executor that is opened with that plan, but for ``predictors``, bytes that are counted by themselves."""
+    if not isinstance(executor, Measured):  # weights as they are; it decides only how many pages there are
+        page = StateLayout.of(description, ask.kv_type).page_bytes
+        return MemoryNeed(weight_bytes(file, description, floats=False), page, 0)
+    found = executor.need(file, description, _with(streaming, ask))
+    return replace(
+        found, weights=max(found.weights - predictors, streaming.nbytes)
+    )  # with the records of caches
 
 
 def _with(streaming: StreamingPlan, options: ExecutorOptions) -> ExecutorOptions:
@@ -222,7 +261,10 @@ def _too_small(
         "interpreter, libraries and tokenizer": own - predictors - prompt,
         "predictors": predictors,
         "text of a prompt": prompt,
-        "weights that stay": streaming.resident_bytes or need.weights,
+        "weights that stay": need.weights
+        - streaming.ring_bytes
+        - streaming.cluster_bytes
+        - streaming.neuron_bytes,
         "matrices of an expert that are used together": streaming.cluster_bytes,
         "neurons that are computed together": streaming.neuron_bytes,
         "a ring for those that are read in every step": streaming.ring_bytes,

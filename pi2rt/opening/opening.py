@@ -122,6 +122,7 @@ class Opening:
         """Divides the memory, and makes the plan, unless there is one."""
         if self._given is not None:
             check_plan(self._given, self.file, self.description, self._cores)
+        self._check_neurons()
         predictors = None if self._lossy is None else self._lossy.predictors
         divide = partial(
             plan_executor,
@@ -132,6 +133,7 @@ class Opening:
             self._units,
             self.executor,
             self.trace,
+            sparsity=self._lossy_options,
             predictors=0 if predictors is None else predictors.nbytes,
         )
         chosen = self.chosen
@@ -144,7 +146,6 @@ class Opening:
             self.tokenizer = await in_thread(load_tokenizer, self.file)
             own = await in_thread(OWN.with_tokenizer, self.description)
             divided = divide(own=own, prompt=prompt_bytes(self.tokenizer, self.info.context))
-        self._check_neurons()
         if self._given is not None:
             check_budget(self._given, self.file, self.description, chosen, divided.own)
         self._divided = divided

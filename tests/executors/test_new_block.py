@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 
 from pi2rt._errors import UnsupportedModelError
-from pi2rt.executors.cpu import need, program_builder
+from pi2rt.executors.cpu import program_builder
 from pi2rt.executors.cpu.executor import CpuExecutor
-from pi2rt.executors.cpu.need import Widths
 from pi2rt.executors.cpu.program_builder import ProgramBuilder
 from pi2rt.executors.reference import model as reference_model
 from pi2rt.executors.reference.executor import ReferenceExecutor
@@ -89,7 +88,6 @@ def tables(architecture: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is touched."""
     monkeypatch.setitem(reference_model.BLOCKS, LinearMap, compute)
     monkeypatch.setitem(program_builder.BLOCKS, LinearMap, build)
-    monkeypatch.setitem(need.WIDTHS, LinearMap, lambda block: Widths())
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,15 @@ from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.memory import MemoryNeed
 from pi2rt.models import describe
+from pi2rt.opening.executor_plan import OF_PLAN
 from pi2rt.planner.pack.bundling import Bundling
 from pi2rt.planner.pack.convert import convert
+from pi2rt.planner.weights import plan_streaming
 from pi2rt.runtime.executor import ExecutorOptions
+from pi2rt.runtime.trace import Trace
+from tests.support.families import FAMILIES
 from tests.support.running import opened
-from tests.support.tiny_models import VOCAB_SIZE, TinyModel, write_gguf
+from tests.support.tiny_models import VOCAB_SIZE, TinyModel, write_gguf, write_huggingface
 
 MIB = 1 << 20
 
@@ -40,40 +46,66 @@ def test_the_need_of_a_tiny_model(tmp_path: Path) -> None:
     assert need(path, exact_floats=True).page == 2 * found.page
 
 
-def test_experts_count_as_weights_and_one_of_them_as_activations(tmp_path: Path) -> None:
-    model = TinyModel("qwen2_moe", experts=8, experts_used=3)
-    found = need(write_gguf(tmp_path / "tiny.gguf", model))
-    assert found.weights == 4 * sum(values.size for values in model.weights().values())
+@dataclass(frozen=True)
+class Case:
+    """``floats``: its weights are bfloat16, else Q8_0; ``streamed``: all that a budget can leave no room for is read
+    while steps run."""
+
+    model: TinyModel
+    bundles: Bundling = "off"
+    streamed: bool = False
+    floats: bool = False
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
-@pytest.mark.parametrize(
-    ("model", "bundles"),
-    [
-        (TinyModel(dim=512, hidden=2048, heads=8, kv_heads=2, head_dim=64), "off"),
-        (TinyModel("qwen3", dim=256, hidden=1024, heads=4, kv_heads=1, head_dim=128), "off"),
-        (TinyModel("qwen2_moe", dim=256, hidden=512, experts=8, experts_used=3), "off"),
-        (TinyModel(dim=512, hidden=4096, heads=8, kv_heads=2, head_dim=64, config={"hidden_act": "drelu"}), "relu"),
-        (TinyModel("mixtral", dim=256, hidden=1024, experts=4, config={"hidden_act": "relu"}), "relu"),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize(("rows", "slots", "threads"), [(16, 1, 1), (128, 4, 2), (192, 8, 3)])
-async def test_activations_are_what_the_processor_takes(
-    tmp_path: Path, model: TinyModel, bundles: Bundling, rows: int, slots: int, threads: int
+WIDE = TinyModel(dim=512, hidden=2048, heads=8, kv_heads=2, head_dim=64)
+SPARSE = TinyModel(dim=512, hidden=4096, heads=8, kv_heads=2, head_dim=64, config={"hidden_act": "drelu"})
+EXPERTS = TinyModel("qwen2_moe", dim=256, hidden=512, experts=8, experts_used=3)
+
+CASES = {
+    **{name: Case(family.model, floats=True) for name, family in FAMILIES.items()},
+    "wide": Case(WIDE),
+    "wide, q8 pages": Case(WIDE, options={"kv_type": "q8"}),
+    "wide, int8": Case(WIDE, options={"activations": "int8"}),
+    "wide, exact": Case(WIDE, options={"exact_floats": True}),
+    "wide, streamed": Case(WIDE, streamed=True),
+    "sparse": Case(SPARSE, "relu"),
+    "sparse, cached": Case(SPARSE, "relu", streamed=True),
+    "sparse, traced": Case(SPARSE, "relu", options={"trace": Trace()}),
+    "gates in bundles": Case(SPARSE, "gates"),
+    "experts": Case(EXPERTS),
+    "experts, paged": Case(EXPERTS, streamed=True),
+    "experts, sparse": Case(
+        TinyModel("mixtral", dim=256, hidden=1024, experts=4, config={"hidden_act": "relu"}), "relu"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("rows", "slots", "threads"), [(16, 1, 1), (192, 8, 3)])
+async def test_the_need_is_what_is_taken_to_the_byte(
+    tmp_path: Path, case: Case, rows: int, slots: int, threads: int
 ) -> None:
-    """Never less than that: a budget holds by it. And little more, for what it takes weights have not."""
     path = tmp_path / "m.pi2"
-    convert(write_gguf(tmp_path / "m.gguf", model, weight_type="Q8_0"), path, bundles=bundles)
-    estimated = need(path, max_tokens=rows, slots=slots, threads=threads).activations
-    given = {
-        "slots": slots,
-        "max_tokens": rows,
-        "context": 256,
-        "cores": (0,) * threads,
-        "exact_floats": False,
-    }
-    async with opened(CpuExecutor(), path, **given) as executor:
-        taken = executor.statistics().bytes["activations"]
-    assert taken <= estimated <= 1.25 * taken + (1 << 20)
+    if case.floats:
+        source = write_huggingface(tmp_path / "m", case.model, dtype="BF16")
+    else:
+        source = write_gguf(tmp_path / "m.gguf", case.model, weight_type="Q8_0")
+    convert(source, path, bundles=case.bundles)
+    given: dict[str, Any] = {"slots": slots, "max_tokens": rows, "cores": (0,) * threads, **case.options}
+    given.setdefault("exact_floats", False)
+    with open_model_file(path) as file:
+        model = describe(file)
+        if case.streamed:
+            plan = plan_streaming(file, model, 0)
+            assert plan.streamed or plan.neuron_bytes or plan.paged
+            given |= {name: getattr(plan, name) for name in OF_PLAN}
+        needed = CpuExecutor().need(file, model, ExecutorOptions(pages=4, context=256, **given))
+    async with opened(CpuExecutor(), path, pages=4, context=256, **given) as executor:
+        taken = dict(executor.statistics().bytes)
+    assert taken.pop("activations") == needed.activations
+    assert taken.pop("kv") == 4 * needed.page
+    assert sum(taken.values()) == needed.weights
 
 
 def test_pages_as_many_as_fit() -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from pi2rt._errors import ConversionError, ModelFormatError, RequestError, UnsupportedModelError
 from pi2rt.executors.cpu.executor import CpuExecutor
-from pi2rt.executors.cpu.weights import Weights
+from pi2rt.executors.cpu.weights import WeightLayout, Weights
 from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.formats.pack import PackFile
@@ -57,7 +57,7 @@ def pack(tmp_path: Path) -> Path:
 async def in_memory(path: Path, exact_floats: bool = False) -> dict[str, bytes]:
     """What the native executor has in memory of every tensor."""
     with open_model_file(path) as file:
-        weights = Weights(file, describe(file), exact_floats=exact_floats)
+        weights = Weights(file, WeightLayout(file, describe(file), exact_floats=exact_floats))
         reports: list[tuple[int, int]] = []
         await weights.load(lambda done, total: reports.append((done, total)), 2)
         assert reports[-1][0] == reports[-1][1]
