@@ -16,6 +16,7 @@ from pi2rt.testing.agreement import Agreement
 from pi2rt.testing.conformance import StepExecutorConformance
 from pi2rt.testing.flow import Flow
 from pi2rt.testing.lifecycle import Lifecycle
+from pi2rt.testing.memory import Memory
 from pi2rt.testing.outputs import Outputs
 from pi2rt.testing.sampling_options import SamplingOptions
 from pi2rt.testing.sequences import Sequences
@@ -28,6 +29,7 @@ __all__ = [
     "Agreement",
     "Flow",
     "Lifecycle",
+    "Memory",
     "Outputs",
     "SamplingOptions",
     "Sequences",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pi2rt.testing.agreement import Agreement
 from pi2rt.testing.flow import Flow
 from pi2rt.testing.lifecycle import Lifecycle
+from pi2rt.testing.memory import Memory
 from pi2rt.testing.outputs import Outputs
 from pi2rt.testing.sampling_options import SamplingOptions
 from pi2rt.testing.sequences import Sequences
 
 
-class StepExecutorConformance(Lifecycle, Flow, Sequences, Outputs, SamplingOptions, Agreement):
+class StepExecutorConformance(Lifecycle, Flow, Sequences, Outputs, SamplingOptions, Agreement, Memory):
     """Subclass it under a name that starts with "Test", and give ``make_executor``; see ``Harness`` for the rest."""

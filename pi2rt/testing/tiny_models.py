@@ -7,6 +7,7 @@ positions shows.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -31,9 +32,20 @@ TINY_MODELS: Mapping[str, TinyModel] = MappingProxyType(
 scale of the embedding, norms after blocks, GELU. Mixtral: experts. Qwen2-MoE: a shared expert too."""
 
 
+_LARGE = {"dim": 512, "hidden": 1536, "heads": 8, "kv_heads": 4, "head_dim": 64}
+
+
 def tiny_model_path(folder: Path, name: str) -> Path:
     """The Hugging Face directory of one of ``TINY_MODELS`` in a folder, written where it is not there yet."""
-    directory = folder / name
+    return _written(folder / name, TINY_MODELS[name])
+
+
+def large_model_path(folder: Path, name: str) -> Path:
+    """The same with wider layers: weights of about 50 MB."""
+    return _written(folder / f"{name}-large", replace(TINY_MODELS[name], **_LARGE))
+
+
+def _written(directory: Path, model: TinyModel) -> Path:
     if not directory.is_dir():
-        write_huggingface(directory, TINY_MODELS[name])
+        write_huggingface(directory, model)
     return directory

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from pi2rt._errors import UnsupportedModelError
+from pi2rt.formats import ModelFile
+from pi2rt.memory import MemoryNeed, StateStore
 from pi2rt.models import Attention, Block, FeedForward, MixtureOfExperts, ModelDescription
+from pi2rt.runtime.executor import ExecutorOptions, Progress
 from tests.testing.mutant import Mutant
 from tests.testing.wrappers import Wrapper
 
@@ -71,6 +75,39 @@ def with_other_rope(block: Attention) -> Attention:
     return replace(block, rope=replace(block.rope, style=other))
 
 
+class SkipsUnknownBlocks(Wrapper):
+    def change_model(self, model: ModelDescription) -> ModelDescription:
+        known = (Attention, FeedForward, MixtureOfExperts)
+        layers = (
+            replace(layer, blocks=tuple(each for each in layer.blocks if isinstance(each, known)))
+            for layer in model.layers
+        )
+        return replace(model, layers=tuple(layers))
+
+
+class RefusesWithoutAName(Wrapper):
+    async def open(
+        self,
+        file: ModelFile,
+        model: ModelDescription,
+        options: ExecutorOptions,
+        store: StateStore | None,
+        progress: Progress,
+    ) -> None:
+        try:
+            await super().open(file, model, options, store, progress)
+        except UnsupportedModelError:
+            raise UnsupportedModelError(file.path, "layers", "not supported") from None
+
+
+class CountsWeightsAsInTheFile(Wrapper):
+    """A quarter of what they are as float32, and nothing that a step needs."""
+
+    def need(self, file: ModelFile, model: ModelDescription, options: ExecutorOptions) -> MemoryNeed:
+        need = super().need(file, model, options)
+        return replace(need, weights=need.weights // 4, activations=0)
+
+
 _PROMPT = "test_logits_of_a_prompt_are_those_of_the_reference"
 _SINGLE = "test_logits_of_single_tokens_are_those_of_the_reference"
 _CHANGES: list[tuple[str, str, str, Callable[[ModelDescription], ModelDescription]]] = [
@@ -104,4 +141,11 @@ def computing(
     return Mutant(lambda: ComputesAnother(change), test, says, {"model": model}, name=name)
 
 
-MUTANTS = [computing(*each) for each in _CHANGES]
+_UNKNOWN = "test_an_unknown_kind_of_block_is_refused"
+
+MUTANTS = [
+    *(computing(*each) for each in _CHANGES),
+    Mutant(SkipsUnknownBlocks, _UNKNOWN, "a model with an unknown kind of block was opened"),
+    Mutant(RefusesWithoutAName, _UNKNOWN, "the error does not name the block"),
+    Mutant(CountsWeightsAsInTheFile, "test_need_is_enough", r"need says \d+ MiB .* tokens took \d+ MiB"),
+]

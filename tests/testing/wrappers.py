@@ -10,7 +10,7 @@ import numpy as np
 from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.executors.reference.sampling import sample
 from pi2rt.formats import ModelFile
-from pi2rt.memory import KvType, StateStore
+from pi2rt.memory import KvType, MemoryNeed, StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
 from pi2rt.runtime.step import Bind, Floats, Int32s, Sampled, Sampling, Slice, Step, StepResult, Unusable
@@ -41,6 +41,9 @@ class Wrapper:
         return result
 
     # -- the protocol
+
+    def need(self, file: ModelFile, model: ModelDescription, options: ExecutorOptions) -> MemoryNeed:
+        return self.inner.need(file, model, options)
 
     def page_type(self, kv_type: KvType, exact_floats: bool) -> KvType:
         return self.inner.page_type(kv_type, exact_floats)

@@ -12,11 +12,14 @@ import numpy.typing as npt
 from pi2rt import RequestError, UnsupportedModelError
 from pi2rt.formats import ModelFile
 from pi2rt.formats.quants import dequantize
-from pi2rt.memory import BlockPages, StateStore
+from pi2rt.memory import BlockPages, MemoryNeed, StateLayout, StateStore, weight_bytes
 from pi2rt.models import Attention, FeedForward, Linear, ModelDescription, Norm, Rope, iterate_tensors
+from pi2rt.models.block_check import check_blocks
 
 Floats = npt.NDArray[np.float32]
 Int32s = npt.NDArray[np.int32]
+
+_LIBRARIES = 48 << 20  # buffers of the BLAS that numpy uses
 
 
 class Stopped(Exception):
@@ -25,18 +28,34 @@ class Stopped(Exception):
 
 def refuse(file: ModelFile, model: ModelDescription) -> None:
     """An executor says at once what it cannot do. A wrong answer would be worse."""
+    check_blocks(file.path, model, (Attention, FeedForward), "numpy")
     for layer in model.layers:
         for block in layer.blocks:
-            known = isinstance(block, Attention) or (
-                isinstance(block, FeedForward)
-                and block.gate is not None
-                and (block.activation, block.up_activation) == ("silu", None)
-            )
-            if not known or block.post_norm is not None:
-                kind = type(block).__name__
-                raise UnsupportedModelError(
-                    file.path, "layers", f"have a {kind} that the numpy executor lacks"
-                )
+            plain = block.post_norm is None
+            if isinstance(block, FeedForward):
+                plain &= block.gate is not None
+                plain &= (block.activation, block.up_activation) == ("silu", None)
+            if not plain:
+                problem = f"have a kind of {block.kind!r} that the numpy executor does not run"
+                raise UnsupportedModelError(file.path, "layers", problem)
+
+
+def need(file: ModelFile, model: ModelDescription, rows: int, context: int) -> MemoryNeed:
+    """The most that the executor takes, for steps of ``rows`` tokens: pi2rt keeps a memory budget by it."""
+    hidden = max(block.hidden for block in model.feed_forwards())
+    attentions = [block for layer in model.layers for block in layer.blocks if isinstance(block, Attention)]
+    heads = max(block.n_heads for block in attentions)
+    width = max(block.n_heads * block.head_dim for block in attentions)
+    floats = rows * (8 * model.dim + 3 * hidden + 6 * width + 3 * heads * context)
+    floats += 6 * context * width + 3 * rows * model.vocab_size
+    largest = max(
+        info.nbytes for info in file.tensors.values()
+    )  # as it is in the file, while it is dequantised
+    return MemoryNeed(
+        weights=weight_bytes(file, model, floats=True),
+        page=StateLayout.of(model, "f32").page_bytes,
+        activations=4 * floats + largest + _LIBRARIES,
+    )
 
 
 def load(file: ModelFile, model: ModelDescription, report: Callable[[int, int], None]) -> dict[str, Floats]:

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import trio
 
-from numpy_executor.arithmetic import Floats, Int32s, NumpyModel, Stopped, load, refuse
+from numpy_executor.arithmetic import Floats, Int32s, NumpyModel, Stopped, load, need, refuse
 from pi2rt import BusyError, ClosedError, RequestError
 from pi2rt.executors.reference.sampling import log_softmax, sample
 from pi2rt.formats import ModelFile
-from pi2rt.memory import KvType, StateStore
+from pi2rt.memory import KvType, MemoryNeed, StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
 from pi2rt.runtime.step import Sampled, Sampling, Slice, Step, StepResult, Unusable
@@ -46,6 +46,11 @@ class NumpyExecutor:
     def page_type(self, kv_type: KvType, exact_floats: bool) -> KvType:
         """Who has this method borrows pi2rt's KV pages; this is the type of their numbers."""
         return "f32"
+
+    def need(self, file: ModelFile, model: ModelDescription, options: ExecutorOptions) -> MemoryNeed:
+        """Who has this method can be given a memory budget."""
+        refuse(file, model)
+        return need(file, model, options.max_tokens, options.context)
 
     async def open(
         self,
