@@ -56,8 +56,8 @@ class Memory(Harness):
 
 
 def _reset_peak() -> int:
-    """Returns what the process has now, which is its new peak. From now on large arrays take memory of the system: those
-    that were freed before would be used again unseen."""
+    """Returns what the process has now, which is its new peak. From now on large arrays take memory of the system:
+    what was freed before would be used again unseen."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 17)

@@ -10,7 +10,7 @@ import pytest
 
 from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.executor import Borrower, Executor, make_store
-from pi2rt.runtime.step import Bind, Floats, Int32s, Sampling, Slice, Step
+from pi2rt.runtime.step import Bind, Floats, Int32s, Sampling, Slice, StateCopy, Step
 from pi2rt.testing.harness import GREEDY, SEEDED, Harness, in_trio
 
 _LENGTH = 150  # of a prompt: three pages, and a part of the last
@@ -150,6 +150,32 @@ class Sequences(Harness):
                 "after another sequence shared its first page, which must only be read",
                 len(prompt) - 10,
             )
+
+    @in_trio
+    async def test_pages_are_copied_before_the_slices(self) -> None:
+        """A second sequence forks off from the middle of a page, in the step in which the first one goes on. The copy
+        takes two moves, in their order."""
+        async with self.opened() as executor:
+            first = self.prompt(PAGE_TOKENS + 20)
+            other = np.concatenate((first[: PAGE_TOKENS + 6], self.prompt(9, salt=5)))
+            whole = [await self.whole(executor, text, 3) for text in (first, other)]
+            begin = Slice(0, 0, self.pages(0), first[: PAGE_TOKENS + 6])
+            await self.run(executor, Step(1, (begin,), (Bind(0, GREEDY, first),)))
+            source, between, target = (int(self.pages(slot)[1]) for slot in (0, 2, 1))
+            moves = (StateCopy("page", source, between), StateCopy("page", between, target))
+            table = np.array([self.pages(0)[0], target], np.int32)
+            start = PAGE_TOKENS + 6
+            slices = (
+                Slice(0, start, self.pages(0), first[start:], logits=True),
+                Slice(1, start, table, other[start:], logits=True),
+            )
+            step = Step(2, slices, (Bind(1, GREEDY, other),), moves)
+            for piece, output, right in zip(slices, await self.run(executor, step), whole, strict=True):
+                what = f"slot {piece.slot} beside a copy of page {source} to {between} and on to {target}"
+                self.check_same(output.rows, right[start:], what, start)
+            rest = Slice(1, len(other) - 1, table, other[-1:], logits=True)
+            (output,) = await self.run(executor, Step(3, (rest,)))
+            self.check_same(output.rows, whole[1][-1:], "on a copied page, a step later", len(other) - 1)
 
     @in_trio
     async def test_pages_of_others_are_left_alone(self) -> None:

@@ -158,6 +158,24 @@ class WritesTheNextPage(Scribbles):
         return [last + 1] if end % PAGE_TOKENS == 0 and last + 1 < 16 else []
 
 
+class CopiesNothing(Wrapper):
+    def change_step(self, step: Step) -> Step:
+        return replace(step, copies=())
+
+
+class CopiesInReverse(Wrapper):
+    def change_step(self, step: Step) -> Step:
+        return replace(step, copies=step.copies[::-1])
+
+
+class CopiesAfterTheSlices(CopiesNothing):
+    def change_result(self, step: Step, result: StepResult) -> StepResult:
+        assert self.store is not None
+        for copy in step.copies:
+            self.store.copy_page(copy.source, copy.target)
+        return result
+
+
 class KeepsTheSlotsTokens(Wrapper):
     """A slot's first token is that of the sequence before, where that was longer."""
 
@@ -298,6 +316,10 @@ MUTANTS = [
     Mutant(PagesBySlot, "test_shared_prefix", "with a shared first page"),
     Mutant(WritesSharedPages, "test_shared_pages_are_only_read", "which must only be read"),
     Mutant(WritesTheNextPage, "test_pages_of_others_are_left_alone", r"slot \d with the pages \["),
+    *(
+        Mutant(each, "test_pages_are_copied_before_the_slices", r"slot 1 beside a copy of page \d+ to")
+        for each in (CopiesNothing, CopiesInReverse, CopiesAfterTheSlices)
+    ),
     Mutant(KeepsTheSlotsTokens, "test_slot_is_used_again", "in a slot that another sequence had meanwhile"),
     Mutant(BindsWhatRuns, "test_bound_before_its_first_slice", "step 2 failed with .*was never bound"),
     Mutant(ContinuesWhatItHasSeen, "test_running_ahead_says_the_same", "with 2 steps in flight: tokens are"),

@@ -77,6 +77,7 @@ class NumpyModel:
 
     def __init__(self, model: ModelDescription, weights: dict[str, Floats], store: StateStore) -> None:
         self.model, self.weights = model, weights
+        self.store = store
         self.pages = store.blocks()  # of each attention block, by (layer, block)
 
     def forward(self, tokens: Int32s, start: int, table: Int32s, should_stop: Callable[[], bool]) -> Floats:

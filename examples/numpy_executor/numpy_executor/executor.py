@@ -153,6 +153,8 @@ class NumpyExecutor:
         for bind in step.binds:
             counts = np.bincount(bind.history, minlength=self.model.model.vocab_size).astype(np.int32)
             self.slots[bind.slot] = Slot(bind.sampling, counts)
+        for copy in step.copies:  # of pages: its models have no other state
+            self.model.store.copy_page(copy.source, copy.target)
         try:
             with np.errstate(over="ignore", invalid="ignore"):
                 outputs = [self.run_slice(step, piece) for piece in step.slices]
