@@ -44,7 +44,7 @@ def in_trio(
     seconds."""
 
     @functools.wraps(test)
-    def run(self: Suite, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+    def run(self: Suite, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         __tracebackhide__ = True
 
         async def main() -> None:
@@ -270,7 +270,7 @@ class Harness:
     def _check_array(self, what: str, asked: bool, value: Floats | None, shape: tuple[int, ...]) -> None:
         self._check_asked(what, asked, value)
         if value is not None:
-            assert (value.shape, value.dtype) == (shape, np.float32), (
+            assert value.shape == shape and value.dtype == np.float32, (  # noqa: PT018 - one message for both
                 f"{what} must be float32 {shape}, but is {value.dtype} {value.shape}"
             )
 

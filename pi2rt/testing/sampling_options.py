@@ -7,6 +7,7 @@ executor's own logits: errors of its arithmetic do not count, those of its sampl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -55,13 +56,13 @@ class SamplingOptions(Harness):
             )
             at = [position + 1 for position in at]
 
-    async def check_field(self, field: str, *values: float, temperature: float = 1.0) -> None:
+    async def check_field(self, field: str, *values: float) -> None:
         """Texts with ``field`` at each of the values (as many as there are slots at most)."""
         async with self.opened() as executor:
-            samplings = [
-                Sampling(**{"temperature": temperature, "seed": 20 + slot} | {field: value})
-                for slot, value in enumerate(values)
+            options: list[dict[str, Any]] = [
+                {"temperature": 1.0, "seed": 20 + slot, field: value} for slot, value in enumerate(values)
             ]
+            samplings = [Sampling(**each) for each in options]
             await self.check_texts(executor, samplings, field)
 
     @in_trio

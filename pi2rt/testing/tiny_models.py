@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from pi2rt.testing.tiny_model import TinyModel, write_huggingface
 
@@ -32,7 +33,7 @@ TINY_MODELS: Mapping[str, TinyModel] = MappingProxyType(
 scale of the embedding, norms after blocks, GELU. Mixtral: experts. Qwen2-MoE: a shared expert too."""
 
 
-_LARGE = {"dim": 512, "hidden": 1536, "heads": 8, "kv_heads": 4, "head_dim": 64}
+_LARGE: dict[str, Any] = {"dim": 512, "hidden": 1536, "heads": 8, "kv_heads": 4, "head_dim": 64}
 
 
 def tiny_model_path(folder: Path, name: str) -> Path:

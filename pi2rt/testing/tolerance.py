@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from pi2rt.executors.reference.sampling import sample
 from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling
@@ -50,12 +51,13 @@ def relative_errors(got: Floats, expected: Floats) -> Floats:
     return np.where(np.isfinite(errors), errors, np.inf).astype(np.float32)
 
 
-def near_ties(logits: Floats, chosen: Int32s, error: float) -> Floats:
+def near_ties(logits: Floats, chosen: Int32s, error: float) -> npt.NDArray[np.bool_]:
     """Whether, by position of logits (t, vocab_size), the ``chosen`` token (t,) is the most likely one or in a near tie
     with it: bool (t,)."""
     rms = np.sqrt(np.mean(np.square(logits), axis=-1))
     behind = logits.max(axis=-1) - np.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
-    return behind <= NEAR_TIE * error * rms  # type: ignore[no-any-return]
+    near: npt.NDArray[np.bool_] = behind <= NEAR_TIE * error * rms
+    return near
 
 
 def allowed_tokens(

@@ -159,7 +159,9 @@ def words_of(text: str) -> list[str]:
     return _NUMBER.sub("#", text).split()
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda path: path.name
+)
 def test_lines_have_120_columns(path: Path) -> None:
     """But for rows of tables, which cannot be folded, and what commands print."""
     long, code = [], False
