@@ -39,7 +39,7 @@ from offload import HERE, measure
 from pi2rt.cython_kernels.flash.reader import measure as measure_flash
 from pi2rt.formats import open_model_file
 from pi2rt.host.topology import read_topology
-from pi2rt.models import FeedForward, describe, iterate_tensors
+from pi2rt.models import describe, iterate_tensors
 from pi2rt.planner.laws import STREAM_DEPTH, STREAM_READ_BYTES, DecodeUse, Rates, bound_s
 from pi2rt.planner.measure.device_profile import measure_device
 from pi2rt.planner.pack.convert import convert
@@ -80,10 +80,9 @@ def feed_forward_bytes(path: str) -> tuple[int, int]:
     """(bytes of all weights, of those the feed-forward ones), as a GGUF file has them."""
     with open_model_file(path) as file:
         model = describe(file)
-        blocks = [block for layer in model.layers for block in layer.blocks if isinstance(block, FeedForward)]
         names = {
             linear.weight
-            for block in blocks
+            for block in model.feed_forwards()
             for linear in (block.gate, block.up, block.down)
             if linear is not None
         }

@@ -116,10 +116,9 @@ def expert_operations(
     experts, which every token uses."""
     for layer in model.layers:
         for block in layer.blocks:
-            for each in block.routed():
-                for operation in each.operations():
-                    infos = map(file.tensors.__getitem__, operation.matrices)
-                    yield tuple(info for info in infos if as_pack or info.layout == "blocks16")
+            for operation in block.routed_operations():
+                infos = map(file.tensors.__getitem__, operation.matrices)
+                yield tuple(info for info in infos if as_pack or info.layout == "blocks16")
 
 
 def _pages(info: TensorInfo) -> int:

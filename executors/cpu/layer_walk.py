@@ -130,7 +130,7 @@ def _mixture(
             y = reference.down(expert, gate if up is None else gate * up)
             out[tokens] += shares[tokens, places, None] * y
 
-    for number, expert in enumerate(block.experts()):
+    for number, expert in enumerate(block.feed_forwards()):
         weights.load(name for name, _ in expert.tensors(dim))
         observe(place.layer, expert, weights, factors(expert, number))
         yield

@@ -203,7 +203,7 @@ class ReferenceModel:
     def _mixture(self, block: MixtureOfExperts, x: Floats, place: Place | None = None) -> Floats:
         chosen, weights = self.route(block, x)
         out = np.zeros_like(x)
-        for number, expert in enumerate(block.experts()):
+        for number, expert in enumerate(block.feed_forwards()):
             tokens, places = np.nonzero(chosen == number)
             if len(tokens):
                 out[tokens] += weights[tokens, places, None] * self._feed_forward(expert, x[tokens])

@@ -18,10 +18,12 @@ from pi2rt.models.states import Paged, State
 
 class Operation(NamedTuple):
     """Names of the matrices that one operation of a step uses together. ``feed_forward``: their rows or columns are
-    those of neurons."""
+    those of neurons. ``down``: where the operation decides which neurons are active, the matrix that has them as
+    columns; where a pack stores these in bundles, the operation goes by neuron clusters."""
 
     matrices: tuple[str, ...]
     feed_forward: bool = False
+    down: str | None = None
 
 
 class Block(ABC):
@@ -54,8 +56,8 @@ class Block(ABC):
         added."""
         yield from ()
 
-    def routed(self) -> Iterator[FeedForward]:
-        """Of these, those that a router chooses: their matrices can be kept in pages."""
+    def routed_operations(self) -> Iterator[Operation]:
+        """The matrices that a step uses only where a router chose them: those that can be kept in pages."""
         yield from ()
 
     def vectors_multiplied_by(self) -> Iterator[str]:
@@ -138,17 +140,10 @@ class FeedForward(Block):
         yield from self.down.tensors(dim, self.hidden)
 
     def operations(self) -> Iterator[Operation]:
-        together = (self.up,) if self.gate is None else (self.up, self.gate)
-        yield Operation(tuple(each.weight for each in together), feed_forward=True)
-        yield Operation((self.down.weight,), feed_forward=True)
+        yield from _neuron_operations(self.up, self.gate, self.down)
 
     def feed_forwards(self) -> Iterator[FeedForward]:
         yield self
-
-    @property
-    def deciding(self) -> Linear:
-        """What decides which neurons are active: the gate, or up where there is none."""
-        return self.up if self.gate is None else self.gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,18 +190,30 @@ class MixtureOfExperts(Block):
 
     def own_tensors(self, dim: int) -> Named:
         yield from self.router.tensors(self.n_experts, dim)
-        for expert in self.routed():
-            yield from expert.own_tensors(dim)
+        into, back = (self.hidden, dim), (dim, self.hidden)
+        for (
+            gate,
+            up,
+            down,
+        ) in self._matrices():  # there are thousands: neither blocks nor iterators are made for each
+            for linear, shape in ((gate, into), (up, into), (down, back)):
+                if linear is not None:
+                    yield linear.weight, shape
+                    if linear.bias is not None:
+                        yield linear.bias, shape[:1]
         if self.shared is not None:
             yield self.shared.router, self.shared.router_shape
         if (shared := self.shared_expert()) is not None:
             yield from shared.own_tensors(dim)
 
     def feed_forwards(self) -> Iterator[FeedForward]:
-        yield from self.experts()
-
-    def routed(self) -> Iterator[FeedForward]:
         yield from map(self.expert, range(self.n_experts))
+        if (shared := self.shared_expert()) is not None:
+            yield shared
+
+    def routed_operations(self) -> Iterator[Operation]:
+        for gate, up, down in self._matrices():
+            yield from _neuron_operations(up, gate, down)
 
     def vectors_multiplied_by(self) -> Iterator[str]:
         if self.shared is not None:
@@ -225,9 +232,13 @@ class MixtureOfExperts(Block):
         up, down, hidden, gate = self.shared.up, self.shared.down, self.shared.hidden, self.shared.gate
         return FeedForward(self.norm, up, down, hidden, self.activation, gate, self.up_activation)
 
-    def experts(self) -> Iterator[FeedForward]:
-        """All of them in the order in which their outputs are added: the shared one last."""
-        yield from self.routed()
-        shared = self.shared_expert()
-        if shared is not None:
-            yield shared
+    def _matrices(self) -> Iterator[tuple[Linear | None, Linear, Linear]]:
+        """Gate, up and down of each expert that the router chooses from."""
+        gates = (None,) * self.n_experts if self.gate is None else self.gate
+        return zip(gates, self.up, self.down, strict=True)
+
+
+def _neuron_operations(up: Linear, gate: Linear | None, down: Linear) -> Iterator[Operation]:
+    together = (up.weight,) if gate is None else (up.weight, gate.weight)
+    yield Operation(together, feed_forward=True, down=down.weight)
+    yield Operation((down.weight,), feed_forward=True)

@@ -31,8 +31,8 @@ def operations_in_order(model: ModelDescription) -> Iterator[Operation]:
 def matrices_in_order(model: ModelDescription) -> Iterator[tuple[str, bool]]:
     """(name, whether of a feed-forward block) of each layer's matrices, in the order in which a step uses
     them."""
-    for names, feed_forward in operations_in_order(model):
-        yield from ((name, feed_forward) for name in names)
+    for each in operations_in_order(model):
+        yield from ((name, each.feed_forward) for name in each.matrices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,12 @@ def cut(
     pieces: list[Piece] = []
     matrices: dict[str, StreamedMatrix] = {}
     together = 0
-    by_cluster = {each.deciding.weight for each in model.feed_forwards() if each.down.weight in file.bundles}
-    for names, feed_forward in operations_in_order(model):
-        infos = [file.tensors[name] for name in names if name in streamed]
+    for operation in operations_in_order(model):
+        infos = [file.tensors[name] for name in operation.matrices if name in streamed]
         if not infos:
             continue
         first = len(pieces)
-        if feed_forward and len(infos) > 1:
+        if operation.feed_forward and len(infos) > 1:
             blocks = min(_blocks(info, piece_bytes) for info in infos)
             for turn in itertools.zip_longest(*(_pieces(info, blocks) for info in infos)):
                 pieces.extend(turn)
@@ -90,12 +89,12 @@ def cut(
                 matrices[info.name] = StreamedMatrix(first + i, len(infos), blocks)
             at_once = len(infos)
         else:
-            at_once = min(2, len(names))  # of a tile that begins in q, and ends in k
+            at_once = min(2, len(operation.matrices))  # of a tile that begins in q, and ends in k
             for info in infos:
                 blocks = _blocks(info, piece_bytes)
                 matrices[info.name] = StreamedMatrix(len(pieces), 1, blocks)
                 pieces.extend(_pieces(info, blocks))
-                if info.name in by_cluster:
+                if operation.down in file.bundles:
                     at_once = -(-CLUSTER // ROWS // blocks) + 1  # wherever the cluster begins
         together = max(together, at_once * max(piece.bytes for piece in pieces[first:]))
     return StreamPieces(tuple(pieces), matrices, together)

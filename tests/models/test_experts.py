@@ -13,7 +13,8 @@ import pytest
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
 from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.formats import open_model_file
-from pi2rt.models import FeedForward, MixtureOfExperts, ModelDescription, describe
+from pi2rt.models import FeedForward, MixtureOfExperts, ModelDescription, describe, iterate_tensors
+from pi2rt.models.stream_pieces import cut
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from tests.support.running import NOTHING, all_logits, opened, page_table
 from tests.support.tiny_models import Floats, TinyModel, write_gguf, write_huggingface, write_safetensors
@@ -116,6 +117,32 @@ def test_qwen3_moe_as_transformers_saves_it_again(tmp_path: Path) -> None:
     config["num_local_experts"] = config.pop("num_experts")
     path.write_text(json.dumps(config))
     assert _mixture(_described(tmp_path)).n_experts == 6
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_tensors_and_operations_are_those_of_all_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """They are named without a block for each expert, of which a model may have thousands."""
+    model = _gguf(tmp_path, TinyModel(family))
+    block = _mixture(model)
+    biased = replace(block, down=tuple(replace(each, bias=f"{each.weight}.bias") for each in block.down))
+    experts = list(map(biased.expert, range(biased.n_experts)))
+    shared = biased.shared_expert()
+    tensors = [each for expert in experts for each in expert.own_tensors(model.dim)]
+    tensors += () if shared is None else shared.own_tensors(model.dim)
+    operations = [each for expert in experts for each in expert.operations()]
+
+    def refuse(mixture: MixtureOfExperts, number: int) -> FeedForward:
+        raise AssertionError(f"a block was made for expert {number}")
+
+    monkeypatch.setattr(MixtureOfExperts, "expert", refuse)
+    around = {biased.router.weight} | ({biased.shared.router} if biased.shared is not None else set())
+    assert [each for each in biased.own_tensors(model.dim) if each[0] not in around] == tensors
+    assert list(biased.routed_operations()) == operations
+    assert len(list(iterate_tensors(model))) > 3 * block.n_experts * len(model.layers)
+    with open_model_file(tmp_path / "model.gguf") as file:
+        assert cut(file, model, (), 1 << 20).pieces == ()
 
 
 def test_layers_without_experts(tmp_path: Path) -> None:
