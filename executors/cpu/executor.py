@@ -35,7 +35,7 @@ from pi2rt.host.limits import explained
 from pi2rt.host.topology import own_cores
 from pi2rt.memory import KvType, MemoryNeed, StateStore
 from pi2rt.models import ModelDescription
-from pi2rt.models.block_check import check_blocks
+from pi2rt.models.block_check import check_blocks, kinds_of
 from pi2rt.runtime.executor import (
     RECENT_STEPS,
     ExecutorOptions,
@@ -90,13 +90,17 @@ class CpuExecutor:
         self._model: ModelDescription | None = None
         self._read_failed = False  # the last step that failed did so because it could not read
 
+    @property
+    def block_kinds(self) -> frozenset[str]:
+        return kinds_of(BLOCKS)
+
     def page_type(self, kv_type: KvType, exact_floats: bool) -> KvType:
         """float32 where exact floats were asked for: half precision would be their largest error."""
         return "f32" if exact_floats else kv_type
 
     def need(self, file: ModelFile, model: ModelDescription, options: ExecutorOptions) -> MemoryNeed:
         """See ``pi2rt.runtime.executor.Measured``."""
-        check_blocks(file.path, model, BLOCKS, self.name)
+        check_blocks(file.path, model, self.block_kinds, self.name)
         kv_type = self.page_type(options.kv_type, options.exact_floats)
         return cpu_need(file, model, options, kv_type, len(_threads(options)))
 
@@ -117,7 +121,7 @@ class CpuExecutor:
                 "bundles",
                 "are not read as exact floats; convert the model with --bundles off for that",
             )
-        check_blocks(file.path, model, BLOCKS, self.name)
+        check_blocks(file.path, model, self.block_kinds, self.name)
         self._threads = _threads(options)
         self._options = options
         self._weights = Weights(file, layout_of(file, model, options))

@@ -14,14 +14,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pi2rt._errors import ModelFormatError
+from pi2rt._errors import ModelFormatError, UnsupportedModelError
 from pi2rt.cython_kernels.kernels import native
 from pi2rt.executors.cpu.weights import to_floats
-from pi2rt.executors.reference.model import Place, ReferenceModel
+from pi2rt.executors.reference.model import BLOCKS, Place, ReferenceModel
 from pi2rt.formats import ModelFile, TensorInfo, neuron_order
 from pi2rt.formats.quants import dequantize
 from pi2rt.memory import StateLayout, StateStore
 from pi2rt.models import Block, FeedForward, MixtureOfExperts, ModelDescription
+from pi2rt.models.block_check import check_blocks, kinds_of
 from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.step import Floats, Int32s
 
@@ -63,8 +64,13 @@ def walk(
         progress: ``progress(done, total)``, in blocks and experts; may raise, which ends the work.
 
     Raises:
+        UnsupportedModelError: a block is of a kind that cannot be run, or whose neurons cannot be shown.
         ModelFormatError: a tensor holds NaN or infinity.
     """
+    check_blocks(file.path, model, kinds_of(BLOCKS), "reference")
+    for index, layer in enumerate(model.layers):
+        for block in layer.blocks:
+            _walk_of(file, index, block)  # before the work begins
     weights = _BlockWeights(file)
     longest = max(len(text) for text in texts)
     pages = np.arange(-(-longest // PAGE_TOKENS), dtype=np.int32)
@@ -77,13 +83,27 @@ def walk(
             progress(done, total)
             with StateStore(layout, len(pages)) as store:  # of which only what this block uses is touched
                 reference = ReferenceModel(model, weights, store)
-                walk_block = WALKS.get(type(block), _unobserved)
+                walk_block = _walk_of(file, index, block)
                 for _ in walk_block(
                     reference, weights, block, Place(index, number, 0, pages), streams, observe
                 ):
                     done += 1
                     progress(done, total)
     progress(done, total)
+
+
+def _walk_of(file: ModelFile, layer: int, block: Block) -> Callable[..., Iterator[None]]:
+    """Raises UnsupportedModelError for a block whose neurons would be passed over."""
+    if (found := WALKS.get(type(block))) is not None:
+        return found
+    if next(block.feed_forwards(), None) is None:
+        return _unobserved
+    raise UnsupportedModelError(
+        file.path,
+        f"layer {layer}",
+        f"has a block of the kind {block.kind!r}, whose neurons cannot be calibrated; those of "
+        f"{' and '.join(sorted(map(repr, kinds_of(WALKS))))} can",
+    )
 
 
 def _parts(block: Block) -> int:
@@ -176,7 +196,7 @@ WALKS: dict[type[Block], Callable[..., Iterator[None]]] = {
     FeedForward: _feed_forward,
     MixtureOfExperts: _mixture,
 }
-"""How text goes through blocks whose neurons are observed; all others go through the reference executor's."""
+"""How text goes through blocks whose neurons are observed. Those without neurons go through the reference executor."""
 
 
 class _BlockWeights(Mapping[str, Floats]):

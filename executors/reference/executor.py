@@ -23,7 +23,7 @@ from pi2rt.formats import ModelFile, TensorInfo
 from pi2rt.formats.quants import check_scales, dequantize
 from pi2rt.memory import KvType, MemoryNeed, StateLayout, StateStore, weight_bytes
 from pi2rt.models import ModelDescription, Paged, iterate_tensors
-from pi2rt.models.block_check import check_blocks
+from pi2rt.models.block_check import check_blocks, kinds_of
 from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
 from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Slice, Step, StepResult, Unusable
@@ -69,13 +69,17 @@ class ReferenceExecutor:
 
     # -- the protocol
 
+    @property
+    def block_kinds(self) -> frozenset[str]:
+        return kinds_of(BLOCKS)
+
     def page_type(self, kv_type: KvType, exact_floats: bool) -> KvType:
         return "f32"
 
     def need(self, file: ModelFile, model: ModelDescription, options: ExecutorOptions) -> MemoryNeed:
         """Weights are float32. Beside them: the largest tensor as it is in the file, while it is dequantised; the rows
         of a step between blocks; keys and values of a context, and the scores of a head against them; logits."""
-        check_blocks(file.path, model, BLOCKS, self.name)
+        check_blocks(file.path, model, self.block_kinds, self.name)
         rows, context = options.max_tokens, options.context
         widest = max((each.hidden for each in model.feed_forwards()), default=0)
         paged = [each.state for each in model.states() if isinstance(each.state, Paged)]
@@ -113,7 +117,7 @@ class ReferenceExecutor:
             raise RequestError(
                 "the reference executor keeps all weights in memory: give it more memory, or take executor='cpu'"
             )
-        check_blocks(file.path, model, BLOCKS, self.name)
+        check_blocks(file.path, model, self.block_kinds, self.name)
         weights = await trio.to_thread.run_sync(_load, file, model, progress)
         self._model = ReferenceModel(model, weights, store)
         self._done_send, self._done = trio.open_memory_channel[_Outcome](self.max_in_flight)

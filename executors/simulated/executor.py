@@ -103,7 +103,8 @@ class _Running:
 
 
 class SimulatedExecutor:
-    """Keeps time and the books of a KV cache; computes nothing. Reads only ``vocab_size`` of the model.
+    """Keeps time and the books of a KV cache; computes nothing. Reads only ``vocab_size`` of the model, so takes blocks
+    of all kinds.
 
     Steps run one after another, each for ``seconds_per_step + seconds_per_token * tokens`` on Trio's clock.
     Log probabilities, scores and logits are those of a distribution that gives the next token e**8 times the
@@ -118,6 +119,8 @@ class SimulatedExecutor:
         faults: failures to inject.
         pages: of its KV cache, shared with others; None: it has its own, which go with it.
     """
+
+    block_kinds: frozenset[str] | None = None
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from pi2rt.host.limits import limits_explained
 from pi2rt.host.topology import CoreClass, own_cores, parse_core_classes, read_topology
 from pi2rt.memory import StateStore
 from pi2rt.models import ModelDescription, describe
+from pi2rt.models.block_check import check_blocks
 from pi2rt.opening.executor_plan import ExecutorPlan, plan_executor
 from pi2rt.opening.model_info import ModelInfo, model_info
 from pi2rt.opening.options import RuntimeKeywords, RuntimeOptions
@@ -202,6 +203,8 @@ class Opening:
                 f"are there, matrices stored by neuron, which the executor {executor.name!r} cannot read; convert "
                 f"the model again with --bundles off",
             )
+        if (kinds := getattr(executor, "block_kinds", None)) is not None:
+            check_blocks(file.path, self.description, kinds, executor.name)
         if sparsity not in getattr(executor, "sparsities", ("exact",)):
             raise RequestError(
                 f"sparsity={sparsity!r}: the executor {executor.name!r} does not have it; take executor='cpu'"

@@ -149,7 +149,8 @@ class Executor(Protocol):
     ``max_in_flight``: how many steps may be submitted and not yet waited for; at least 1. Steps complete in
     the order of submission. An executor that has an attribute ``reads_bundles``, and it is true, knows matrices of the
     layout "neurons"; others are given no file that has any. One that has ``streams_weights``, and it is true, takes
-    options that read weights in every step; others are given none.
+    options that read weights in every step; others are given none. An attribute ``block_kinds`` names the kinds of
+    blocks that it runs (``Block.kind``), and it is given no model that has others; None, or no such attribute: all.
     """
 
     name: str

@@ -6,7 +6,7 @@ each executor does with it are in this file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -14,15 +14,30 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from pi2rt import open_runtime
 from pi2rt._errors import UnsupportedModelError
 from pi2rt.executors.cpu import program_builder
 from pi2rt.executors.cpu.executor import CpuExecutor
+from pi2rt.executors.cpu.layer_walk import WALKS, Factors, walk
 from pi2rt.executors.cpu.program_builder import ProgramBuilder
 from pi2rt.executors.reference import model as reference_model
 from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.executors.reference.model import Place, ReferenceModel
+from pi2rt.executors.simulated.executor import SimulatedExecutor
 from pi2rt.formats import ModelFile, open_model_file
-from pi2rt.models import Block, Layer, Linear, ModelDescription, Norm, Operation, describe, load
+from pi2rt.formats.quants import dequantize
+from pi2rt.memory import StateLayout, StateStore
+from pi2rt.models import (
+    Block,
+    FeedForward,
+    Layer,
+    Linear,
+    ModelDescription,
+    Norm,
+    Operation,
+    describe,
+    load,
+)
 from pi2rt.models.llama import describe_llama
 from pi2rt.models.parts import Named
 from pi2rt.models.stream_pieces import cut
@@ -162,3 +177,78 @@ async def test_a_kind_that_is_in_no_table_is_refused_by_name(
         match=rf"layer 0: has a block of the kind 'linear map', which the executor '{make.name}' does not run; it",
     ):
         await logits(make(), source)
+
+
+async def test_the_runtime_gives_no_executor_a_kind_that_it_does_not_name(
+    architecture: None, source: Path
+) -> None:
+    class Attentive(SimulatedExecutor):
+        block_kinds = frozenset({"attention", "feed-forward"})
+
+    async with open_runtime(source, executor=SimulatedExecutor, context=64):  # which names none: it takes all
+        pass
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"m\.gguf: layer 0: has a block of the kind 'linear map', which the executor 'simulated' does not run; "
+        r"it runs 'attention', 'feed-forward'$",
+    ):
+        async with open_runtime(source, executor=Attentive, context=64):
+            pass
+
+
+def test_calibration_goes_through_it(tables: None, source: Path) -> None:
+    """It has no neurons, so that its line in the reference executor's table is enough."""
+    seen: list[str] = []
+
+    def observe(layer: int, block: FeedForward, weights: Mapping[str, Floats], of: Iterator[Factors]) -> None:
+        seen.append(block.down.weight)
+        factors.extend(of)
+
+    factors: list[Factors] = []
+    with open_model_file(source) as file:
+        model = describe(file)
+        walk(file, model, [TOKENS], observe, lambda *_: None)
+        assert seen == [each.down.weight for each in model.feed_forwards()]
+        weights = {
+            name: np.asarray(dequantize(each.type, file.read(name), each.shape))
+            for name, each in file.tensors.items()
+        }
+    reference = Watched(model, weights, StateStore(StateLayout.of(model, "f32"), 1))
+    reference.gates = []
+    reference.forward(TOKENS, 0, np.zeros(1, np.int32))
+    for found, expected in zip(factors, reference.gates, strict=True):
+        np.testing.assert_allclose(found.gate, expected, rtol=1e-4, atol=1e-5)
+
+
+class Watched(ReferenceModel):
+    """Remembers the activated gates of its feed-forward blocks."""
+
+    gates: list[Floats]
+
+    def factors(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
+        gate, up = super().factors(block, x)
+        self.gates.append(gate)
+        return gate, up
+
+
+def test_calibration_refuses_neurons_that_it_would_pass_over(
+    tables: None, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(WALKS, FeedForward)
+    with open_model_file(source) as file:
+        with pytest.raises(
+            UnsupportedModelError,
+            match="layer 0: has a block of the kind 'feed-forward', whose neurons cannot be calibrated; those of "
+            "'mixture of experts' can",
+        ):
+            walk(file, describe(file), [TOKENS], lambda *_: None, lambda *_: None)
+
+
+def test_calibration_refuses_what_the_reference_executor_does_not_run(
+    architecture: None, source: Path
+) -> None:
+    with open_model_file(source) as file:
+        with pytest.raises(
+            UnsupportedModelError, match="'linear map', which the executor 'reference' does not"
+        ):
+            walk(file, describe(file), [TOKENS], lambda *_: None, lambda *_: None)
