@@ -227,6 +227,7 @@ static void post(pi2_run *r) {
   unit *next = all->units;
   for (int i = 0; i < r->n_slices; i++) {
     const pi2_slice *s = &r->slices[i];
+    if (s->skipped) continue;
     if (s->count == 1) {
       const int splits = s->start / split_of(s->start) + 1;
       for (int split = splits - 1; split >= 0; split--)

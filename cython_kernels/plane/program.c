@@ -186,6 +186,7 @@ void pi2_program_free(pi2_program *p) {
   for (int i = 0; p->arena.base && i < p->max_slots; i++) {
     free(p->slots[i].bias_ids);
     free(p->slots[i].bias);
+    free(p->slots[i].ends);
   }
   for (int i = 0; i < PI2_QUEUE; i++) free(p->runs[i].copies.copy);
   for (int i = 0; i < p->n_ops; i++) free(p->ops[i].data);
@@ -202,11 +203,13 @@ pi2_run *pi2_run_new(pi2_program *p) {
   return r;
 }
 
-int pi2_run_post(pi2_run *r) {
-  pi2_program *p = r->program;
+/* What follows from the slices that are not skipped. */
+static void derive(pi2_run *r) {
+  const pi2_program *p = r->program;
+  r->n_prefill = r->n_head = 0;
   for (int i = 0; i < r->n_slices; i++) {
     const pi2_slice *s = &r->slices[i];
-    for (int j = 0; j < s->count; j++) {
+    for (int j = 0; j < s->count && !s->skipped; j++) {
       r->slice_of[s->row + j] = i;
       r->position[s->row + j] = s->start + j;
       if (s->count > 1) r->prefill_row[r->n_prefill++] = s->row + j;
@@ -216,6 +219,30 @@ int pi2_run_post(pi2_run *r) {
   }
   for (int i = 0; i < PI2_OP_COUNT; i++)
     if (p->used[i] && pi2_op_classes[i]->post) pi2_op_classes[i]->post(r);
+}
+
+/* Thread 0, before the others begin: takes out slices that continue a sequence which has ended meanwhile. Rows of the
+ * others move together. */
+static void skip_ended(pi2_run *r) {
+  int rows = 0, skipped = 0;
+  for (int i = 0; i < r->n_slices; i++) {
+    pi2_slice *s = &r->slices[i];
+    if (r->token[s->row] < 0 && r->program->slots[s->slot].ended) {
+      s->skipped = skipped = 1;
+      continue;
+    }
+    memmove(r->token + rows, r->token + s->row, (size_t)s->count * sizeof *r->token);
+    s->row = rows;
+    rows += s->count;
+  }
+  if (!skipped) return;
+  r->n_rows = rows;
+  derive(r);
+}
+
+int pi2_run_post(pi2_run *r) {
+  pi2_program *p = r->program;
+  derive(r);
   memset((void *)r->cursors, 0, (size_t)(4 * cursors(p)) * 4);
   memset((void *)r->shares, 0, (size_t)(p->threads * p->share_stride) * 8);
   memset(r->busy, 0, (size_t)p->threads * 8);
@@ -237,7 +264,8 @@ int pi2_run_job(void *context, pi2_worker *w) {
   for (int i = 0; i < PI2_OP_COUNT; i++)
     if (p->used[i] && pi2_op_classes[i]->begin) pi2_op_classes[i]->begin(r, w);
   if (w->index == 0) { /* before the others can be at work: kernel time never exceeds the run's */
-    if (p->stream) pi2_pieces_begin(r);
+    skip_ended(r);
+    if (p->stream && (r->n_rows || r->copies.n)) pi2_pieces_begin(r);
     if (p->clusters) pi2_pages_begin(r);
     r->begin_ns = pi2_now_ns();
     r->begin_ticks = pi2_ticks();
@@ -250,7 +278,8 @@ int pi2_run_job(void *context, pi2_worker *w) {
     pi2_copies_run(&r->copies, w->index, p->threads);
     busy += pi2_ticks() - begin;
   }
-  for (int i = 0; i < p->n_ops && !stopped; i++) {
+  const int n_ops = r->n_rows ? p->n_ops : 0;
+  for (int i = 0; i < n_ops && !stopped; i++) {
     const pi2_op *op = &p->ops[i];
     const pi2_op_class *class = pi2_op_classes[op->kind];
     pi2_op streamed;
@@ -281,6 +310,9 @@ int pi2_run_job(void *context, pi2_worker *w) {
     if (class->done) stopped = class->done(r, op, w, stopped);
     if (op->paged && w->index == 0 && !stopped) pi2_pages_release(p, op);
   }
+  if (!n_ops && r->trace)
+    for (int i = 0; i < p->n_ops; i++)
+      r->op_begin[w->index * p->n_ops + i] = r->op_end[w->index * p->n_ops + i] = pi2_ticks();
   r->busy[w->index] = busy;
   if (w->index == 0) {
     for (int i = 0; i < PI2_OP_COUNT; i++)

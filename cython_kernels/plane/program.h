@@ -47,13 +47,13 @@ typedef struct { /* which rows go to which expert; a shared one is the last */
   float *share;
 } pi2_routing;
 
-typedef struct {                   /* one slice of a step */
-  int32_t slot, start, count, row; /* row: of its first token */
-  const int32_t *pages;            /* owned by the run */
-  int32_t sample, want_logits;
-  const int32_t *targets; /* (count), owned by the run, or NULL */
-  float *scores;          /* (count) or NULL */
-  float *logits;          /* (count, vocab), owned by the caller, or NULL */
+typedef struct {                        /* one slice of a step */
+  int32_t slot, start, count, row;      /* row: of its first token */
+  const int32_t *pages;                 /* owned by the run */
+  int32_t sample, want_logits, skipped; /* skipped: its sequence had ended when the run began */
+  const int32_t *targets;               /* (count), owned by the run, or NULL */
+  float *scores;                        /* (count) or NULL */
+  float *logits;                        /* (count, vocab), owned by the caller, or NULL */
   pi2_pick pick;
   pi2_pick *top; /* (slot's logprobs) or NULL */
 } pi2_slice;

@@ -16,7 +16,7 @@ import numpy as np
 from pi2rt._errors import BusyError, InternalError, RequestError
 from pi2rt.host.limits import memory_failure, system_failure
 from pi2rt.host.read_errors import read_failure
-from pi2rt.runtime.step import NeuronUse, Sampled, StepResult, Unusable
+from pi2rt.runtime.step import NeuronUse, Sampled, Skipped, StepResult, Unusable
 
 cdef extern from "gang.h" nogil:
     ctypedef struct pi2_gang:
@@ -35,7 +35,10 @@ cdef extern from "sampler.h" nogil:
         int32_t *bias_ids
         float *bias
         int32_t *counts
-        int32_t last
+        int32_t last, n_ends
+        int32_t *ends
+        int64_t limit
+        int ended
     enum: PI2_UNUSABLE, PI2_BY_BIAS, PI2_BY_REPETITION, PI2_BY_PENALTIES
     ctypedef struct pi2_pick:
         int32_t token
@@ -149,7 +152,7 @@ cdef extern from "program.h" nogil:
     ctypedef struct pi2_slice:
         int32_t slot, start, count, row
         const int32_t *pages
-        int32_t sample, want_logits
+        int32_t sample, want_logits, skipped
         const int32_t *targets
         float *scores
         float *logits
@@ -617,7 +620,16 @@ cdef class Program:
         s.seed, s.logprobs, s.last = o.seed & 0xffffffffffffffff, min(o.logprobs, self.p.vocab), 0
         free(s.bias_ids)
         free(s.bias)
+        free(s.ends)
         s.bias_ids, s.bias, s.counts, s.n_bias = NULL, NULL, NULL, 0
+        s.ends, s.n_ends, s.limit, s.ended = NULL, 0, 0 if bind.limit is None else bind.limit, 0
+        if bind.ends:
+            s.ends = <int32_t *>malloc(len(bind.ends) * 4)
+            if s.ends == NULL:
+                raise memory_failure("tokens that end a sequence")
+            for token in bind.ends:
+                s.ends[s.n_ends] = token
+                s.n_ends += 1
         for token, _ in o.logit_bias:
             if not 0 <= token < self.p.vocab:
                 raise RequestError(f"logit_bias: token {token} is outside the vocabulary of {self.p.vocab}")
@@ -751,6 +763,11 @@ cdef class Program:
         sampled, scores, logits = [], [], []
         for i, (rows, top, logprobs) in enumerate(held):
             s = &r.slices[i]
+            if s.skipped:
+                sampled.append(Skipped())
+                scores.append(None)
+                logits.append(None)
+                continue
             if s.sample:
                 if s.pick.token < 0:
                     sampled.append(unusable(s.pick.token))
@@ -779,7 +796,8 @@ cdef class Program:
             for t in range(self.p.threads):
                 memcpy(<void *><uintptr_t>waits[t].ctypes.data, r.waits + t * PI2_WAITS if r.waits != NULL else NULL, waits[t].nbytes)
             times = to_ns(begin), to_ns(end), [to_ns(each) for each in waits]
-        streamed = 0 if self.stream is None else self.stream.lap_bytes - r.kept_bytes
+        weights = self.weight_bytes - r.skipped_bytes + r.neuron_bytes if r.n_rows else 0
+        streamed = 0 if self.stream is None or not r.n_rows else self.stream.lap_bytes - r.kept_bytes
         neurons = None
         if self.neurons is not None:
             neurons = NeuronUse(r.neuron_bytes, r.used.asked - r.before.asked, r.used.missed - r.before.missed,
@@ -787,8 +805,7 @@ cdef class Program:
                                 r.used.reads - r.before.reads, r.used.read_bytes - r.before.read_bytes,
                                 r.used.gap_pages - r.before.gap_pages, r.used.gap_bytes - r.before.gap_bytes)
         return StepResult(step.id, tuple(sampled), tuple(scores), tuple(logits), False, r.begin_ns, r.end_ns, kernel_ns,
-                          self.weight_bytes - r.skipped_bytes + r.neuron_bytes, streamed + r.cluster_bytes,
-                          neurons), times
+                          weights, streamed + r.cluster_bytes, neurons), times
 
     def __dealloc__(self):
         # The gang was closed before (it joins its threads after finishing what was posted). A forked child leaves all

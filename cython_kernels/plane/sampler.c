@@ -142,5 +142,7 @@ pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *s, float *logits, int64_t vo
   if (s->logprobs >= 0) pick.logprob = (float)((double)logits[pick.token] - all);
   if (s->counts) s->counts[pick.token]++;
   s->last = pick.token;
+  s->ended |= s->limit && position + 1 >= s->limit;
+  for (int32_t i = 0; i < s->n_ends; i++) s->ended |= s->ends[i] == pick.token;
   return pick;
 }

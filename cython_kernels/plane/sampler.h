@@ -15,6 +15,10 @@ typedef struct {
   float *bias;       /* owned */
   int32_t *counts;   /* (vocab) or NULL without penalties */
   int32_t last;      /* the token sampled last; always a valid one */
+  int32_t n_ends;
+  int32_t *ends; /* owned, tokens each of which ends the sequence */
+  int64_t limit; /* tokens that it may have; 0: any number */
+  int ended;     /* one of them was sampled, or so many tokens are there */
 } pi2_slot;
 
 /* pi2_pick.token where nothing can be picked: the model's own logits are NaN or infinite; less than that by the sum of
@@ -32,7 +36,7 @@ typedef struct {
 } pi2_candidate;
 
 /* logits (vocab) are changed in place. `position` is that of the sampled token. top: (slot->logprobs, at most vocab).
- * scratch: vocab candidates. Updates slot->last and the counts, unless nothing can be picked. */
+ * scratch: vocab candidates. Updates slot->last, ->ended and the counts, unless nothing can be picked. */
 pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *slot, float *logits, int64_t vocab, int64_t position, pi2_pick *top,
                     pi2_candidate *scratch);
 double pi2_uniform(uint64_t seed, uint64_t position);

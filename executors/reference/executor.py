@@ -26,7 +26,7 @@ from pi2rt.models import ModelDescription, Paged, iterate_tensors
 from pi2rt.models.block_check import check_blocks, kinds_of
 from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
-from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Slice, Step, StepResult, Unusable
+from pi2rt.runtime.step import Bind, Floats, Int32s, Outcome, Skipped, Slice, Step, StepResult, Unusable
 
 _JOIN_SECONDS = 60.0  # a layer of a long prompt on a slow machine, with room to spare
 _LIBRARIES = 48 << 20  # buffers of the BLAS that numpy uses, and the heap between arrays
@@ -35,9 +35,10 @@ _UNPACK_ROWS = 1024  # at once, because the interpreter waits meanwhile; whole r
 
 @dataclass(slots=True)
 class _Slot:
-    sampling: Sampling
+    bind: Bind
     counts: Int32s  # (vocab_size,), how often each token was there
     last: int | None = None  # sampled last
+    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +222,7 @@ class ReferenceExecutor:
         started = time.perf_counter_ns()
         for bind in step.binds:
             counts = np.bincount(bind.history, minlength=self._model.model.vocab_size).astype(np.int32)
-            self._slots[bind.slot] = _Slot(bind.sampling, counts)
+            self._slots[bind.slot] = _Slot(bind, counts)
         for copy in step.copies:
             self._model.copy(copy)
         try:
@@ -231,7 +232,8 @@ class ReferenceExecutor:
             finished = time.perf_counter_ns()
             return StepResult(step.id, stopped=True, started_ns=started, finished_ns=finished)
         finished = time.perf_counter_ns()
-        weight_bytes = sum(w.nbytes for w in self._model.weights.values()) * len(step.slices)
+        computed = sum(not isinstance(sampled, Skipped) for sampled, _, _ in results)
+        weight_bytes = sum(w.nbytes for w in self._model.weights.values()) * computed
         return StepResult(
             step.id,
             sampled=tuple(sampled for sampled, _, _ in results),
@@ -245,10 +247,12 @@ class ReferenceExecutor:
 
     def _run_slice(
         self, model: ReferenceModel, step_id: int, part: Slice, marks: list[Mark] | None
-    ) -> tuple[Sampled | Unusable | None, Floats | None, Floats | None]:
+    ) -> tuple[Outcome | None, Floats | None, Floats | None]:
         slot = self._slots.get(part.slot)
         if slot is None:
             raise ValueError(f"slot {part.slot} was never bound")
+        if slot.ended and not len(part.tokens):
+            return Skipped(), None, None
         tokens = part.tokens if len(part.tokens) else _last(part, slot)
         self._check(model, part, tokens)
         x = model.forward(
@@ -263,11 +267,12 @@ class ReferenceExecutor:
         if not part.sample:
             return None, scores, logits
         last = model.logits(x[-1:])[0]
-        sampled = sample(last, slot.sampling, slot.counts, part.start + part.count)
+        sampled = sample(last, slot.bind.sampling, slot.counts, part.start + part.count)
         if isinstance(sampled, Unusable):
             slot.last = 0  # what continues this is discarded
             return sampled, scores, logits
         slot.last = sampled.token
+        slot.ended = slot.ended or slot.bind.ended(sampled.token, part.start + part.count)
         slot.counts[sampled.token] += 1
         return sampled, scores, logits
 

@@ -19,6 +19,7 @@ class SimulatedSequence:
 
     __slots__ = (
         "bound",
+        "ended_at",
         "first_sample",
         "known",
         "length",
@@ -42,6 +43,7 @@ class SimulatedSequence:
         self.owned: set[int] = set()  # pages it has written
         self.sampled, self.sampled_at = 0, -1  # the token sampled last, and the position it will have
         self.first_sample: int | None = None
+        self.ended_at: int | None = None  # the position of the token that ended it
 
 
 class SimulatedPages:
@@ -120,6 +122,10 @@ class SimulatedCache:
             else:
                 del self._pages.writers[page]
 
+    def skips(self, piece: Slice) -> bool:
+        """Whether the slice comes behind the end of its sequence, and so does nothing."""
+        return not len(piece.tokens) and self._sequences[piece.slot].ended_at is not None
+
     def write(self, piece: Slice) -> tuple[SimulatedSequence, Int32s]:
         """Writes a slice's tokens.
 
@@ -151,6 +157,8 @@ class SimulatedCache:
         sequence.sampled, sequence.sampled_at = token, position
         if sequence.first_sample is None:
             sequence.first_sample = position
+        if sequence.ended_at is None and sequence.bound.ended(token, position):
+            sequence.ended_at = position
 
     def undo(self, sequence: SimulatedSequence, piece: Slice, lost: dict[int, int]) -> None:
         """The slice was stopped on its way: what it wrote is undefined from now on. ``lost``: learns of each page the
@@ -165,6 +173,8 @@ class SimulatedCache:
             sequence.written = min(sequence.written, start)
         sequence.length = min(sequence.length, max(sequence.prompt, start))
         sequence.sampled_at = -1
+        if sequence.ended_at is not None and start < sequence.ended_at:
+            sequence.ended_at = None
 
     def undo_copies(self, step: Step, lost: dict[int, int], *, stopped: bool) -> None:
         """What the step copied is undefined where it was ``stopped``, or as far as the page that it copied is

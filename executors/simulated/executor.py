@@ -35,7 +35,18 @@ from pi2rt.formats import ModelFile
 from pi2rt.memory import PAGE_TOKENS, MemoryNeed, StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
-from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Slice, Step, StepResult, Unusable
+from pi2rt.runtime.step import (
+    Floats,
+    Int32s,
+    Outcome,
+    Sampled,
+    Sampling,
+    Skipped,
+    Slice,
+    Step,
+    StepResult,
+    Unusable,
+)
 
 NextToken: TypeAlias = Callable[[Int32s, int, Sampling], int]
 """``next_token(context, generated, sampling)``: the token after ``context``, all tokens of the sequence so
@@ -92,7 +103,7 @@ class _Running:
 
     step: Step
     touched: list[tuple[SimulatedSequence, Slice]]
-    sampled: list[Sampled | Unusable | None]
+    sampled: list[Outcome | None]
     scores: list[Floats | None]
     logits: list[Floats | None]
     submitted: float
@@ -297,6 +308,11 @@ class SimulatedExecutor:
             running.ends = free_at = running.starts + running.cost
 
     def _run(self, cache: SimulatedCache, running: _Running, piece: Slice) -> None:
+        if cache.skips(piece):
+            running.sampled.append(Skipped())
+            running.scores.append(None)
+            running.logits.append(None)
+            return
         sequence, context = cache.write(piece)
         running.touched.append((sequence, piece))
         sampling = sequence.bound.sampling

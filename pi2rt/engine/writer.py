@@ -60,6 +60,11 @@ class Writer:
         self.cached = 0
         self.generated = 0
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens each of which is the last one."""
+        return frozenset(self._end_tokens | self._stop_tokens)
+
     def start(self, cached: int) -> None:
         """The first step was submitted; ``cached`` prompt tokens need not be computed. A first step after a preemption
         is not a second start."""

@@ -8,7 +8,7 @@ sequences, so that the control plane is crossed once per step and not once per l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -41,12 +41,20 @@ class Sampling:
 class Bind:
     """Makes ``slot`` belong to a new sequence, before the step that carries it runs.
 
-    ``history``: token ids that the penalties count as already there (the prompt).
+    ``history``: token ids that the penalties count as already there (the prompt). ``ends``: token ids that end the
+    sequence when they are sampled; ``limit``: tokens that it may have, the prompt included; None: no limit. Once it has
+    ended, slices "the token sampled last" of this slot are skipped until the next bind (``Skipped``).
     """
 
     slot: int
     sampling: Sampling
     history: Int32s
+    ends: frozenset[int] = frozenset()
+    limit: int | None = None
+
+    def ended(self, token: int, position: int) -> bool:
+        """Whether ``token``, sampled to stand at ``position``, is the last one of the sequence."""
+        return token in self.ends or (self.limit is not None and position + 1 >= self.limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,7 @@ class Slice:
     ``pages``: the sequence's page table, int32, at least ``ceil((start + count) / PAGE_TOKENS)`` entries;
     position p lives in page ``pages[p // PAGE_TOKENS]``. Pages that other sequences share are only read.
     ``tokens``: int32 (count,). Empty means: one token, the one sampled last for this slot by the step before,
-    which may still be running (that is how the engine runs ahead).
+    which may still be running (that is how the engine runs ahead). Where that was the last one, it is skipped.
     ``sample``: sample the token after the last one. ``targets``: int32 (count,), return the log probability
     of each target after its token (perplexity); negative entries are skipped. ``logits``: return the logits
     of every token.
@@ -132,6 +140,17 @@ class Unusable:
 
 
 @dataclass(frozen=True, slots=True)
+class Skipped:
+    """Instead of ``Sampled``, where a slice "the token sampled last" came behind the end of its sequence, as ``Bind``
+    told it. It has computed nothing, and the state of the sequence is that of its end: so steps may run ahead of a
+    state that every token changes."""
+
+
+Outcome: TypeAlias = Sampled | Unusable | Skipped
+"""What a slice brought that was to sample; ``Skipped`` also where it was not."""
+
+
+@dataclass(frozen=True, slots=True)
 class NeuronUse:
     """What a step took of neurons that are read when they fire. ``nbytes``: of those that fired, with their
     scales. In pages of the pack, each of one neuron or several: ``asked``, those with a neuron that fired;
@@ -162,7 +181,7 @@ class StepResult:
     read of matrices, for this step or ahead for the next."""
 
     id: int
-    sampled: tuple[Sampled | Unusable | None, ...] = ()
+    sampled: tuple[Outcome | None, ...] = ()
     scores: tuple[Floats | None, ...] = ()
     logits: tuple[Floats | None, ...] = ()  # each (count, vocab_size)
     stopped: bool = False
