@@ -97,7 +97,7 @@ class Sequence:
         return left if self.reading is None else min(left, self.reading.most_tokens)
 
     def bind(self) -> Bind:
-        ends = frozenset() if self.writer is None else self.writer.ends
+        ends: frozenset[int] = frozenset() if self.writer is None else self.writer.ends
         return Bind(self.slot, self.sampling, self.tokens(0, len(self.known)), ends, self.limit)
 
     def tokens(self, start: int, end: int) -> Int32s:

@@ -41,6 +41,18 @@ async def test_a_step_ahead_of_the_end_is_stopped_and_discarded(
         assert o.engine.statistics().discarded_slices == 1
 
 
+async def test_the_executor_knows_what_ends_a_text(tokenizer: Tokenizer, autojump_clock: MockClock) -> None:
+    """The model's end token, unless the request ignores it; the request's own; and how many tokens there may be."""
+    async with opened(tokenizer) as o:
+        await o.tokens(numbers(3), 5, ignore_eos=False, stop_token_ids=[9])
+        await o.tokens(numbers(4), 2, stop_token_ids=[9])
+        (first,), (second,) = (step.binds for step in o.log.steps if step.binds)
+        assert EOS in first.ends
+        assert {9} < first.ends
+        assert second.ends == {9}
+        assert (first.limit, second.limit) == (8, 6)
+
+
 async def test_slot_and_pages_are_kept_until_the_step_ahead_returns(
     tokenizer: Tokenizer, autojump_clock: MockClock
 ) -> None:
