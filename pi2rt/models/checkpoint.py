@@ -20,6 +20,11 @@ MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 22  # of any dimension but the vocabulary's
 MAX_CONTEXT = 1 << 30
 
+# (GGUF's key without the architecture, config.json's)
+_HEADS = "attention.head_count", "num_attention_heads"
+_KV_HEADS = "attention.head_count_kv", "num_key_value_heads"
+_HIDDEN = "feed_forward_length", "intermediate_size"
+
 _HUGGINGFACE_NAMES = {
     "token_embd": "embed_tokens",
     "output_norm": "norm",
@@ -97,22 +102,27 @@ class Checkpoint:
 
     @cached_property
     def hidden(self) -> int:
-        """Neurons of each feed-forward block."""
-        return self.integer("feed_forward_length", "intermediate_size")
+        """Neurons of every feed-forward block."""
+        return self._same(*_HIDDEN)
 
     @cached_property
     def n_heads(self) -> int:
-        return self.integer("attention.head_count", "num_attention_heads")
+        """Query heads of every layer that has attention."""
+        return self._same(*_HEADS)
 
     @cached_property
     def n_kv_heads(self) -> int:
-        kv_heads = self.integer("attention.head_count_kv", "num_key_value_heads", default=self.n_heads)
+        """KV heads of every layer that has attention."""
+        kv_heads = self._same(*_KV_HEADS, default=self.n_heads)
         self._check_sharing(self.n_heads, kv_heads)
         return kv_heads
 
     @cached_property
     def head_dim(self) -> int:
-        head_dim = self.integer("attention.key_length", "head_dim", default=self._default_head_dim())
+        """Elements of every head; even."""
+        given = self.value("attention.key_length", "head_dim") is not None
+        default = None if given else self._default_head_dim()
+        head_dim = self.integer("attention.key_length", "head_dim", default=default)
         if head_dim % 2:
             raise self.error(
                 "attention.key_length", "head_dim", f"{head_dim} is odd; the rotation needs pairs"
@@ -128,8 +138,8 @@ class Checkpoint:
     def layer_heads(self) -> tuple[tuple[int, int], ...]:
         """(query heads, KV heads) of each layer; (0, 0) of one without attention. Hybrid files have either as an array,
         with zeros."""
-        heads = self.integers("attention.head_count", "num_attention_heads", default=0)
-        kv_heads = self.integers("attention.head_count_kv", "num_key_value_heads", default=heads)
+        heads = self.integers(*_HEADS, default=0)
+        kv_heads = self.integers(*_KV_HEADS, default=heads)
         found = tuple((each, kv) if each and kv else (0, 0) for each, kv in zip(heads, kv_heads, strict=True))
         for each, kv in found:
             if kv:
@@ -139,7 +149,43 @@ class Checkpoint:
     @cached_property
     def layer_hidden(self) -> tuple[int, ...]:
         """Neurons of each layer's feed-forward block; 0 of one without."""
-        return self.integers("feed_forward_length", "intermediate_size", default=0)
+        return self.integers(*_HIDDEN, default=0)
+
+    def heads_of(self, layer: int) -> tuple[int, int]:
+        """(query heads, KV heads) of a layer that has to have attention.
+
+        Raises:
+            ModelFormatError: the file does not say how many, or says 0 for all layers.
+            UnsupportedModelError: the layer has none.
+        """
+        if not any(kv_heads for _, kv_heads in self.layer_heads):
+            return self.n_heads, self.n_kv_heads
+        heads, kv_heads = self.layer_heads[layer]
+        if not kv_heads:
+            raise self.unsupported(*_KV_HEADS, f"layer {layer} without attention")
+        return heads, kv_heads
+
+    def hidden_of(self, layer: int) -> int:
+        """Neurons of the feed-forward block that a layer has to have.
+
+        Raises:
+            ModelFormatError: the file does not say how many, or says 0 for all layers.
+            UnsupportedModelError: the layer has none.
+        """
+        if not any(self.layer_hidden):
+            return self.hidden
+        if not self.layer_hidden[layer]:
+            raise self.unsupported(*_HIDDEN, f"layer {layer} without a feed-forward block")
+        return self.layer_hidden[layer]
+
+    def _same(self, gguf: str, huggingface: str, default: int | None = None) -> int:
+        """The number of all layers that have one above 0."""
+        found = self.value(gguf, huggingface)
+        if isinstance(found, (list, tuple)):
+            numbers = set(self.integers(gguf, huggingface, default=0)) - {0}
+            if len(numbers) == 1:
+                return numbers.pop()
+        return self.integer(gguf, huggingface, default=default)  # and of others it says what is wrong
 
     def integers(
         self,
@@ -157,7 +203,7 @@ class Checkpoint:
         value = self.value(gguf, huggingface)
         if value is None:
             value = default
-        if not isinstance(value, list | tuple | np.ndarray):
+        if not isinstance(value, list | tuple):
             return (self.integer(gguf, huggingface, default=value, low=0, high=high),) * self.n_layers
         if len(value) != self.n_layers:
             raise self.error(gguf, huggingface, f"has {len(value)} values for {self.n_layers} layers")
@@ -172,8 +218,7 @@ class Checkpoint:
     def _check_sharing(self, heads: int, kv_heads: int) -> None:
         if heads % kv_heads:
             raise self.error(
-                "attention.head_count_kv",
-                "num_key_value_heads",
+                *_KV_HEADS,
                 f"{heads} query heads cannot share {kv_heads} key-value heads evenly",
             )
 
@@ -186,7 +231,9 @@ class Checkpoint:
         if not self.gguf:
             return self._config.get(key)
         value = self._config.get(f"{self.architecture}.{key}")
-        if isinstance(value, (list, tuple, np.ndarray)) and len(value) and all(v == value[0] for v in value):
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if isinstance(value, (list, tuple)) and len(value) and all(v == value[0] for v in value):
             return value[0]  # GGUF lets some numbers be given per layer
         return value
 
@@ -204,7 +251,7 @@ class Checkpoint:
             value = default
         if value is None:
             raise self.error(gguf, huggingface, "missing")
-        if isinstance(value, (list, tuple, np.ndarray)):
+        if isinstance(value, (list, tuple)):
             raise self.unsupported(gguf, huggingface, "a different value for each layer")
         if (
             isinstance(value, (bool, np.bool_))
@@ -341,12 +388,8 @@ class Checkpoint:
         return config
 
     def _default_head_dim(self) -> int:
-        if self.value("attention.key_length", "head_dim") is None and self.dim % self.n_heads:
-            raise self.error(
-                "attention.head_count",
-                "num_attention_heads",
-                f"{self.dim} is not divisible by {self.n_heads} heads",
-            )
+        if self.dim % self.n_heads:
+            raise self.error(*_HEADS, f"{self.dim} is not divisible by {self.n_heads} heads")
         return max(1, self.dim // self.n_heads)
 
     def _local_layers(self) -> Sequence[bool] | None:

@@ -42,15 +42,16 @@ def attention(
     post_norm: str | None = None,
 ) -> Attention:
     """``scale``: of the logits, ``1 / sqrt(head_dim)`` if None. ``bias``: of q, k and v, None where it is up to
-    the file. ``post_norm``: role of the norm on the block's output."""
+    the file. ``post_norm``: role of the norm on the block's output. Raises as ``Checkpoint.heads_of`` does."""
+    heads, kv_heads = c.heads_of(layer)
     return Attention(
         norm=c.norm("attn_norm", layer),
         q=c.linear("attn_q", layer, bias=bias),
         k=c.linear("attn_k", layer, bias=bias),
         v=c.linear("attn_v", layer, bias=bias),
         out=c.linear("attn_output", layer, bias=None),
-        n_heads=c.n_heads,
-        n_kv_heads=c.n_kv_heads,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
         head_dim=c.head_dim,
         scale=1 / math.sqrt(c.head_dim) if scale is None else scale,
         rope=rope,
@@ -83,7 +84,7 @@ def feed_forward(
     gated: bool | None = None,
 ) -> FeedForward:
     """``activation``: a key of ``ACTIVATIONS``. ``gated``: None where it is up to the file: a model whose first layer
-    has no gate tensor has the plain ``down(activation(up(x)))``."""
+    has no gate tensor has the plain ``down(activation(up(x)))``. Raises as ``Checkpoint.hidden_of`` does."""
     gate_activation, up_activation = ACTIVATIONS[activation]
     if gated is None:
         gated = c.has("ffn_gate", 0) or up_activation is not None
@@ -92,7 +93,7 @@ def feed_forward(
         gate=c.linear("ffn_gate", layer, bias=None) if gated else None,
         up=c.linear("ffn_up", layer, bias=None),
         down=c.linear("ffn_down", layer, bias=None),
-        hidden=c.hidden,
+        hidden=c.hidden_of(layer),
         activation=gate_activation,
         up_activation=up_activation,
         post_norm=c.norm(post_norm, layer) if post_norm else None,

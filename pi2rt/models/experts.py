@@ -35,7 +35,7 @@ def mixture(
         layer: number of the layer.
         activation: a key of ``ACTIVATIONS``.
         count: of experts; see ``expert_count``.
-        hidden: neurons of each expert, ``c.hidden`` if None.
+        hidden: neurons of each expert; None: as many as ``c.hidden_of(layer)``.
         normalized: see ``MixtureOfExperts``.
         shared: the shared expert.
 
@@ -51,7 +51,7 @@ def mixture(
         gate=_linear(c, "ffn_gate", layer, count),
         up=_linear(c, "ffn_up", layer, count),
         down=_linear(c, "ffn_down", layer, count),
-        hidden=c.hidden if hidden is None else hidden,
+        hidden=c.hidden_of(layer) if hidden is None else hidden,
         n_experts=count,
         n_used=n_used(c, count),
         normalized=normalized,

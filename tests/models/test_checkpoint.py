@@ -53,6 +53,23 @@ def test_hybrid_files_have_arrays_with_zeros(file: ModelFile, monkeypatch: pytes
         _ = c.n_kv_heads
 
 
+def test_zeros_leave_one_number_of_the_layers_that_have_the_block(
+    file: ModelFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = changed(
+        file,
+        monkeypatch,
+        attention__head_count=np.array([0, 4, 0, 4], np.int32),
+        attention__head_count_kv=[0, 2, 0, 2],
+        attention__key_length=None,
+        attention__value_length=None,
+        feed_forward_length=[0, 64, 64, 0],
+    )
+    assert (c.n_heads, c.n_kv_heads, c.head_dim, c.hidden) == (4, 2, 16, 64)
+    assert c.layer_heads == ((0, 0), (4, 2)) * 2
+    assert (c.heads_of(1), c.hidden_of(2)) == ((4, 2), 64)
+
+
 def test_files_without_attention_open(file: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
     c = changed(
         file,

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from pi2rt._errors import ModelFormatError, UnsupportedModelError
+from pi2rt.executors.cpu.executor import CpuExecutor
+from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.models import Attention, FeedForward, ModelDescription, describe, iterate_tensors
+from tests.support.running import all_logits, opened
 from tests.support.tiny_models import VOCAB_SIZE, TinyModel, write_gguf, write_huggingface, write_safetensors
 
 
@@ -56,6 +59,33 @@ def test_llama_from_gguf(tmp_path: Path) -> None:
     assert attention.rope is not None
     assert attention.rope.style == "interleaved"
     assert _feed_forward(model).activation == "silu"
+
+
+async def test_layers_may_differ_in_heads_and_neurons(tmp_path: Path) -> None:
+    """The CPU executor computes what the reference executor does."""
+    rng = np.random.default_rng(4)
+    shapes = {
+        "attn_k": (16, 64),
+        "attn_v": (16, 64),
+        "ffn_gate": (32, 64),
+        "ffn_up": (32, 64),
+        "ffn_down": (64, 32),
+    }
+    extra = {
+        f"blk.1.{name}.weight": rng.standard_normal(shape).astype(np.float32) / 8
+        for name, shape in shapes.items()
+    }
+    metadata = {"llama.attention.head_count_kv": [2, 1, 2], "llama.feed_forward_length": [96, 32, 96]}
+    path = write_gguf(tmp_path / "model.gguf", TinyModel(), metadata=metadata, extra=extra)
+    with open_model_file(path) as file:
+        model = describe(file)
+    assert [_attention(model, i).n_kv_heads for i in range(3)] == [2, 1, 2]
+    assert [_feed_forward(model, i).hidden for i in range(3)] == [96, 32, 96]
+    found = []
+    for executor in (ReferenceExecutor(), CpuExecutor()):
+        async with opened(executor, path) as each:
+            found.append(await all_logits(each, np.arange(3, 90, dtype=np.int32)))
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4 * np.abs(found[0]).max())
 
 
 def test_tied_heads_name_the_embedding_once(tmp_path: Path) -> None:
@@ -159,7 +189,29 @@ def test_unknown_architecture_names_it_and_the_known_ones(tmp_path: Path) -> Non
         ("block_count", 2, "tensor blk.2.*: is not part of 'llama'"),
         ("embedding_length", 128, r"tensor token_embd.weight: shape \(320, 64\), \(320, 128\) expected"),
         ("feed_forward_length", 100, r"tensor blk.0.ffn_gate.weight: shape \(96, 64\), \(100, 64\) expected"),
-        ("feed_forward_length", [96, 96, 64], "a different value for each layer is not supported"),
+        (
+            "feed_forward_length",
+            [96, 96, 64],
+            r"tensor blk.2.ffn_gate.weight: shape \(96, 64\), \(64, 64\) expected",
+        ),
+        ("feed_forward_length", [96, 0, 96], "layer 1 without a feed-forward block is not supported"),
+        ("feed_forward_length", [96, 64], "has 2 values for 3 layers"),
+        ("feed_forward_length", 0, "llama.feed_forward_length: 0 is not an integer between 1"),
+        ("attention.head_count", 0, "llama.attention.head_count: 0 is not an integer between 1"),
+        ("attention.head_count", None, "llama.attention.head_count: missing"),
+        ("attention.head_count_kv", 0, "llama.attention.head_count_kv: 0 is not an integer between 1"),
+        (
+            "attention.head_count_kv",
+            [0, 0, 0],
+            "llama.attention.head_count_kv: 0 is not an integer between 1",
+        ),
+        ("attention.head_count_kv", [2, 0, 2], "layer 1 without attention is not supported"),
+        (
+            "attention.head_count_kv",
+            [2, 2, 1],
+            r"tensor blk.2.attn_k.weight: shape \(32, 64\), \(16, 64\) expected",
+        ),
+        ("attention.head_count", [4, 0, 4], "layer 1 without attention is not supported"),
         ("attention.head_count", 3, "3 query heads cannot share 2 key-value heads"),
         ("attention.head_count", True, "True is not an integer"),
         ("attention.key_length", 15, "attention.key_length: 15 is odd"),
