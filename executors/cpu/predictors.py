@@ -14,7 +14,7 @@ from pi2rt._errors import RequestError
 from pi2rt.cython_kernels.kernels import native
 from pi2rt.cython_kernels.plane import program
 from pi2rt.formats import ModelFile
-from pi2rt.runtime.executor import Predictor
+from pi2rt.formats.predictor import Predictor
 from pi2rt.runtime.step import Floats
 
 TYPE = "F16"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -18,6 +19,7 @@ from pi2rt._errors import ModelFormatError, UnsupportedModelError
 from pi2rt.formats.model_file import printable
 from pi2rt.formats.neuron_order import Order, decode_order
 from pi2rt.formats.pack import PackFile
+from pi2rt.formats.predictor import PredictorRecord, StoredPredictors
 from pi2rt.formats.regular_file import RegularFile
 from pi2rt.host.output_file import OutputFile
 
@@ -30,7 +32,6 @@ PREAMBLE = struct.Struct("<8sIIQ32s")
 """Magic, version, flags (0), bytes of the body, digest of all before it and of the body."""
 
 Floats: TypeAlias = npt.NDArray[np.float32]
-Halves: TypeAlias = npt.NDArray[np.float16]
 Method = Literal["cats", "chess"]
 Kind = Literal["cats", "chess", "predicted"]
 METHODS: tuple[Method, ...] = ("cats", "chess")
@@ -43,52 +44,12 @@ _Perplexity = Annotated[float, msgspec.Meta(ge=1, le=1e30)]
 _Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 
 
-Raw: TypeAlias = bytes | bytearray | memoryview
-
-Extent: TypeAlias = tuple[int, int]
-"""(offset, bytes)"""
-
-
 class Thresholds(msgspec.Struct, frozen=True):
     """Of one block by one method. ``values``: float32, little endian, one for all neurons or one for each;
     ``frequency``: as ``BlockCalibration`` has it, of firing with these thresholds."""
 
     values: bytes
     frequency: bytes
-
-
-class PredictorRecord(msgspec.Struct, frozen=True):
-    """A predictor of which neurons fire: ``first``: float16 (rank, dim); ``second``: float16 (neurons, rank); ``bias``:
-    float32 (neurons,); little endian. On held-out text: ``recall``, share of firings that it names; ``precision``,
-    share of those named that fire; ``asked``, share of all neurons that it names."""
-
-    rank: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
-    dim: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-    first: memoryview
-    second: memoryview
-    bias: memoryview
-    recall: _Share
-    precision: _Share
-    asked: _Share
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.first) + len(self.second) + len(self.bias)
-
-    @property
-    def arrays(self) -> tuple[Halves, Halves, Floats]:
-        """``first`` (rank, dim), ``second`` (neurons, rank) and ``bias`` (neurons,)."""
-        return predictor_arrays(self.rank, self.dim, self.first, self.second, self.bias)
-
-    @property
-    def extents(self) -> tuple[Extent, ...]:
-        """Of one that was read from a file, where ``first``, ``second`` and ``bias`` lie in it."""
-        body = self.first.obj
-        assert isinstance(body, bytes)  # that it was decoded from
-        return tuple(
-            (PREAMBLE.size + _address(part) - _address(body), part.nbytes)
-            for part in (self.first, self.second, self.bias)
-        )
 
 
 class Reading(msgspec.Struct, frozen=True):
@@ -172,6 +133,15 @@ class Calibration(msgspec.Struct, frozen=True):
             for block in self.blocks
             if block.order is not None
         }
+
+    def predictors(self, path: Path, wanted: Iterable[str]) -> StoredPredictors:
+        """Those of ``wanted`` down tensors. ``path``: where this was read from just now.
+
+        Raises:
+            KeyError: a block has none.
+        """
+        records = {block.down: block.predictor for block in self.blocks if block.predictor is not None}
+        return StoredPredictors(path, {name: records[name] for name in wanted}, PREAMBLE.size)
 
     def reading(self, which: Literal["own", "ordered", "own_half", "ordered_half"]) -> Reading:
         """Of all blocks together; zeros where none was measured."""
@@ -329,19 +299,6 @@ def _check(path: Path, calibration: Calibration) -> None:
                 )
 
 
-def predictor_arrays(
-    rank: int, dim: int, first: Raw, second: Raw, bias: Raw
-) -> tuple[Halves, Halves, Floats]:
-    """From a predictor's bytes to (rank, dim), (neurons, rank) and (neurons,), without copies where possible."""
-    down, up = (np.frombuffer(raw, "<f2").astype(np.float16, copy=False) for raw in (first, second))
-    floats = np.frombuffer(bias, "<f4").astype(np.float32, copy=False)
-    return down.reshape(rank, dim), up.reshape(-1, rank), floats
-
-
-def _address(buffer: Raw) -> int:
-    return int(np.frombuffer(buffer, np.uint8).ctypes.data)
-
-
 def _check_predictor(path: Path, field: str, block: BlockCalibration) -> None:
     each = block.predictor
     if each is None:
@@ -351,7 +308,7 @@ def _check_predictor(path: Path, field: str, block: BlockCalibration) -> None:
         raise ModelFormatError(
             path, field, f"is not of {block.neurons} neurons, rank {each.rank} and width {each.dim}"
         )
-    if not all(np.isfinite(values).all() for values in each.arrays):
+    if not all(np.isfinite(values).all() for values in each.predictor.arrays):
         raise ModelFormatError(path, field, "holds NaN or infinity")
 
 

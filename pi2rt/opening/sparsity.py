@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pi2rt._errors import ModelFormatError, RequestError
+from pi2rt._errors import RequestError
 from pi2rt.formats import ModelFile
-from pi2rt.formats.calibration import (
-    Calibration,
-    PredictorRecord,
-    calibration_path,
-    predictor_arrays,
-    read_calibration,
-)
+from pi2rt.formats.calibration import Calibration, calibration_path, read_calibration
 from pi2rt.formats.pack import PackFile
-from pi2rt.formats.regular_file import RegularFile, file_mode
-from pi2rt.formats.row_blocks import matrix_bytes
+from pi2rt.formats.predictor import StoredPredictors
+from pi2rt.formats.regular_file import file_mode
 from pi2rt.opening.options import RuntimeOptions
-from pi2rt.runtime.executor import Predictor
 from pi2rt.runtime.step import Floats
 
 
@@ -31,55 +24,6 @@ class Lossy:
     label: str
     thresholds: Mapping[str, Floats] = field(default_factory=dict)
     predictors: StoredPredictors | None = None
-
-
-class StoredPredictors(Mapping[str, Predictor]):
-    """Predictors of a calibration by the name of the down tensor, each read from its file when it is asked for: an
-    executor has them in a form of its own, and memory for both would be wasted.
-
-    Args:
-        path: of the calibration.
-        records: as they were read from it just now.
-
-    Raises:
-        ModelFormatError: by access, where the file is another than it was.
-        ModelNotFoundError: by access, where it is gone.
-    """
-
-    def __init__(self, path: Path, records: Mapping[str, PredictorRecord]) -> None:
-        self._path = path
-        self._places = {name: (each.rank, each.dim, each.extents) for name, each in records.items()}
-        self._written = _written(path)
-        sizes = [
-            matrix_bytes("F16", rank, dim) + matrix_bytes("F16", bias // 4, rank) + bias
-            for rank, dim, (_, _, (_, bias)) in self._places.values()
-        ]
-        self.nbytes = sum(sizes) + 2 * max(sizes)
-        """What they take in an executor, and two more of them on their way there."""
-
-    def __getitem__(self, name: str) -> Predictor:
-        rank, dim, extents = self._places[name]
-        file = RegularFile(self._path)
-        try:
-            if _written(self._path) != self._written:
-                raise ModelFormatError(
-                    self._path, "file", "has changed since it was opened; open the model again"
-                )
-            parts = [file.read(offset, size) for offset, size in extents]
-        finally:
-            file.close()
-        return Predictor(*predictor_arrays(rank, dim, *parts))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-def _written(path: Path) -> tuple[int, ...]:
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def load_sparsity(file: ModelFile, chosen: RuntimeOptions) -> Lossy | None:
@@ -116,13 +60,12 @@ def _predicted(pack: PackFile, path: Path, calibration: Calibration) -> Lossy:
             f"sparsity='predicted': the gates of {pack.path} are in memory, and say exactly who fires; convert the "
             f"model with --bundles gates for memory that is too small for gates"
         )
-    records = {block.down: block.predictor for block in calibration.blocks if block.predictor is not None}
-    if wanted - records.keys() or calibration.predicted is None:
+    known = {block.down for block in calibration.blocks if block.predictor is not None}
+    if wanted - known or calibration.predicted is None:
         raise RequestError(
             f"sparsity='predicted': {path} has no predictors, for its gates were in memory; calibrate this pack"
         )
-    predictors = StoredPredictors(path, {name: records[name] for name in wanted})
-    return Lossy(calibration.summary("predicted"), predictors=predictors)
+    return Lossy(calibration.summary("predicted"), predictors=calibration.predictors(path, wanted))
 
 
 def calibratable(file: ModelFile, what: str) -> PackFile:

@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, runtime_checkable
 
-import numpy as np
-import numpy.typing as npt
-
 from pi2rt.formats import ModelFile
+from pi2rt.formats.predictor import Predictor
 from pi2rt.memory import KvType, MemoryNeed, StateLayout, StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.flash_reads import FlashReads
@@ -23,17 +21,6 @@ from pi2rt.runtime.trace import Trace
 
 Progress: TypeAlias = Callable[[int, int], None]
 """``progress(done, total)``; for loading, in bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Predictor:
-    """Of a feed-forward block, which neurons may fire for an input x (dim,): those of which ``second @ (first @ x) +
-    bias`` is positive. ``first``: float16 (rank, dim); ``second``: float16 (neurons, rank); ``bias``: float32
-    (neurons,)."""
-
-    first: npt.NDArray[np.float16]
-    second: npt.NDArray[np.float16]
-    bias: Floats
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,21 +26,20 @@ from pi2rt.formats.calibration import (
     Calibration,
     Cost,
     Method,
-    PredictorRecord,
     calibration_path,
     write_calibration,
 )
 from pi2rt.formats.neuron_order import bundle_order, encode_order
 from pi2rt.formats.pack import PackFile
+from pi2rt.formats.predictor import PredictorRecord
 from pi2rt.host.output_file import OutputFile
 from pi2rt.models import FeedForward, ModelDescription, describe
 from pi2rt.opening.options import RuntimeKeywords
 from pi2rt.opening.sparsity import calibratable
 from pi2rt.planner.learn.coactivation import find_order
-from pi2rt.planner.learn.predictors import Quality, ask_for_all, default_rank, measure, train
+from pi2rt.planner.learn.predictors import ask_for_all, default_rank, measure, train
 from pi2rt.planner.learn.thresholds import Activations, calibrate_block, exact_block
 from pi2rt.planner.pack.bundling import rests
-from pi2rt.runtime.executor import Predictor
 from pi2rt.runtime.step import Floats
 from pi2rt.tokenizer import load_tokenizer
 from pi2rt.tools.perplexity import Perplexity, cut, perplexity
@@ -277,22 +276,9 @@ class _Collector:
                 self._used if len(held_out) else 0
             )  # the text itself, where no other token chose this expert
             quality = measure(predictor, inputs[first:], products[first:])
-            found = msgspec.structs.replace(found, predictor=_recorded(predictor, quality))
+            record = PredictorRecord.of(predictor, quality.recall, quality.precision, quality.asked)
+            found = msgspec.structs.replace(found, predictor=record)
         self.blocks.append(found)
-
-
-def _recorded(predictor: Predictor, quality: Quality) -> PredictorRecord:
-    rank, dim = predictor.first.shape
-    return PredictorRecord(
-        rank,
-        dim,
-        memoryview(np.ascontiguousarray(predictor.first, "<f2").tobytes()),
-        memoryview(np.ascontiguousarray(predictor.second, "<f2").tobytes()),
-        memoryview(np.ascontiguousarray(predictor.bias, "<f4").tobytes()),
-        quality.recall,
-        quality.precision,
-        quality.asked,
-    )
 
 
 def _resting(blocks: Sequence[BlockCalibration], method: Method) -> float:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pi2rt.runtime.executor import Predictor
+from pi2rt.formats.predictor import Predictor
 from pi2rt.runtime.step import Floats
 
 ITERATIONS = 3

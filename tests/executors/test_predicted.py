@@ -15,6 +15,7 @@ from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.executors.reference.model import ReferenceModel
 from pi2rt.formats import open_model_file
 from pi2rt.formats.pack import PackFile
+from pi2rt.formats.predictor import Predictor
 from pi2rt.formats.quants import dequantize
 from pi2rt.memory import StateLayout, StateStore
 from pi2rt.models import FeedForward, describe
@@ -23,7 +24,6 @@ from pi2rt.planner.learn.predictors import ask_for_all
 from pi2rt.planner.pack.bundling import Bundling
 from pi2rt.planner.pack.convert import convert, verify
 from pi2rt.planner.weights import plan_streaming
-from pi2rt.runtime.executor import Predictor
 from tests.executors.test_experts import READS, planned
 from tests.executors.test_sparse import cache_sizes, one_by_one
 from tests.support.running import all_logits, opened, stopped_steps_leave_nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import msgspec
@@ -21,7 +22,6 @@ from pi2rt.formats.calibration import (
     BlockCalibration,
     Calibration,
     Cost,
-    PredictorRecord,
     Reading,
     Readings,
     calibration_path,
@@ -33,6 +33,7 @@ from pi2rt.formats.calibration import (
 )
 from pi2rt.formats.neuron_order import encode_order
 from pi2rt.formats.pack import PackFile
+from pi2rt.formats.predictor import Predictor, PredictorRecord
 from pi2rt.planner.pack.convert import convert
 from tests.support.tiny_models import TinyModel, write_gguf
 
@@ -97,8 +98,7 @@ def predictor(neurons: int, rank: int = 3, dim: int = 64) -> PredictorRecord:
     random = np.random.default_rng(rank)
     first, second = (random.random(shape).astype("<f2") for shape in ((rank, dim), (neurons, rank)))
     bias = random.random(neurons).astype("<f4")
-    parts = (memoryview(each.tobytes()) for each in (first, second, bias))
-    return PredictorRecord(rank, dim, *parts, 0.985, 0.4, 0.25)
+    return PredictorRecord.of(Predictor(first, second, bias), 0.985, 0.4, 0.25)
 
 
 def test_predictors(tmp_path: Path, pack: Path) -> None:
@@ -115,11 +115,18 @@ def test_predictors(tmp_path: Path, pack: Path) -> None:
     )
     record = found.blocks[0].predictor
     assert record is not None
-    first, second, bias = record.arrays
+    first, second, bias = record.predictor.arrays
     assert (first.shape, second.shape, bias.shape) == ((3, 64), (96, 3), (96,))
     assert (first.dtype, second.dtype, bias.dtype) == (np.float16, np.float16, np.float32)
     np.testing.assert_array_equal(first, np.random.default_rng(3).random((3, 64)).astype(np.float16))
     assert record.nbytes == 2 * 3 * (64 + 96) + 4 * 96
+    names = [block.down for block in found.blocks]
+    stored = found.predictors(tmp_path / "c", names[:1])
+    assert list(stored) == names[:1]
+    for array, expected in zip(stored[names[0]].arrays, (first, second, bias), strict=True):
+        np.testing.assert_array_equal(array, expected)
+    with pytest.raises(KeyError, match=re.escape(names[0])):
+        plain.predictors(tmp_path / "c", names[:1])
 
 
 def test_orders(tmp_path: Path, pack: Path) -> None:
