@@ -119,7 +119,7 @@ def test_files_that_are_no_plans(tmp_path: Path) -> None:
 
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-(1 << 70), 1 << 70), st.floats(), st.text(max_size=5),
-    st.lists(st.integers(-3, 3), max_size=3), st.just({}), st.just("big"), st.just([["big"]]),
+    st.lists(st.integers(-3, 3), max_size=3), st.builds(dict), st.just("big"), st.builds(lambda: [["big"]]),
 )  # fmt: skip
 
 
