@@ -14,7 +14,7 @@ from pi2rt.formats import ModelFile
 from pi2rt.formats.quants import dequantize
 from pi2rt.memory import BlockPages, MemoryNeed, StateLayout, StateStore, weight_bytes
 from pi2rt.models import Attention, FeedForward, Linear, ModelDescription, Norm, Rope, iterate_tensors
-from pi2rt.models.block_check import check_blocks
+from pi2rt.models.block_check import check_blocks, kinds_of
 
 Floats = npt.NDArray[np.float32]
 Int32s = npt.NDArray[np.int32]
@@ -28,7 +28,7 @@ class Stopped(Exception):
 
 def refuse(file: ModelFile, model: ModelDescription) -> None:
     """An executor says at once what it cannot do. A wrong answer would be worse."""
-    check_blocks(file.path, model, (Attention, FeedForward), "numpy")
+    check_blocks(file.path, model, kinds_of((Attention, FeedForward)), "numpy")
     for layer in model.layers:
         for block in layer.blocks:
             plain = block.post_norm is None
