@@ -64,8 +64,8 @@ class PredictorRecord(msgspec.Struct, frozen=True):
         rank, dim = predictor.first.shape
         types = "<f2", "<f2", "<f4"
         parts = zip(predictor.arrays, types, strict=True)
-        raw = (memoryview(np.ascontiguousarray(each, kind).tobytes()) for each, kind in parts)
-        return cls(rank, dim, *raw, recall, precision, asked)
+        first, second, bias = (memoryview(np.ascontiguousarray(each, kind).tobytes()) for each, kind in parts)
+        return cls(rank, dim, first, second, bias, recall, precision, asked)
 
     @property
     def predictor(self) -> Predictor:
