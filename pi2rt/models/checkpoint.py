@@ -19,6 +19,8 @@ from pi2rt.models.parts import Linear, Norm
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 22  # of any dimension but the vocabulary's
 MAX_CONTEXT = 1 << 30
+MAX_HEAD_DIM = 1 << 14
+"""Elements of a head. Frequencies of the rotation take about 40 us for each pair of these (``rope_scaling.py``)."""
 
 # (GGUF's key without the architecture, config.json's)
 _HEADS = "attention.head_count", "num_attention_heads"
@@ -122,7 +124,7 @@ class Checkpoint:
         """Elements of every head; even."""
         given = self.value("attention.key_length", "head_dim") is not None
         default = None if given else self._default_head_dim()
-        head_dim = self.integer("attention.key_length", "head_dim", default=default)
+        head_dim = self.integer("attention.key_length", "head_dim", default=default, high=MAX_HEAD_DIM)
         if head_dim % 2:
             raise self.error(
                 "attention.key_length", "head_dim", f"{head_dim} is odd; the rotation needs pairs"

@@ -215,6 +215,11 @@ def test_unknown_architecture_names_it_and_the_known_ones(tmp_path: Path) -> Non
         ("attention.head_count", 3, "3 query heads cannot share 2 key-value heads"),
         ("attention.head_count", True, "True is not an integer"),
         ("attention.key_length", 15, "attention.key_length: 15 is odd"),
+        (
+            "attention.key_length",
+            1 << 20,
+            "attention.key_length: 1048576 is not an integer between 1 and 16384",
+        ),
         ("attention.value_length", 8, "values of 8 beside keys of 16 elements is not supported"),
         ("context_length", 0, "context_length: 0 is not an integer between 1"),
         (
@@ -244,6 +249,11 @@ def test_gguf_hyperparameters_that_make_no_sense(
         ({"hidden_size": {"a": 1}}, "config.json: hidden_size: {'a': 1} is not an integer"),
         ({"rms_norm_eps": 10**400}, "config.json: rms_norm_eps: 1000"),
         ({"hidden_act": "x" * 10_000}, "activation 'xxx"),
+        ({"head_dim": 1110408}, "config.json: head_dim: 1110408 is not an integer between 1 and 16384"),
+        (
+            {"hidden_size": 1 << 22, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": None},
+            "config.json: head_dim: 4194304 is not an integer between 1 and 16384",
+        ),
         ({"hidden_act": ["silu"]}, r"hidden_act: \['silu'\] is not a name"),
         ({"hidden_act": "fatrelu", "hidden_act_param": 0.01}, "FATReLU threshold other than 0"),
         (
