@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -47,12 +47,13 @@ OF_PLAN = ("streamed", "read_by_row", "ring_bytes", "paged", "cluster_bytes", "n
 
 @dataclass(frozen=True, slots=True)
 class ExecutorPlan:
-    """``own``: bytes that the process itself takes; ``need``: of the executor; ``measure``: of one that is opened with
-    another streaming plan."""
+    """``own``: bytes that the process itself takes, and of these ``lanes``, what prefill lanes take; ``need``: of the
+    executor; ``measure``: of one that is opened with another streaming plan."""
 
     options: ExecutorOptions
     chosen: RuntimeOptions
     own: int
+    lanes: int
     need: MemoryNeed
     measure: Measure
 
@@ -133,6 +134,7 @@ def plan_executor(
     own: int = 0,
     predictors: int = 0,
     prompt: int = 0,
+    prefill: Sequence[Executor] = (),
 ) -> ExecutorPlan:
     """What an executor is opened with: as many weights as have room beside a context's keys and values, and as many of
     these as have room beside the weights.
@@ -143,17 +145,19 @@ def plan_executor(
         own: of a budget, bytes that the process itself takes; see ``own_memory``.
         predictors: bytes that an executor takes for them.
         prompt: bytes that the text of a prompt takes, beside its keys and values.
+        prefill: of the kinds that further lanes open; each has weights of its own, all of them resident.
 
     Raises:
         MemoryBudgetError: too little; the message says how much would do, and what it is made of.
     """
 
     kv_type = cast("KvType", chosen.kv_type)  # checked by RuntimeOptions
-    if not isinstance(executor, Measured) and chosen.memory is not None:
-        raise RequestError(
-            f"memory={chosen.memory!r}: the executor {executor.name!r} does not say what memory it needs, so that a "
-            f"budget cannot be kept; leave it out, or take executor='cpu'"
-        )
+    for one in (executor, *prefill):
+        if not isinstance(one, Measured) and chosen.memory is not None:
+            raise RequestError(
+                f"memory={chosen.memory!r}: the executor {one.name!r} does not say what memory it needs, so that a "
+                f"budget cannot be kept; leave it out, or take executor='cpu'"
+            )
 
     reads = replace(_reads(file, chosen.io), neuron_gap=chosen.read_through_bytes)
     ask = ExecutorOptions(
@@ -177,11 +181,12 @@ def plan_executor(
         **(sparsity or {}),
     )
     tokens, available, streaming = chosen.step_tokens, available_memory(), StreamingPlan()
+    lanes = sum(_lane_bytes(each, file, description, replace(ask, max_tokens=tokens)) for each in prefill)
     measure = partial(_need, executor, replace(ask, max_tokens=tokens), predictors)
     need = measure(file, description, streaming)
     each = -(-context // PAGE_TOKENS)
     if chosen.memory is not None:
-        own += chosen.read_through_bytes + predictors + prompt  # read through: where gaps go
+        own += chosen.read_through_bytes + predictors + prompt + lanes  # read through: where gaps go
         limit = min(available + own, chosen.memory_bytes)
         available = limit - own
         streams = getattr(executor, "streams_weights", False) and not chosen.exact_floats
@@ -198,10 +203,22 @@ def plan_executor(
                 packed = plan_streaming(file, description, 0, reads=reads, as_pack=True)
                 need = replace(need, activations=measure(file, description, packed).activations)
             kv = each * need.page
-            raise _too_small(file, limit, own, predictors, prompt, need, streaming, kv, packed)
+            raise _too_small(file, limit, own, predictors, prompt, lanes, need, streaming, kv, packed)
+    else:
+        own, available = own + lanes, available - lanes
     pages = need.pages(available, each, each * chosen.max_sequences)
     options = _with(streaming, replace(ask, pages=pages, max_tokens=tokens))
-    return ExecutorPlan(options, chosen, own, need, measure)
+    return ExecutorPlan(options, chosen, own, lanes, need, measure)
+
+
+def _lane_bytes(
+    executor: Executor, file: ModelFile, description: ModelDescription, ask: ExecutorOptions
+) -> int:
+    """Of a prefill lane, beside the KV pages that it shares: it is opened with cores of its own choice."""
+    if not isinstance(executor, Measured):
+        return weight_bytes(file, description, floats=False)
+    need = executor.need(file, description, replace(ask, cores=(), assistants=()))
+    return need.weights + need.activations
 
 
 def _need(
@@ -250,6 +267,7 @@ def _too_small(
     own: int,
     predictors: int,
     prompt: int,
+    lanes: int,
     need: MemoryNeed,
     streaming: StreamingPlan,
     kv: int,
@@ -258,9 +276,10 @@ def _too_small(
     """Of a memory budget: the least that would do, and what it is made of. ``packed``: of a file that is no pack,
     what would be the least of one."""
     parts = {
-        "interpreter, libraries and tokenizer": own - predictors - prompt,
+        "interpreter, libraries and tokenizer": own - predictors - prompt - lanes,
         "predictors": predictors,
         "text of a prompt": prompt,
+        "weights and activations of prefill lanes": lanes,
         "weights that stay": need.weights
         - streaming.ring_bytes
         - streaming.cluster_bytes

@@ -124,6 +124,7 @@ class Opening:
         if self._given is not None:
             check_plan(self._given, self.file, self.description, self._cores)
         self._check_neurons()
+        names = prefill if self._given is None else [lane.executor for lane in self._given.lanes[1:]]
         predictors = None if self._lossy is None else self._lossy.predictors
         divide = partial(
             plan_executor,
@@ -136,6 +137,7 @@ class Opening:
             self.trace,
             sparsity=self._lossy_options,
             predictors=0 if predictors is None else predictors.nbytes,
+            prefill=[load_executor(name)() for name in names],
         )
         chosen = self.chosen
         if chosen.memory is None:

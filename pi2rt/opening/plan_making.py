@@ -95,7 +95,8 @@ def make_plan(
     placements = _placements(file, description, options)
     experts = options.cluster_bytes
     segments = PlanSegments(
-        process=divided.own,
+        process=divided.own - divided.lanes,
+        lanes=divided.lanes,
         resident=max(0, divided.need.weights - options.ring_bytes - experts - options.neuron_bytes),
         ring=options.ring_bytes,
         experts=experts,
@@ -181,7 +182,8 @@ def check_plan(plan: Plan, file: ModelFile, description: ModelDescription, cores
 def check_budget(
     plan: Plan, file: ModelFile, description: ModelDescription, chosen: RuntimeOptions, own: int
 ) -> None:
-    """``own``: bytes that this process takes itself, which may be another than the one that made the plan.
+    """``own``: bytes that this process takes itself, which may be another than the one that made the plan, and that its
+    prefill lanes take.
 
     Raises:
         MemoryBudgetError: the plan takes more than its budget.
@@ -210,7 +212,7 @@ def check_budget(
             "neurons": segments.neurons,
             "KV pages": segments.kv,
             "activations": segments.activations,
-            "the process itself": own,
+            "the process itself and prefill lanes": own,
         }
         made_of = ", ".join(f"{name} {-(-size >> 20)} MiB" for name, size in parts.items() if size)
         raise MemoryBudgetError(

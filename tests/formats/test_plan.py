@@ -32,7 +32,8 @@ DOCUMENT: dict[str, Any] = {
          "mixed_chunk": 0, "least_tokens": 64},
     ],
     "placements": {"a": "streamed", "b": "by row", "c": "paged"},
-    "segments": {"process": 1, "resident": 2, "ring": 3, "experts": 4, "neurons": 5, "kv": 6, "activations": 7},
+    "segments": {"process": 1, "lanes": 8, "resident": 2, "ring": 3, "experts": 4, "neurons": 5, "kv": 6,
+                 "activations": 7},
     "reads": {"stream_bytes": 1048576, "stream_depth": 32, "neuron_depth": 128, "cluster_depth": 8, "neuron_gap": 0,
               "measured": False},
     "kv_pages": 4,
@@ -52,7 +53,7 @@ def test_a_plan_is_written_as_it_was_read() -> None:
     plan = parsed(DOCUMENT)
     assert json.loads(plan_text(plan)) == DOCUMENT
     assert plan_text(parse_plan(plan_text(plan).encode())) == plan_text(plan)
-    assert plan.segments.total == 28
+    assert plan.segments.total == 36
 
 
 def first(document: dict[str, Any], part: str, **changes: Any) -> dict[str, Any]:

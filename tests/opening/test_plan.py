@@ -214,7 +214,10 @@ async def test_a_second_cpu_executor_computes_prompts(packs: dict[str, Path], me
     options: dict[str, Any] = {"context": 256, "memory": await least_memory(packs["dense"], memory, 256)}
     async with pi2rt.open_runtime(packs["dense"], **options) as runtime:
         expected = await runtime.generate(PROMPT, max_tokens=20, logprobs=5, ignore_eos=True)
+    if memory is not None:
+        options["memory"] += (await plan_of(packs["dense"], context=256, prefill=["cpu"])).segments.lanes
     plan = await plan_of(packs["dense"], prefill=["cpu"], **options)
+    assert bool(plan.placed(Placement.STREAMED)) == (memory is not None)
     assert [lane.name for lane in plan.lanes] == ["cpu", "cpu prefill"]
     async with pi2rt.open_runtime(packs["dense"], plan=plan) as runtime:
         got: list[pi2rt.Completion] = []
@@ -269,3 +272,18 @@ async def test_all_choices_are_recorded(packs: dict[str, Path]) -> None:
     assert again == plan
     assert set(CHOICES) | {"memory", "cache"} == set(plan.choices.__struct_fields__)
     assert (plan.choices.context, plan.choices.max_sequences, plan.choices.kv_type) == (100, 3, "q8")
+
+
+async def test_a_prefill_lane_counts_in_the_budget(packs: dict[str, Path]) -> None:
+    """It has weights of its own: what had room alone is streamed beside it, or refused."""
+    alone = await plan_of(packs["dense"], context=128, memory="200M")
+    beside = await plan_of(packs["dense"], context=128, memory="200M", prefill=["cpu"])
+    assert alone.segments.lanes == 0
+    assert beside.segments.lanes > alone.segments.resident
+    assert beside.segments.process == alone.segments.process
+    least = alone.segments.process + beside.segments.lanes
+    with pytest.raises(MemoryBudgetError, match="weights and activations of prefill lanes"):
+        await plan_of(packs["dense"], context=128, memory=least, prefill=["cpu"])
+    short = msgspec.structs.replace(beside, choices=msgspec.structs.replace(beside.choices, memory=least))
+    with pytest.raises(MemoryBudgetError):
+        await Opening.of(packs["dense"], {"plan": short})
