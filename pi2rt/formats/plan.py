@@ -81,8 +81,8 @@ class PlanLane(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class PlanSegments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes of memory by use. ``process``: interpreter, libraries, tokenizer and what a prompt's text takes, 0 where
-    there is no budget; ``lanes``: weights and activations of prefill lanes; ``experts``, ``neurons``: caches; ``kv``: all
-    pages."""
+    there is no budget; ``lanes``: weights and activations of prefill lanes; ``experts``, ``neurons``: caches; ``kv``:
+    all pages."""
 
     process: Bytes
     lanes: Bytes

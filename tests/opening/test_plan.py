@@ -208,7 +208,7 @@ async def test_another_placement_is_obeyed(packs: dict[str, Path]) -> None:
 PROMPT = list(range(3, 203))
 
 
-@pytest.mark.parametrize("memory", [None, 0.5])
+@pytest.mark.parametrize("memory", [None, 0.2])
 async def test_a_second_cpu_executor_computes_prompts(packs: dict[str, Path], memory: float | None) -> None:
     """The same bits as with one lane."""
     options: dict[str, Any] = {"context": 256, "memory": await least_memory(packs["dense"], memory, 256)}
