@@ -20,7 +20,7 @@ from pi2rt.memory import StateStore
 from pi2rt.models import ModelDescription, describe
 from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress, make_store
-from pi2rt.runtime.step import Bind, Floats, Int32s, Sampled, Sampling, Slice, Step, StepResult
+from pi2rt.runtime.step import Bind, Floats, Int32s, Sampled, Sampling, Skipped, Slice, Step, StepResult
 from pi2rt.testing.tiny_models import TINY_MODELS, tiny_model_path
 from pi2rt.testing.tolerance import Tolerance, allowed_tokens, near_ties, relative_errors
 
@@ -250,6 +250,10 @@ class Harness:
         found = [Output(*each) for each in zip(result.sampled, result.scores, result.logits, strict=True)]
         for number, (piece, output) in enumerate(zip(step.slices, found, strict=True)):
             where = f"step {step.id}, slice {number}"
+            if isinstance(output.sampled, Skipped):
+                assert not len(piece.tokens), f"{where} has tokens of its own, so it must not be skipped"
+                assert (output.scores, output.logits) == (None, None), f"{where} was skipped, but has numbers"
+                continue
             self._check_asked(f"{where}: sampled", piece.sample, output.sampled)
             self._check_array(f"{where}: scores", piece.targets is not None, output.scores, (piece.count,))
             shape = (piece.count, self.vocab_size)

@@ -10,8 +10,8 @@ import pytest
 
 from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.executor import Borrower, Executor, make_store
-from pi2rt.runtime.step import Bind, Floats, Int32s, Sampling, Slice, StateCopy, Step
-from pi2rt.testing.harness import GREEDY, SEEDED, Harness, in_trio
+from pi2rt.runtime.step import Bind, Floats, Int32s, Sampled, Sampling, Skipped, Slice, StateCopy, Step
+from pi2rt.testing.harness import FOLLOW_ON, GREEDY, SEEDED, Harness, in_trio
 
 _LENGTH = 150  # of a prompt: three pages, and a part of the last
 _CUTS = ((1,), (64,), (63, 65, 128), (1, 64, 149), tuple(range(7, _LENGTH, 11)))
@@ -234,6 +234,41 @@ class Sequences(Harness):
                     got.append(output.token)
                 what = f"with {executor.max_in_flight} steps in flight"
                 await self.check_text(executor, self.prompt(9), sampling, got, expected, what)
+
+    @pytest.mark.parametrize("by", ["ends", "limit"])
+    @in_trio
+    async def test_slices_behind_the_end_are_skipped(self, by: str) -> None:
+        """Steps run ahead of the token that ends a sequence; others of the step go on, and the slot is bound again."""
+        async with self.opened() as executor:
+            prompt = self.prompt(9)
+            (text,) = await self.generate(executor, prompt, 6, (3,))
+            ends, limit = (
+                (frozenset(text[2:3]), None) if by == "ends" else (frozenset[int](), len(prompt) + 3)
+            )
+            ending = Bind(1, GREEDY, prompt, ends, limit)
+            slices = [Slice(slot, 0, self.pages(slot), prompt, sample=True) for slot in (0, 1)]
+            over = False
+            for number in range(6):
+                step = Step(number, tuple(slices), (Bind(0, GREEDY, prompt), ending) if number == 0 else ())
+                other, ended = await self.run(executor, step)
+                what = "a slot beside one whose sequence ended"
+                assert isinstance(other.sampled, Sampled), f"{what}: the result is {other.sampled}"
+                if other.token != text[number]:
+                    before = np.concatenate((prompt, np.array(text[:number], np.int32)))
+                    await self.check_text(executor, before, GREEDY, [other.token], [text[number]], what)
+                    break  # behind a near tie
+                position = len(prompt) + number
+                if over:
+                    assert isinstance(ended.sampled, Skipped), (
+                        f"slot 1 goes on behind its end by Bind.{by}: the result is {ended.sampled}, not {Skipped()}"
+                    )
+                else:
+                    over = ending.ended(ended.token, position)
+                slices = [Slice(slot, position, self.pages(slot), FOLLOW_ON, sample=True) for slot in (0, 1)]
+            else:
+                assert over, f"slot 1 never sampled token {text[2]}, which ends it, though slot 0 did"
+            (again,) = await self.generate(executor, prompt, 6, (1,))
+            await self.check_text(executor, prompt, GREEDY, again, text, "a slot that had ended, bound again")
 
     @in_trio
     async def test_token_given_or_remembered(self) -> None:

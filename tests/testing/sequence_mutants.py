@@ -158,6 +158,26 @@ class WritesTheNextPage(Scribbles):
         return [last + 1] if end % PAGE_TOKENS == 0 and last + 1 < 16 else []
 
 
+class GoesOnBehindTheEnd(Wrapper):
+    def change_step(self, step: Step) -> Step:
+        return replace(step, binds=tuple(replace(bind, ends=frozenset()) for bind in step.binds))
+
+
+class KnowsNoLimit(Wrapper):
+    def change_step(self, step: Step) -> Step:
+        return replace(step, binds=tuple(replace(bind, limit=None) for bind in step.binds))
+
+
+class EndsAllSlots(Resampling):
+    """Of a step in which one sequence ends."""
+
+    def change_result(self, step: Step, result: StepResult) -> StepResult:
+        changed = super().change_result(step, result)
+        if self.ended:
+            self.ended |= {piece.slot for piece in step.slices}
+        return changed
+
+
 class CopiesNothing(Wrapper):
     def change_step(self, step: Step) -> Step:
         return replace(step, copies=())
@@ -277,6 +297,7 @@ class ForgetsInAFullBatch(Wrapper):
 
 _GREEDY = {"sampling": GREEDY}
 _SEEDED = {"sampling": SEEDED}
+_SKIPPED = "test_slices_behind_the_end_are_skipped"
 
 MUTANTS = [
     Mutant(
@@ -316,6 +337,21 @@ MUTANTS = [
     Mutant(PagesBySlot, "test_shared_prefix", "with a shared first page"),
     Mutant(WritesSharedPages, "test_shared_pages_are_only_read", "which must only be read"),
     Mutant(WritesTheNextPage, "test_pages_of_others_are_left_alone", r"slot \d with the pages \["),
+    Mutant(
+        GoesOnBehindTheEnd,
+        _SKIPPED,
+        "slot 1 goes on behind its end by Bind.ends: the result is",
+        {"by": "ends"},
+    ),
+    Mutant(
+        KnowsNoLimit, _SKIPPED, "slot 1 goes on behind its end by Bind.limit: the result is", {"by": "limit"}
+    ),
+    Mutant(
+        EndsAllSlots,
+        _SKIPPED,
+        "a slot beside one whose sequence ended: the result is Skipped",
+        {"by": "ends"},
+    ),
     *(
         Mutant(each, "test_pages_are_copied_before_the_slices", r"slot 1 beside a copy of page \d+ to")
         for each in (CopiesNothing, CopiesInReverse, CopiesAfterTheSlices)

@@ -13,7 +13,19 @@ from pi2rt.formats import ModelFile
 from pi2rt.memory import KvType, MemoryNeed, StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
-from pi2rt.runtime.step import Bind, Floats, Int32s, Sampled, Sampling, Slice, Step, StepResult, Unusable
+from pi2rt.runtime.step import (
+    Bind,
+    Floats,
+    Int32s,
+    Outcome,
+    Sampled,
+    Sampling,
+    Skipped,
+    Slice,
+    Step,
+    StepResult,
+    Unusable,
+)
 
 
 class Wrapper:
@@ -89,6 +101,8 @@ class Resampling(Wrapper):
         self.bound: dict[int, Sampling] = {}
         self.counts: dict[int, Int32s] = {}
         self.last: dict[int, int] = {}
+        self.binds: dict[int, Bind] = {}
+        self.ended: set[int] = set()  # slots whose sequence has
         self.vocab_size = 0
 
     def pick(
@@ -116,6 +130,8 @@ class Resampling(Wrapper):
         return model
 
     def change_step(self, step: Step) -> Step:
+        self.binds |= {bind.slot: bind for bind in step.binds}
+        self.ended -= {bind.slot for bind in step.binds}
         slices = tuple(
             replace(
                 piece,
@@ -124,15 +140,32 @@ class Resampling(Wrapper):
                 sample=False,
             )
             for piece in step.slices
+            if not self.skips(piece)
         )
         binds = tuple(replace(bind, sampling=Sampling()) for bind in step.binds)
         return replace(step, slices=slices, binds=binds)
 
+    def skips(self, piece: Slice) -> bool:
+        return piece.slot in self.ended and not len(piece.tokens)
+
+    def with_skipped(self, step: Step, result: StepResult) -> StepResult:
+        """The result of all slices of the step, from those that the inner executor ran."""
+        scores, logits = iter(result.scores), iter(result.logits)
+        return replace(
+            result,
+            scores=tuple(None if self.skips(piece) else next(scores) for piece in step.slices),
+            logits=tuple(None if self.skips(piece) else next(logits) for piece in step.slices),
+        )
+
     def change_result(self, step: Step, result: StepResult) -> StepResult:
+        result = self.with_skipped(step, result)
         for bind in step.binds:
             self.bind(bind)
-        sampled: list[Sampled | Unusable | None] = []
+        sampled: list[Outcome | None] = []
         for place, (piece, logits) in enumerate(zip(step.slices, result.logits, strict=True)):
+            if self.skips(piece):
+                sampled.append(Skipped())
+                continue
             if not piece.sample:
                 sampled.append(None)
                 continue
@@ -144,6 +177,8 @@ class Resampling(Wrapper):
             if isinstance(picked, Sampled):
                 self.last[slot] = picked.token
                 self.count(slot, picked.token)
+                if self.binds[slot].ended(picked.token, position):
+                    self.ended.add(slot)
             sampled.append(picked)
         kept = tuple(
             logits if piece.logits else None for piece, logits in zip(step.slices, result.logits, strict=True)

@@ -19,6 +19,7 @@ from pi2rt.models.block_check import check_blocks, kinds_of
 Floats = npt.NDArray[np.float32]
 Int32s = npt.NDArray[np.int32]
 
+KINDS = kinds_of((Attention, FeedForward))
 _LIBRARIES = 48 << 20  # buffers of the BLAS that numpy uses
 
 
@@ -28,7 +29,7 @@ class Stopped(Exception):
 
 def refuse(file: ModelFile, model: ModelDescription) -> None:
     """An executor says at once what it cannot do. A wrong answer would be worse."""
-    check_blocks(file.path, model, kinds_of((Attention, FeedForward)), "numpy")
+    check_blocks(file.path, model, KINDS, "numpy")
     for layer in model.layers:
         for block in layer.blocks:
             plain = block.post_norm is None

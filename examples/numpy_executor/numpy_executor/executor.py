@@ -9,22 +9,22 @@ from dataclasses import replace
 import numpy as np
 import trio
 
-from numpy_executor.arithmetic import Floats, Int32s, NumpyModel, Stopped, load, need, refuse
+from numpy_executor.arithmetic import KINDS, Floats, Int32s, NumpyModel, Stopped, load, need, refuse
 from pi2rt import BusyError, ClosedError, RequestError
 from pi2rt.executors.reference.sampling import log_softmax, sample
 from pi2rt.formats import ModelFile
 from pi2rt.memory import KvType, MemoryNeed, StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
-from pi2rt.runtime.step import Sampled, Sampling, Slice, Step, StepResult, Unusable
+from pi2rt.runtime.step import Bind, Outcome, Sampled, Skipped, Slice, Step, StepResult
 
 
 class Slot:
     """What a sequence needs to sample: its options, how often each token was there, the token sampled last."""
 
-    def __init__(self, sampling: Sampling, counts: Int32s) -> None:
-        self.sampling, self.counts = sampling, counts
-        self.last = 0
+    def __init__(self, bind: Bind, counts: Int32s) -> None:
+        self.bind, self.counts = bind, counts
+        self.last, self.ended = 0, False
 
 
 class NumpyExecutor:
@@ -32,6 +32,7 @@ class NumpyExecutor:
 
     name = "numpy"
     max_in_flight = 2  # so that the next step is there when one ends
+    block_kinds = KINDS  # models with others are refused before they are opened
 
     def __init__(self) -> None:
         self.model: NumpyModel | None = None
@@ -152,7 +153,7 @@ class NumpyExecutor:
         started = time.perf_counter_ns()
         for bind in step.binds:
             counts = np.bincount(bind.history, minlength=self.model.model.vocab_size).astype(np.int32)
-            self.slots[bind.slot] = Slot(bind.sampling, counts)
+            self.slots[bind.slot] = Slot(bind, counts)
         for copy in step.copies:  # of pages: its models have no other state
             self.model.store.copy_page(copy.source, copy.target)
         try:
@@ -172,10 +173,10 @@ class NumpyExecutor:
             kernel_ns=finished - started,
         )
 
-    def run_slice(
-        self, step: Step, piece: Slice
-    ) -> tuple[Sampled | Unusable | None, Floats | None, Floats | None]:
+    def run_slice(self, step: Step, piece: Slice) -> tuple[Outcome | None, Floats | None, Floats | None]:
         slot = self.slots[piece.slot]
+        if slot.ended and not len(piece.tokens):
+            return Skipped(), None, None
         tokens = piece.tokens if len(piece.tokens) else np.array([slot.last], np.int32)
         x = self.model.forward(
             tokens, piece.start, piece.pages, lambda: self.closed or step.id in self.stopping
@@ -189,8 +190,9 @@ class NumpyExecutor:
         sampled = None
         if piece.sample:
             last = self.model.logits(x[-1:])[0]
-            sampled = sample(last, slot.sampling, slot.counts, piece.start + piece.count)
+            sampled = sample(last, slot.bind.sampling, slot.counts, piece.start + piece.count)
             if isinstance(sampled, Sampled):
                 slot.last = sampled.token
+                slot.ended = slot.ended or slot.bind.ended(sampled.token, piece.start + piece.count)
                 slot.counts[sampled.token] += 1
         return sampled, scores, logits
