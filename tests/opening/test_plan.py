@@ -232,7 +232,7 @@ async def test_a_second_cpu_executor_computes_prompts(packs: dict[str, Path], me
         decode, prefill = statistics.engine.lanes
         assert prefill.prefill_tokens >= len(PROMPT) - 1
         assert decode.prefill_tokens < prefill.prefill_tokens
-        assert [actor.name for actor in statistics.actors] == ["cpu", "cpu prefill"]
+        assert [actor.name for actor in statistics.actors if actor.name != "flash"] == ["cpu", "cpu prefill"]
         assert [channel.name for channel in statistics.channels] == ["cpu.inbox", "cpu prefill.inbox"]
     for each in got:
         assert (each.tokens, each.logprobs, each.top_logprobs) == (
