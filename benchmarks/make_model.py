@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, help="instead of the shape's")
     parser.add_argument("--activation", choices=("silu", "relu", "drelu"), help="instead of the shape's")
     parser.add_argument(
-        "--activity", type=float, default=0.1, help="mean share of gates that fire (%(default)s)"
+        "--activity", type=float, default=0.1, help="mean share of gates that are active (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="replace the file if it is there")

@@ -33,7 +33,7 @@ class LayerActivity:
     """Of one layer, over the tokens of a text; shares between 0 and 1.
 
     Args:
-        active: gates that fire, of all.
+        active: gates that are active, of all.
         share_of_80: the smallest part of the neurons that makes 80 % of the activations.
         hottest, coldest: how often neurons of the hottest hundredth and of the coldest tenth fire.
         overlap: of a token's active neurons, those that were active at the token before it.

@@ -75,7 +75,7 @@ class SyntheticModel(ModelFile):
     Args:
         name: of the shape; the model is called "synthetic NAME".
         shape: dimensions of whole Q4_0 blocks.
-        activity: mean share of a layer's gates that fire; without effect on SiLU, whose gates have no bias.
+        activity: mean share of a layer's gates that are active; without effect on SiLU, whose gates have no bias.
         seed: another one makes another model.
         context: positions it says it was trained for.
 

@@ -9,12 +9,12 @@ its way. An embedding that is not the output head as well goes before all: of it
 
 A block whose neurons a pack stores one by one (``formats/neuron_bundles.py``) needs few of them for a token: what its
 gate lets through. Gates and scales stay, and the room that is left is a cache of neurons. Where that leaves less than
-``FIRST_NEURONS`` of these, matrices are streamed as well: the neurons that fire most save more reading than other bytes
+``FIRST_NEURONS`` of these, matrices are streamed as well: the most active neurons save more reading than other bytes
 do, for neurons are read one by one, at a fifth of the speed.
 
 Of a mixture's experts a step needs those that a router chose, so their matrices are not streamed but kept in pages of a
 cache. Where experts have neurons of their own beside them (their gates are those matrices then), neurons get the first
-``FIRST_NEURONS`` of themselves: those that fire most, of which each byte saves more reading than one of a gate does.
+``FIRST_NEURONS`` of themselves: the most active ones, of which each byte saves more reading than one of a gate does.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PAGE_RECORDS, SLOT_RECORDS, PIN_RECORDS = 12, 48, 16
 (``pi2_flash_register``)."""
 
 FIRST_NEURONS = 1 / 8
-"""Of the synthetic ReLU models as much of the neurons is two thirds of what fires; the next eighth is another tenth."""
+"""Of the synthetic ReLU models as much of the neurons is two thirds of the active ones; the next eighth is a tenth."""
 
 
 AHEAD_SHARE, LEAST_AHEAD = 12, 2
@@ -53,7 +53,7 @@ least."""
 class StreamingPlan:
     """``streamed``: names of the matrices that are read in every step, () where all weights stay;
     ``read_by_row``: the embedding, where its rows are read one by one; ``ring_bytes``: memory that the streamed
-    pass through; ``neuron_bytes``: memory for neurons that are read when they fire, 0 where all stay;
+    pass through; ``neuron_bytes``: memory for neurons that are read when they are active, 0 where all stay;
     ``paged``: experts' matrices that are read when they are chosen, into memory of ``cluster_bytes``;
     ``resident_bytes``: weights that stay."""
 

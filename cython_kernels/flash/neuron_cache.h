@@ -1,4 +1,4 @@
-/* The segmented neuron cache: memory for pages of neuron bundles, filled from flash when a neuron fires.
+/* The segmented neuron cache: memory for pages of neuron bundles, filled from flash when a neuron is active.
  *
  * A page (one bundle, or as many as fit into 4 KiB) has a slot or none. Compute threads ask for the pages of a cluster
  * at once: what is there is pinned and counted as used; what is not takes the slot of a page that was used little of
@@ -7,9 +7,9 @@
  * is never evicted. Nothing is allocated after the start.
  *
  * Eviction: of a few slots in a row, that of the page used least, where every use counts PI2_FADE times what one in the
- * step after it does. Which neurons fire is a power law, and a step may miss as many pages as half the cache holds: by
- * LRU the newest push out the often used, and a page's history would be lost with its slot. So it is kept for all
- * pages. All gates are computed, so neurons that nearly fired are known, too, and count as used in part: of the
+ * step after it does. Which neurons are active is a power law, and a step may miss as many pages as half the cache
+ * holds: by LRU the newest push out the often used, and a page's history would be lost with its slot. So it is kept for
+ * all pages. All gates are computed, so neurons that nearly fired are known, too, and count as used in part: of the
  * synthetic 7B model with room for 22 % of its neurons, 20.0 % of what a token needs is missing with that and 20.9 %
  * without (tokens 76 to 100 of a text; by simulation, a sixth less than without were each neuron's probability known,
  * and 45 % less were the future known). */
@@ -88,7 +88,7 @@ typedef struct pi2_neuron_cache {
   uint64_t queue_head, queue_tail;
   uint32_t asked;                         /* times that a block began to ask */
   int64_t hits, early, misses, evictions; /* early: of the hits, read because foreseen and asked for the first time */
-  int64_t completed;                      /* rests of pages that were read because their neurons fire */
+  int64_t completed;                      /* rests of pages that were read because their neurons are active */
   int64_t gap_pages, gap_bytes;           /* that nobody asked for, read to make one read of two */
   int64_t read_through;                   /* bytes of a gap, at most */
   uint8_t *scrap;                         /* (read_through) where gaps go */

@@ -1,4 +1,4 @@
-"""Memory for neurons that are read from flash when they fire (neuron_cache.h)."""
+"""Memory for neurons that are read from flash when they are active (neuron_cache.h)."""
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, malloc
@@ -69,7 +69,7 @@ assert RECORD.itemsize == sizeof(pi2_read_record)
 @dataclass(frozen=True, slots=True)
 class Counters:
     """Of pages: asked for while they were there (hits; early: of these, read because they were foreseen, and asked for the
-    first time) or not (misses), read to their end because their neurons fire (completed; in two phases only), and given up
+    first time) or not (misses), read to their end because their neurons are active (completed; in two phases only), and given up
     for others. Of reading: reads, bytes, nanoseconds with a read in flight, and nanoseconds in which
     compute threads (all of them, added up) waited. ``read_through``, ``read_through_bytes``: pages and bytes of gaps, which
     nobody asked for, read to make one read of two; they are among ``bytes``."""

@@ -1,4 +1,5 @@
-/* Neuron bundles: the up row and the down column of each neuron side by side, so that only those that fire are read.
+/* Neuron bundles: the up row and the down column of each neuron side by side, so that only those that are active are
+ * read.
  *
  * Scales and quants lie apart: scales stay in memory, quants are read page by page. Types Q4_0, Q4_1 and Q8_0. A block
  * is 32 values that share a scale; q is the file's quant (4-bit: unsigned, before 8 is subtracted; 8-bit: signed).

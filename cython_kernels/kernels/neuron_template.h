@@ -1,5 +1,5 @@
 /* Products with single neurons: rows of up and columns of down, as bundles have them (docs/pack-format.md), for the
- * neurons that fire.
+ * neurons that are active.
  *
  * The same integers and the same float operations in the same order as gemm_template.h over whole matrices: what is
  * left out there would add zero. So sparse and dense results are the same bits. */

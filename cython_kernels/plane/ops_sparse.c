@@ -56,16 +56,16 @@ static int64_t cluster_end(const block *k, int c) {
 static uint16_t *active(const block *k, int row, int c) { return k->s->active + row * k->p->hidden + c * PI2_CLUSTER; }
 static int n_active(const block *k, int row, int c) { return k->s->n_active[row * k->s->n_clusters + c]; }
 
-/* Whether a neuron fires, by its gate. With ReLU a gate that is not positive gives zero, and the others fire; of other
- * activations all do. With thresholds, g is the activated gate: lossy, but for 0. NaN fires always: it must not get
- * lost. */
+/* Whether a neuron is active, by its gate. With ReLU a gate that is not positive gives zero, and the others fire; of
+ * other activations all do. With thresholds, g is the activated gate: lossy, but for 0. NaN fires always: it must not
+ * get lost. */
 static inline int fires_at(const pi2_op *op, int64_t neuron, float g) {
   if (bundles_of(op)->thresholds) return !(fabsf(g) <= bundles_of(op)->thresholds[neuron]);
   return (data_of(op)->activation != PI2_RELU && data_of(op)->activation != PI2_RELU2) || !(g <= 0);
 }
-/* From the deciding matrix' products of neurons [at, at + width) to what decides, in place, and to who fires. Where
- * gates are in the bundles, those are only neurons that may fire, whose gates are computed once they are read: those
- * for which a predictor's value is positive, and all where there is none. */
+/* From the deciding matrix' products of neurons [at, at + width) to what decides, in place, and to which are active.
+ * Where gates are in the bundles, those are only neurons that may be active, whose gates are computed once they are
+ * read: those for which a predictor's value is positive, and all where there is none. */
 static void decide(const pi2_program *p, const pi2_op *op, int64_t at, int64_t width, float *g, uint8_t *fires) {
   const pi2_bundles *b = bundles_of(op);
   const pi2_matrix *m = &op->matrix[0];
@@ -124,7 +124,8 @@ static void note_near(const block *k, int64_t first, int64_t end, const uint8_t 
   pi2_neuron_cache_near(k->cache, b->region, from, (int)((end - 1) / b->per_page - from + 1), part);
 }
 
-/* The deciding matrix of a cluster: who fires, for which rows, on which pages. Nothing, where it cannot be read. */
+/* The deciding matrix of a cluster: which are active, for which rows, on which pages. Nothing, where it cannot be read.
+ */
 static void gate_cluster(block *k, int c) {
   const pi2_program *p = k->p;
   const pi2_op *op = k->op;
@@ -338,7 +339,7 @@ static void prefetch(const uint8_t *p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
-/* Gates of a cluster's neurons that are in the bundles; of the neurons, those stay active that fire. */
+/* Gates of a cluster's neurons that are in the bundles; only the active neurons stay. */
 static void compute_gates(block *k, int c, int row) {
   const pi2_program *p = k->p;
   const pi2_bundles *b = k->b;
@@ -381,7 +382,8 @@ static void arrange(block *k, int row) {
 }
 static int in_two_phases(const block *k) { return k->cache->regions[k->b->region].head_bytes != 0; }
 
-/* The first of two phases is there: gates of a cluster's neurons, and the rest of those that fire is asked for. */
+/* The first of two phases is there: gates of a cluster's neurons, and the rest of those that are active is asked for.
+ */
 static void choose(block *k, int c) {
   pi2_cluster *cluster = &k->s->clusters[c];
   const int64_t first = (int64_t)c * PI2_CLUSTER, end = cluster_end(k, c);

@@ -78,7 +78,7 @@ typedef struct pi2_run {
   _Atomic uint64_t *shares;   /* (threads, share_stride) what is taken of a thread's share of an operation */
   void *shared[PI2_OP_COUNT]; /* of the operations of a class in this run */
   int stopped;
-  _Atomic int64_t neuron_bytes;         /* of neurons that fired, with their scales */
+  _Atomic int64_t neuron_bytes;         /* of neurons that were active, with their scales */
   int64_t skipped_bytes, cluster_bytes; /* of experts that nobody chose; read of those that are in pages */
   pi2_neuron_counts before, used;       /* before: when it began */
   uint64_t base;                        /* position of the first streamed unit */

@@ -289,7 +289,7 @@ cdef class Bundles:
     ``up``, ``down``: (type id, address of the scales, bytes from one neuron's (32 neurons') to the next), None where the block
     has no gate. ``down_plane``: bytes from a group's scales to its minimums, in types that have them. Biases: float32.
     ``gate``: as ``up``, where gates are in the bundles too; ``gate_bytes``, ``up_bytes``: from a neuron's beginning to its
-    row of up, and to its column of down. ``thresholds``: float32 (neurons,), None for an exact block; a neuron fires when the activated gate's magnitude is above.
+    row of up, and to its column of down. ``thresholds``: float32 (neurons,), None for an exact block; a neuron is active when the activated gate's magnitude is above.
     ``order``: uint16 (neurons,), of each place the neuron of its cluster whose bundle lies there, a permutation of each cluster; None:
     the neurons' own.
     Scales stay valid as long as the program lives.
@@ -489,7 +489,7 @@ cdef class Program:
 
     def sparse_ffn(self, int layer, norm, sink, decides, Bundles bundles, int activation, int up_activation, *,
                    bint mixed=False, bint mixed_down=False, int expert=-1):
-        """A whole feed-forward block whose neurons are read when they fire. ``decides``: gate, or up where there is none.
+        """A whole feed-forward block whose neurons are read when they are active. ``decides``: gate, or up where there is none.
         Where gates are in the bundles, what of a predictor is applied to the ``linear`` before, whose sink is "reduced";
         None: all neurons are read."""
         if not self.only_measured and (self.neurons is None or not 0 <= bundles.b.region < self.neurons.n_regions):

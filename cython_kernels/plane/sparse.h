@@ -1,7 +1,7 @@
-/* A feed-forward block of which only the neurons that fire are read and computed: the cluster pipeline.
+/* A feed-forward block of which only the neurons that are active are read and computed: the cluster pipeline.
  *
  * The deciding matrix (gate; up, where there is no gate; a predictor, where gates are not in memory) is computed whole.
- * Its rows are cut into clusters of PI2_CLUSTER neurons. Of each cluster the neurons that fired are asked for
+ * Its rows are cut into clusters of PI2_CLUSTER neurons. Of each cluster the neurons that were active are asked for
  * (neuron_cache.h); once they are in memory their rows of up are computed, and then their columns of down are added to
  * the residual stream. Clusters are at different stages at the same time, and a thread takes whatever can be done next:
  * no barrier between the matrices, order only within a cluster.
@@ -69,10 +69,10 @@ typedef struct { /* a cluster while its block runs */
 typedef struct {
   int32_t n_clusters, n_ranges;
   pi2_cluster *clusters;
-  uint16_t *active;   /* (max_rows, hidden): per row and cluster the neurons that fire, ascending, within the cluster */
+  uint16_t *active;   /* (max_rows, hidden): per row and cluster the active neurons, ascending, within the cluster */
   uint16_t *n_active; /* (max_rows, clusters) */
   int32_t *pages;     /* (hidden) */
-  const uint8_t **places;          /* (hidden) of neurons that fire, once they are there */
+  const uint8_t **places;          /* (hidden) of neurons that are active, once they are there */
   float *values;                   /* (max_rows, hidden) of gates; then of the neurons */
   float *sums;                     /* (max_rows, stride): of down */
   int64_t stride;                  /* dim, in whole lines of 128 rows */

@@ -1,6 +1,6 @@
 """The neurons of a pack's feed-forward blocks as one executor holds them: in a cache, with the scales in memory.
 
-All neurons of all blocks share one cache, so that a layer whose neurons fire more gets more of it.
+All neurons of all blocks share one cache, so that a layer whose neurons are active more gets more of it.
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         "--sparsity",
         choices=("exact", "predicted", "thresholded"),
         default="exact",
-        help="thresholded: neurons rest that matter little; predicted: those of a pack with --bundles gates of which a "
-        "predictor says that they are zero. Both change the text; see 'pi2rt calibrate' (default: exact)",
+        help="thresholded: neurons that matter little are skipped; predicted: those of a pack with --bundles gates of "
+        "which a predictor says that they are zero. Both change the text; see 'pi2rt calibrate' (default: exact)",
     )
     group.add_argument("--calibration", metavar="FILE", help="for --sparsity (default: MODEL.calibration)")
     group.add_argument(

@@ -39,7 +39,7 @@ FLASH_SECONDS = 1.0
 class Result:
     """Units are in the names; the fractions are of 1. ``decode_spread``: (largest - smallest) / median of the
     decode speed over the repeats, to see how quiet the machine was. ``bytes_per_token``: weights computed with,
-    of neurons those that fired; of these ``streamed_bytes_per_token`` in matrices that are read for each token,
+    of neurons those that were active; of these ``streamed_bytes_per_token`` in matrices that are read for each token,
     and misses: pages of neurons that the cache did not have. ``read_through``: pages of gaps (--read-through). Rates of
     flash are 0 where nothing is read."""
 

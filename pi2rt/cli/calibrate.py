@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_runtime.share,
         default=0.98,
         metavar="SHARE",
-        help="of the neurons that fire, those that predictors are to name; of packs with --bundles gates "
+        help="of the neurons that are active, those that predictors are to name; of packs with --bundles gates "
         "(default: 0.98)",
     )
     parser.add_argument(
@@ -198,7 +198,7 @@ def _lines(found: Calibration, path: Path) -> Iterator[str]:
             else chosen
         )
         yield (
-            f"{method}: {cost.resting:.1%} of neurons rest, perplexity {cost.perplexity:.4f} "
+            f"{method}: {cost.resting:.1%} of neurons are inactive, perplexity {cost.perplexity:.4f} "
             f"({found.increase(method):+.1%}){chosen}"
         )
     if found.predicted is not None:
@@ -233,7 +233,7 @@ def _reading(found: Reading) -> dict[str, float]:
 
 
 def _order_lines(found: Calibration) -> Iterator[str]:
-    """Reads for a token, before and after, of what fires on the held-out text."""
+    """Reads for a token, before and after, of what is active on the held-out text."""
     from pi2rt.cli._console import size
 
     if not any(block.readings for block in found.blocks):
@@ -261,7 +261,7 @@ def _worth(found: Calibration, before: Reading, after: Reading) -> str:
     if not found.orders():
         return "it gains nothing, and no block keeps it"
     if after.reads > 0.97 * before.reads:
-        return "next to nothing where what fires often is in memory"
+        return "next to nothing where what is active often is in memory"
     return f"of {len(found.orders())} of {len(found.blocks)} blocks"
 
 
@@ -294,7 +294,7 @@ def _median(block: BlockCalibration, method: Method) -> float:
 
 
 def _hottest_tenth(block: BlockCalibration, method: Method | None) -> float:
-    """Where nothing fires at all, 0."""
+    """Where nothing is active at all, 0."""
     import numpy as np
 
     firing = np.sort(block.firing(method))[::-1]

@@ -22,15 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="what 'pi2rt calibrate' found for this model: neurons that fire together lie together, and ReLU blocks "
-        "whose neurons rarely rest are not stored by neuron",
+        help="what 'pi2rt calibrate' found for this model: neurons that are active together lie together, and ReLU "
+        "blocks whose neurons are rarely inactive are not stored by neuron",
     )
     parser.add_argument(
         "--dense-above",
         type=_runtime.share,
         metavar="SHARE",
-        help="of neurons that fire, by the calibration: such blocks are not stored by neuron (default: where whole "
-        "matrices take less time, measured on this machine)",
+        help="of neurons that are active, by the calibration: such blocks are not stored by neuron (default: where "
+        "whole matrices take less time, measured on this machine)",
     )
 
 
@@ -50,7 +50,7 @@ async def _convert(options: argparse.Namespace) -> int:
     from pi2rt.planner.pack.convert import convert
 
     if options.dense_above is not None and options.calibration is None:
-        raise RequestError("--dense-above needs a --calibration, which says how many neurons fire")
+        raise RequestError("--dense-above needs a --calibration, which says how many neurons are active")
     OutputFile(options.pack, seeks=True, overwrite=options.force)  # refused before a model is fetched
     path = await fetch(options.model)
     with Bar("converting") as bar:
@@ -70,8 +70,8 @@ async def _convert(options: argparse.Namespace) -> int:
         least, most = min(each.firing for each in dense), max(each.firing for each in dense)
         how = "measured" if options.dense_above is None else "--dense-above"
         print(
-            f"feed-forward blocks that stay whole: {len(dense)}; {least:.0%} to {most:.0%} of their neurons fire, "
-            f"more than {dense[0].above:.0%} ({how})"
+            f"feed-forward blocks that stay whole: {len(dense)}; {least:.0%} to {most:.0%} of their neurons are "
+            f"active, more than {dense[0].above:.0%} ({how})"
         )
     print(f"{options.pack}: {size(os.stat(options.pack).st_size)}")
     return 0

@@ -63,7 +63,7 @@ class Reading(msgspec.Struct, frozen=True):
 
 class Readings(msgspec.Struct, frozen=True):
     """With bundles in the ``own`` order of the pack that was calibrated, and ``ordered``; where none is in memory, and
-    where the ``half`` of the pages is that fire most."""
+    where the ``half`` of the pages is that are active most."""
 
     own: Reading
     ordered: Reading
@@ -74,7 +74,7 @@ class Readings(msgspec.Struct, frozen=True):
 class BlockCalibration(msgspec.Struct, frozen=True):
     """A feed-forward block. ``down``: name of its down tensor; ``frequency``: for each neuron, float16, little endian,
     the share of the calibration text's tokens for which its activated gate was not zero; ``order``: that of bundles in
-    which neurons that fire together lie together, for ``neuron_order.decode_order``, None where it gains nothing;
+    which neurons that are active together lie together, for ``neuron_order.decode_order``, None where it gains nothing;
     ``readings``: what it is worth; ``tokens`` of the calibration text that it computed, where that is known: of an
     expert those that chose it. Where these are 0, nothing is known, and the rest says only that."""
 
@@ -174,7 +174,7 @@ class Calibration(msgspec.Struct, frozen=True):
 
     def summary(self, kind: Kind) -> str:
         """One line: what it saves and costs."""
-        what = "are not read" if kind == "predicted" else "rest"
+        what = "are not read" if kind == "predicted" else "are inactive"
         return (
             f"{kind}: {self.cost(kind).resting:.0%} of neurons {what}, perplexity {self.increase(kind):+.1%} on "
             f"held-out text"

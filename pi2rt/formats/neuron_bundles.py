@@ -25,7 +25,7 @@ class NeuronBundles:
 
     Neuron i: page ``i // neurons_per_page``, byte ``i % neurons_per_page * neuron_bytes`` of it; first
     ``gate_bytes`` of gate quants, then ``up_bytes`` of up quants, then its down quants. ``gate``, ``up`` and
-    ``down`` name the tensors. ``up`` is None where that matrix decides which neurons fire (a block without gate),
+    ``down`` name the tensors. ``up`` is None where that matrix decides which neurons are active (a block without gate),
     and so is not in bundles; ``gate`` is None where the gates are not there, but a matrix by themselves. Scales are
     not here: they are the tensors' own bytes. ``order``: where bundles lie in another order than their neurons', for
     ``neuron_order.decode_order``; then i counts places.

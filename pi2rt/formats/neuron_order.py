@@ -1,4 +1,5 @@
-"""The order in which a pack's bundles lie, where that is not the neurons' own: those that fire together side by side.
+"""The order in which a pack's bundles lie, where that is not the neurons' own: side by side those that are active
+together.
 
 Only places change. A neuron keeps its number, and with it its scales, its thresholds and its turn in every sum, so an
 order changes no bit of any result. A neuron stays among the ``CLUSTER`` neurons that are asked for together: only of

@@ -175,8 +175,8 @@ class Opening:
         )
         if for_neurons and not (self.file.bundles and chosen.memory):
             raise RequestError(
-                "cache, pipeline, two_phase and read_through are for neurons that are read when they fire: that takes "
-                "a memory budget, and a pack with neuron bundles"
+                "cache, pipeline, two_phase and read_through are for neurons that are read when they are active: that "
+                "takes a memory budget, and a pack with neuron bundles"
             )
 
     def actors(self) -> list[Actor]:

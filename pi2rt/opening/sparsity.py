@@ -57,8 +57,8 @@ def _predicted(pack: PackFile, path: Path, calibration: Calibration) -> Lossy:
     wanted = {name for name, each in pack.bundles.items() if each.gate is not None}
     if not wanted:
         raise RequestError(
-            f"sparsity='predicted': the gates of {pack.path} are in memory, and say exactly who fires; convert the "
-            f"model with --bundles gates for memory that is too small for gates"
+            f"sparsity='predicted': the gates of {pack.path} are in memory, and say exactly which are active; convert "
+            f"the model with --bundles gates for memory that is too small for gates"
         )
     known = {block.down for block in calibration.blocks if block.predictor is not None}
     if wanted - known or calibration.predicted is None:

@@ -45,9 +45,9 @@ class ExecutorOptions:
     neurons whose gates are in the bundles, the rest is read only once the gate has let it through. ``reads``: how much
     is read at once.
     ``thresholds``: of their feed-forward blocks, by the name of the down tensor, float32 (hidden,): a neuron
-    fires only when the magnitude of its activated gate (without gate: of its activated up) is above. Empty: exact. The
-    runtime gives them to executors whose ``sparsities`` name the mode. ``predictors``: of blocks whose gates are in the
-    bundles, by the same name; only neurons that they name are read. Empty: all of such blocks are.
+    is active only when the magnitude of its activated gate (without gate: of its activated up) is above. Empty: exact.
+    The runtime gives them to executors whose ``sparsities`` name the mode. ``predictors``: of blocks whose gates are in
+    the bundles, by the same name; only neurons that they name are read. Empty: all of such blocks are.
     """
 
     slots: int

@@ -152,8 +152,8 @@ Outcome: TypeAlias = Sampled | Unusable | Skipped
 
 @dataclass(frozen=True, slots=True)
 class NeuronUse:
-    """What a step took of neurons that are read when they fire. ``nbytes``: of those that fired, with their
-    scales. In pages of the pack, each of one neuron or several: ``asked``, those with a neuron that fired;
+    """What a step took of neurons that are read when they are active. ``nbytes``: of those that were active, with their
+    scales. In pages of the pack, each of one neuron or several: ``asked``, those with a neuron that were active;
     ``missed``, of these, those that the cache did not have and that had to be read, ``missed_bytes``;
     ``foreseen``, of the missed, those whose read had begun before they were asked for. ``reads``, ``read_bytes``:
     what flash gave meanwhile, in vain or not; neighbouring pages come in one read. ``read_through``,

@@ -103,7 +103,7 @@ async def calibrate(
     **options: Unpack[RuntimeKeywords],
 ) -> Calibration:
     """Finds thresholds for ``sparsity="thresholded"`` by every method, measures the perplexity with each on text
-    that was not used for them, and an order of bundles in which neurons that fire together lie together (for
+    that was not used for them, and an order of bundles in which neurons that are active together lie together (for
     ``convert(calibration=)``), and writes the calibration file.
 
     Statistics are collected in numpy, one block of the model at a time, whose float32 weights are in memory then
@@ -113,8 +113,7 @@ async def calibrate(
         model: a pack whose feed-forward blocks are stored by neuron (``pi2rt convert --bundles all``).
         text: what the model is for; other text may cost more.
         resting: the share of neurons that are to rest, above 0 and below 1.
-        recall: the share of neurons that fire which predictors are to name, above 0 and below 1; they are made where
-        gates
+        recall: the share of active neurons that predictors are to name, above 0 and below 1; they are made where gates
             are in the bundles (``pi2rt convert --bundles gates``).
         rank: of predictors; None: a sixteenth of the model's width.
         output: the file to write; None: beside the pack, where ``open_runtime`` looks for it.
@@ -251,7 +250,7 @@ class _Collector:
             found = calibrate_block(layer, name, activations, self._resting)
         else:
             found = exact_block(layer, name, bundles.neurons)
-        # of a block whose neurons do not rest by themselves, those that fire with thresholds
+        # of a block whose neurons do not rest by themselves, those that are active with thresholds
         least = np.zeros(1, np.float32) if rests(block) else found.vector("chess")
         held_out = np.concatenate([np.abs(gate) > least for gate, _ in texts])
         if activations.gates and len(held_out):

@@ -1,9 +1,9 @@
-"""Which neurons fire together, and an order of bundles in which those lie together.
+"""Which neurons are active together, and an order of bundles in which those lie together.
 
 What is wanted is few reads for a token. Its reads are its pages less the neighbours among them, so side by side belong
-those that fire for the same tokens: an order of the largest sum of co-activations of neighbours, a Hamiltonian path of
-least length as in Ripple (arXiv:2410.19274). It is found greedily, from the most frequent neuron on, within each
-cluster of neurons that are asked for together (``formats/neuron_order.py``).
+those that are active for the same tokens: an order of the largest sum of co-activations of neighbours, a Hamiltonian
+path of least length as in Ripple (arXiv:2410.19274). It is found greedily, from the most frequent neuron on, within
+each cluster of neurons that are asked for together (``formats/neuron_order.py``).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def reading(
     *,
     present: npt.NDArray[np.bool_] | None = None,
 ) -> Reading:
-    """What it takes to read what fires, in means over the tokens.
+    """What it takes to read what is active, in means over the tokens.
 
     Args:
         fired: of text that the order was not made from.

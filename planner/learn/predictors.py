@@ -34,7 +34,7 @@ MARGIN = 0.25
 @dataclass(frozen=True, slots=True)
 class Quality:
     """On text that was not used for it: ``recall``, share of firings that were foreseen; ``precision``, share of those
-    foreseen that fire; ``asked``, share of all neurons that are foreseen."""
+    foreseen that are active; ``asked``, share of all neurons that are foreseen."""
 
     recall: float
     precision: float
@@ -77,13 +77,13 @@ def train(
 
 
 def ask_for_all(neurons: int, dim: int) -> Predictor:
-    """Of an expert about which nothing is known: every neuron may fire."""
+    """Of an expert about which nothing is known: every neuron may be active."""
     nothing = np.zeros((1, dim), np.float16), np.zeros((neurons, 1), np.float16)
     return Predictor(*nothing, np.ones(neurons, np.float32))
 
 
 def measure(predictor: Predictor, inputs: Sequence[Floats], products: Sequence[Floats]) -> Quality:
-    """How good it is. Where nothing fires, all that does is found.
+    """How good it is. Where nothing is active, all that does is found.
 
     Args:
         predictor: of one block.
@@ -116,7 +116,7 @@ def _subspace(values: Floats, rank: int) -> Floats:
 
 
 def _margin(scores: Floats, fires: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], recall: float) -> float:
-    """k so that of the neurons that fire the wanted share has a score above -k; not below 0."""
+    """k so that of the neurons that are active the wanted share has a score above -k; not below 0."""
     found = np.sort(-scores[fires])
     if not len(found):
         return 0.0

@@ -1,6 +1,6 @@
 """Thresholds below which a neuron of a SiLU or GELU block may rest. No training, only statistics of some text.
 
-A neuron fires where the magnitude of its activated gate is above its threshold t:
+A neuron is active where the magnitude of its activated gate is above its threshold t:
 
 - CATS (Lee et al., 2024, arXiv:2404.08763): one t for all neurons of a block, the quantile of the magnitudes at the
   wanted share.
@@ -70,7 +70,7 @@ def chess(activations: Activations, wanted: float) -> Floats:
 
 
 def calibrate_block(layer: int, down: str, activations: Activations, wanted: float) -> BlockCalibration:
-    """The record of a block: how often its neurons fire, and thresholds by each method at which about the share
+    """The record of a block: how often its neurons are active, and thresholds by each method at which about the share
     ``wanted`` of them rests."""
     values: dict[Method, Floats] = {"cats": cats(activations, wanted), "chess": chess(activations, wanted)}
     return BlockCalibration(

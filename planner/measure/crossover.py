@@ -18,7 +18,7 @@ from pi2rt.formats.neuron_bundles import NeuronBundles
 
 EVERY = 2
 """Of so many neurons one fires in what is measured: near the crossovers there are. Far below, groups of 32 neurons have
-fewer that fire, and each costs a little more."""
+fewer that are active, and each costs a little more."""
 
 WEIGHTS_BYTES = 128 << 20
 """Weights that pass by in one measurement: more than caches keep, as a model's are."""
@@ -35,7 +35,7 @@ def crossover(
     threads: int,
     kernels: str | None = None,
 ) -> float:
-    """The share of a block's neurons that fire, above which whole matrices of up and down take less time, from memory.
+    """The share of a block's active neurons above which whole matrices of up and down take less time, from memory.
 
     Args:
         up_type: of the matrix up; None where there is none in bundles.

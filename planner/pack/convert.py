@@ -80,8 +80,8 @@ def convert(
             "gates", these with their gates; "all", as thresholds need it; or "off".
         calibration: what was found of the same model (``pi2rt calibrate``): bundles lie in its order, and of ReLU
             blocks whose neurons rarely rest the matrices stay whole. Changes no result.
-        dense_above: the share of a block's neurons that fire, above which its matrices stay whole; None: where that
-            takes less time, measured on this machine (``crossover``).
+        dense_above: the share of a block's active neurons above which its matrices stay whole; None: where that takes
+            less time, measured on this machine (``crossover``).
         progress: called between pieces, from the calling thread.
 
     Raises:
@@ -187,7 +187,7 @@ class _Conversion:
             )
         self.dense = (
             tuple(findings.dense(blocks)) if bundles != "all" else ()
-        )  # thresholds may let neurons rest
+        )  # thresholds may leave neurons inactive
         whole = {each.down for each in self.dense}
         self._bundled = tuple(each for each in blocks if each.down.name not in whole)
         if findings.source is not None and not findings.orders and not whole:

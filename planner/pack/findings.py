@@ -52,7 +52,7 @@ class Findings:
         return cls(found.orders(), firing, dense_above, found.source, os.fspath(path))
 
     def dense(self, blocks: Iterable[Bundled]) -> Iterator[Dense]:
-        """Those of the blocks whose neurons fire too often to be computed one by one."""
+        """Those of the blocks whose neurons are active too often to be computed one by one."""
         measured: dict[tuple[str | None, str, tuple[int, ...]], float] = {}
         for each in blocks:
             firing = self.firing.get(each.down.name)

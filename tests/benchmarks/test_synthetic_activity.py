@@ -1,4 +1,4 @@
-"""What synthetic models promise of the neurons that fire, in every layer."""
+"""What synthetic models promise of the neurons that are active, in every layer."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_calibrate_and_run(pi2rt: Run, packs: dict[str, str], text: str) -> None
     assert re.fullmatch(r"exact: perplexity [\d.]+ over 255 held-out tokens", lines[4])
     for line, method in zip(lines[5:7], ("cats", "chess"), strict=True):
         assert re.fullmatch(
-            rf"{method}: (39|40|41)\.\d% of neurons rest, perplexity [\d.]+ \([+-][\d.]+%\)(, used by .*)?",
+            rf"{method}: (39|40|41)\.\d% of neurons are inactive, perplexity [\d.]+ \([+-][\d.]+%\)(, used by .*)?",
             line,
         )
     assert done.output.count("used by --sparsity thresholded") == 1
@@ -68,7 +68,8 @@ def test_calibrate_and_run(pi2rt: Run, packs: dict[str, str], text: str) -> None
     assert exact.output != lossy.output
     assert "lossy" not in exact.errors
     assert re.search(
-        r"^pi2rt: lossy: thresholded \((cats|chess): \d+% of neurons rest, perplexity [+-]\d+\.\d% on held-out text\)$",
+        r"^pi2rt: lossy: thresholded \((cats|chess): \d+% of neurons are inactive, perplexity [+-]\d+\.\d% on held-out "
+        r"text\)$",
         lossy.errors,
         re.MULTILINE,
     )
@@ -135,13 +136,13 @@ def test_json_and_what_perplexity_measures(
     assert exact["perplexity"] != lossy["perplexity"]
     bench = pi2rt("bench", pack, "--prefill", "32", "--decode", "8", "--repeat", "1", *options)
     assert json.loads(bench.output)["sparsity"].startswith(
-        f"thresholded ({found['method']}: 50% of neurons rest"
+        f"thresholded ({found['method']}: 50% of neurons are inactive"
     )
 
 
 def test_a_relu_model(pi2rt: Run, packs: dict[str, str], text: str) -> None:
-    """Half of its neurons rest by themselves: asked for less, thresholds are zero, and there is nothing to switch
-    on."""
+    """Half of its neurons are inactive by themselves: asked for less, thresholds are zero, and there is nothing to
+    switch on."""
     done = pi2rt("calibrate", packs["relu"], text, "--resting", "0.2", "--json", *FEW)
     found = json.loads(done.output)
     assert all(0.3 < block["firing"] < 0.7 for block in found["blocks"])
@@ -152,11 +153,11 @@ def test_a_relu_model(pi2rt: Run, packs: dict[str, str], text: str) -> None:
     assert pi2rt("calibrate", packs["relu"], text, "--resting", "0.8", "--force", *FEW).status == 0
     done = pi2rt("run", packs["relu"], "-p", "Hi", "-n", "4", "--ignore-eos", "--sparsity", "thresholded")
     assert done.status == 0
-    assert "80% of neurons rest" in done.errors
+    assert "80% of neurons are inactive" in done.errors
 
 
 def test_an_order(pi2rt: Run, tmp_path: Path, text: str) -> None:
-    """On a text that repeats itself, neurons that fire together lie together; the text made stays."""
+    """On a text that repeats itself, neurons that are active together lie together; the text made stays."""
     model = TinyModel("llama", seed=3, dim=2560, hidden=544, layers=2, heads=2, kv_heads=1, head_dim=64, context=1024,
                       config={"hidden_act": "relu"})  # fmt: skip
     source, plain, ordered = (str(tmp_path / name) for name in ("m.gguf", "plain.pi2", "ordered.pi2"))
@@ -248,7 +249,8 @@ def test_blocks_whose_neurons_rarely_rest(pi2rt: Run, tmp_path: Path, text: str)
 
 
 def test_predicted(pi2rt: Run, packs: dict[str, str], text: str) -> None:
-    """A predictor of full rank names who fires and hardly anybody else; one of rank 1 names nearly all, or says so."""
+    """A predictor of full rank names the active neurons and hardly any other; one of rank 1 names nearly all, or says
+    so."""
     run = ("run", packs["gates"], "-p", "Hello", "-n", "12", "--ignore-eos")
     exact = pi2rt("run", packs["relu"], *run[2:])
     assert pi2rt(*run).output == exact.output
@@ -317,7 +319,7 @@ def test_mistakes(pi2rt: Run, packs: dict[str, str], text: str, model: str, tmp_
             ("run", packs["gates"], *phases, "--memory", "1G"),
             "one sector (convert --bundles gates); those of this pack have 4096 bytes",
         ),
-        (("run", packs["relu"], *predicted), "are in memory, and say exactly who fires"),
+        (("run", packs["relu"], *predicted), "are in memory, and say exactly which are active"),
         (("calibrate", packs["gates"], text, "--recall", "2"), "'2' is not a share above 0 and below 1"),
         (("calibrate", packs["gates"], text, "--rank", "0"), "'0' is not an integer of at least 1"),
         (("convert", model, str(tmp_path / "x.pi2"), "--bundles", "all"), "leave out --bundles all"),

@@ -1,4 +1,4 @@
-"""Neurons that are read when they fire: the same bits as the dense block, whatever the cache holds."""
+"""Neurons that are read when they are active: the same bits as the dense block, whatever the cache holds."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ async def test_each_step_tells_what_it_took(packs: tuple[Path, Path]) -> None:
         assert 0 < sum(use.missed_bytes for use in uses) <= sum(use.asked for use in uses) * size
         read = counted(after.details, "flash_reads") - counted(before, "flash_reads")
         assert 0 < sum(use.reads for use in uses) <= read
-        assert uses[-1].nbytes == resident  # the same neurons fire, wherever they were
+        assert uses[-1].nbytes == resident  # the same neurons are active, wherever they were
         assert all(0 < use.nbytes < most + scales for use in uses)
         assert {step.weight_bytes - step.neurons.nbytes for step in after.recent if step.neurons} == {
             after.recent[0].weight_bytes - uses[0].nbytes

@@ -84,7 +84,7 @@ def test_what_was_written_is_read(tmp_path: Path, pack: Path) -> None:
     found = read(path, pack)
     assert found == written
     assert os.listdir(tmp_path) == ["c"]
-    assert found.summary("chess") == "chess: 49% of neurons rest, perplexity +10.0% on held-out text"
+    assert found.summary("chess") == "chess: 49% of neurons are inactive, perplexity +10.0% on held-out text"
     assert found.increase("cats") == pytest.approx(0.25)
     for block, (name, values) in zip(found.blocks, found.thresholds().items(), strict=True):
         assert block.down == name

@@ -1,7 +1,7 @@
 /* The data plane under the sanitizers: a gang of three threads runs a small program of random weights, with steps
  * posted ahead and steps stopped at any moment, and gives the bits that one thread alone gives. Then again with every
  * matrix of every layer streamed from a file through the smallest ring; and, with ReLU, with the neurons of
- * feed-forward blocks read from a file when they fire, through the smallest cache and changing ones.
+ * feed-forward blocks read from a file when they are active, through the smallest cache and changing ones.
  *
  *   stress STEPS
  *

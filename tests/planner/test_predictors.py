@@ -37,7 +37,7 @@ def test_a_gate_of_low_rank_is_predicted() -> None:
 
 @pytest.mark.parametrize("recall", [0.9, 0.98])
 def test_recall_comes_before_precision(recall: float) -> None:
-    """A gate of full rank whose neurons fire one time in six."""
+    """A gate of full rank whose neurons are active one time in six."""
     weight, bias = gate(DIM), np.full(NEURONS, -0.2, np.float32)
     inputs = texts(12, 128, 0.9)
     products = [x @ weight.T + bias for x in inputs]
