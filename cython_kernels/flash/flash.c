@@ -15,8 +15,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "gang.h" /* pi2_now_ns */
 #include "pages.h"
+#include "waiting.h"
 
 #ifndef O_DIRECT
 #define O_DIRECT 0
@@ -165,10 +165,14 @@ int pi2_done_take(pi2_flash *f, pi2_read **done, int max) {
 
 static void *io_main(void *argument) {
   pi2_flash *f = argument;
-  pthread_mutex_lock(&f->mutex);
   for (;;) {
-    while (!f->queue && !atomic_load(&f->closing)) pthread_cond_wait(&f->work, &f->mutex);
-    if (atomic_load(&f->closing)) break; /* what is still queued is dropped */
+    while (sem_wait(&f->work)) { /* EINTR */
+    }
+    pthread_mutex_lock(&f->mutex);
+    if (atomic_load(&f->closing)) { /* what is still queued is dropped */
+      pthread_mutex_unlock(&f->mutex);
+      return NULL;
+    }
     pi2_read *r = f->queue;
     f->queue = r->next;
     if (!f->queue) f->queue_end = &f->queue;
@@ -183,17 +187,16 @@ static void *io_main(void *argument) {
     f->reading -= r->bytes;
     pi2_done_push(f, r);
     pthread_cond_signal(&f->finished);
+    pthread_mutex_unlock(&f->mutex);
   }
-  pthread_mutex_unlock(&f->mutex);
-  return NULL;
 }
 
 /* As pi2_flash_close. */
 static int64_t pool_join(pi2_flash *f, int64_t patience_ns) {
   pthread_mutex_lock(&f->mutex);
   atomic_store(&f->closing, 1);
-  pthread_cond_broadcast(&f->work);
   pthread_mutex_unlock(&f->mutex);
+  for (int i = 0; i < f->threads; i++) sem_post(&f->work);
   struct timespec until;
   clock_gettime(CLOCK_REALTIME, &until); /* the clock of pthread_timedjoin_np */
   until.tv_sec += (time_t)(patience_ns / 1000000000);
@@ -321,7 +324,7 @@ static int open_file(pi2_flash *f, const char *path) {
 static pi2_flash *give_up(pi2_flash *f, int error, int *why) {
   if (f->wake_fd >= 0) close(f->wake_fd);
   if (f->fd >= 0) close(f->fd);
-  pthread_cond_destroy(&f->work);
+  sem_destroy(&f->work);
   pthread_cond_destroy(&f->finished);
   pthread_mutex_destroy(&f->mutex);
   free(f);
@@ -349,7 +352,7 @@ pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *erro
   pthread_condattr_init(&clock);
   pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
   pthread_mutex_init(&f->mutex, NULL);
-  pthread_cond_init(&f->work, NULL);
+  sem_init(&f->work, 0, 0);
   pthread_cond_init(&f->finished, &clock);
   pthread_condattr_destroy(&clock);
   f->deadly = pi2_deadly_calls();
@@ -421,7 +424,7 @@ int pi2_flash_submit(pi2_flash *f, pi2_read *r) {
   else {
     *f->queue_end = r;
     f->queue_end = &r->next;
-    pthread_cond_signal(&f->work);
+    sem_post(&f->work);
   }
   pthread_mutex_unlock(&f->mutex);
   return 0;

@@ -2,6 +2,7 @@
 #ifndef PI2_FLASH_PRIVATE_H
 #define PI2_FLASH_PRIVATE_H
 #include <pthread.h>
+#include <semaphore.h>
 #include <stdatomic.h>
 
 #include "flash.h"
@@ -20,7 +21,10 @@ struct pi2_flash {
   int threads;
   pthread_t thread[PI2_FLASH_THREADS];
   pthread_mutex_t mutex;
-  pthread_cond_t work, finished;
+  /* Counts what is queued. Not a condition variable: several threads wait, and glibc before 2.41 may lose a signal then
+   * (its bug 25847). One thread waits for `finished`. */
+  sem_t work;
+  pthread_cond_t finished;
   pi2_read *queue, **queue_end; /* under `mutex` */
   int64_t reading;              /* bytes of the reads that threads are at; under `mutex` */
   _Atomic int64_t ended_at;     /* where the file ended in a read that failed for it; -1: none has */

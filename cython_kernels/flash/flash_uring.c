@@ -14,7 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "gang.h" /* pi2_now_ns */
+#include "waiting.h"
 
 #if defined(__linux__) && defined(__has_include)
 #if __has_include(<linux/io_uring.h>)

@@ -2,37 +2,29 @@
 #include "neuron_cache.h"
 
 #include <errno.h>
-#include <limits.h>
-#include <linux/futex.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
-#include "gang.h"
 #include "pages.h"
+#include "waiting.h"
 
 enum { ABSENT, COMING, PRESENT }; /* state of a slot: of no page, being read, usable */
 enum { WHOLE, HEAD, REST };       /* part of a page: REST while it is being read behind a head */
 enum { RUNNING, WAITS_FOR_WORK, WAITS_FOR_READS };
 
-static void futex_wake(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
-
 void pi2_neuron_cache_signal(pi2_neuron_cache *c) {
   atomic_fetch_add(&c->event, 1);
-  if (atomic_load(&c->sleepers)) futex_wake(&c->event);
+  if (atomic_load(&c->sleepers)) pi2_futex_wake(&c->event);
 }
 void pi2_neuron_cache_wait(pi2_neuron_cache *c, uint32_t seen, int64_t timeout_ns) {
-  const struct timespec t = {timeout_ns / 1000000000, timeout_ns % 1000000000};
   atomic_fetch_add(&c->sleepers, 1);
-  if (atomic_load(&c->event) == seen) syscall(SYS_futex, &c->event, FUTEX_WAIT_PRIVATE, seen, &t, NULL, 0);
+  if (atomic_load(&c->event) == seen) pi2_futex_wait(&c->event, seen, timeout_ns);
   atomic_fetch_sub(&c->sleepers, 1);
 }
 static void wake_reader(pi2_neuron_cache *c) {
   atomic_fetch_add(&c->work, 1);
   const int waits = atomic_load(&c->reader);
-  if (waits == WAITS_FOR_WORK) futex_wake(&c->work);
+  if (waits == WAITS_FOR_WORK) pi2_futex_wake(&c->work);
   if (waits == WAITS_FOR_READS && atomic_load(&c->in_flight) < c->depth) pi2_flash_wake(c->flash);
 }
 
@@ -421,8 +413,7 @@ static void *reader_main(void *argument) {
     if (c->n_spare == c->depth) {
       since = 0;
       atomic_store(&c->reader, WAITS_FOR_WORK);
-      if (atomic_load(&c->work) == work && !atomic_load(&c->closing))
-        syscall(SYS_futex, &c->work, FUTEX_WAIT_PRIVATE, work, NULL, NULL, 0);
+      if (atomic_load(&c->work) == work && !atomic_load(&c->closing)) pi2_futex_wait(&c->work, work, -1);
       atomic_store(&c->reader, RUNNING);
       continue;
     }
@@ -506,7 +497,7 @@ pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *re
 int64_t pi2_neuron_cache_destroy(pi2_neuron_cache *c) {
   atomic_store(&c->closing, 1);
   atomic_fetch_add(&c->work, 1);
-  futex_wake(&c->work);
+  pi2_futex_wake(&c->work);
   pi2_flash_wake(c->flash);
   pthread_join(c->thread, NULL);
   const int64_t left = pi2_flash_close(c->flash, pi2_flash_patience(c->deadline_ns));

@@ -25,7 +25,7 @@ cdef extern from "pages.h" nogil:
     void *pi2_pages_map(int64_t, int)
     void pi2_pages_unmap(void *, int64_t)
 
-cdef extern from "gang.h" nogil:
+cdef extern from "waiting.h" nogil:
     int64_t pi2_now_ns()
 
 cdef extern from "flash.h" nogil:

@@ -4,8 +4,8 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-#include "gang.h" /* pi2_now_ns */
 #include "kernels.h"
+#include "waiting.h"
 
 #define LOOK_NS 10000000 /* how often a call looks whether it was stopped */
 

@@ -2,29 +2,18 @@
 #include "stream.h"
 
 #include <errno.h>
-#include <limits.h>
-#include <linux/futex.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
-#include "gang.h"
 #include "pages.h"
+#include "waiting.h"
 
 #define PIECE (16 << 20) /* of the ring: few reads of a megabyte go across two */
 #define LOOK_NS 10000000 /* how often a thread that waits for a unit looks whether its run was stopped */
 
-static void futex_wait(_Atomic uint32_t *word, uint32_t expected, int64_t timeout_ns) { /* < 0: for ever */
-  const struct timespec t = {timeout_ns / 1000000000, timeout_ns % 1000000000};
-  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, timeout_ns < 0 ? NULL : &t, NULL, 0);
-}
-static void futex_wake(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
-
 static void tell_ready(pi2_stream *s) {
   atomic_fetch_add(&s->ready_word, 1);
-  if (atomic_load(&s->sleepers)) futex_wake(&s->ready_word);
+  if (atomic_load(&s->sleepers)) pi2_futex_wake(&s->ready_word);
 }
 static void fail(pi2_stream *s, int error) {
   atomic_store(&s->error, error);
@@ -182,7 +171,7 @@ static void *reader_main(void *argument) {
     advance_ready(s);
     if (s->n_spare == s->depth) { /* nothing in flight: the ring is full, or reading has failed */
       since = 0;
-      if (atomic_load(&s->work_word) == word && !atomic_load(&s->closing)) futex_wait(&s->work_word, word, -1);
+      if (atomic_load(&s->work_word) == word && !atomic_load(&s->closing)) pi2_futex_wait(&s->work_word, word, -1);
       continue;
     }
     const int64_t begin = pi2_now_ns();
@@ -227,7 +216,7 @@ pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, 
 }
 static void wake_reader(pi2_stream *s) {
   atomic_fetch_add(&s->work_word, 1);
-  futex_wake(&s->work_word);
+  pi2_futex_wake(&s->work_word);
   pi2_flash_wake(s->flash);
 }
 int64_t pi2_stream_destroy(pi2_stream *s) {
@@ -263,7 +252,7 @@ void pi2_stream_lend(pi2_stream *s, int64_t bytes, const _Atomic int *stop) {
       return;
     }
     atomic_fetch_add(&s->sleepers, 1);
-    if (atomic_load(&s->lent) > bytes && !atomic_load(&s->error)) futex_wait(&s->ready_word, word, LOOK_NS);
+    if (atomic_load(&s->lent) > bytes && !atomic_load(&s->error)) pi2_futex_wait(&s->ready_word, word, LOOK_NS);
     atomic_fetch_sub(&s->sleepers, 1);
   }
 }
@@ -288,7 +277,7 @@ const uint8_t *pi2_stream_get(pi2_stream *s, uint64_t position, int64_t spin_ns,
     else if (now > deadline) {
       const uint32_t word = atomic_load(&s->ready_word);
       atomic_fetch_add(&s->sleepers, 1);
-      if (atomic_load(&s->ready) <= position && !atomic_load(&s->error)) futex_wait(&s->ready_word, word, LOOK_NS);
+      if (atomic_load(&s->ready) <= position && !atomic_load(&s->error)) pi2_futex_wait(&s->ready_word, word, LOOK_NS);
       atomic_fetch_sub(&s->sleepers, 1);
     }
   }

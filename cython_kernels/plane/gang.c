@@ -2,29 +2,14 @@
 #include "gang.h"
 
 #include <errno.h>
-#include <linux/futex.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
-#include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "system_calls.h"
-
-int64_t pi2_now_ns(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
-static void futex_wait(_Atomic uint32_t *word, uint32_t expected) {
-  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, NULL, NULL, 0);
-}
-static void futex_wake_all(_Atomic uint32_t *word) {
-  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1 << 30, NULL, NULL, 0);
-}
+#include "waiting.h"
 
 /* Waits until *word differs from `old`: spins for spin_ns, then sleeps. `sleepers` lets the waker skip the system call.
  */
@@ -44,12 +29,12 @@ static void wait_change(pi2_gang *g, _Atomic uint32_t *word, uint32_t old, int64
     }
   }
   atomic_fetch_add(&g->sleepers, 1);
-  while (atomic_load(word) == old) futex_wait(word, old);
+  while (atomic_load(word) == old) pi2_futex_wait(word, old, -1);
   atomic_fetch_sub(&g->sleepers, 1);
 }
 static void change(pi2_gang *g, _Atomic uint32_t *word) {
   atomic_fetch_add(word, 1); /* sequentially consistent: a sleeper registered before it is seen below */
-  if (atomic_load(&g->sleepers)) futex_wake_all(word);
+  if (atomic_load(&g->sleepers)) pi2_futex_wake(word);
 }
 
 int pi2_barrier(pi2_worker *w) {
@@ -146,7 +131,7 @@ int pi2_gang_post(pi2_gang *g, pi2_job run, void *context) {
 void pi2_gang_destroy(pi2_gang *g) {
   atomic_store(&g->last, atomic_load(&g->posted)); /* before any thread can come to it: they end there */
   atomic_fetch_add(&g->posted, 1);
-  futex_wake_all(&g->posted);
+  pi2_futex_wake(&g->posted);
   for (int i = 0; i < g->n; i++) pthread_join(g->workers[i].thread, NULL);
   close(g->event_fd);
   free(g->workers);

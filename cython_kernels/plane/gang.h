@@ -9,6 +9,8 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
+#include "waiting.h"
+
 #define PI2_QUEUE 8 /* runs of a program in flight, at most */
 #define PI2_JOBS 16 /* jobs posted and not finished, at most: a run is done a moment before its job is finished */
 
@@ -54,25 +56,4 @@ int pi2_barrier(pi2_worker *worker);
 /* First thing of a job, on every thread: names the flag that stops it. */
 void pi2_job_begin(pi2_worker *worker, _Atomic int *stop);
 
-#if defined(__x86_64__)
-#include <x86intrin.h>
-static inline uint64_t pi2_ticks(void) { return __rdtsc(); }
-static inline void pi2_pause(void) { _mm_pause(); }
-#elif defined(__aarch64__)
-static inline uint64_t pi2_ticks(void) {
-  uint64_t t;
-  __asm__ volatile("mrs %0, cntvct_el0" : "=r"(t));
-  return t;
-}
-static inline void pi2_pause(void) { __asm__ volatile("yield"); }
-#else
-#include <time.h>
-static inline uint64_t pi2_ticks(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-static inline void pi2_pause(void) {}
-#endif
-int64_t pi2_now_ns(void); /* CLOCK_MONOTONIC, as time.perf_counter_ns */
 #endif

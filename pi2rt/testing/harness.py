@@ -96,14 +96,14 @@ class Harness:
     ``models``: names of those of ``TINY_MODELS`` that the executor can run; most tests take the first one. Where
     ``open_model`` is overridden, any names. ``options``: what ``Executor.open`` gets; 4 slots, 256 positions and 192
     tokens in a step at least, and 4 pages for each slot. ``tolerance``: see there. ``patience``: seconds that a test
-    may take; only a hang takes that long. ``tries``: how often a race between a call and a step is tried, where one of
-    its outcomes must be seen at least once.
+    may take; only a hang takes that long, on an emulated processor too. ``tries``: how often a race between a call and
+    a step is tried, where one of its outcomes must be seen at least once.
     """
 
     models: ClassVar[Sequence[str]] = tuple(TINY_MODELS)
     options: ExecutorOptions = ExecutorOptions(slots=4, pages=16, context=256, max_tokens=192)
     tolerance: Tolerance = Tolerance()
-    patience: float = 60.0
+    patience: float = 300.0
     tries: int = 50
     folder: Path
     doing = "the test"  # what a test that hangs is blamed on

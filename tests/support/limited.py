@@ -109,7 +109,13 @@ def become_stranger() -> None:
 
 
 def _limit(which: int, value: int) -> None:
-    resource.setrlimit(which, (value, resource.getrlimit(which)[1]))
+    most = resource.getrlimit(which)[1]
+    resource.setrlimit(which, (value, most))
+    if resource.getrlimit(which) != (value, most):  # qemu says yes to some limits of memory, and sets none
+        name = next(
+            name for name in dir(resource) if name.startswith("RLIMIT") and getattr(resource, name) == which
+        )
+        _not_permitted(f"{name} is not set when asked for (an emulator of user programs)")
 
 
 def _not_permitted(why: str) -> None:
