@@ -19,7 +19,9 @@
   KIND(ADD, add)             \
   KIND(HEAD, head)           \
   KIND(SPARSE, sparse)       \
-  KIND(ROUTE, route)
+  KIND(ROUTE, route)         \
+  KIND(HANDOFF, handoff)     \
+  KIND(JOIN, join)
 
 enum pi2_op_kind {
 #define PI2_KIND(number, name) PI2_##number,

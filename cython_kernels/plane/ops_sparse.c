@@ -53,6 +53,8 @@ static int64_t cluster_end(const block *k, int c) {
   const int64_t end = (int64_t)(c + 1) * PI2_CLUSTER;
   return end < k->b->neurons ? end : k->b->neurons;
 }
+/* Whether a cluster unit computes it. */
+static int is_elsewhere(const pi2_bundles *b, int c) { return b->elsewhere && b->elsewhere[c]; }
 static uint16_t *active(const block *k, int row, int c) { return k->s->active + row * k->p->hidden + c * PI2_CLUSTER; }
 static int n_active(const block *k, int row, int c) { return k->s->n_active[row * k->s->n_clusters + c]; }
 
@@ -136,14 +138,15 @@ static void gate_cluster(block *k, int c) {
   float *tile = p->scratch[k->w->index].tile;
   uint8_t wanted[PI2_CLUSTER] = {0};
   float near[PI2_CLUSTER] = {0};
-  const int weigh = k->rows <= PI2_REPLICATED && k->cache->n_slots < k->cache->n_pages && by_sign(op);
+  const int elsewhere = is_elsewhere(b, c);
+  const int weigh = !elsewhere && k->rows <= PI2_REPLICATED && k->cache->n_slots < k->cache->n_pages && by_sign(op);
   const int streamed = op->n_matrices && pi2_is_streamed(m);
   const int64_t end_block = (end + PI2_ROWS - 1) / PI2_ROWS;
   if (streamed && !pi2_pieces_get(k->r, m, k->w, first / PI2_ROWS, end_block)) return;
   for (int row = 0; row < k->rows; row += pass) {
     const int rows = k->rows - row < pass ? k->rows - row : pass;
     for (int i = 0; i < rows; i++) k->s->n_active[(row + i) * k->s->n_clusters + c] = 0;
-    for (int64_t at = first; at < end; at += PI2_TILE_WIDTH) {
+    for (int64_t at = first; at < end && !elsewhere; at += PI2_TILE_WIDTH) {
       const int64_t width = end - at < PI2_TILE_WIDTH ? end - at : PI2_TILE_WIDTH,
                     blocks = (width + PI2_ROWS - 1) / PI2_ROWS;
       if (op->n_matrices)
@@ -277,6 +280,7 @@ static void foresee_cluster(const block *k, const pi2_op *next, int c, const pi2
   float *tile = p->scratch[k->w->index].tile;
   int32_t pages[PI2_CLUSTER];
   uint8_t wanted[PI2_CLUSTER];
+  if (is_elsewhere(bundles_of(next), c)) return;
   for (int64_t at = first; at < end; at += PI2_TILE_WIDTH) {
     const int64_t width = end - at < PI2_TILE_WIDTH ? end - at : PI2_TILE_WIDTH;
     pi2_multiply(p, m, at / PI2_ROWS, (int)((width + PI2_ROWS - 1) / PI2_ROWS), in, 0, k->rows, tile, PI2_TILE_LD);

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "arena.h"
+#include "cluster_unit.h"
 #include "copies.h"
 #include "gang.h"
 #include "kernels.h"
@@ -83,8 +84,8 @@ typedef struct pi2_run {
   pi2_neuron_counts before, used;       /* before: when it began */
   uint64_t base;                        /* position of the first streamed unit */
   int64_t kept_bytes;                   /* of streamed ones that needed no reading, when it began */
-  _Atomic int error;                    /* errno of a read that failed: the run was stopped by it */
-  _Atomic int done;                     /* last to be set: whoever sees it sees the results */
+  _Atomic int error; /* errno of a read that failed, or that of a cluster unit: the run was stopped by it */
+  _Atomic int done;  /* last to be set: whoever sees it sees the results */
   int64_t begin_ns, end_ns;
   uint64_t begin_ticks, end_ticks;
   uint64_t *busy;              /* (threads) ticks in kernels */

@@ -7,6 +7,7 @@ import numpy.typing as npt
 from pi2rt.cython_kernels.flash.neuron_cache import NeuronCache
 from pi2rt.cython_kernels.flash.rows import Rows
 from pi2rt.cython_kernels.flash.stream import Stream
+from pi2rt.cython_kernels.plane.cluster_unit import Mailbox
 from pi2rt.runtime.step import Bind, Sampling, Step, StepResult, Unusable
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -57,6 +58,7 @@ class Bundles:
         down_bias: Floats | None = None,
         thresholds: Floats | None = None,
         order: npt.NDArray[np.uint16] | None = None,
+        elsewhere: npt.NDArray[np.uint8] | None = None,
     ) -> None: ...
 
 class Program:
@@ -128,6 +130,8 @@ class Program:
         mixed_down: bool = False,
         expert: int = -1,
     ) -> None: ...
+    def hand_off(self, layer: int, norm: Norm | None, mailbox: Mailbox | None) -> None: ...
+    def join(self, layer: int, sink: str, mailbox: Mailbox | None) -> None: ...
     def route(self, layer: int, *, n_experts: int, n_used: int, normalized: bool, shared: bool) -> None: ...
     def attention(
         self,

@@ -16,6 +16,7 @@ import numpy as np
 from pi2rt._errors import BusyError, InternalError, RequestError
 from pi2rt.host.limits import memory_failure, system_failure
 from pi2rt.host.read_errors import read_failure
+from pi2rt.runtime.cluster_unit import ClusterUnitError
 from pi2rt.runtime.step import NeuronUse, Sampled, Skipped, StepResult, Unusable
 
 cdef extern from "gang.h" nogil:
@@ -23,8 +24,6 @@ cdef extern from "gang.h" nogil:
         int n, event_fd
     pi2_gang *pi2_gang_create(int, const int *, int64_t)
     void pi2_gang_destroy(pi2_gang *)
-    uint64_t pi2_ticks()
-    int64_t pi2_now_ns()
 
 cdef extern from "sampler.h" nogil:
     ctypedef struct pi2_slot:
@@ -78,9 +77,17 @@ cdef extern from "sparse.h" nogil:
         const float *down_bias
         const float *thresholds
         const uint16_t *order
+        const uint8_t *elsewhere
     ctypedef struct pi2_neuron_block:
         const pi2_bundles *bundles
         int activation, up_activation, mixed_down
+
+cdef extern from "cluster_unit.h" nogil:
+    enum: PI2_UNIT_FAILED, PI2_UNIT_LATE
+    ctypedef struct pi2_cluster_unit:
+        pass
+    ctypedef struct pi2_hop:
+        pi2_cluster_unit *unit
 
 cdef extern from "copies.h" nogil:
     ctypedef struct pi2_copies:
@@ -88,7 +95,7 @@ cdef extern from "copies.h" nogil:
     int pi2_copies_add(pi2_copies *, const uint8_t *, uint8_t *, int64_t)
 
 cdef extern from "op.h" nogil:
-    enum: PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD, PI2_HEAD, PI2_SPARSE, PI2_ROUTE
+    enum: PI2_EMBED, PI2_LINEAR, PI2_ATTENTION, PI2_FFN, PI2_ADD, PI2_HEAD, PI2_SPARSE, PI2_ROUTE, PI2_HANDOFF, PI2_JOIN
     ctypedef struct pi2_matrix:
         int type
         int64_t rows, k
@@ -291,7 +298,7 @@ cdef class Bundles:
     ``gate``: as ``up``, where gates are in the bundles too; ``gate_bytes``, ``up_bytes``: from a neuron's beginning to its
     row of up, and to its column of down. ``thresholds``: float32 (neurons,), None for an exact block; a neuron is active when the activated gate's magnitude is above.
     ``order``: uint16 (neurons,), of each place the neuron of its cluster whose bundle lies there, a permutation of each cluster; None:
-    the neurons' own.
+    the neurons' own. ``elsewhere``: uint8 (clusters,), not 0 for those that a cluster unit computes; None: none.
     Scales stay valid as long as the program lives.
     """
 
@@ -299,10 +306,17 @@ cdef class Bundles:
     cdef list keep
 
     def __init__(self, int region, up, down, *, int64_t down_plane, int64_t neurons, int64_t per_page, int64_t neuron_bytes,
-                 int64_t up_bytes, gate=None, int64_t gate_bytes=0, gate_bias=None, up_bias=None, down_bias=None, thresholds=None, order=None):
+                 int64_t up_bytes, gate=None, int64_t gate_bytes=0, gate_bias=None, up_bias=None, down_bias=None, thresholds=None, order=None,
+                 elsewhere=None):
         cdef const float[::1] bias
         cdef const uint16_t[::1] places
-        self.keep = [gate_bias, up_bias, down_bias, thresholds, order]
+        cdef const uint8_t[::1] others
+        self.keep = [gate_bias, up_bias, down_bias, thresholds, order, elsewhere]
+        if elsewhere is not None:
+            others = elsewhere
+            if others.shape[0] != (neurons + PI2_CLUSTER - 1) // PI2_CLUSTER:
+                raise InternalError(f"{others.shape[0]} clusters for {neurons} neurons")
+            self.b.elsewhere = &others[0]
         if order is not None:
             places = order
             if places.shape[0] != neurons:
@@ -503,6 +517,24 @@ cdef class Program:
         data.activation, data.up_activation, data.mixed_down = activation, up_activation, mixed_down
         self.set_matrices(op, [] if decides is None else [decides])
         self.keep.append(bundles)
+
+    def hand_off(self, int layer, norm, mailbox):
+        """Gives a ``cluster_unit.Mailbox`` the input of the block that follows; ``join`` follows that."""
+        op = self.operation(PI2_HANDOFF, layer)
+        op.norm = self.norm_of(norm)
+        self.set_unit(op, mailbox)
+
+    def join(self, int layer, sink, mailbox):
+        """Adds what the unit has made of it. ``sink``: the block's, "x" or "y"."""
+        op = self.operation(PI2_JOIN, layer)
+        op.sink = SINKS[sink]
+        self.set_unit(op, mailbox)
+
+    cdef int set_unit(self, pi2_op *op, mailbox) except -1:
+        if not self.only_measured:
+            (<pi2_hop *>op.data).unit = <pi2_cluster_unit *><uintptr_t>mailbox.address
+            self.keep.append(mailbox)
+        return 0
 
     def attention(self, int layer, *, int n_heads, int n_kv_heads, int head_dim, int window, float scale, float softcap,
                   int rope, q_norm, k_norm, uintptr_t kv, int64_t page_stride, int64_t head_stride, int64_t v_offset,
@@ -754,6 +786,8 @@ cdef class Program:
         for t in range(self.p.threads):
             self.busy_ns[t] += <int64_t>(r.busy[t] * ns_per_tick)
         kernel_ns = <int64_t>(busy * ns_per_tick / self.p.threads)
+        if r.error == PI2_UNIT_FAILED or r.error == PI2_UNIT_LATE:
+            raise ClusterUnitError("failed" if r.error == PI2_UNIT_FAILED else "has not answered in time")
         if r.error:
             readers = [each for each in (self.neurons, self.clusters, self.stream, self.rows) if each is not None]
             reader = readers[0]  # all read the same file; one of them knows where it ended

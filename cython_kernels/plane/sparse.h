@@ -45,6 +45,7 @@ typedef struct {                  /* where the neurons of a block lie; docs/pack
   /* (neurons): of each place the neuron whose bundle lies there, counted from the cluster's first, a permutation of
    * each cluster; NULL: every neuron at its own place. Nothing but pages and offsets in them depends on it. */
   const uint16_t *order;
+  const uint8_t *elsewhere; /* (clusters): not 0: a cluster unit computes this one; NULL: none */
 } pi2_bundles;
 
 typedef struct { /* the data of PI2_SPARSE: y or x += down(act(gate) * up); its matrix, if any, decides */

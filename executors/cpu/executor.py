@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import trio
@@ -24,6 +25,7 @@ from pi2rt.executors.cpu.need import cpu_need, layout_of
 from pi2rt.executors.cpu.neurons import Neurons
 from pi2rt.executors.cpu.predictors import LoadedPredictors
 from pi2rt.executors.cpu.program_builder import BLOCKS, ProgramBuilder
+from pi2rt.executors.cpu.unit_clusters import UnitClusters
 from pi2rt.executors.cpu.weights import Weights
 from pi2rt.executors.flash.embedding_rows import EmbeddingRows
 from pi2rt.executors.flash.late_reads import LateReads
@@ -31,11 +33,12 @@ from pi2rt.executors.flash.page_cache import PageCache
 from pi2rt.executors.flash.read_trace import ReadTrace
 from pi2rt.executors.flash.ring import Ring
 from pi2rt.formats import ModelFile
-from pi2rt.host.limits import explained
+from pi2rt.host.limits import explained, limits_explained
 from pi2rt.host.topology import own_cores
 from pi2rt.memory import KvType, MemoryNeed, StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.models.block_check import check_blocks, kinds_of
+from pi2rt.runtime.cluster_unit import ClusterUnitError, misplaced_clusters
 from pi2rt.runtime.executor import (
     RECENT_STEPS,
     ExecutorOptions,
@@ -63,6 +66,7 @@ class CpuExecutor:
     name = "cpu"
     reads_bundles = True
     streams_weights = True
+    takes_cluster_units = True
     sparsities = ("exact", "thresholded", "predicted")
     max_in_flight = program.MOST_IN_FLIGHT
 
@@ -73,6 +77,7 @@ class CpuExecutor:
         self._neurons: Neurons | None = None
         self._predictors: LoadedPredictors | None = None
         self._clusters: Clusters | None = None
+        self._unit: UnitClusters | None = None
         self._rows: EmbeddingRows | None = None
         self._gang: program.Gang | None = None
         self._program: program.Program | None = None
@@ -88,7 +93,10 @@ class CpuExecutor:
         self._resizing = trio.Lock()
         self._file: ModelFile | None = None  # and the model, while it is open: to build the program again
         self._model: ModelDescription | None = None
-        self._read_failed = False  # the last step that failed did so because it could not read
+        self._repairable = False  # the last step that failed did so because of a read, or of the cluster unit
+        self._lost_unit: str | None = (
+            None  # what ended the cluster unit, whose clusters are computed here since then
+        )
 
     @property
     def block_kinds(self) -> frozenset[str]:
@@ -125,6 +133,9 @@ class CpuExecutor:
         self._threads = _threads(options)
         self._options = options
         self._weights = Weights(file, layout_of(file, model, options))
+        problem = misplaced_clusters(file, model, options.unit_clusters)
+        if problem is not None:
+            raise RequestError(f"{os.fspath(file.path)!r}: {problem}")
         reads = LateReads(file.path, options.read_deadline)
         self._file, self._model, self._store = file, model, store
         await self._load(file, model, options, progress, reads)
@@ -136,6 +147,7 @@ class CpuExecutor:
         self._predictors = await reads.run(
             "weights", lambda: LoadedPredictors(file, wanted), LoadedPredictors.close
         )
+        await self._open_unit(reads)
         self._build()
         if options.trace is not None and self._neurons is not None:
             trace = ReadTrace(options.trace, FLASH, self._neurons.layers)
@@ -146,6 +158,21 @@ class CpuExecutor:
             self._read_traces.append((self._clusters.cache, trace))
         for reading, _ in self._read_traces:
             reading.trace(TRACED_READS)
+
+    async def _open_unit(self, reads: LateReads) -> None:
+        """The cluster unit, with its weights, and its thread."""
+        file, model, options = self._file, self._model, self._options
+        assert file is not None
+        assert model is not None
+        assert options is not None
+        if options.cluster_unit is None:
+            return
+        made, deadline = options.cluster_unit(), options.read_deadline
+        unit = self._unit = UnitClusters(made, options.unit_clusters, options.max_tokens, model.dim, deadline)
+        for name in unit.clusters:
+            await reads.run("clusters of a unit", partial(unit.load, file, model, name))
+        with limits_explained():
+            unit.start()
 
     async def _open_readers(self, reads: LateReads) -> None:
         """Those that keep nothing: of streamed pieces, and of rows of the embedding."""
@@ -185,6 +212,7 @@ class CpuExecutor:
             None if self._neurons is None else self._neurons.cached,
             None if self._clusters is None else self._clusters.cached,
             self._predictors.by_down,
+            self._unit,
         )
         self._program = builder.build(store.layout, store.page_memory.address)
         self._program.prepare()
@@ -210,7 +238,7 @@ class CpuExecutor:
     async def repair(self) -> bool:
         """See ``pi2rt.runtime.executor.Repairable``. What is in memory stays: weights, cached neurons and experts."""
         program, options, file = self._program, self._options, self._file
-        if not self._read_failed or program is None or self._gang is None or options is None or file is None:
+        if not self._repairable or program is None or self._gang is None or options is None or file is None:
             return False
         for step_id in self._in_flight:
             program.stop(step_id)
@@ -230,9 +258,14 @@ class CpuExecutor:
         for reader in readers:
             if reader is not None:
                 await _closed(reader.close)
+        unit = self._unit
+        if unit is not None and not unit.works:
+            self._lost_unit = unit.problem
+            self._unit = None
+            await _closed(unit.close)
         await self._open_readers(LateReads(file.path, options.read_deadline))
         self._build()
-        self._read_failed = False
+        self._repairable = False
         return True
 
     async def _load(
@@ -315,8 +348,12 @@ class CpuExecutor:
         tokens = self._tokens_of.popleft()
         try:
             result, times = self._program.result()
+        except ClusterUnitError as error:
+            self._repairable = True
+            assert self._unit is not None
+            raise self._unit.lost(error) from self._unit.failure
         except Exception:  # a step fails by what it could not read, and by nothing else
-            self._read_failed = True
+            self._repairable = True
             raise
         busy_ns = result.finished_ns - result.started_ns
         self._steps += 1
@@ -343,6 +380,11 @@ class CpuExecutor:
             index = np.zeros(len(waited), np.intp)
             self._options.trace.extend_native(track, ("wait",), waited[:, 0], waited[:, 1], index)
         self._draw_reads()
+        if self._unit is not None:
+            track = self._options.trace.track(self._unit.unit.name, "clusters")
+            while self._unit.times:
+                layer, rows, begun, ended = self._unit.times.popleft()
+                track.span(f"layer {layer} clusters", begun, ended, rows=rows)
         if self._ring is not None:
             begin, end = self._ring.stream.times()
             read = end > np.maximum(begin, self._traced_reads)
@@ -381,6 +423,9 @@ class CpuExecutor:
             trio.lowlevel.notify_closing(gang.event_fd)  # whoever waits learns that it is over
             await _closed(gang.close)  # joins the threads: each stops at its next barrier
         self._program = None
+        unit, self._unit = self._unit, None
+        if unit is not None:
+            await _closed(unit.close)
         self._in_flight.clear()
         self._draw_reads()  # that ended since the last step
         self._read_traces.clear()
@@ -406,7 +451,9 @@ class CpuExecutor:
         "stream_lent_bytes": of activations and of a KV cache that are not needed now, and hold pieces. Where neurons
         ("neuron_") or matrices of experts ("cluster_") are cached, their "hits", "early", "misses" and "evictions"
         (``neuron_cache.Counters``), "page_bytes", what one read takes at least, and "reads_at_once"; of neurons also
-        "completed", "read_through" and "read_through_bytes"."""
+        "completed", "read_through" and "read_through_bytes". Of a cluster unit, "unit_items" that it computed, their
+        "unit_rows", and "unit_stall_ns", for which steps have waited; "cluster_unit_lost": why there is none any more,
+        so that the processor computes its clusters."""
         held: dict[str, int] = {}
         if self._weights is not None and self._store is not None and self._program is not None:
             assert self._options is not None
@@ -452,7 +499,16 @@ class CpuExecutor:
                 "stream_reads_at_once": self._ring.reads.stream_depth,
                 "stream_lent_bytes": self._ring.stream.lent_bytes,
             }
-        flash: tuple[ThreadStatistics, ...] = ()
+        if self._lost_unit is not None:
+            details["cluster_unit_lost"] = self._lost_unit
+        others: list[ThreadStatistics] = []
+        if self._unit is not None:
+            items, rows, unit_ns, unit_stall_ns = self._unit.mailbox.counters
+            held["cluster_unit"] = self._unit.nbytes
+            details |= {"unit_items": items, "unit_rows": rows, "unit_stall_ns": unit_stall_ns}
+            others.append(
+                ThreadStatistics(self._unit.unit.name, -1, unit_ns, max(0, self._busy_ns - unit_ns))
+            )
         if sources:
             assert self._options is not None
             details |= {
@@ -463,7 +519,7 @@ class CpuExecutor:
                 "flash_pinned_bytes": pinned,
                 "flash_reads_from": "a measured curve" if self._options.reads.measured else "defaults",
             }
-            flash = (ThreadStatistics(FLASH, -1, flash_ns),)
+            others.append(ThreadStatistics(FLASH, -1, flash_ns))
         return ExecutorStatistics(
             steps=self._steps,
             tokens=self._tokens,
@@ -472,7 +528,7 @@ class CpuExecutor:
             kernel_ns=self._kernel_ns,
             finished_ns=self._finished_ns,
             bytes=held,
-            threads=(*self._thread_statistics(), *flash),
+            threads=(*self._thread_statistics(), *others),
             details=details,
             recent=tuple(self._recent),
         )

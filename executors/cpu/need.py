@@ -24,6 +24,7 @@ from pi2rt.formats import ModelFile
 from pi2rt.memory import KvType, MemoryNeed, StateLayout
 from pi2rt.models import ModelDescription
 from pi2rt.models.stream_pieces import StreamPieces
+from pi2rt.runtime.cluster_unit import unit_bytes
 from pi2rt.runtime.executor import ExecutorOptions
 from pi2rt.runtime.step import Floats
 
@@ -80,6 +81,9 @@ def cpu_need(
     activations = builder.build(state, NOWHERE).activation_bytes
     resident = layout.nbytes + layout.vector_bytes + options.ring_bytes
     resident += sum(each.nbytes for each in options.thresholds.values())
+    if options.cluster_unit is not None:
+        unit = options.cluster_unit()
+        resident += unit_bytes(file, model, unit, options.unit_clusters, options.max_tokens)
     resident += sum(predictor_bytes(options.predictors[name]) for name in options.predictors)
     if options.read_by_row is not None:
         info = file.tensors[options.read_by_row]

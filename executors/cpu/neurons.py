@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from pi2rt.executors.flash.page_cache import PageCache
 from pi2rt.formats import ModelFile, neuron_bundles, neuron_order
 from pi2rt.host.read_errors import read_failure
 from pi2rt.models import FeedForward, ModelDescription
+from pi2rt.runtime.cluster_unit import cluster_count
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Floats
 
@@ -83,9 +84,24 @@ class NeuronBlocks:
         self.regions = [(each.offset, each.page_bytes, each.nbytes) for each in self.bundles]
         self._numbers = {each.down: number for number, each in enumerate(self.bundles)}
 
-    def block(self, block: FeedForward, weights: PlacedWeights, thresholds: Floats | None) -> program.Bundles:
-        """What a program needs to know of one block. ``thresholds``: float32 (hidden,); see ``ExecutorOptions``."""
+    def block(
+        self,
+        block: FeedForward,
+        weights: PlacedWeights,
+        thresholds: Floats | None,
+        elsewhere: Sequence[int] = (),
+    ) -> program.Bundles:
+        """What a program needs to know of one block.
+
+        Args:
+            thresholds: float32 (hidden,); see ``ExecutorOptions``.
+            elsewhere: clusters that a cluster unit computes.
+        """
         bundles = self.bundles[self._numbers[block.down.weight]]
+        marks = None
+        if elsewhere:
+            marks = np.zeros(cluster_count(bundles), np.uint8)
+            marks[list(elsewhere)] = 1
         down_type, down_scales = weights.scales[block.down.weight]
         down_group = neuron_bundles.down_scales(down_type, weights.dim)
         up = None
@@ -114,6 +130,7 @@ class NeuronBlocks:
             down_bias=None if block.down.bias is None else weights.vectors[block.down.bias],
             thresholds=thresholds,
             order=None if bundles.order is None else neuron_order.bundle_order(bundles),
+            elsewhere=marks,
         )
 
 

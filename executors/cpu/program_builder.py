@@ -15,6 +15,7 @@ from pi2rt.cython_kernels.plane import program
 from pi2rt.executors.cpu.expert_pages import CachedExperts
 from pi2rt.executors.cpu.neurons import CachedNeurons
 from pi2rt.executors.cpu.predictors import LoadedPredictor
+from pi2rt.executors.cpu.unit_clusters import UnitClusters
 from pi2rt.executors.cpu.weights import PackedMatrix, PlacedWeights
 from pi2rt.formats import ModelFile
 from pi2rt.memory import PagedLayout, StateLayout
@@ -40,6 +41,7 @@ class ProgramBuilder:
         neurons: CachedNeurons | None,
         clusters: CachedExperts | None,
         predictors: Mapping[str, LoadedPredictor],
+        unit: UnitClusters | None = None,
     ) -> None:
         self._file, self._model, self._weights, self._options = file, model, weights, options
         self._program = program.Program(
@@ -65,6 +67,10 @@ class ProgramBuilder:
         self._clusters = clusters
         self._predictors = predictors
         self._rows = rows
+        self._unit = unit
+        self._helped = unit is not None or isinstance(
+            gang, int
+        )  # a unit that was lost leaves its clusters here
         self._ropes: dict[Rope, int] = {}
         self._state: StateLayout
         self._pages = 0
@@ -136,13 +142,17 @@ class ProgramBuilder:
         mixed = self._is_mixed(block.up, *(() if block.gate is None else (block.gate,)))
         mixed_down = self._is_mixed(block.down)
         if self._neurons is not None and block.down.weight in self._weights.scales:
+            helped = self._options.unit_clusters.get(block.down.weight) if self._helped else None
+            mailbox = None if self._unit is None else self._unit.mailbox
+            if helped:
+                self._program.hand_off(index, self._norm(block.norm), mailbox)
             self._program.sparse_ffn(
                 index,
                 self._norm(block.norm),
                 sink,
                 self._deciding(index, block, expert),
                 self._neurons.blocks.block(
-                    block, self._weights, self._options.thresholds.get(block.down.weight)
+                    block, self._weights, self._options.thresholds.get(block.down.weight), helped or ()
                 ),
                 native.ACTIVATIONS[block.activation],
                 native.ACTIVATIONS[block.up_activation],
@@ -150,6 +160,8 @@ class ProgramBuilder:
                 mixed_down=mixed_down,
                 expert=expert,
             )
+            if helped:
+                self._program.join(index, sink, mailbox)
             return
         q8 = not mixed_down and not self._is_float(block.down)  # then hidden is a multiple of 32
         self._program.ffn(

@@ -175,7 +175,7 @@ class Weights:
                 while pieces and size < PIECE_BYTES:  # small tensors share one hop to the thread
                     info, first, last = pieces.popleft()
                     batch.append((info, first, last))
-                    size += _bytes_in_file(info, first, last)
+                    size += bytes_in_file(info, first, last)
                 await work(partial(self._load_pieces, batch))
                 done += size
                 progress(done, total)
@@ -218,7 +218,7 @@ class Weights:
                 raise ModelFormatError(self._file.path, f"tensor {info.name}", "holds NaN or infinity")
 
     def _load_pieces(self, pieces: Sequence[tuple[TensorInfo, int, int]]) -> None:
-        size = max(_bytes_in_file(*piece) for piece in pieces)
+        size = max(bytes_in_file(*piece) for piece in pieces)
         buffer = native.Memory(size)  # not of the heap, which would keep it
         try:
             self._load_into(buffer.view(), pieces)
@@ -234,7 +234,7 @@ class Weights:
             if info.layout == "neurons":
                 self._load_scales(info)
                 continue
-            start, size = _bytes_in_file(info, 0, first), _bytes_in_file(info, first, last)
+            start, size = bytes_in_file(info, 0, first), bytes_in_file(info, first, last)
             packed = self.matrices[info.name]
             if info.layout == "blocks16" and not self._layout.exact_floats:
                 at = packed.address - self._memory.address + start
@@ -287,7 +287,7 @@ def _shared_routers(model: ModelDescription) -> set[str]:
     return {name for block in blocks for name in block.vectors_multiplied_by()}
 
 
-def _bytes_in_file(info: TensorInfo, first: int, last: int) -> int:
+def bytes_in_file(info: TensorInfo, first: int, last: int) -> int:
     """Bytes that rows ``first`` (a multiple of 16) to ``last`` of a matrix take in its file."""
     if info.layout == "blocks16":
         return native.matrix_bytes(info.type, last - first, info.shape[1])

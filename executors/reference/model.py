@@ -252,8 +252,10 @@ def activate(kind: Activation, x: Floats) -> Floats:
         y = np.float32(0.5) * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + cube)))
     elif kind == "relu":
         y = np.maximum(x, 0)
-    else:  # relu2
+    elif kind == "relu2":
         y = np.square(np.maximum(x, 0))
+    else:
+        raise ValueError(f"unknown activation {kind!r}")
     return y
 
 

@@ -6,9 +6,10 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,12 @@ def collect() -> dict[str, Any]:
     from pi2rt.host.memory import available_memory
     from pi2rt.host.topology import read_topology
     from pi2rt.planner.placement import default_placement
-    from pi2rt.runtime.registry import available_executors
+    from pi2rt.runtime.registry import (
+        available_cluster_units,
+        available_executors,
+        load_cluster_unit,
+        load_executor,
+    )
 
     topology = read_topology()
     return {
@@ -69,7 +75,8 @@ def collect() -> dict[str, Any]:
         },
         "flash": _flash(),
         "kernels": _kernels(),
-        "executors": {name: _executor(name) for name in available_executors()},
+        "executors": _plugins(available_executors(), load_executor),
+        "cluster_units": _plugins(available_cluster_units(), load_cluster_unit),
         "cache": _cache(),
     }
 
@@ -193,17 +200,17 @@ def _kernels() -> dict[str, Any]:
         return {"variants": variants, "error": str(error)}
 
 
-def _executor(name: str) -> dict[str, str]:
-    """Where it comes from, and what is wrong with it, if anything."""
+def _plugins(entries: Mapping[str, EntryPoint], load: Callable[[str], object]) -> dict[str, dict[str, str]]:
+    """Where each comes from, and what is wrong with it, if anything."""
     from pi2rt._errors import Pi2rtError
-    from pi2rt.runtime.registry import available_executors, load_executor
 
-    entry = available_executors()[name]
-    found = {"from": entry.value, "package": entry.dist.name if entry.dist is not None else ""}
-    try:
-        load_executor(name)
-    except Pi2rtError as error:
-        found["error"] = str(error)
+    found = {}
+    for name, entry in entries.items():
+        found[name] = {"from": entry.value, "package": entry.dist.name if entry.dist is not None else ""}
+        try:
+            load(name)
+        except Pi2rtError as error:
+            found[name]["error"] = str(error)
     return found
 
 
@@ -243,6 +250,10 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield "executors:"
     for name, executor in found["executors"].items():
         yield f"  {name}: {executor['error'] if 'error' in executor else executor['from']}"
+    if found["cluster_units"]:
+        yield "cluster units:"
+    for name, unit in found["cluster_units"].items():
+        yield f"  {name}: {unit['error'] if 'error' in unit else unit['from']}"
     yield f"cache: {found['cache']}"
 
 

@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="EXECUTOR",
         help="let this executor compute prompts beside the one that decodes; may repeat",
     )
+    parser.add_argument(
+        "--cluster-unit",
+        metavar="UNIT[=N]",
+        help="let this unit compute neuron clusters of each block beside the executor: N of them, or as many as "
+        "measurements say that it pays for. Its sums have another order, so that text may change",
+    )
     _runtime.add_runtime_options(parser)
 
 
@@ -92,13 +98,14 @@ async def _make(options: argparse.Namespace, found: list[Any]) -> int:
     path = await fetch(options.model)
     keywords = _runtime.runtime_keywords(options)
     keywords |= {"context": options.context, "max_sequences": options.sequences}
+    beside = {"prefill": options.prefill_lane, "cluster_unit": options.cluster_unit}
     try:
-        opening = await Opening.of(path, keywords, prefill=options.prefill_lane)  # type: ignore[arg-type]
+        opening = await Opening.of(path, keywords, **beside)  # type: ignore[arg-type]
     except MemoryBudgetError as error:
         if not (options.convert and error.pack_fits):
             raise
         path = await _runtime.converted(path)
-        opening = await Opening.of(path, keywords, prefill=options.prefill_lane)  # type: ignore[arg-type]
+        opening = await Opening.of(path, keywords, **beside)  # type: ignore[arg-type]
     found.append(opening.plan)
     opening.close()
     return 0
@@ -124,6 +131,13 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield (
             f"lane         {lane.name}: {route}; executor {lane.executor}, units {', '.join(lane.units)}, "
             f"{lane.max_tokens} tokens in a step, {lane.in_flight} steps at once"
+        )
+    if (helper := plan.cluster_unit) is not None:
+        counts = sorted({len(numbers) for numbers in helper.clusters.values()})
+        each = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        yield (
+            f"cluster unit {helper.name}: {helper.unit}, {each} neuron clusters of each of {len(helper.clusters)} "
+            f"blocks"
         )
     placed = Counter(where.value for where in plan.placements.values())
     resident = model.tensors - sum(placed.values())

@@ -79,10 +79,23 @@ class PlanLane(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     least_tokens: Count = 0
 
 
+class PlanClusterUnit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What computes neuron clusters beside the lane that decodes. ``name``: of its actor; ``unit``: an entry point of
+    the group ``pi2rt.cluster_units``; ``clusters``: numbers of those that it computes, ascending, by the name of the
+    down tensor of their block."""
+
+    name: Name
+    unit: Name
+    clusters: Annotated[
+        dict[Name, Annotated[list[Count], Meta(min_length=1, max_length=1 << 15)]],
+        Meta(min_length=1, max_length=1 << 12),
+    ]
+
+
 class PlanSegments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes of memory by use. ``process``: interpreter, libraries, tokenizer and what a prompt's text takes, 0 where
     there is no budget; ``lanes``: weights and activations of prefill lanes; ``experts``, ``neurons``: caches; ``kv``:
-    all pages."""
+    all pages; ``unit``: a cluster unit."""
 
     process: Bytes
     lanes: Bytes
@@ -92,6 +105,7 @@ class PlanSegments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     neurons: Bytes
     kv: Bytes
     activations: Bytes
+    unit: Bytes = 0
 
     @property
     def total(self) -> int:
@@ -154,6 +168,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reads: PlanReads
     kv_pages: Positive
     predictions: Annotated[list[Prediction], Meta(max_length=100)]
+    cluster_unit: PlanClusterUnit | None = None
 
     def placed(self, placement: Placement) -> tuple[str, ...]:
         """Names of the tensors that are there, in the order of use."""
@@ -248,6 +263,12 @@ def _check(plan: Plan) -> None:
         raise ValueError(
             f"lanes have the roles {', '.join(roles)}: the first one decodes, all others prefill"
         )
+    if plan.cluster_unit is not None:
+        if plan.cluster_unit.name in names:
+            raise ValueError(f"cluster_unit: the name {plan.cluster_unit.name!r} is that of a unit")
+        for name, numbers in plan.cluster_unit.clusters.items():
+            if numbers != sorted(set(numbers)):
+                raise ValueError(f"clusters of {name!r}: {numbers} do not ascend")
     cores = [core for unit in plan.units for core in unit.cores]
     _unique("cores of units", cores)
     decode = plan.lanes[0]

@@ -31,6 +31,7 @@ from pi2rt.planner.weights import (
     with_records,
     without_records,
 )
+from pi2rt.runtime.cluster_unit import unit_bytes
 from pi2rt.runtime.executor import Executor, ExecutorOptions, Measured
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.trace import Trace
@@ -131,6 +132,7 @@ def plan_executor(
     trace: Trace | None,
     *,
     sparsity: Mapping[str, Any] | None = None,
+    unit: Mapping[str, Any] | None = None,
     own: int = 0,
     predictors: int = 0,
     prompt: int = 0,
@@ -142,6 +144,7 @@ def plan_executor(
     Args:
         executor: of the kind that will be opened; it is only asked.
         sparsity: fields of its options for thresholds and predictors.
+        unit: fields of its options for a cluster unit.
         own: of a budget, bytes that the process itself takes; see ``own_memory``.
         predictors: bytes that an executor takes for them.
         prompt: bytes that the text of a prompt takes, beside its keys and values.
@@ -179,6 +182,7 @@ def plan_executor(
         reads=reads,
         trace=trace,
         **(sparsity or {}),
+        **(unit or {}),
     )
     tokens, available, streaming = chosen.step_tokens, available_memory(), StreamingPlan()
     lanes = sum(_lane_bytes(each, file, description, replace(ask, max_tokens=tokens)) for each in prefill)
@@ -203,7 +207,10 @@ def plan_executor(
                 packed = plan_streaming(file, description, 0, reads=reads, as_pack=True)
                 need = replace(need, activations=measure(file, description, packed).activations)
             kv = each * need.page
-            raise _too_small(file, limit, own, predictors, prompt, lanes, need, streaming, kv, packed)
+            helper = 0
+            if ask.cluster_unit is not None:
+                helper = unit_bytes(file, description, ask.cluster_unit(), ask.unit_clusters, tokens)
+            raise _too_small(file, limit, own, predictors, prompt, lanes, helper, need, streaming, kv, packed)
     else:
         own, available = own + lanes, available - lanes
     pages = need.pages(available, each, each * chosen.max_sequences)
@@ -217,7 +224,8 @@ def _lane_bytes(
     """Of a prefill lane, beside the KV pages that it shares: it is opened with cores of its own choice."""
     if not isinstance(executor, Measured):
         return weight_bytes(file, description, floats=False)
-    need = executor.need(file, description, replace(ask, cores=(), assistants=()))
+    alone = replace(ask, cores=(), assistants=(), cluster_unit=None, unit_clusters={})
+    need = executor.need(file, description, alone)
     return need.weights + need.activations
 
 
@@ -268,6 +276,7 @@ def _too_small(
     predictors: int,
     prompt: int,
     lanes: int,
+    unit: int,
     need: MemoryNeed,
     streaming: StreamingPlan,
     kv: int,
@@ -280,7 +289,9 @@ def _too_small(
         "predictors": predictors,
         "text of a prompt": prompt,
         "weights and activations of prefill lanes": lanes,
+        "weights and queue of a cluster unit": unit,
         "weights that stay": need.weights
+        - unit
         - streaming.ring_bytes
         - streaming.cluster_bytes
         - streaming.neuron_bytes,

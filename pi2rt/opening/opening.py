@@ -27,8 +27,16 @@ from pi2rt.opening.executor_plan import ExecutorPlan, plan_executor
 from pi2rt.opening.model_info import ModelInfo, model_info
 from pi2rt.opening.options import RuntimeKeywords, RuntimeOptions
 from pi2rt.opening.own_memory import OWN
-from pi2rt.opening.plan_making import check_budget, check_plan, executor_options, make_plan, with_plan
+from pi2rt.opening.plan_making import (
+    check_budget,
+    check_plan,
+    executor_options,
+    make_plan,
+    unit_options,
+    with_plan,
+)
 from pi2rt.opening.sparsity import Lossy, load_sparsity
+from pi2rt.planner.cluster_units import choose_clusters
 from pi2rt.planner.placement import PlacedActor, Placement, default_placement
 from pi2rt.runtime.actor import Actor
 from pi2rt.runtime.executor import Borrower, Executor, ExecutorOptions, make_store
@@ -83,12 +91,14 @@ class Opening:
         options: RuntimeKeywords,
         *,
         prefill: Sequence[str] = (),
+        cluster_unit: str | None = None,
         trace: Trace | None = None,
     ) -> Opening:
         """Goes all the steps. Arguments and errors as ``open_runtime``.
 
         Args:
             prefill: executors of further lanes, for a plan that is made here.
+            cluster_unit: "NAME" or "NAME=CLUSTERS", see ``choose_clusters``; for a plan that is made here.
         """
         chosen, plan = RuntimeOptions(**options), None
         if chosen.plan is not None:
@@ -97,7 +107,7 @@ class Opening:
         opening = cls(chosen, plan, trace)
         try:
             await opening._open_file(model)
-            await opening._divide(prefill)
+            await opening._divide(prefill, cluster_unit)
         except BaseException:
             opening.close()
             raise
@@ -119,12 +129,26 @@ class Opening:
         if self._lossy is not None:
             self.info = replace(self.info, sparsity=self._lossy.label)
 
-    async def _divide(self, prefill: Sequence[str]) -> None:
+    async def _divide(self, prefill: Sequence[str], cluster_unit: str | None) -> None:
         """Divides the memory, and makes the plan, unless there is one."""
         if self._given is not None:
             check_plan(self._given, self.file, self.description, self._cores)
         self._check_neurons()
         names = prefill if self._given is None else [lane.executor for lane in self._given.lanes[1:]]
+        unit = None
+        if cluster_unit is not None:
+            threads = sum(len(actor.cores) for actor in self._units.actors)
+            choose = partial(
+                choose_clusters, self.file, self.description, cluster_unit, threads, self.chosen.kernels
+            )
+            unit = await in_thread(choose)
+        of_choice = {} if unit is None else unit.options
+        unit_fields = of_choice if self._given is None else unit_options(self._given)
+        if unit_fields and not getattr(self.executor, "takes_cluster_units", False):
+            raise RequestError(
+                f"the executor {self.executor.name!r} works with no cluster unit; take executor='cpu', or leave the "
+                f"unit out"
+            )
         predictors = None if self._lossy is None else self._lossy.predictors
         divide = partial(
             plan_executor,
@@ -136,6 +160,7 @@ class Opening:
             self.executor,
             self.trace,
             sparsity=self._lossy_options,
+            unit=unit_fields,
             predictors=0 if predictors is None else predictors.nbytes,
             prefill=[load_executor(name)() for name in names],
         )
@@ -153,7 +178,7 @@ class Opening:
             check_budget(self._given, self.file, self.description, chosen, divided.own)
         self._divided = divided
         self.plan = self._given or make_plan(
-            self.file, self.description, divided, self._units, self._cores, self.executor, prefill
+            self.file, self.description, divided, self._units, self._cores, self.executor, prefill, unit
         )
         self.options = [
             executor_options(self.plan, lane, self._lossy_options, self.trace) for lane in self.plan.lanes

@@ -18,6 +18,7 @@ from pi2rt.formats.plan import (
     Placement,
     Plan,
     PlanChoices,
+    PlanClusterUnit,
     PlanLane,
     PlanReads,
     PlanSegments,
@@ -30,13 +31,15 @@ from pi2rt.models import ModelDescription, iterate_tensors
 from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.opening.executor_plan import ExecutorPlan
 from pi2rt.opening.options import MIXED_CHUNK, RuntimeOptions
+from pi2rt.planner.cluster_units import UnitChoice
 from pi2rt.planner.measure.kept_curve import kept_curve
 from pi2rt.planner.measure.read_curve import ReadCurve
 from pi2rt.planner.placement import Placement as Units
 from pi2rt.planner.weights import all_neurons, expert_operations, least_experts, least_neurons
+from pi2rt.runtime.cluster_unit import misplaced_clusters, unit_bytes
 from pi2rt.runtime.executor import Executor, ExecutorOptions
 from pi2rt.runtime.flash_reads import FlashReads
-from pi2rt.runtime.registry import load_executor
+from pi2rt.runtime.registry import load_cluster_unit, load_executor
 from pi2rt.runtime.trace import Trace
 
 LEAST_PREFILL = 64
@@ -56,6 +59,7 @@ def make_plan(
     cores: Iterable[int],
     executor: Executor,
     prefill: Iterable[str] = (),
+    unit: UnitChoice | None = None,
 ) -> Plan:
     """What ``divided`` says, for reading and for keeping.
 
@@ -64,6 +68,7 @@ def make_plan(
         cores: that the process may use.
         executor: of the kind that decodes; it is only asked.
         prefill: names of the executors of further lanes.
+        unit: the cluster unit that was asked for.
     """
     options, chosen = divided.options, divided.chosen
     actors = [PlanUnit(actor.name, list(actor.cores)) for actor in units.actors]
@@ -79,30 +84,39 @@ def make_plan(
         )
     ]
     for name in prefill:
-        unit = _other_name(name, [actor.name for actor in actors])
-        actors.append(PlanUnit(unit, []))
+        own = _other_name(name, [actor.name for actor in actors])
+        actors.append(PlanUnit(own, []))
         lanes.append(
             PlanLane(
-                name=unit,
+                name=own,
                 executor=name,
                 role="prefill",
-                units=[unit],
+                units=[own],
                 max_tokens=options.max_tokens,
                 in_flight=load_executor(name)().max_in_flight,
                 least_tokens=LEAST_PREFILL,
             )
         )
+    taken = [actor.name for actor in actors]
+    unit_plan, unit_size = None, 0
+    if options.cluster_unit is not None and unit is not None:
+        unit_plan = PlanClusterUnit(_other_name(unit.name, taken, "clusters"), unit.name, unit.clusters)
+        made, clusters = options.cluster_unit(), options.unit_clusters
+        unit_size = unit_bytes(file, description, made, clusters, options.max_tokens)
     placements = _placements(file, description, options)
     experts = options.cluster_bytes
     segments = PlanSegments(
         process=divided.own - divided.lanes,
         lanes=divided.lanes,
-        resident=max(0, divided.need.weights - options.ring_bytes - experts - options.neuron_bytes),
+        resident=max(
+            0, divided.need.weights - options.ring_bytes - experts - options.neuron_bytes - unit_size
+        ),
         ring=options.ring_bytes,
         experts=experts,
         neurons=options.neuron_bytes,
         kv=options.pages * divided.need.page,
         activations=divided.need.activations,
+        unit=unit_size,
     )
     return Plan(
         version=VERSION,
@@ -119,7 +133,9 @@ def make_plan(
         segments=segments,
         reads=PlanReads(**{name: getattr(options.reads, name) for name in PlanReads.__struct_fields__}),
         kv_pages=options.pages,
-        predictions=_predictions(file, options, segments, placements, chosen),
+        predictions=_predictions(file, options, segments, placements, chosen)
+        + ([] if unit is None else list(unit.predictions)),
+        cluster_unit=unit_plan,
     )
 
 
@@ -160,7 +176,16 @@ def executor_options(
         paged=plan.placed(Placement.PAGED),
         cluster_bytes=plan.segments.experts,
         neuron_bytes=plan.segments.neurons,
+        **unit_options(plan),
     )
+
+
+def unit_options(plan: Plan) -> dict[str, Any]:
+    """Fields of ``ExecutorOptions`` for the plan's cluster unit."""
+    if plan.cluster_unit is None:
+        return {}
+    clusters = {name: tuple(numbers) for name, numbers in plan.cluster_unit.clusters.items()}
+    return {"cluster_unit": load_cluster_unit(plan.cluster_unit.unit), "unit_clusters": clusters}
 
 
 def check_plan(plan: Plan, file: ModelFile, description: ModelDescription, cores: Iterable[int]) -> None:
@@ -203,6 +228,7 @@ def check_budget(
         + segments.neurons
         + segments.kv
         + segments.activations
+        + segments.unit
     )
     if total > chosen.memory_bytes:
         parts = {
@@ -212,6 +238,7 @@ def check_budget(
             "neurons": segments.neurons,
             "KV pages": segments.kv,
             "activations": segments.activations,
+            "cluster unit": segments.unit,
             "the process itself and prefill lanes": own,
         }
         made_of = ", ".join(f"{name} {-(-size >> 20)} MiB" for name, size in parts.items() if size)
@@ -288,6 +315,11 @@ def _misplaced(plan: Plan, file: ModelFile, description: ModelDescription) -> It
                 yield f"tensor {name!r} is placed by row, and is no embedding"
         elif placement is not Placement.RESIDENT and layout != wanted:
             yield f"tensor {name!r} is {placement.value}, which takes the layout {wanted!r}, not {layout!r}"
+    if plan.cluster_unit is not None:
+        problem = misplaced_clusters(file, description, plan.cluster_unit.clusters)
+        if problem is not None:
+            yield problem
+            return
     neurons = {name for name in used if file.tensors[name].layout == "neurons"}
     if plan.segments.neurons and (missing := neurons - set(plan.placed(Placement.NEURONS))):
         yield f"tensor {min(missing)!r} is in neuron bundles, and the plan places it elsewhere"
@@ -359,11 +391,11 @@ def _streaming_time(
     )
 
 
-def _other_name(executor: str, taken: list[str]) -> str:
-    """Of a further lane: "npu", "npu 2", ..."""
-    name = executor if executor not in taken else f"{executor} prefill"
+def _other_name(executor: str, taken: list[str], does: str = "prefill") -> str:
+    """Of a further lane or unit: "npu", "npu prefill", "npu prefill 2", ..."""
+    name = executor if executor not in taken else f"{executor} {does}"
     number = 2
     while name in taken:
-        name = f"{executor} prefill {number}"
+        name = f"{executor} {does} {number}"
         number += 1
     return name

@@ -15,6 +15,7 @@ from pi2rt.formats import ModelFile
 from pi2rt.formats.predictor import Predictor
 from pi2rt.memory import KvType, MemoryNeed, StateLayout, StateStore
 from pi2rt.models import ModelDescription
+from pi2rt.runtime.cluster_unit import ClusterUnit
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Floats, NeuronUse, Step, StepResult
 from pi2rt.runtime.trace import Trace
@@ -48,6 +49,9 @@ class ExecutorOptions:
     is active only when the magnitude of its activated gate (without gate: of its activated up) is above. Empty: exact.
     The runtime gives them to executors whose ``sparsities`` name the mode. ``predictors``: of blocks whose gates are in
     the bundles, by the same name; only neurons that they name are read. Empty: all of such blocks are.
+    ``cluster_unit``: makes a unit that computes ``unit_clusters`` beside the executor: numbers of neuron clusters, by
+    the name of the block's down tensor. Only executors with an attribute ``takes_cluster_units``, which is true, are
+    given one.
     """
 
     slots: int
@@ -74,6 +78,8 @@ class ExecutorOptions:
     reads: FlashReads = field(default_factory=FlashReads)
     thresholds: Mapping[str, Floats] = field(default_factory=dict)
     predictors: Mapping[str, Predictor] = field(default_factory=dict)
+    cluster_unit: Callable[[], ClusterUnit] | None = None
+    unit_clusters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     trace: Trace | None = None
 
 

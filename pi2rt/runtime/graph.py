@@ -7,10 +7,11 @@ from typing import Literal, TypeAlias
 
 from pi2rt.formats.plan import Placement, Plan
 
-Kind: TypeAlias = Literal["engine", "units", "flash"]
-Carrier: TypeAlias = Literal["Trio", "cursor", "ring", "state store"]
+Kind: TypeAlias = Literal["engine", "units", "flash", "cluster unit"]
+Carrier: TypeAlias = Literal["Trio", "cursor", "ring", "state store", "mailbox"]
 """What items travel on: a queue of Trio tasks; the atomic cursor from which several units take their next one; a ring
-of native threads; KV pages that change their owner."""
+of native threads; KV pages that change their owner; one place for what a cluster unit is given, and one for what it has
+made of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,11 @@ def graph_of(plan: Plan) -> Graph:
             edges.append(
                 Edge(f"{lane.name}.sequences", lead, decode.units[0], "sequence", "state store", slots)
             )
+    if (unit := plan.cluster_unit) is not None:
+        nodes.append(Node(unit.name, "cluster unit", unit.unit))
+        lead = decode.units[0]
+        edges.append(Edge(f"{unit.name}.handoff", lead, unit.name, "input of a block", "mailbox", 1))
+        edges.append(Edge(f"{unit.name}.join", unit.name, lead, "output of its clusters", "mailbox", 1))
     reads = [where for where in _READ if plan.placed(where)]
     by_row = plan.placed(Placement.BY_ROW)
     if reads or by_row:

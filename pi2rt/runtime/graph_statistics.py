@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pi2rt.runtime.actor import ActorStatistics
 from pi2rt.runtime.executor import ThreadStatistics
-from pi2rt.runtime.graph import ENGINE, FLASH, Carrier, Edge, Graph, Kind
+from pi2rt.runtime.graph import ENGINE, FLASH, Carrier, Edge, Graph, Kind, Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,9 @@ def node_statistics(
             found.append(NodeStatistics(node.name, node.kind, "ready", 0, 0, 0, 0, {"requests": requests}))
             continue
         threads = [each for each in owner.executor.threads if each.actor == node.name]
+        if node.kind == "cluster unit":
+            found.append(_unit_node(node, owner, threads))
+            continue
         units = _flash_units(owner) if node.name == FLASH else _units(threads)
         if owner.name == node.name:
             units = {"steps": owner.completed, **units}
@@ -98,6 +101,9 @@ def edge_statistics(
         elif edge.carrier == "cursor":
             threads = by_name[edge.source].executor.threads
             passed = sum(_units([each for each in threads if each.actor == edge.target]).values())
+        elif edge.carrier == "mailbox":
+            lead = by_name[edge.source if edge.source in by_name else edge.target]
+            passed = _count(lead.executor.details, "unit_items")
         elif edge.source == FLASH:
             passed = _passed(edge, by_name[edge.target])
         found.append(
@@ -120,11 +126,26 @@ def _owners(graph: Graph, leaders: Sequence[ActorStatistics]) -> dict[str, Actor
     """The actor whose executor runs each node."""
     owners = {leader.name: leader for leader in leaders}
     for edge in graph.edges:
-        if edge.carrier == "cursor":
+        if edge.carrier == "cursor" or (edge.carrier == "mailbox" and edge.source in owners):
             owners[edge.target] = owners[edge.source]
         elif edge.source == FLASH:
             owners[FLASH] = owners[edge.target]
     return owners
+
+
+def _unit_node(node: Node, owner: ActorStatistics, threads: Sequence[ThreadStatistics]) -> NodeStatistics:
+    """A cluster unit. It is lost, once it failed, until its executor is made anew."""
+    details = owner.executor.details
+    return NodeStatistics(
+        name=node.name,
+        kind=node.kind,
+        state="lost" if "cluster_unit_lost" in details else owner.state,
+        generation=owner.generation,
+        threads=len(threads),
+        busy_ns=sum(each.kernel_ns for each in threads),
+        waiting_ns=sum(each.waiting_ns for each in threads),
+        units={"items": _count(details, "unit_items"), "rows": _count(details, "unit_rows")},
+    )
 
 
 def _units(threads: Sequence[ThreadStatistics]) -> dict[str, int]:

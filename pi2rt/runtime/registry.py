@@ -1,7 +1,7 @@
-"""Executors by name: the built-in ones and plug-ins alike are entry points of the group ``pi2rt.executors``.
+"""Executors and cluster units by name: entry points of the groups ``pi2rt.executors`` and ``pi2rt.cluster_units``.
 
-An executor is checked against the protocol when it is loaded, not when a request first trips over the method
-it lacks (as pluggy checks its plug-ins at registration).
+Each is checked against its protocol when it is loaded, not when a request first needs the method that it lacks (as
+pluggy checks its plug-ins at registration).
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from pi2rt._errors import PluginError, RequestError
+from pi2rt.runtime.cluster_unit import ClusterUnit
 from pi2rt.runtime.executor import Executor
 
 GROUP = "pi2rt.executors"
+UNITS = "pi2rt.cluster_units"
 
 _METHODS = {
     "open": ("file", "model", "options", "store", "progress"),
@@ -24,11 +27,26 @@ _METHODS = {
     "statistics": (),
 }
 _ASYNC = frozenset({"open", "wait", "aclose"})
+_UNIT_METHODS = {
+    "need": ("neurons", "dim", "gated"),
+    "load": ("layer", "weights"),
+    "multiply": ("layer", "x", "out"),
+    "close": (),
+}
 
 
 def available_executors() -> Mapping[str, EntryPoint]:
     """Entry points by name, sorted. Nothing is imported."""
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    return _available(GROUP)
+
+
+def available_cluster_units() -> Mapping[str, EntryPoint]:
+    """As ``available_executors``."""
+    return _available(UNITS)
+
+
+def _available(group: str) -> Mapping[str, EntryPoint]:
+    found = {entry.name: entry for entry in entry_points(group=group)}
     return dict(sorted(found.items()))
 
 
@@ -39,18 +57,30 @@ def load_executor(name: str) -> Callable[..., Executor]:
         RequestError: no such executor; the message lists those there are.
         PluginError: it cannot be imported, or does not keep to the protocol.
     """
-    available = available_executors()
-    entry = available.get(name)
-    if entry is None:
-        raise RequestError(f"no executor {name!r}; available: {', '.join(available) or 'none'}")
-    where = f"{entry.name} ({entry.value})"
-    try:
-        factory = entry.load()
-    except Exception as error:
-        raise PluginError(where, f"cannot be imported: {type(error).__name__}: {error}") from error
+    where, factory = _load("executor", name, available_executors())
     check_executor(where, factory)
     loaded: Callable[..., Executor] = factory
     return loaded
+
+
+def load_cluster_unit(name: str) -> Callable[[], ClusterUnit]:
+    """As ``load_executor``."""
+    where, factory = _load("cluster unit", name, available_cluster_units())
+    check_cluster_unit(where, factory)
+    loaded: Callable[[], ClusterUnit] = factory
+    return loaded
+
+
+def _load(kind: str, name: str, available: Mapping[str, EntryPoint]) -> tuple[str, Any]:
+    """The plug-in as errors call it, and what its entry point names."""
+    entry = available.get(name)
+    if entry is None:
+        raise RequestError(f"no {kind} {name!r}; available: {', '.join(available) or 'none'}")
+    where = f"{entry.name} ({entry.value})"
+    try:
+        return where, entry.load()
+    except Exception as error:
+        raise PluginError(where, f"cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def check_executor(plugin: str, factory: object) -> None:
@@ -61,29 +91,44 @@ def check_executor(plugin: str, factory: object) -> None:
     Raises:
         PluginError: names the plug-in and every defect found.
     """
-    if not callable(factory):
-        raise PluginError(plugin, f"is {factory!r}, neither a class nor a function that makes an executor")
-    try:
-        executor = factory()
-    except Exception as error:
-        raise PluginError(
-            plugin, f"cannot be constructed without arguments: {type(error).__name__}: {error}"
-        ) from error
-    defects = list(_defects(executor))
+    executor = _constructed(plugin, factory, "an executor")
+    limit = getattr(executor, "max_in_flight", None)
+    defects = list(_name_defects(executor))
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        defects.append(f"attribute 'max_in_flight' must be a whole number of at least 1, not {limit!r}")
+    defects += _method_defects(executor, _METHODS)
     if defects:
         raise PluginError(plugin, "; ".join(defects))
 
 
-def _defects(executor: object) -> Iterable[str]:
-    name = getattr(executor, "name", None)
+def check_cluster_unit(plugin: str, factory: object) -> None:
+    """As ``check_executor``."""
+    unit = _constructed(plugin, factory, "a cluster unit")
+    if defects := [*_name_defects(unit), *_method_defects(unit, _UNIT_METHODS)]:
+        raise PluginError(plugin, "; ".join(defects))
+
+
+def _constructed(plugin: str, factory: object, what: str) -> object:
+    if not callable(factory):
+        raise PluginError(plugin, f"is {factory!r}, neither a class nor a function that makes {what}")
+    try:
+        return factory()
+    except Exception as error:
+        raise PluginError(
+            plugin, f"cannot be constructed without arguments: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _name_defects(made: object) -> Iterable[str]:
+    name = getattr(made, "name", None)
     if not isinstance(name, str) or not name:
         yield f"attribute 'name' must be a string that is not empty, not {name!r}"
-    limit = getattr(executor, "max_in_flight", None)
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        yield f"attribute 'max_in_flight' must be a whole number of at least 1, not {limit!r}"
-    for method, arguments in _METHODS.items():
+
+
+def _method_defects(made: object, methods: Mapping[str, tuple[str, ...]]) -> Iterable[str]:
+    for method, arguments in methods.items():
         call = f"{method}({', '.join(arguments)})"
-        function = getattr(executor, method, None)
+        function = getattr(made, method, None)
         if not callable(function):
             yield f"method {call} is missing"
             continue

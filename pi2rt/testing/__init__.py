@@ -1,4 +1,4 @@
-"""Conformance tests for executors, as classes of tests that pytest collects from a subclass::
+"""Conformance tests for executors and cluster units, as classes of tests that pytest collects from a subclass::
 
     from pi2rt.testing import StepExecutorConformance
 
@@ -13,6 +13,7 @@ reference executor while the tests run. pytest is imported by this package alone
 """
 
 from pi2rt.testing.agreement import Agreement
+from pi2rt.testing.cluster_unit import ClusterUnitConformance
 from pi2rt.testing.conformance import StepExecutorConformance
 from pi2rt.testing.flow import Flow
 from pi2rt.testing.lifecycle import Lifecycle
@@ -27,6 +28,7 @@ from pi2rt.testing.tolerance import Tolerance
 __all__ = [
     "TINY_MODELS",
     "Agreement",
+    "ClusterUnitConformance",
     "Flow",
     "Lifecycle",
     "Memory",

@@ -1,4 +1,5 @@
-"""How many of a block's neurons must rest so that computing the others one by one takes less time than whole matrices.
+"""How many of a block's neurons must be inactive so that computing the others one by one takes less time than whole
+matrices.
 
 A neuron by itself costs more than its part of a matrix: its row and its column are gathered from a page of their own,
 and the products of 16 rows are not made side by side. Both ways are measured here with a block's own shapes and types.
@@ -17,8 +18,8 @@ from pi2rt.cython_kernels.kernels.block_work import BlockWork
 from pi2rt.formats.neuron_bundles import NeuronBundles
 
 EVERY = 2
-"""Of so many neurons one fires in what is measured: near the crossovers there are. Far below, groups of 32 neurons have
-fewer that are active, and each costs a little more."""
+"""Of so many neurons one is active in what is measured: near the crossovers there are. Far below, groups of 32 neurons
+have fewer that are active, and each costs a little more."""
 
 WEIGHTS_BYTES = 128 << 20
 """Weights that pass by in one measurement: more than caches keep, as a model's are."""
@@ -51,6 +52,20 @@ def crossover(
     )
     seconds = _seconds((whole, neurons), threads)
     return float(np.median(seconds[:, 0] / seconds[:, 1])) / EVERY
+
+
+def neurons_seconds(
+    up_type: str | None,
+    down_type: str,
+    dim: int,
+    bundles: NeuronBundles,
+    threads: int,
+    kernels: str | None = None,
+) -> float:
+    """Seconds of up and down of one block by all threads together, one row, all neurons active. Arguments as
+    ``crossover``."""
+    work = BlockWork(up_type, down_type, dim, bundles.neurons, bundles.layout, 1, kernels)
+    return float(np.median(_seconds((work,), threads)))
 
 
 def _seconds(works: tuple[BlockWork, ...], threads: int) -> npt.NDArray[np.float64]:

@@ -33,11 +33,12 @@ DOCUMENT: dict[str, Any] = {
     ],
     "placements": {"a": "streamed", "b": "by row", "c": "paged"},
     "segments": {"process": 1, "lanes": 8, "resident": 2, "ring": 3, "experts": 4, "neurons": 5, "kv": 6,
-                 "activations": 7},
+                 "activations": 7, "unit": 9},
     "reads": {"stream_bytes": 1048576, "stream_depth": 32, "neuron_depth": 128, "cluster_depth": 8, "neuron_gap": 0,
               "measured": False},
     "kv_pages": 4,
-    "predictions": [{"what": "memory", "unit": "bytes", "low": 0, "high": 28.0, "basis": "the sum"}],
+    "predictions": [{"what": "memory", "unit": "bytes", "low": 0, "high": 45.0, "basis": "the sum"}],
+    "cluster_unit": {"name": "dsp", "unit": "vendor", "clusters": {"d": [0, 3], "e": [1]}},
 }  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def test_a_plan_is_written_as_it_was_read() -> None:
     plan = parsed(DOCUMENT)
     assert json.loads(plan_text(plan)) == DOCUMENT
     assert plan_text(parse_plan(plan_text(plan).encode())) == plan_text(plan)
-    assert plan.segments.total == 36
+    assert plan.segments.total == 45
 
 
 def first(document: dict[str, Any], part: str, **changes: Any) -> dict[str, Any]:
@@ -95,6 +96,15 @@ def first(document: dict[str, Any], part: str, **changes: Any) -> dict[str, Any]
             "least_tokens of lane 'npu': at least 1",
         ),
         (changed(reads={**DOCUMENT["reads"], "neuron_gap": 5}), "`$.reads.neuron_gap`"),
+        (
+            changed(cluster_unit={**DOCUMENT["cluster_unit"], "name": "npu"}),
+            "cluster_unit: the name 'npu' is that",
+        ),
+        (changed(cluster_unit={**DOCUMENT["cluster_unit"], "clusters": {}}), "`$.cluster_unit.clusters`"),
+        (
+            changed(cluster_unit={**DOCUMENT["cluster_unit"], "clusters": {"d": [1, 0]}}),
+            "clusters of 'd': [1, 0] do",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(document: object, message: str) -> None:

@@ -20,6 +20,7 @@ from pi2rt.opening.options import RuntimeKeywords
 from pi2rt.opening.own_memory import OWN
 from pi2rt.opening.plan_making import CHOICES
 from pi2rt.planner.pack.convert import convert
+from tests.support.numpy_unit import NumpyUnit
 from tests.support.tiny_models import TinyModel, write_gguf
 
 DENSE = TinyModel("llama", dim=512, hidden=2048, layers=8, heads=4, kv_heads=2, head_dim=64)
@@ -87,8 +88,8 @@ async def test_a_runtime_does_what_its_plan_says(packs: dict[str, Path], kind: s
 
 
 async def plan_of(path: Path, **options: Any) -> Plan:
-    prefill = options.pop("prefill", ())
-    opening = await Opening.of(path, options, prefill=prefill)  # type: ignore[arg-type]
+    prefill, unit = options.pop("prefill", ()), options.pop("cluster_unit", None)
+    opening = await Opening.of(path, options, prefill=prefill, cluster_unit=unit)  # type: ignore[arg-type]
     opening.close()
     return opening.plan
 
@@ -287,3 +288,118 @@ async def test_a_prefill_lane_counts_in_the_budget(packs: dict[str, Path]) -> No
     short = msgspec.structs.replace(beside, choices=msgspec.structs.replace(beside.choices, memory=least))
     with pytest.raises(MemoryBudgetError):
         await Opening.of(packs["dense"], {"plan": short})
+
+
+@pytest.fixture
+def numpy_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A distribution that plugs in the cluster unit of the examples."""
+    info = tmp_path / "units-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: units\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[pi2rt.cluster_units]\nnumpy = tests.support.numpy_unit:NumpyUnit\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("numpy_unit")
+async def test_a_forced_plan_with_a_cluster_unit(packs: dict[str, Path], tmp_path: Path) -> None:
+    """Beside the processor's sparse blocks, streamed and within a budget: near the exact result."""
+    memory = await least_memory(packs["relu"], 0.5)
+    assert memory is not None
+    options = {"context": 128, "memory": memory + (80 << 20)}
+    plan = await plan_of(packs["relu"], cluster_unit="numpy=2", **options)
+    assert plan.cluster_unit is not None
+    assert plan.cluster_unit.clusters == {f"blk.{layer}.ffn_down.weight": [0, 1] for layer in range(8)}
+    assert plan.segments.unit >= 8 * 2 * 512 * 3 * 512 * 4
+    assert plan.segments.total <= options["memory"]
+    write_plan(tmp_path / "plan.json", plan)
+    trace = tmp_path / "trace.json"
+    async with pi2rt.open_runtime(packs["relu"], context=128) as runtime:
+        expected = await runtime.generate(PROMPT[:99], max_tokens=1, logprobs=5, ignore_eos=True)
+    async with pi2rt.open_runtime(packs["relu"], plan=tmp_path / "plan.json", trace=trace) as runtime:
+        got = await runtime.generate(PROMPT[:99], max_tokens=8, logprobs=5, ignore_eos=True)
+        statistics = runtime.statistics()
+    assert got.logprobs is not None
+    assert expected.logprobs is not None
+    np.testing.assert_allclose(got.logprobs[0], expected.logprobs[0], atol=0.05)
+    (node,) = (node for node in statistics.nodes if node.name == "numpy")
+    assert (node.kind, node.state, node.threads) == ("cluster unit", "ready", 1)
+    assert node.units["items"] % 8 == 0
+    assert node.busy_ns > 0
+    edges = {edge.name: edge for edge in statistics.edges}
+    assert edges["numpy.handoff"].passed == edges["numpy.join"].passed == node.units["items"] > 0
+    assert '"layer 7 clusters"' in trace.read_text()
+
+
+@pytest.mark.usefixtures("numpy_unit")
+async def test_a_cluster_unit_that_is_lost_costs_one_request(
+    packs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = await plan_of(packs["relu"], context=128, cluster_unit="numpy=1")
+    async with pi2rt.open_runtime(packs["relu"], context=128) as runtime:
+        expected = await runtime.generate(PROMPT[:99], max_tokens=8, ignore_eos=True)
+    async with pi2rt.open_runtime(packs["relu"], plan=plan) as runtime:
+        await runtime.generate(PROMPT[99:], max_tokens=1)  # another one: its KV pages may be used again
+
+        def breaks(self: object, layer: int, x: object, out: object) -> None:
+            raise RuntimeError("unplugged")
+
+        monkeypatch.setattr(NumpyUnit, "multiply", breaks)
+        with pytest.raises(pi2rt.ExecutorError, match="cluster unit 'numpy' failed: RuntimeError: unplugged"):
+            await runtime.generate(PROMPT[120:], max_tokens=1)
+        again = await runtime.generate(PROMPT[:99], max_tokens=8, ignore_eos=True)
+        (node,) = (node for node in runtime.statistics().nodes if node.kind == "cluster unit")
+    assert again.tokens == expected.tokens
+    assert node.state == "lost"
+
+
+@pytest.mark.usefixtures("numpy_unit")
+async def test_a_cluster_unit_is_priced(packs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is measured: one that takes no time gets clusters, one that takes long gets none, and says so."""
+    price = "pi2rt.planner.cluster_units._unit_seconds"
+    monkeypatch.setattr(price, lambda make, block, dim: (1e-9, 1e-9))
+    plan = await plan_of(packs["relu"], context=128, cluster_unit="numpy")
+    assert plan.cluster_unit is not None
+    assert all(len(numbers) >= 7 for numbers in plan.cluster_unit.clusters.values())
+    monkeypatch.setattr(price, lambda make, block, dim: (1.0, 1.0))
+    plan = await plan_of(packs["relu"], context=128, cluster_unit="numpy")
+    assert plan.cluster_unit is None
+    assert plan.segments.unit == 0
+    (hop,) = (each for each in plan.predictions if each.what == "hand-off to the cluster unit and back")
+    assert hop.basis == "measured; too much to pay: no clusters are handed off"
+    monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("numpy_unit")
+async def test_a_price_is_measured(packs: dict[str, Path]) -> None:
+    plan = await plan_of(packs["relu"], context=128, cluster_unit="numpy")
+    priced = {each.what: each.low for each in plan.predictions if each.unit == "seconds"}
+    assert len(priced) == 3
+    assert all(value is not None and 0 <= value < 1 for value in priced.values())
+    assert priced["a neuron cluster on the processor"]
+
+
+@pytest.mark.usefixtures("numpy_unit")
+async def test_cluster_units_that_cannot_be(packs: dict[str, Path]) -> None:
+    for name, unit, problem in (
+        ("dense", "numpy", "has no block for it: that takes feed-forward blocks by themselves"),
+        ("relu", "numpy=9", "the number of neuron clusters in each block is 1 to 8 here"),
+        ("relu", "numpy=x", "the number of neuron clusters in each block is 1 to 8 here"),
+        ("relu", "nobody", "no cluster unit 'nobody'; available: numpy"),
+    ):
+        with pytest.raises(RequestError, match=problem):
+            await plan_of(packs[name], context=128, cluster_unit=unit)
+    with pytest.raises(RequestError, match="the executor 'reference' works with no cluster unit"):
+        await plan_of(packs["relu"], context=128, cluster_unit="numpy=1", executor="reference")
+    plan = await plan_of(packs["relu"], context=128, cluster_unit="numpy=1")
+    assert plan.cluster_unit is not None
+    for clusters, problem in (
+        ({"blk.0.ffn_down.weight": [8]}, "ascending numbers from 0 to 7 are needed"),
+        ({"blk.0.ffn_up.weight": [0]}, "a cluster unit cannot have clusters of 'blk.0.ffn_up.weight'"),
+    ):
+        unit = msgspec.structs.replace(plan.cluster_unit, clusters=clusters)
+        assert problem in await refused(packs["relu"], msgspec.structs.replace(plan, cluster_unit=unit))
+    least = await least_memory(packs["relu"], 0.0)
+    with pytest.raises(MemoryBudgetError, match=r"weights and queue of a cluster unit \d+ MiB"):
+        await plan_of(packs["relu"], context=128, cluster_unit="numpy=8", memory=least)

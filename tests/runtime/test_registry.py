@@ -7,7 +7,15 @@ import pytest
 
 from pi2rt._errors import PluginError, RequestError
 from pi2rt.executors.simulated.executor import SimulatedExecutor
-from pi2rt.runtime.registry import available_executors, check_executor, load_executor
+from pi2rt.runtime.registry import (
+    available_cluster_units,
+    available_executors,
+    check_cluster_unit,
+    check_executor,
+    load_cluster_unit,
+    load_executor,
+)
+from tests.support.numpy_unit import NumpyUnit
 
 
 def test_built_in_executors_are_there() -> None:
@@ -34,6 +42,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad-plugin\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[pi2rt.executors]\nmissing = bad_plugin_for_pi2rt:Gone\nbad = bad_plugin_for_pi2rt:Bad\n"
+        "[pi2rt.cluster_units]\nbad unit = bad_plugin_for_pi2rt:Bad\nours = tests.support.numpy_unit:NumpyUnit\n"
     )
     (tmp_path / "bad_plugin_for_pi2rt.py").write_text("class Bad:\n    name = 'bad'\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -128,3 +137,36 @@ def test_defects(factory: object, problem: str) -> None:
 @pytest.mark.parametrize("factory", [SimulatedExecutor, MoreArguments, lambda: SimulatedExecutor("other")])
 def test_sound_executors_pass(factory: object) -> None:
     check_executor("mine", factory)
+
+
+@pytest.mark.usefixtures("installed")
+def test_cluster_units_are_found_and_checked() -> None:
+    assert {"bad unit", "ours"} <= set(available_cluster_units())
+    assert load_cluster_unit("ours") is NumpyUnit
+    with pytest.raises(RequestError, match=r"^no cluster unit 'theirs'; available: bad unit, ours$"):
+        load_cluster_unit("theirs")
+    with pytest.raises(PluginError, match=r"^plug-in bad unit \(") as e:
+        load_cluster_unit("bad unit")
+    for method in ("need(neurons, dim, gated)", "load(layer, weights)", "multiply(layer, x, out)", "close()"):
+        assert f"method {method} is missing" in e.value.problem
+
+
+class OtherArguments(NumpyUnit):  # type: ignore[misc]
+    def multiply(self, layer: int, x: object) -> None: ...
+
+
+class AsyncUnit(NumpyUnit):  # type: ignore[misc]
+    async def multiply(self, layer: int, x: object, out: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("factory", "problem"),
+    [
+        (OtherArguments, r"method multiply\(layer, x, out\) does not take these arguments"),
+        (AsyncUnit, r"method multiply\(layer, x, out\) must not be 'async def'"),
+        (NumpyUnit(), "neither a class nor a function that makes a cluster unit"),
+    ],
+)
+def test_wrong_cluster_units(factory: object, problem: str) -> None:
+    with pytest.raises(PluginError, match=problem):
+        check_cluster_unit("mine", factory)

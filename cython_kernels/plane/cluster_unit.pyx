@@ -1,0 +1,90 @@
+"""Where the gang and the thread of a cluster unit meet (cluster_unit.h)."""
+
+from libc.stdint cimport int32_t, int64_t, uint32_t, uintptr_t
+from libc.stdlib cimport free
+from libc.string cimport memset
+from posix.stdlib cimport posix_memalign
+
+import numpy as np
+
+from pi2rt.host.limits import memory_failure
+from pi2rt.runtime.cluster_unit import ClusterUnitError
+
+cdef extern from "cluster_unit.h" nogil:
+    enum: PI2_UNIT_FAILED, PI2_UNIT_LATE
+    ctypedef struct pi2_cluster_unit:
+        float *x
+        float *out
+        int64_t deadline_ns
+        int32_t layer, rows
+        int64_t items, item_rows, busy_ns, stall_ns
+        uint32_t asked, answered
+    int pi2_unit_take(pi2_cluster_unit *)
+    void pi2_unit_ask(pi2_cluster_unit *, int, int)
+    int pi2_unit_wait(pi2_cluster_unit *, int64_t, const void *)
+    void pi2_unit_answer(pi2_cluster_unit *, int, int64_t)
+    void pi2_unit_close(pi2_cluster_unit *)
+
+cdef class Mailbox:
+    """Input and output of a cluster unit, one item at a time. ``x``, ``out``: float32 (max_rows, dim); ``x`` cannot be
+    written to. They stay valid as long as an array of them is kept, also after the mailbox.
+
+    ``deadline``: seconds; an answer that takes longer is a failure; None: none is. ``address``: of the native part,
+    which programs work with; it stays valid as long as the mailbox does.
+    """
+
+    cdef pi2_cluster_unit *unit
+    cdef readonly object x, out, deadline
+
+    def __cinit__(self, int64_t max_rows, int64_t dim, *, deadline=None):
+        cdef float[:, ::1] x, out
+        cdef void *memory = NULL
+        if posix_memalign(&memory, 64, sizeof(pi2_cluster_unit)):
+            raise memory_failure("a cluster unit")
+        self.unit = <pi2_cluster_unit *>memory
+        memset(memory, 0, sizeof(pi2_cluster_unit))
+        x = self.x = np.zeros((max_rows, dim), np.float32)
+        out = self.out = np.zeros((max_rows, dim), np.float32)
+        self.x.flags.writeable = False
+        self.unit.x, self.unit.out = &x[0, 0], &out[0, 0]
+        self.deadline = deadline
+        self.unit.deadline_ns = -1 if deadline is None else <int64_t>(deadline * 1e9)
+
+    @property
+    def address(self):
+        return <uintptr_t>self.unit
+
+    def take(self):
+        """Waits, without the GIL, for the next item: (layer, rows); None: the mailbox is closed. ``answer`` ends it."""
+        cdef int more
+        with nogil:
+            more = pi2_unit_take(self.unit)
+        return (self.unit.layer, self.unit.rows) if more else None
+
+    def answer(self, int64_t busy_ns, *, bint failed=False):
+        """``out`` has the result of the item; or it has ``failed``, and no other one will be taken."""
+        pi2_unit_answer(self.unit, failed, busy_ns)
+
+    def ask(self, int layer, int rows):
+        """Gives an item to who takes, as programs do; ``wait`` ends it."""
+        pi2_unit_ask(self.unit, layer, rows)
+
+    def wait(self):
+        """Waits for the answer, without the GIL; raises ClusterUnitError where there is none."""
+        cdef int problem, go_on = 0
+        with nogil:
+            problem = pi2_unit_wait(self.unit, 50000, &go_on)
+        if problem:
+            raise ClusterUnitError("failed" if problem == PI2_UNIT_FAILED else "has not answered in time")
+
+    def close(self):
+        """``take`` returns None from now on. Programs that use the mailbox do not run any more."""
+        pi2_unit_close(self.unit)
+
+    @property
+    def counters(self):
+        """(items, their rows, nanoseconds that the unit computed, nanoseconds that the gang waited for it)"""
+        return self.unit.items, self.unit.item_rows, self.unit.busy_ns, self.unit.stall_ns
+
+    def __dealloc__(self):
+        free(self.unit)

@@ -1,0 +1,1 @@
+"""A cluster unit for pi2rt in numpy."""
