@@ -23,6 +23,7 @@ from pi2rt.runtime.cluster_unit import (
     blocks_for_units,
     cluster_count,
 )
+from pi2rt.runtime.plugin_options import PluginOptions
 from pi2rt.runtime.registry import load_cluster_unit
 
 ROUNDS = 32
@@ -49,7 +50,12 @@ class UnitChoice:
 
 
 def choose_clusters(
-    file: ModelFile, model: ModelDescription, asked: str, threads: int, kernels: str | None
+    file: ModelFile,
+    model: ModelDescription,
+    asked: str,
+    threads: int,
+    kernels: str | None,
+    options: PluginOptions | None = None,
 ) -> UnitChoice:
     """The first clusters of each block. Blocks: it measures, for about a second.
 
@@ -62,12 +68,13 @@ def choose_clusters(
         asked: "NAME", or "NAME=N" with N clusters of each block, which asks for no measurement.
         threads: that compute beside the unit.
         kernels: name of their variant.
+        options: of plug-ins.
 
     Raises:
         RequestError: no such unit or number, or the model has no block for it.
     """
     name, _, number = asked.partition("=")
-    make = load_cluster_unit(name)
+    make = load_cluster_unit(name, options)
     able = blocks_for_units(file, model)
     if not able:
         raise RequestError(

@@ -47,6 +47,13 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         "--executor", default="cpu", metavar="NAME", help="executor, see 'pi2rt info' (default: cpu)"
     )
     group.add_argument(
+        "--executor-option",
+        action="append",
+        default=[],
+        metavar="NAME.KEY=VALUE",
+        help="an option of an executor or cluster unit, see 'pi2rt info'; may repeat",
+    )
+    group.add_argument(
         "--kv", choices=("f16", "q8"), default="f16", help="type of the KV cache (default: f16)"
     )
     group.add_argument(
@@ -141,6 +148,7 @@ _KEYWORDS = {
     "read_through": "read_through",
     "sparsity": "sparsity",
     "calibration": "calibration",
+    "executor_option": "executor_options",
 }
 """Of each option of ``add_runtime_options`` that a runtime has, the keyword of ``open_runtime``."""
 
@@ -149,6 +157,7 @@ def runtime_keywords(options: argparse.Namespace) -> dict[str, Any]:
     """The options of ``add_runtime_options`` as keywords of ``open_runtime``: those that are not the default, for the
     others may be a plan's."""
     from pi2rt.host.topology import parse_core_classes
+    from pi2rt.runtime.plugin_options import parse_options
 
     parser = argparse.ArgumentParser()
     add_runtime_options(parser)
@@ -159,6 +168,8 @@ def runtime_keywords(options: argparse.Namespace) -> dict[str, Any]:
     }
     if "cores" in chosen:
         chosen["cores"] = {each.name: each.cores for each in parse_core_classes(options.cores)}
+    if "executor_options" in chosen:
+        chosen["executor_options"] = parse_options(options.executor_option)
     if "two_phase" in chosen:
         chosen["two_phase"] = True
     return chosen

@@ -200,15 +200,18 @@ def _kernels() -> dict[str, Any]:
         return {"variants": variants, "error": str(error)}
 
 
-def _plugins(entries: Mapping[str, EntryPoint], load: Callable[[str], object]) -> dict[str, dict[str, str]]:
-    """Where each comes from, and what is wrong with it, if anything."""
+def _plugins(
+    entries: Mapping[str, EntryPoint], load: Callable[[str], Callable[..., object]]
+) -> dict[str, dict[str, Any]]:
+    """Where each comes from, its options with their defaults, and what is wrong with it, if anything."""
     from pi2rt._errors import Pi2rtError
+    from pi2rt.runtime.plugin_options import option_defaults
 
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, entry in entries.items():
         found[name] = {"from": entry.value, "package": entry.dist.name if entry.dist is not None else ""}
         try:
-            load(name)
+            found[name]["options"] = option_defaults(load(name))
         except Pi2rtError as error:
             found[name]["error"] = str(error)
     return found
@@ -249,12 +252,19 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"  {variant['name']}: {runs}"
     yield "executors:"
     for name, executor in found["executors"].items():
-        yield f"  {name}: {executor['error'] if 'error' in executor else executor['from']}"
+        yield f"  {name}: {_plugin(executor)}"
     if found["cluster_units"]:
         yield "cluster units:"
     for name, unit in found["cluster_units"].items():
-        yield f"  {name}: {unit['error'] if 'error' in unit else unit['from']}"
+        yield f"  {name}: {_plugin(unit)}"
     yield f"cache: {found['cache']}"
+
+
+def _plugin(found: dict[str, Any]) -> str:
+    if "error" in found:
+        return str(found["error"])
+    options = ", ".join(f"{name}={default!r}" for name, default in found["options"].items())
+    return f"{found['from']}{f' (options: {options})' if options else ''}"
 
 
 def _curve(found: dict[str, Any]) -> Iterator[str]:

@@ -30,6 +30,7 @@ MOST_BYTES = 32 << 20
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=1 << 24)]
 Positive: TypeAlias = Annotated[int, Meta(ge=1, le=1 << 24)]
 Bytes: TypeAlias = Annotated[int, Meta(ge=0, le=1 << 50)]
+PluginValue: TypeAlias = Annotated[str, Meta(max_length=4096)] | int | float | bool | None
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200)]
 
 
@@ -140,6 +141,9 @@ class PlanChoices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     read_deadline: Annotated[float, Meta(gt=0, le=1e6)] | None
     pipeline: Literal["cluster", "matrix", "none"]
     two_phase: bool
+    executor_options: Annotated[
+        dict[Name, Annotated[dict[Name, PluginValue], Meta(max_length=100)]], Meta(max_length=100)
+    ] = msgspec.field(default_factory=dict)
 
 
 class Prediction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -64,7 +64,10 @@ class Opening:
     def __init__(self, chosen: RuntimeOptions, given_plan: Plan | None, trace: Trace | None) -> None:
         self.chosen, self.trace = chosen, trace
         self._given = given_plan
-        self._make = load_executor(chosen.executor) if isinstance(chosen.executor, str) else chosen.executor
+        if isinstance(chosen.executor, str):
+            self._make = load_executor(chosen.executor, chosen.executor_options)
+        else:
+            self._make = chosen.executor
         self.executor = self._make()  # to be asked; constructing one acquires nothing
         self._cores = own_cores()
         if given_plan is None:
@@ -136,10 +139,17 @@ class Opening:
         self._check_neurons()
         names = prefill if self._given is None else [lane.executor for lane in self._given.lanes[1:]]
         unit = None
+        self._check_plugin_options(names, cluster_unit)
         if cluster_unit is not None:
             threads = sum(len(actor.cores) for actor in self._units.actors)
             choose = partial(
-                choose_clusters, self.file, self.description, cluster_unit, threads, self.chosen.kernels
+                choose_clusters,
+                self.file,
+                self.description,
+                cluster_unit,
+                threads,
+                self.chosen.kernels,
+                self.chosen.executor_options,
             )
             unit = await in_thread(choose)
         of_choice = {} if unit is None else unit.options
@@ -162,7 +172,7 @@ class Opening:
             sparsity=self._lossy_options,
             unit=unit_fields,
             predictors=0 if predictors is None else predictors.nbytes,
-            prefill=[load_executor(name)() for name in names],
+            prefill=[load_executor(name, self.chosen.executor_options)() for name in names],
         )
         chosen = self.chosen
         if chosen.memory is None:
@@ -190,6 +200,21 @@ class Opening:
             return {}
         return {"thresholds": self._lossy.thresholds, "predictors": self._lossy.predictors or {}}
 
+    def _check_plugin_options(self, prefill: Sequence[str], cluster_unit: str | None) -> None:
+        """Options of what the plan does not have are a mistake."""
+        first = self.chosen.executor
+        used = {*prefill, *([first] if isinstance(first, str) else [])}
+        if cluster_unit is not None:
+            used.add(cluster_unit.partition("=")[0])
+        if self._given is not None and self._given.cluster_unit is not None:
+            used.add(self._given.cluster_unit.unit)
+        for name in self.chosen.executor_options:
+            if name not in used:
+                raise RequestError(
+                    f"executor_options of {name!r}: the plan has no such executor or cluster unit; it has "
+                    f"{', '.join(map(repr, sorted(used)))}"
+                )
+
     def _check_neurons(self) -> None:
         chosen = self.chosen
         for_neurons = (
@@ -209,7 +234,7 @@ class Opening:
         return [
             Actor(
                 lane.name,
-                load_executor(lane.executor) if number else self._make,
+                load_executor(lane.executor, self.chosen.executor_options) if number else self._make,
                 partial(self._open_executor, number),
                 self.trace,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 from pi2rt._errors import RequestError
@@ -12,6 +12,7 @@ from pi2rt.formats.plan import Plan
 from pi2rt.formats.row_blocks import SECTOR
 from pi2rt.memory import parse_size
 from pi2rt.runtime.executor import Executor, Progress
+from pi2rt.runtime.plugin_options import PluginOptions
 
 KV_TYPES = ("f16", "q8")
 """What may be asked for. An executor may take float32 instead (``Borrower.page_type``)."""
@@ -52,6 +53,7 @@ class RuntimeKeywords(TypedDict, total=False):
     content_control_tokens: bool
     max_queue: int
     plan: str | os.PathLike[str] | Plan | None
+    executor_options: PluginOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +125,10 @@ class RuntimeOptions:
     """A plan, or the file of one that ``pi2rt plan`` has written: what runs where and what lies where. None: the one
     that ``pi2rt plan`` would write with the same options. Other options may repeat what it says, not contradict it."""
 
+    executor_options: PluginOptions = field(default_factory=dict)
+    """Of executors and cluster units, by name: what their constructors take, ``{"npu": {"device": "GPU"}}``. ``pi2rt
+    info`` lists those there are."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.content_control_tokens, bool):
             raise RequestError(
@@ -167,6 +173,14 @@ class RuntimeOptions:
             raise RequestError(
                 f"read_through={self.read_through!r}: with two_phase, what lies between is left out on purpose; take "
                 f"one of the two"
+            )
+        if not isinstance(self.executor_options, Mapping) or not all(
+            isinstance(name, str) and isinstance(each, Mapping)
+            for name, each in self.executor_options.items()
+        ):
+            raise RequestError(
+                f"executor_options={self.executor_options!r}: options by the name of an executor are needed, such as "
+                f"{{'npu': {{'device': 'GPU'}}}}"
             )
         if self.activations not in ("int16", "mixed", "int8"):
             raise RequestError(f"activations={self.activations!r}: one of 'int16', 'mixed', 'int8' is needed")

@@ -47,7 +47,7 @@ LEAST_PREFILL = 64
 decodes need not compute."""
 
 CHOICES = ("context", "max_sequences", "kv_type", "activations", "exact_floats", "sparsity", "kernels", "io",
-           "read_deadline", "pipeline", "two_phase")  # fmt: skip
+           "read_deadline", "pipeline", "two_phase", "executor_options")  # fmt: skip
 """Fields of ``RuntimeOptions`` that a plan records as they are."""
 
 
@@ -93,7 +93,7 @@ def make_plan(
                 role="prefill",
                 units=[own],
                 max_tokens=options.max_tokens,
-                in_flight=load_executor(name)().max_in_flight,
+                in_flight=load_executor(name, chosen.executor_options)().max_in_flight,
                 least_tokens=LEAST_PREFILL,
             )
         )
@@ -185,7 +185,8 @@ def unit_options(plan: Plan) -> dict[str, Any]:
     if plan.cluster_unit is None:
         return {}
     clusters = {name: tuple(numbers) for name, numbers in plan.cluster_unit.clusters.items()}
-    return {"cluster_unit": load_cluster_unit(plan.cluster_unit.unit), "unit_clusters": clusters}
+    made = load_cluster_unit(plan.cluster_unit.unit, plan.choices.executor_options)
+    return {"cluster_unit": made, "unit_clusters": clusters}
 
 
 def check_plan(plan: Plan, file: ModelFile, description: ModelDescription, cores: Iterable[int]) -> None:

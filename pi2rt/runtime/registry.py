@@ -14,6 +14,7 @@ from typing import Any
 from pi2rt._errors import PluginError, RequestError
 from pi2rt.runtime.cluster_unit import ClusterUnit
 from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.plugin_options import PluginOptions, with_options
 
 GROUP = "pi2rt.executors"
 UNITS = "pi2rt.cluster_units"
@@ -50,24 +51,24 @@ def _available(group: str) -> Mapping[str, EntryPoint]:
     return dict(sorted(found.items()))
 
 
-def load_executor(name: str) -> Callable[..., Executor]:
-    """The class (or factory) of that name, which has passed ``check_executor``.
+def load_executor(name: str, options: PluginOptions | None = None) -> Callable[..., Executor]:
+    """The class (or factory) of that name, which has passed ``check_executor``, with its ``options``.
 
     Raises:
-        RequestError: no such executor; the message lists those there are.
+        RequestError: no such executor or option; the message lists those there are.
         PluginError: it cannot be imported, or does not keep to the protocol.
     """
     where, factory = _load("executor", name, available_executors())
     check_executor(where, factory)
-    loaded: Callable[..., Executor] = factory
+    loaded: Callable[..., Executor] = with_options(name, factory, (options or {}).get(name, {}))
     return loaded
 
 
-def load_cluster_unit(name: str) -> Callable[[], ClusterUnit]:
+def load_cluster_unit(name: str, options: PluginOptions | None = None) -> Callable[[], ClusterUnit]:
     """As ``load_executor``."""
     where, factory = _load("cluster unit", name, available_cluster_units())
     check_cluster_unit(where, factory)
-    loaded: Callable[[], ClusterUnit] = factory
+    loaded: Callable[[], ClusterUnit] = with_options(name, factory, (options or {}).get(name, {}))
     return loaded
 
 

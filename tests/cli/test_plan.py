@@ -48,6 +48,30 @@ def test_show_tells_and_draws(pi2rt: Run, model: str, tmp_path: Path) -> None:
     assert picture.read_text().startswith("<svg ")
 
 
+def test_options_of_executors(pi2rt: Run, model: str, tmp_path: Path) -> None:
+    file = str(tmp_path / "plan.json")
+    chosen = ("--executor", "simulated", "--executor-option", "simulated.max_in_flight=7")
+    assert pi2rt("plan", model, "--context", "256", *chosen, "-o", file).status == 0
+    plan = read_plan(file)
+    assert plan.lanes[0].in_flight == 7
+    assert plan.choices.executor_options == {"simulated": {"max_in_flight": "7"}}
+    done = pi2rt(
+        "run", model, "--plan", file, "-p", "Once", "--raw", "-n", "8", "--ignore-eos", "--temperature", "0"
+    )
+    assert done.status == 0
+    for option, message in (
+        ("simulated.speed=1", "simulated.speed: 'simulated' has no such option; there are: max_in_flight, name"),
+        ("npu.device=GPU", "executor_options of 'npu': the plan has no such executor or cluster unit; it has"),
+        ("device=GPU", "'device=GPU': an option of an executor is NAME.KEY=VALUE"),
+    ):  # fmt: skip
+        done = pi2rt("plan", model, *chosen[:2], "--executor-option", option)
+        assert done.status == 2
+        assert message in done.errors
+    done = pi2rt("run", model, "--plan", file, "--executor-option", "simulated.max_in_flight=3", "-p", "x")
+    assert done.status == 2
+    assert "contradicts the plan" in done.errors
+
+
 def test_mistakes(pi2rt: Run, model: str, tmp_path: Path) -> None:
     file = str(tmp_path / "plan.json")
     assert pi2rt("plan", model, "--context", "256", "-o", file).status == 0
