@@ -16,7 +16,7 @@ import trio
 import pi2rt
 from pi2rt.host.memory import peak_rss_bytes
 from pi2rt.planner.laws import DecodeUse, percentile
-from pi2rt.runtime.executor import ExecutorStatistics
+from pi2rt.runtime.executor_statistics import ExecutorStatistics
 
 
 class Model:
@@ -83,16 +83,18 @@ class Model:
         steps = after.steps - before.steps
 
         def spent(name: str) -> int:
-            return int(str(after.details.get(name, 0))) - int(str(before.details.get(name, 0)))
+            values = [0 if each.flash is None else int(getattr(each.flash, name)) for each in (before, after)]
+            return values[1] - values[0]
 
+        neurons = None if after.flash is None else after.flash.neurons
         recent = after.recent[-min(steps, len(after.recent)) :]
         return {
             "use": asdict(DecodeUse.of([step for step in recent if step.weight_bytes])),
-            "page_bytes": after.details.get("neuron_page_bytes", 0),
-            "depth": after.details.get("neuron_reads_at_once", 0),
-            "flash_bytes": spent("flash_bytes") / steps,
-            "flash_bytes_all": spent("flash_bytes"),
-            "flash_wait": spent("flash_stall_ns") / (after.finished_ns - before.finished_ns),
+            "page_bytes": 0 if neurons is None else neurons.page_bytes,
+            "depth": 0 if neurons is None else neurons.reads_at_once,
+            "flash_bytes": spent("bytes") / steps,
+            "flash_bytes_all": spent("bytes"),
+            "flash_wait": spent("stall_ns") / (after.finished_ns - before.finished_ns),
         }
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, Self, TypeAlias
 
 from pi2rt.cython_kernels.flash.reader import measure
-from pi2rt.runtime.executor import StepUse
+from pi2rt.runtime.executor_statistics import StepUse
 from pi2rt.runtime.flash_reads import FlashReads
 
 Backend: TypeAlias = Literal["auto", "uring", "preadv"]

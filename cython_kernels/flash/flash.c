@@ -478,5 +478,6 @@ void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s) {
   memcpy(s->io_reason, f->io_reason, sizeof s->io_reason);
   memcpy(s->direct_reason, f->direct_reason, sizeof s->direct_reason);
 }
+int64_t pi2_flash_reads(pi2_flash *f) { return counted(&f->reads); }
 int64_t pi2_flash_ended_at(pi2_flash *f) { return counted(&f->ended_at); }
 const char *pi2_flash_io_reason(const pi2_flash *f) { return f->io_reason; }

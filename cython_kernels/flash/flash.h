@@ -109,6 +109,7 @@ int64_t pi2_flash_ended_at(pi2_flash *f);
 /* Which way the file is read, and why: of io_reason. Lives as long as `f`. */
 const char *pi2_flash_io_reason(const pi2_flash *f);
 void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s);
+int64_t pi2_flash_reads(pi2_flash *f); /* that have ended */
 
 /* Whether this thread may use io_uring: 0, or an errno. `why`: a sentence either way. A filter that would
  * end whoever asks for io_uring is EPERM. */

@@ -5,6 +5,7 @@ class Rows:
     deadline: float | None
     address: int
     ended_at: int
+    reads: int
     def __init__(
         self,
         path: str,

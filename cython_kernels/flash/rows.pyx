@@ -18,6 +18,7 @@ cdef extern from "flash.h" nogil:
     pi2_flash *pi2_flash_open(const char *, int, int, int *)
     int64_t pi2_flash_ended_at(pi2_flash *)
     int64_t pi2_flash_close(pi2_flash *, int64_t)
+    int64_t pi2_flash_reads(pi2_flash *)
 
 cdef extern from "rows.h" nogil:
     enum: PI2_ROWS_DEPTH
@@ -67,6 +68,11 @@ cdef class Rows:
     def ended_at(self):
         """The offset at which the file ended too early, in a read that failed for that; else -1."""
         return -1 if self.rows == NULL else pi2_flash_ended_at(self.rows.flash)
+
+    @property
+    def reads(self):
+        """That have ended."""
+        return 0 if self.rows == NULL else pi2_flash_reads(self.rows.flash)
 
     @property
     def address(self):

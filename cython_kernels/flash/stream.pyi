@@ -18,6 +18,7 @@ class Stream:
     ended_at: int
     pinned_bytes: int
     counters: tuple[int, int, int]
+    reads: int
     def __init__(
         self,
         path: str,

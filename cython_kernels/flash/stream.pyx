@@ -23,6 +23,7 @@ cdef extern from "flash.h" nogil:
     const char *pi2_flash_io_reason(const pi2_flash *)
     int64_t pi2_flash_close(pi2_flash *, int64_t)
     int64_t pi2_flash_registered(pi2_flash *)
+    int64_t pi2_flash_reads(pi2_flash *)
 
 cdef extern from "stream.h" nogil:
     enum: PI2_SECTOR
@@ -141,6 +142,11 @@ cdef class Stream:
         if self.stream == NULL:
             return 0, 0, 0
         return self.stream.bytes, self.stream.busy_ns, self.stream.stall_ns
+
+    @property
+    def reads(self):
+        """That have ended."""
+        return 0 if self.stream == NULL else pi2_flash_reads(self.stream.flash)
 
     def times(self):
         """(begin, end) nanoseconds of the last reading of each unit, int64 (n,); 0 where it has not ended yet."""

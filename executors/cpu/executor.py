@@ -11,13 +11,13 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import trio
 
 from pi2rt._errors import BusyError, ClosedError, InternalError, RequestError, UnsupportedModelError
-from pi2rt.cython_kernels.flash.neuron_cache import NeuronCache
 from pi2rt.cython_kernels.kernels import native
 from pi2rt.cython_kernels.plane import program
 from pi2rt.executors.cpu.expert_pages import Clusters
@@ -27,11 +27,8 @@ from pi2rt.executors.cpu.predictors import LoadedPredictors
 from pi2rt.executors.cpu.program_builder import BLOCKS, ProgramBuilder
 from pi2rt.executors.cpu.unit_clusters import UnitClusters
 from pi2rt.executors.cpu.weights import Weights
-from pi2rt.executors.flash.embedding_rows import EmbeddingRows
+from pi2rt.executors.flash.flash import Flash
 from pi2rt.executors.flash.late_reads import LateReads
-from pi2rt.executors.flash.page_cache import PageCache
-from pi2rt.executors.flash.read_trace import ReadTrace
-from pi2rt.executors.flash.ring import Ring
 from pi2rt.formats import ModelFile
 from pi2rt.host.limits import explained, limits_explained
 from pi2rt.host.topology import own_cores
@@ -39,22 +36,16 @@ from pi2rt.memory import KvType, MemoryNeed, StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.models.block_check import check_blocks, kinds_of
 from pi2rt.runtime.cluster_unit import ClusterUnitError, misplaced_clusters
-from pi2rt.runtime.executor import (
+from pi2rt.runtime.executor import ExecutorOptions, Progress
+from pi2rt.runtime.executor_statistics import (
     RECENT_STEPS,
-    ExecutorOptions,
+    ClusterUnitStatistics,
     ExecutorStatistics,
-    Progress,
     StepUse,
     ThreadStatistics,
 )
 from pi2rt.runtime.step import Step, StepResult
 from pi2rt.runtime.trace import Nanoseconds
-
-FLASH = "flash"
-"""Name of the actor that reads streamed weights and neurons."""
-
-TRACED_READS = 1 << 16
-"""Reads of neurons between two steps whose times are kept for a trace."""
 
 SPIN_NS = 50_000
 """How long a thread spins at a barrier before it sleeps. A wake-up costs 50 to 100 us."""
@@ -73,19 +64,16 @@ class CpuExecutor:
     def __init__(self) -> None:
         self._weights: Weights | None = None
         self._store: StateStore | None = None
-        self._ring: Ring | None = None
-        self._neurons: Neurons | None = None
+        self._flash: Flash | None = None
+        self._neurons: Neurons | None = None  # its caches, with what is in them
         self._predictors: LoadedPredictors | None = None
         self._clusters: Clusters | None = None
         self._unit: UnitClusters | None = None
-        self._rows: EmbeddingRows | None = None
         self._gang: program.Gang | None = None
         self._program: program.Program | None = None
         self._options: ExecutorOptions | None = None
         self._in_flight: deque[int] = deque()
         self._threads: list[tuple[str, int]] = []  # (actor, core) of each thread
-        self._traced_reads = 0
-        self._read_traces: list[tuple[NeuronCache, ReadTrace]] = []
         self._in_a_row = 0  # results taken without letting other tasks run
         self._steps = self._tokens = self._busy_ns = self._kernel_ns = self._finished_ns = 0
         self._tokens_of: deque[int] = deque()
@@ -94,8 +82,8 @@ class CpuExecutor:
         self._file: ModelFile | None = None  # and the model, while it is open: to build the program again
         self._model: ModelDescription | None = None
         self._repairable = False  # the last step that failed did so because of a read, or of the cluster unit
-        self._lost_unit: str | None = (
-            None  # what ended the cluster unit, whose clusters are computed here since then
+        self._lost_unit: ClusterUnitStatistics | None = (
+            None  # of one that failed; its clusters are computed here
         )
 
     @property
@@ -136,10 +124,11 @@ class CpuExecutor:
         problem = misplaced_clusters(file, model, options.unit_clusters)
         if problem is not None:
             raise RequestError(f"{os.fspath(file.path)!r}: {problem}")
-        reads = LateReads(file.path, options.read_deadline)
         self._file, self._model, self._store = file, model, store
+        flash = self._flash = Flash(file, options, self._weights.pieces.pieces)
+        reads = flash.late_reads()
         await self._load(file, model, options, progress, reads)
-        await self._open_readers(reads)
+        await flash.open_readers()
         pinned = [core for _, core in self._threads]
         spin = SPIN_NS if len(set(pinned)) == len(pinned) else 0  # two on one core would spin for each other
         self._gang = program.Gang(pinned, spin_ns=spin)
@@ -149,15 +138,8 @@ class CpuExecutor:
         )
         await self._open_unit(reads)
         self._build()
-        if options.trace is not None and self._neurons is not None:
-            trace = ReadTrace(options.trace, FLASH, self._neurons.layers)
-            self._read_traces.append((self._neurons.cache, trace))
-        if options.trace is not None and self._clusters is not None:
-            matrices = tuple(name.removesuffix(".weight") for name in options.paged)
-            trace = ReadTrace(options.trace, FLASH, matrices, "experts")
-            self._read_traces.append((self._clusters.cache, trace))
-        for reading, _ in self._read_traces:
-            reading.trace(TRACED_READS)
+        layers = () if self._neurons is None else self._neurons.layers
+        flash.trace(layers, tuple(name.removesuffix(".weight") for name in options.paged))
 
     async def _open_unit(self, reads: LateReads) -> None:
         """The cluster unit, with its weights, and its thread."""
@@ -174,23 +156,6 @@ class CpuExecutor:
         with limits_explained():
             unit.start()
 
-    async def _open_readers(self, reads: LateReads) -> None:
-        """Those that keep nothing: of streamed pieces, and of rows of the embedding."""
-        file, options, weights = self._file, self._options, self._weights
-        assert file is not None
-        assert options is not None
-        assert weights is not None
-        deadline = options.read_deadline
-        if (name := options.read_by_row) is not None:
-            self._rows = await reads.run(
-                "weights", lambda: EmbeddingRows(file, name, deadline), EmbeddingRows.close
-            )
-        if options.streamed:
-            pieces, ring_bytes, io = weights.pieces.pieces, options.ring_bytes, options.io
-            self._ring = await reads.run(
-                "weights", lambda: Ring(file, pieces, ring_bytes, io, deadline, options.reads), Ring.close
-            )
-
     def _build(self) -> None:
         """The program, of the weights, readers and caches that are there."""
         assert self._file is not None
@@ -199,16 +164,17 @@ class CpuExecutor:
         assert self._options is not None
         assert self._gang is not None
         assert self._predictors is not None
-        store, options = self._store, self._options
+        store, options, flash = self._store, self._options, self._flash
         assert store is not None
+        assert flash is not None
         builder = ProgramBuilder(
             self._file,
             self._model,
             self._weights,
             options,
             self._gang,
-            None if self._ring is None else self._ring.stream,
-            None if self._rows is None else self._rows.rows,
+            None if flash.ring is None else flash.ring.stream,
+            None if flash.rows is None else flash.rows.rows,
             None if self._neurons is None else self._neurons.cached,
             None if self._clusters is None else self._clusters.cached,
             self._predictors.by_down,
@@ -224,9 +190,9 @@ class CpuExecutor:
             n_slots=slots,
             slot_bytes=store.layout.slot_bytes,
         )
-        if self._ring is not None:
+        if flash.ring is not None:
             pages, page_bytes = store.page_memory, store.layout.page_bytes
-            lent = self._ring.borrow(self._program.rarely_used_bytes + pages.nbytes - page_bytes)
+            lent = flash.ring.borrow(self._program.rarely_used_bytes + pages.nbytes - page_bytes)
             self._program.lend(
                 lent,
                 kv=pages.address,
@@ -237,8 +203,8 @@ class CpuExecutor:
 
     async def repair(self) -> bool:
         """See ``pi2rt.runtime.executor.Repairable``. What is in memory stays: weights, cached neurons and experts."""
-        program, options, file = self._program, self._options, self._file
-        if not self._repairable or program is None or self._gang is None or options is None or file is None:
+        program, flash = self._program, self._flash
+        if not self._repairable or program is None or self._gang is None or flash is None:
             return False
         for step_id in self._in_flight:
             program.stop(step_id)
@@ -253,17 +219,12 @@ class CpuExecutor:
         self._tokens_of.clear()
         self._program = None
         del program  # and its buffers, before those of the next
-        readers = (self._ring, self._rows)
-        self._ring = self._rows = None
-        for reader in readers:
-            if reader is not None:
-                await _closed(reader.close)
         unit = self._unit
         if unit is not None and not unit.works:
-            self._lost_unit = unit.problem
+            self._lost_unit = replace(unit.statistics(), lost=unit.problem)
             self._unit = None
             await _closed(unit.close)
-        await self._open_readers(LateReads(file.path, options.read_deadline))
+        await flash.repair(_closed)
         self._build()
         self._repairable = False
         return True
@@ -278,6 +239,7 @@ class CpuExecutor:
     ) -> None:
         """Weights, and as many neurons and clusters of experts as there is room for."""
         assert self._weights is not None
+        assert self._flash is not None
         caches: list[Neurons | Clusters] = []
         io, deadline, at_once = options.io, options.read_deadline, options.reads
         if options.paged:
@@ -287,6 +249,7 @@ class CpuExecutor:
                 lambda: Clusters(file, paged, nbytes, io, deadline, at_once),
                 Clusters.close,
             )
+            self._flash.experts = self._clusters
             caches.append(self._clusters)
         if self._weights.scales:
             self._neurons = neurons = await reads.run(
@@ -296,6 +259,7 @@ class CpuExecutor:
                 ),
                 Neurons.close,
             )
+            self._flash.neurons = neurons
             caches.append(neurons)
         if not caches:
             await self._weights.load(progress, len(self._threads), deadline)
@@ -379,25 +343,13 @@ class CpuExecutor:
             waited = waits[thread]
             index = np.zeros(len(waited), np.intp)
             self._options.trace.extend_native(track, ("wait",), waited[:, 0], waited[:, 1], index)
-        self._draw_reads()
+        if self._flash is not None:
+            self._flash.draw()
         if self._unit is not None:
             track = self._options.trace.track(self._unit.unit.name, "clusters")
             while self._unit.times:
                 layer, rows, begun, ended = self._unit.times.popleft()
                 track.span(f"layer {layer} clusters", begun, ended, rows=rows)
-        if self._ring is not None:
-            begin, end = self._ring.stream.times()
-            read = end > np.maximum(begin, self._traced_reads)
-            if read.any():
-                track = self._options.trace.track(FLASH, "reads")
-                pieces = zip(self._ring.pieces, read, strict=True)
-                reads = tuple(piece.matrix for piece, new in pieces if new)
-                self._options.trace.extend_native(track, reads, begin[read], end[read])
-                self._traced_reads = int(end[read].max())
-
-    def _draw_reads(self) -> None:
-        for cache, trace in self._read_traces:
-            trace.draw(*cache.take_reads())
 
     def stop(self, step_id: int) -> None:
         if self._program is not None:
@@ -427,16 +379,13 @@ class CpuExecutor:
         if unit is not None:
             await _closed(unit.close)
         self._in_flight.clear()
-        self._draw_reads()  # that ended since the last step
-        self._read_traces.clear()
         if self._predictors is not None:
             self._predictors.close()
             self._predictors = None
-        readers = (self._ring, self._rows, self._neurons, self._clusters)
-        self._ring = self._rows = self._neurons = self._clusters = None
-        for reader in readers:  # joined: afterwards nobody writes to their memory
-            if reader is not None:
-                await _closed(reader.close)
+        flash, self._flash = self._flash, None
+        self._neurons = self._clusters = None
+        if flash is not None:
+            await flash.close(_closed)
         self._store = self._file = self._model = None
         if self._weights is not None:
             self._weights.close()
@@ -444,82 +393,14 @@ class CpuExecutor:
         await trio.lowlevel.checkpoint()
 
     def statistics(self) -> ExecutorStatistics:
-        """``details``: "kernels", the variant that runs. Where anything is read from flash, "flash_bytes" read,
-        "flash_reads" of single pages, "flash_stall_ns", for which steps have waited, "flash_io", through what and why,
-        "flash_pinned_bytes" of memory that reads need not pin one by one, and "flash_reads_from": "a measured curve"
-        or "defaults". Where matrices are streamed, "stream_read_bytes" and "stream_reads_at_once", and
-        "stream_lent_bytes": of activations and of a KV cache that are not needed now, and hold pieces. Where neurons
-        ("neuron_") or matrices of experts ("cluster_") are cached, their "hits", "early", "misses" and "evictions"
-        (``neuron_cache.Counters``), "page_bytes", what one read takes at least, and "reads_at_once"; of neurons also
-        "completed", "read_through" and "read_through_bytes". Of a cluster unit, "unit_items" that it computed, their
-        "unit_rows", and "unit_stall_ns", for which steps have waited; "cluster_unit_lost": why there is none any more,
-        so that the processor computes its clusters."""
-        held: dict[str, int] = {}
-        if self._weights is not None and self._store is not None and self._program is not None:
-            assert self._options is not None
-            vectors = (*self._weights.vectors.values(), *self._options.thresholds.values())
-            held = {
-                "weights": self._weights.nbytes + sum(v.nbytes for v in vectors),
-                "kv": self._store.nbytes,
-                "activations": self._program.activation_bytes
-                + (0 if self._rows is None else self._rows.nbytes),
-            }
-        details: dict[str, object] = {
-            "kernels": None if self._options is None else native.current(self._options.kernels)
-        }
-        if self._predictors is not None and self._predictors.by_down:
-            held["predictors"] = self._predictors.nbytes
-        sources: list[PageCache | Ring] = []
-        reads = flash_bytes = flash_ns = stall_ns = pinned = 0
-        for name, pages in ("neuron", self._neurons), ("cluster", self._clusters):
-            if pages is None:
-                continue
-            sources.append(pages)
-            counters = pages.counters
-            held[f"{name}s"] = pages.nbytes
-            counted = ["hits", "early", "misses", "evictions"]
-            if pages is self._neurons:  # a matrix is read as a whole, its pages side by side
-                counted += ["completed", "read_through", "read_through_bytes"]
-            details |= {f"{name}_{each}": getattr(counters, each) for each in counted}
-            details |= {f"{name}_page_bytes": pages.slot_bytes, f"{name}_reads_at_once": pages.depth}
-            reads += counters.reads
-            flash_bytes += counters.bytes
-            flash_ns += counters.busy_ns
-            pinned += pages.cache.pinned_bytes
-            # for neurons any thread may wait, for an expert's matrix one does while the others meet it at a barrier
-            stall_ns += counters.stall_ns // (len(self._threads) if pages is self._neurons else 1)
-        if self._ring is not None:
-            sources.append(self._ring)
-            held["ring"] = self._ring.nbytes
-            pinned += self._ring.stream.pinned_bytes
-            nbytes, busy_ns, waited_ns = self._ring.stream.counters
-            flash_bytes, flash_ns, stall_ns = flash_bytes + nbytes, flash_ns + busy_ns, stall_ns + waited_ns
-            details |= {
-                "stream_read_bytes": self._ring.reads.stream_bytes,
-                "stream_reads_at_once": self._ring.reads.stream_depth,
-                "stream_lent_bytes": self._ring.stream.lent_bytes,
-            }
-        if self._lost_unit is not None:
-            details["cluster_unit_lost"] = self._lost_unit
-        others: list[ThreadStatistics] = []
-        if self._unit is not None:
-            items, rows, unit_ns, unit_stall_ns = self._unit.mailbox.counters
-            held["cluster_unit"] = self._unit.nbytes
-            details |= {"unit_items": items, "unit_rows": rows, "unit_stall_ns": unit_stall_ns}
-            others.append(
-                ThreadStatistics(self._unit.unit.name, -1, unit_ns, max(0, self._busy_ns - unit_ns))
-            )
-        if sources:
-            assert self._options is not None
-            details |= {
-                "flash_io": sources[-1].io_reason,
-                "flash_reads": reads,
-                "flash_bytes": flash_bytes,
-                "flash_stall_ns": stall_ns,
-                "flash_pinned_bytes": pinned,
-                "flash_reads_from": "a measured curve" if self._options.reads.measured else "defaults",
-            }
-            others.append(ThreadStatistics(FLASH, -1, flash_ns))
+        flash = None if self._flash is None else self._flash.statistics(len(self._threads))
+        read = () if self._flash is None else self._flash.threads(flash)
+        unit = None if self._unit is None else self._unit.statistics()
+        helped: tuple[ThreadStatistics, ...] = ()
+        if unit is not None:
+            helped = (ThreadStatistics(unit.name, -1, unit.busy_ns, max(0, self._busy_ns - unit.busy_ns)),)
+        elif self._lost_unit is not None:
+            unit = self._lost_unit
         return ExecutorStatistics(
             steps=self._steps,
             tokens=self._tokens,
@@ -527,11 +408,35 @@ class CpuExecutor:
             busy_ns=self._busy_ns,
             kernel_ns=self._kernel_ns,
             finished_ns=self._finished_ns,
-            bytes=held,
-            threads=(*self._thread_statistics(), *others),
-            details=details,
+            bytes=self._held(),
+            threads=(*self._thread_statistics(), *helped, *read),
             recent=tuple(self._recent),
+            kernels=None if self._options is None else native.current(self._options.kernels),
+            flash=flash,
+            cluster_unit=unit,
         )
+
+    def _held(self) -> dict[str, int]:
+        """Bytes of memory by what they are for."""
+        held: dict[str, int] = {}
+        flash, ring = self._flash, None if self._flash is None else self._flash.ring
+        if self._weights is not None and self._store is not None and self._program is not None:
+            assert self._options is not None
+            vectors = (*self._weights.vectors.values(), *self._options.thresholds.values())
+            rows = 0 if flash is None or flash.rows is None else flash.rows.nbytes
+            held = {
+                "weights": self._weights.nbytes + sum(v.nbytes for v in vectors),
+                "kv": self._store.nbytes,
+                "activations": self._program.activation_bytes + rows,
+            }
+        for name, part in ("neurons", self._neurons), ("clusters", self._clusters), ("ring", ring):
+            if part is not None:
+                held[name] = part.nbytes
+        if self._predictors is not None and self._predictors.by_down:
+            held["predictors"] = self._predictors.nbytes
+        if self._unit is not None:
+            held["cluster_unit"] = self._unit.nbytes
+        return held
 
     def _thread_statistics(self) -> Iterator[ThreadStatistics]:
         if self._program is None:

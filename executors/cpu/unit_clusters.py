@@ -25,6 +25,7 @@ from pi2rt.runtime.cluster_unit import (
     ClusterWeights,
     blocks_for_units,
 )
+from pi2rt.runtime.executor_statistics import ClusterUnitStatistics
 from pi2rt.runtime.step import Floats
 
 CLOSE_PATIENCE_S = 1.0
@@ -79,6 +80,9 @@ class UnitClusters:
         return ClusterUnitError(
             f"cluster unit {self.unit.name!r} {error}: {self.problem}; the executor goes on without it"
         )
+
+    def statistics(self) -> ClusterUnitStatistics:
+        return ClusterUnitStatistics(self.unit.name, *self.mailbox.counters)
 
     @property
     def nbytes(self) -> int:

@@ -25,7 +25,8 @@ from pi2rt.memory import KvType, MemoryNeed, StateLayout, StateStore, weight_byt
 from pi2rt.models import ModelDescription, Paged, iterate_tensors
 from pi2rt.models.block_check import check_blocks, kinds_of
 from pi2rt.models.states import PAGE_TOKENS
-from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
+from pi2rt.runtime.executor import ExecutorOptions, Progress
+from pi2rt.runtime.executor_statistics import ExecutorStatistics
 from pi2rt.runtime.step import Bind, Floats, Int32s, Outcome, Skipped, Slice, Step, StepResult, Unusable
 
 _JOIN_SECONDS = 60.0  # a layer of a long prompt on a slow machine, with room to spare

@@ -34,7 +34,8 @@ from pi2rt.executors.simulated.cache import SimulatedCache, SimulatedPages, Simu
 from pi2rt.formats import ModelFile
 from pi2rt.memory import PAGE_TOKENS, MemoryNeed, StateStore
 from pi2rt.models import ModelDescription
-from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
+from pi2rt.runtime.executor import ExecutorOptions, Progress
+from pi2rt.runtime.executor_statistics import ExecutorStatistics
 from pi2rt.runtime.step import (
     Floats,
     Int32s,

@@ -16,7 +16,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
@@ -27,7 +27,7 @@ from pi2rt.cli import _runtime
 if TYPE_CHECKING:
     from pi2rt import Runtime
     from pi2rt.planner.laws import DecodeUse, Rates
-    from pi2rt.runtime.executor import StepUse
+    from pi2rt.runtime.executor_statistics import CacheStatistics, StepUse
 
 _SHORT_PROMPT = 16
 
@@ -121,10 +121,10 @@ async def _run(options: argparse.Namespace) -> int:
                     file=sys.stderr,
                 )
         peak = peak_rss_bytes()
-        details = runtime.statistics().actors[0].executor.details
+        flash = runtime.statistics().actors[0].executor.flash
     # Measured when the model is gone, for the buffers of that are not part of its memory budget.
     use = _use(opened.path, steps)
-    rates = await _measure_rates(options, opened.path, use, details)
+    rates = await _measure_rates(options, opened.path, use, None if flash is None else flash.neurons)
     bound = laws.bound_s(use, rates)
     decode = median(decodes)
     result = Result(
@@ -166,14 +166,14 @@ async def _run(options: argparse.Namespace) -> int:
 def _use(path: str, steps: Sequence[StepUse]) -> DecodeUse:
     """What decode took for each token, as the executor counted it; where it does not count, what the file has."""
     from pi2rt.planner.laws import DecodeUse
-    from pi2rt.runtime.executor import StepUse
+    from pi2rt.runtime.executor_statistics import StepUse
 
     counted = [step for step in steps if step.tokens == 1 and step.weight_bytes]
     return DecodeUse.of(counted or [StepUse(1, 0, bytes_per_token(path), 0, None)])
 
 
 async def _measure_rates(
-    options: argparse.Namespace, path: str, use: DecodeUse, details: Mapping[str, object]
+    options: argparse.Namespace, path: str, use: DecodeUse, neurons: CacheStatistics | None
 ) -> Rates:
     import trio
 
@@ -184,8 +184,8 @@ async def _measure_rates(
         flash, reads = measure_flash(
             path,
             use,
-            page_bytes=int(str(details.get("neuron_page_bytes", 0))),
-            depth=int(str(details.get("neuron_reads_at_once", 0))),
+            page_bytes=0 if neurons is None else neurons.page_bytes,
+            depth=0 if neurons is None else neurons.reads_at_once,
             io=options.io,
             seconds=FLASH_SECONDS,
         )

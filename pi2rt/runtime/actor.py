@@ -24,7 +24,8 @@ import trio
 
 from pi2rt._errors import BusyError, ClosedError, ExecutorError, InternalError, RequestError
 from pi2rt.runtime.channel import ChannelStatistics
-from pi2rt.runtime.executor import Executor, ExecutorStatistics, Repairable, Resizable
+from pi2rt.runtime.executor import Executor, Repairable, Resizable
+from pi2rt.runtime.executor_statistics import ExecutorStatistics
 from pi2rt.runtime.step import Step, StepResult
 from pi2rt.runtime.trace import Trace, Track
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pi2rt.runtime.actor import ActorStatistics
-from pi2rt.runtime.executor import ExecutorStatistics
+from pi2rt.runtime.executor_statistics import ExecutorStatistics
 
 
 def assistant_statistics(leader: ActorStatistics) -> tuple[ActorStatistics, ...]:
@@ -38,7 +38,7 @@ def _assistant(leader: ActorStatistics, name: str) -> ActorStatistics:
         kernel_ns=kernel_ns,
         finished_ns=whole.finished_ns,
         threads=threads,
-        details=whole.details,
+        kernels=whole.kernels,
     )
     share = kernel_ns / whole.busy_ns if whole.busy_ns else 0.0
     return replace(leader, name=name, busy=leader.busy * share, executor=executor)

@@ -16,8 +16,9 @@ from pi2rt.formats.predictor import Predictor
 from pi2rt.memory import KvType, MemoryNeed, StateLayout, StateStore
 from pi2rt.models import ModelDescription
 from pi2rt.runtime.cluster_unit import ClusterUnit
+from pi2rt.runtime.executor_statistics import ExecutorStatistics
 from pi2rt.runtime.flash_reads import FlashReads
-from pi2rt.runtime.step import Floats, NeuronUse, Step, StepResult
+from pi2rt.runtime.step import Floats, Step, StepResult
 from pi2rt.runtime.trace import Trace
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -81,58 +82,6 @@ class ExecutorOptions:
     cluster_unit: Callable[[], ClusterUnit] | None = None
     unit_clusters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     trace: Trace | None = None
-
-
-RECENT_STEPS = 1024
-"""Of so many steps ``ExecutorStatistics`` tells what each took."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepUse:
-    """What a step took. ``tokens``: in it; ``busy_ns``: time from its begin to its end; the others as in
-    ``StepResult``."""
-
-    tokens: int
-    busy_ns: int
-    weight_bytes: int
-    streamed_bytes: int
-    neurons: NeuronUse | None
-
-
-@dataclass(frozen=True, slots=True)
-class ThreadStatistics:
-    """A native thread. ``actor``: whose unit it is, which is another than the executor's own for the threads
-    of assistants; ``core``: where it is pinned, or -1; ``kernel_ns``: time inside kernels, of a reader with a read in
-    flight; ``waiting_ns``: time inside steps without one. Units of work that it took from the cursors which the
-    threads of a gang share: ``row_blocks`` of matrices, ``clusters`` of neurons, units of ``attention``."""
-
-    actor: str
-    core: int
-    kernel_ns: int
-    waiting_ns: int = 0
-    row_blocks: int = 0
-    clusters: int = 0
-    attention: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ExecutorStatistics:
-    """A snapshot, consistent with the last step that was waited for. ``busy_ns``: time inside steps;
-    ``kernel_ns``: of that, inside kernels; ``finished_ns``: when that step ended, so that between two
-    snapshots ``kernel_ns`` over ``finished_ns`` is the share of time spent in kernels; ``bytes``: memory held
-    by name (weights, kv, activations); ``threads``: those that compute, () where the executor has none of its
-    own; ``recent``: what each of the last steps took, the oldest first, as far as the executor counts it."""
-
-    steps: int = 0
-    tokens: int = 0
-    in_flight: int = 0
-    busy_ns: int = 0
-    kernel_ns: int = 0
-    finished_ns: int = 0
-    bytes: Mapping[str, int] = field(default_factory=dict)
-    threads: tuple[ThreadStatistics, ...] = ()
-    details: Mapping[str, object] = field(default_factory=dict)
-    recent: tuple[StepUse, ...] = ()
 
 
 @runtime_checkable

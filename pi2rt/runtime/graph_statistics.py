@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pi2rt.runtime.actor import ActorStatistics
-from pi2rt.runtime.executor import ThreadStatistics
+from pi2rt.runtime.executor_statistics import FlashStatistics, ThreadStatistics
 from pi2rt.runtime.graph import ENGINE, FLASH, Carrier, Edge, Graph, Kind, Node
 
 
@@ -103,9 +103,9 @@ def edge_statistics(
             passed = sum(_units([each for each in threads if each.actor == edge.target]).values())
         elif edge.carrier == "mailbox":
             lead = by_name[edge.source if edge.source in by_name else edge.target]
-            passed = _count(lead.executor.details, "unit_items")
+            passed = 0 if lead.executor.cluster_unit is None else lead.executor.cluster_unit.items
         elif edge.source == FLASH:
-            passed = _passed(edge, by_name[edge.target])
+            passed = _passed(edge, by_name[edge.target].executor.flash)
         found.append(
             EdgeStatistics(
                 edge.name,
@@ -135,16 +135,16 @@ def _owners(graph: Graph, leaders: Sequence[ActorStatistics]) -> dict[str, Actor
 
 def _unit_node(node: Node, owner: ActorStatistics, threads: Sequence[ThreadStatistics]) -> NodeStatistics:
     """A cluster unit. It is lost, once it failed, until its executor is made anew."""
-    details = owner.executor.details
+    unit = owner.executor.cluster_unit
     return NodeStatistics(
         name=node.name,
         kind=node.kind,
-        state="lost" if "cluster_unit_lost" in details else owner.state,
+        state="lost" if unit is not None and unit.lost is not None else owner.state,
         generation=owner.generation,
         threads=len(threads),
         busy_ns=sum(each.kernel_ns for each in threads),
         waiting_ns=sum(each.waiting_ns for each in threads),
-        units={"items": _count(details, "unit_items"), "rows": _count(details, "unit_rows")},
+        units={} if unit is None else {"items": unit.items, "rows": unit.rows},
     )
 
 
@@ -157,17 +157,26 @@ def _units(threads: Sequence[ThreadStatistics]) -> dict[str, int]:
 
 
 def _flash_units(owner: ActorStatistics) -> dict[str, int]:
-    details = owner.executor.details
-    return {"page reads": _count(details, "flash_reads"), "bytes": _count(details, "flash_bytes")}
+    flash = owner.executor.flash
+    if flash is None:
+        return {}
+    pieces = 0 if flash.stream is None else flash.stream.reads
+    return {
+        "page reads": flash.page_reads,
+        "piece reads": pieces,
+        "row reads": flash.row_reads,
+        "bytes": flash.bytes,
+        "repairs": flash.repairs,
+    }
 
 
-def _passed(edge: Edge, owner: ActorStatistics) -> int | None:
-    """Items that flash gave: pages that a cache had to ask for. Streamed pieces and rows are counted in bytes only."""
-    names = {"neuron pages": "neuron_misses", "expert page": "cluster_misses"}
-    name = names.get(edge.item)
-    return None if name is None else _count(owner.executor.details, name)
-
-
-def _count(details: Mapping[str, object], name: str) -> int:
-    value = details.get(name, 0)
-    return value if isinstance(value, int) else 0
+def _passed(edge: Edge, flash: FlashStatistics | None) -> int | None:
+    """Items that flash gave: pages that a cache had to ask for, pieces and rows that were read."""
+    if flash is None:
+        return None
+    cached = {"neuron pages": flash.neurons, "expert page": flash.experts}.get(edge.item)
+    if cached is not None:
+        return cached.misses
+    if edge.item == "streamed piece":
+        return None if flash.stream is None else flash.stream.reads
+    return flash.row_reads if edge.item == "embedding row" else None

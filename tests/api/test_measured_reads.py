@@ -35,9 +35,11 @@ async def test_a_kept_curve_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for _ in range(2):
             async with pi2rt.open_runtime(tmp_path / "m.pi2", context=128, memory="2G", io=io) as runtime:
                 texts.append((await runtime.generate("Once", max_tokens=8, ignore_eos=True)).tokens)
-                details = runtime.statistics().actors[0].executor.details
-            found.append((details["flash_reads_from"], details["neuron_reads_at_once"]))
+                flash = runtime.statistics().actors[0].executor.flash
+            assert flash is not None
+            assert flash.neurons is not None
+            found.append((flash.measured, flash.neurons.reads_at_once))
             keep_curve(catalogue.curves_directory(), tmp_path / "m.pi2", CURVE, "2026-11-23")
-    default, measured = ("defaults", 128), ("a measured curve", 5)
+    default, measured = (False, 128), (True, 5)
     assert found == [default, default, measured, measured, measured, measured]
     assert len(set(texts)) == 1

@@ -64,8 +64,7 @@ async def test_text_is_the_same_while_the_budget_changes_a_hundred_times(pack: P
             while not done.is_set() or rounds == 0:
                 assert (await runtime.generate("Once", max_tokens=100, ignore_eos=True)).tokens == expected
                 rounds += 1
-        details = runtime.statistics().actors[0].executor.details
-        assert int(str(details["neuron_evictions"])) > 0
+        assert runtime.statistics().actors[0].executor.flash.neurons.evictions > 0
 
 
 async def test_memory_is_given_back_and_taken_again(pack: Path) -> None:
@@ -89,10 +88,10 @@ async def test_memory_for_reads_is_pinned_once_and_follows_the_size(pack: Path) 
         pytest.skip(f"Linux {os.uname().release} cannot register memory in pieces (5.19)")
 
     def pinned(runtime: pi2rt.Runtime) -> object:
-        return runtime.statistics().actors[0].executor.details["flash_pinned_bytes"]
+        return runtime.statistics().actors[0].executor.flash.pinned_bytes
 
     async with pi2rt.open_runtime(pack, context=256, memory=LARGE) as runtime:
-        if not str(runtime.statistics().actors[0].executor.details["flash_io"]).startswith("io_uring"):
+        if not str(runtime.statistics().actors[0].executor.flash.io).startswith("io_uring"):
             pytest.skip("io_uring is not permitted here")
         assert pinned(runtime) == runtime.statistics().memory["neurons"]
         expected = (await runtime.generate("Once", max_tokens=20, ignore_eos=True)).tokens
@@ -117,8 +116,8 @@ def used_slots(runtime: pi2rt.Runtime) -> tuple[int, int]:
 
 
 def misses(runtime: pi2rt.Runtime) -> int:
-    details = runtime.statistics().actors[0].executor.details
-    return int(str(details["neuron_misses"])) + int(str(details["neuron_early"]))
+    neurons = runtime.statistics().actors[0].executor.flash.neurons
+    return neurons.misses + neurons.early
 
 
 @pytest.mark.parametrize("io", ["auto", "preadv"])

@@ -291,7 +291,7 @@ async def test_streamed_weights_give_the_same_text(tmp_path: Path) -> None:
         statistics = runtime.statistics()
         assert statistics.memory["ring"] > 0
         assert statistics.actors[-1].name == "flash"
-        flash_bytes = statistics.actors[0].executor.details["flash_bytes"]
+        flash_bytes = statistics.actors[0].executor.flash.bytes
         assert isinstance(flash_bytes, int)
         assert flash_bytes > statistics.engine.steps * 12 * 4 * 256 * (4 * 256)
     assert streamed.tokens == resident.tokens

@@ -13,7 +13,7 @@ from pi2rt_child import each_token
 
 from pi2rt.formats.pack import PackFile
 from pi2rt.planner.laws import DecodeUse
-from pi2rt.runtime.executor import StepUse
+from pi2rt.runtime.executor_statistics import StepUse
 from pi2rt.runtime.step import NeuronUse
 from tests.support.tiny_models import TinyModel, write_gguf
 

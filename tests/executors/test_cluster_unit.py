@@ -95,12 +95,12 @@ async def test_results_are_near_those_without_it(pack: Path, choice: str) -> Non
     async with opened(CpuExecutor(), pack, **options) as executor:
         chunk = await all_logits(executor, TOKENS)
         single = await one_by_one(executor, TOKENS[:20])
-        details = executor.statistics().details
+        unit = executor.statistics().cluster_unit
     assert 0 < error_of(chunk, expected) < 0.01
     assert error_of(single, expected[:20]) < 0.01
     layers = len(options["unit_clusters"])
-    assert details["unit_items"] == layers * 21
-    assert details["unit_rows"] == layers * (len(TOKENS) + 20)
+    assert unit is not None
+    assert (unit.items, unit.rows) == (layers * 21, layers * (len(TOKENS) + 20))
 
 
 async def test_its_clusters_are_not_read_nor_computed_by_the_processor(packs: Mapping[str, Path]) -> None:
@@ -111,8 +111,8 @@ async def test_its_clusters_are_not_read_nor_computed_by_the_processor(packs: Ma
     async with opened(CpuExecutor(), path, **helped(path, CHOICES["all"], NumpyUnit)) as executor:
         await all_logits(executor, TOKENS)
         beside = executor.statistics()
-    assert alone.details["neuron_hits"]
-    assert beside.details["neuron_hits"] == beside.details["neuron_misses"] == 0
+    assert alone.flash.neurons.hits
+    assert beside.flash.neurons.hits == beside.flash.neurons.misses == 0
     unit = [each for each in beside.threads if each.actor == "numpy"]
     assert len(unit) == 1
     assert unit[0].kernel_ns > 0
@@ -193,9 +193,9 @@ async def test_a_unit_that_fails_costs_its_step_and_no_weights(packs: Mapping[st
         assert await executor.repair()
         assert Failing.closed == 1
         np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
-        details = executor.statistics().details
-        assert details["cluster_unit_lost"] == "OverflowError: too warm"
-        assert "unit_items" not in details
+        lost = executor.statistics().cluster_unit
+        assert lost is not None
+        assert (lost.lost, lost.items) == ("OverflowError: too warm", 3)
 
 
 class Hanging(NumpyUnit):  # type: ignore[misc]

@@ -111,9 +111,9 @@ async def test_what_the_caches_hold_changes_no_bit(
         async with planned(files[1], least_plan(files[1], more), cores=cores, io=io) as executor:
             np.testing.assert_array_equal(await one_by_one(executor, TOKENS), expected)
             np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
-            details = executor.statistics().details
-            assert details["cluster_early"] > 0  # type: ignore[operator]
-            assert details["cluster_evictions"] > 0  # type: ignore[operator]
+            experts = executor.statistics().flash.experts
+            assert experts.early > 0
+            assert experts.evictions > 0
 
 
 @pytest.mark.usefixtures("small_pages")
@@ -165,16 +165,16 @@ async def test_reads_of_experts_are_in_the_trace(
     trace = Trace()
     plan = least_plan(files[1])
     async with planned(files[1], plan, trace=trace) as executor:
-        before = executor.statistics().details
+        before = executor.statistics().flash
         await one_by_one(executor, TOKENS)
-        after = executor.statistics().details
+        after = executor.statistics().flash
     trace.write(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     experts = [e for e in events if e["ph"] == "X" and e["name"].endswith(" experts")]
     neurons = [e for e in events if e["ph"] == "X" and e["name"].endswith(" neurons")]
     assert {e["name"].removesuffix(" experts") + ".weight" for e in experts} <= set(plan.paged)
     assert bool(neurons) is bool(plan.neuron_bytes)
-    read = int(str(after["flash_reads"])) - int(str(before["flash_reads"]))
+    read = after.page_reads - before.page_reads
     assert 0 < read <= sum(e["args"]["reads"] for e in experts + neurons)
     assert {e["name"] for e in events if e["ph"] == "C"} >= {"reads of experts in flight"}
 

@@ -108,7 +108,7 @@ async def test_reads_that_come_short_are_completed(disk: FaultyDisk, source: Pat
             else "reads of this file system cannot be told not to wait (EOPNOTSUPP)"
         )
         if way != "rows":  # which are read with preadv always
-            assert executor.statistics().details["flash_io"] == f"preadv: {why}"
+            assert executor.statistics().flash.io == f"preadv: {why}"
 
 
 @pytest.mark.parametrize("way", ["streamed", "neurons"])

@@ -169,7 +169,7 @@ async def test_streamed_is_resident_bit_for_bit(
         async with opened(CpuExecutor(), packs[0], **given, neuron_bytes=slots * size) as executor:
             np.testing.assert_array_equal(await one_by_one(executor, TOKENS), expected)
             np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
-            assert executor.statistics().details["neuron_misses"] > 0
+            assert executor.statistics().flash.neurons.misses > 0
             assert executor.statistics().bytes["predictors"] > 0
 
 
@@ -204,12 +204,12 @@ async def test_two_phases_change_no_bit_and_read_less(
             for two_phase in (False, True):
                 more = {"neuron_bytes": slots * size, "pipeline": pipeline, "two_phase": two_phase}
                 async with opened(CpuExecutor(), path, **options, **more) as executor:
-                    loaded = executor.statistics().details["flash_bytes"]
+                    loaded = executor.statistics().flash.bytes
                     np.testing.assert_array_equal(await one_by_one(executor, TOKENS), expected)
                     np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
-                    details = executor.statistics().details
-                    read.append(details["flash_bytes"] - loaded)
-                    assert (details["neuron_completed"] > 0) is two_phase
+                    flash = executor.statistics().flash
+                    read.append(flash.bytes - loaded)
+                    assert (flash.neurons.completed > 0) is two_phase
             if slots == cluster:  # nothing stays long enough to be asked for again
                 assert read[1] < 0.9 * read[0]
 
@@ -249,7 +249,7 @@ async def test_who_is_not_named_is_not_read(source: Path, packs: tuple[Path, Pat
     for given in ({}, halves):
         async with opened(CpuExecutor(), packs[0], exact_floats=False, predictors=given) as executor:
             await all_logits(executor, TOKENS)
-            asked.append(executor.statistics().details["neuron_hits"])
+            asked.append(executor.statistics().flash.neurons.hits)
     assert 0.4 * asked[0] < asked[1] < 0.7 * asked[0]
 
 
@@ -293,4 +293,4 @@ async def test_experts_lose_nothing_either(tmp_path: Path, bundles: Bundling) ->
     np.testing.assert_array_equal(await logits(tmp_path / "m.pi2"), expected)
     async with planned(tmp_path / "m.pi2", plan) as executor:
         np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
-        assert executor.statistics().details["neuron_misses"] > 0
+        assert executor.statistics().flash.neurons.misses > 0

@@ -133,9 +133,9 @@ async def test_no_bit_changes(pack: Path, io: str, cores: tuple[int, ...]) -> No
             np.testing.assert_array_equal(await one_by_one(executor, TOKENS), expected)
             np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
             statistics = executor.statistics()
-        through = int(str(statistics.details["neuron_read_through"]))
+        through = int(str(statistics.flash.neurons.read_through))
         assert through > 0
-        assert statistics.details["neuron_read_through_bytes"] == through * size
+        assert statistics.flash.neurons.read_through_bytes == through * size
         uses = [step.neurons for step in statistics.recent if step.neurons]
         assert 0 < sum(use.read_through for use in uses) <= through
         assert all(use.read_through_bytes == use.read_through * size for use in uses)
@@ -156,8 +156,7 @@ async def test_what_nobody_asked_for_may_be_broken(numbered: Path) -> None:
 async def test_options(pack: Path) -> None:
     async with pi2rt.open_runtime(pack, context=64, memory="1G", cache="off", read_through="16K") as runtime:
         await runtime.generate("Once", max_tokens=20, ignore_eos=True)
-        details = runtime.statistics().actors[0].executor.details
-        assert int(str(details["neuron_read_through"])) > 0
+        assert runtime.statistics().actors[0].executor.flash.neurons.read_through > 0
     for wrong, why in (
         ({"read_through": 2 << 20}, "from 0 to 1048576 bytes"),
         ({"read_through": -1}, "from 0 to 1048576 bytes"),

@@ -111,17 +111,15 @@ async def test_a_traced_model_shows_each_read_and_each_wait(tmp_path: Path, pipe
         expected = await one_by_one(executor, TOKENS)
     trace = Trace()
     async with opened(CpuExecutor(), tmp_path / "m.pi2", trace=trace, **given) as executor:
-        before = executor.statistics().details
+        before = executor.statistics().flash
         np.testing.assert_array_equal(await one_by_one(executor, TOKENS), expected)
         await all_logits(executor, TOKENS)
-        after = executor.statistics().details
+        after = executor.statistics().flash
     events = events_of(trace, tmp_path)
     drawn = batches(events)
     assert {e["name"] for e in drawn} == {f"layer {layer} neurons" for layer in range(3)}
     reads = sum(e["args"]["reads"] for e in drawn)
-    read, read_bytes = (
-        int(str(after[name])) - int(str(before[name])) for name in ("flash_reads", "flash_bytes")
-    )
+    read, read_bytes = (getattr(after, name) - getattr(before, name) for name in ("page_reads", "bytes"))
     assert read > 0
     assert reads >= read  # those that were in flight at the end came later
     assert sum(e["args"]["pages"] for e in drawn) * size >= read_bytes

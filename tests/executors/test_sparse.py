@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +78,7 @@ async def test_sparse_blocks_are_the_dense_ones_bit_for_bit(
     async with opened(CpuExecutor(), sparse, **given) as executor:
         np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
         np.testing.assert_array_equal(await one_by_one(executor, TOKENS), expected)
-        assert executor.statistics().details["neuron_misses"] == 0
+        assert executor.statistics().flash.neurons.misses == 0
 
 
 @pytest.mark.parametrize(
@@ -100,9 +99,9 @@ async def test_what_the_cache_holds_changes_no_bit(
         async with opened(CpuExecutor(), sparse, **given, **more) as executor:
             np.testing.assert_array_equal(await one_by_one(executor, TOKENS), expected)
             np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
-            details = executor.statistics().details
-        assert details["neuron_misses"] > 0
-        assert details["flash_bytes"] > 0
+            flash = executor.statistics().flash
+        assert flash.neurons.misses > 0
+        assert flash.bytes > 0
 
 
 READS = FlashReads(stream_bytes=16384)
@@ -204,23 +203,20 @@ async def test_each_step_tells_what_it_took(packs: tuple[Path, Path]) -> None:
     async with opened(
         CpuExecutor(), packs[0], exact_floats=False, neuron_bytes=(pages // 2) * size
     ) as executor:
-        before = executor.statistics().details
+        before = executor.statistics().flash
         await one_by_one(executor, TOKENS)
         after = executor.statistics()
         uses = [step.neurons for step in after.recent if step.neurons is not None]
         assert len(uses) == after.steps == len(TOKENS)
-        assert sum(use.asked for use in uses) == counted(after.details, "neuron_hits", "neuron_misses")
-        assert sum(use.missed for use in uses) == counted(after.details, "neuron_early", "neuron_misses")
-        assert sum(use.foreseen for use in uses) == counted(after.details, "neuron_early")
+        cache = after.flash.neurons
+        assert sum(use.asked for use in uses) == cache.hits + cache.misses
+        assert sum(use.missed for use in uses) == cache.early + cache.misses
+        assert sum(use.foreseen for use in uses) == cache.early
         assert 0 < sum(use.missed_bytes for use in uses) <= sum(use.asked for use in uses) * size
-        read = counted(after.details, "flash_reads") - counted(before, "flash_reads")
+        read = after.flash.page_reads - before.page_reads
         assert 0 < sum(use.reads for use in uses) <= read
         assert uses[-1].nbytes == resident  # the same neurons are active, wherever they were
         assert all(0 < use.nbytes < most + scales for use in uses)
         assert {step.weight_bytes - step.neurons.nbytes for step in after.recent if step.neurons} == {
             after.recent[0].weight_bytes - uses[0].nbytes
         }
-
-
-def counted(details: Mapping[str, object], *names: str) -> int:
-    return sum(int(str(details[name])) for name in names)

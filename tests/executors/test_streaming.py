@@ -103,7 +103,7 @@ async def test_streamed_is_resident_bit_for_bit(pack: Path, every: int, more: in
         with open_model_file(pack) as file:
             least = sum(file.tensors[name].nbytes for name in names)
         assert all(use.streamed_bytes >= least for use in statistics.recent)
-        read = statistics.details["flash_bytes"]
+        read = statistics.flash.bytes
         assert isinstance(read, int)
         assert read >= sum(use.streamed_bytes for use in statistics.recent)
         assert statistics.threads[-1].actor == "flash"
@@ -121,7 +121,7 @@ async def test_short_steps_keep_pieces_in_memory_that_long_ones_need(pack: Path)
     def of_last_step() -> tuple[int, int]:
         """(bytes read, bytes lent)"""
         statistics = executor.statistics()
-        lent = statistics.details["stream_lent_bytes"]
+        lent = statistics.flash.stream.reclaimable_bytes
         assert isinstance(lent, int)
         return statistics.recent[-1].streamed_bytes, lent
 
@@ -157,12 +157,12 @@ async def test_a_page_that_is_copied_to_is_given_back_before(pack: Path) -> None
         for number in range(1, 4):  # short ones, so that all that is streamed comes to lie there
             executor.submit(Step(number, (Slice(0, 19, first, tokens[19:20], logits=True),)))
             await executor.wait()
-        lent = [executor.statistics().details["stream_lent_bytes"]]
+        lent = [executor.statistics().flash.stream.reclaimable_bytes]
         copies = (StateCopy("page", 0, 127),)
         executor.submit(Step(4, (Slice(0, 20, first, tokens[20:21], logits=True),), copies=copies))
         executor.submit(Step(5, (Slice(1, 20, copied, tokens[20:], logits=True),)))
         forked = (await executor.wait()).logits[0]
-        lent.append(executor.statistics().details["stream_lent_bytes"])
+        lent.append(executor.statistics().flash.stream.reclaimable_bytes)
         again = (await executor.wait()).logits[0]
         assert forked is not None
         assert again is not None
@@ -187,9 +187,10 @@ async def test_how_much_is_read_at_once_changes_no_bit(
     given = {"streamed": names, "ring_bytes": ring_for(pack, names, reads=reads), "reads": reads}
     async with opened(CpuExecutor(), pack, exact_floats=False, **given) as executor:
         np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
-        details = executor.statistics().details
-        assert details["flash_reads_from"] == "a measured curve"
-        assert (details["stream_read_bytes"], details["stream_reads_at_once"]) == (stream_bytes, stream_depth)
+        flash = executor.statistics().flash
+        assert flash.measured
+        assert (flash.stream.read_bytes, flash.stream.reads_at_once) == (stream_bytes, stream_depth)
+        assert flash.stream.reads * stream_bytes >= flash.bytes > 0
 
 
 async def test_a_stopped_step_leaves_nothing_behind(pack: Path) -> None:

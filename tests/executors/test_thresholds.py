@@ -133,7 +133,7 @@ async def test_streamed_is_resident_bit_for_bit(
         async with opened(CpuExecutor(), packs[0], **given, neuron_bytes=slots * size) as executor:
             np.testing.assert_array_equal(await one_by_one(executor, TOKENS), expected)
             np.testing.assert_array_equal(await all_logits(executor, TOKENS), expected)
-            assert executor.statistics().details["neuron_misses"] > 0
+            assert executor.statistics().flash.neurons.misses > 0
 
 
 async def test_what_rests_is_not_asked_for(packs: tuple[Path, Path]) -> None:
@@ -148,5 +148,5 @@ async def test_what_rests_is_not_asked_for(packs: tuple[Path, Path]) -> None:
     for thresholds in ({}, halves):
         async with opened(CpuExecutor(), packs[0], exact_floats=False, thresholds=thresholds) as executor:
             await all_logits(executor, TOKENS)
-            asked.append(executor.statistics().details["neuron_hits"])
+            asked.append(executor.statistics().flash.neurons.hits)
     assert 0.4 * asked[0] < asked[1] < 0.6 * asked[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pi2rt.planner.laws import DecodeUse, Rates, bound_s, measure_flash, percentile
-from pi2rt.runtime.executor import StepUse
+from pi2rt.runtime.executor_statistics import StepUse
 from pi2rt.runtime.step import NeuronUse
 
 

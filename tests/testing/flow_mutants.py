@@ -10,7 +10,7 @@ import numpy as np
 import trio
 
 from pi2rt.executors.simulated.executor import SimulatedExecutor
-from pi2rt.runtime.executor import ExecutorStatistics
+from pi2rt.runtime.executor_statistics import ExecutorStatistics
 from pi2rt.runtime.step import Floats, Step, StepResult
 from tests.testing.mutant import Mutant
 from tests.testing.wrappers import Wrapper

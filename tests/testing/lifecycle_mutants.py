@@ -11,7 +11,8 @@ from pi2rt._errors import BusyError, ClosedError
 from pi2rt.formats import ModelFile
 from pi2rt.memory import StateStore
 from pi2rt.models import ModelDescription
-from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
+from pi2rt.runtime.executor import ExecutorOptions, Progress
+from pi2rt.runtime.executor_statistics import ExecutorStatistics
 from pi2rt.runtime.step import Step, StepResult
 from tests.testing.mutant import Mutant
 from tests.testing.wrappers import Wrapper

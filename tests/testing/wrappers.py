@@ -12,7 +12,8 @@ from pi2rt.executors.reference.sampling import sample
 from pi2rt.formats import ModelFile
 from pi2rt.memory import KvType, MemoryNeed, StateStore
 from pi2rt.models import ModelDescription
-from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
+from pi2rt.runtime.executor import ExecutorOptions, Progress
+from pi2rt.runtime.executor_statistics import ExecutorStatistics
 from pi2rt.runtime.step import (
     Bind,
     Floats,

@@ -15,7 +15,8 @@ from pi2rt.executors.reference.sampling import log_softmax, sample
 from pi2rt.formats import ModelFile
 from pi2rt.memory import KvType, MemoryNeed, StateStore
 from pi2rt.models import ModelDescription
-from pi2rt.runtime.executor import ExecutorOptions, ExecutorStatistics, Progress
+from pi2rt.runtime.executor import ExecutorOptions, Progress
+from pi2rt.runtime.executor_statistics import ExecutorStatistics
 from pi2rt.runtime.step import Bind, Outcome, Sampled, Skipped, Slice, Step, StepResult
 
 
