@@ -19,12 +19,14 @@ cdef extern from "kernels.h" nogil:
         int head_dim
         int type
     ctypedef void (*pi2_gemm)(const uint8_t *, int64_t, const pi2_q8 *, int, float *, int64_t) noexcept nogil
-    ctypedef void (*pi2_panel)(const uint8_t *, int64_t, int, int64_t, const pi2_q8 *, int, float *, int64_t) noexcept nogil
-    ctypedef void (*pi2_gemm_float)(const uint8_t *, int64_t, const float *, int64_t, int, float *, int64_t) noexcept nogil
-    ctypedef void (*pi2_neuron_rows)(const uint8_t *const *, const uint8_t *const *, int, int64_t, const int16_t *, const float *,
-                                     const float *, float *) noexcept nogil
-    ctypedef void (*pi2_neuron_columns)(const uint8_t *const *, const int16_t *, int, const uint8_t *, int64_t, float, float,
-                                        int64_t, float *) noexcept nogil
+    ctypedef void (*pi2_panel)(const uint8_t *, int64_t, int, int64_t, const pi2_q8 *, int, float *,
+                              int64_t) noexcept nogil
+    ctypedef void (*pi2_gemm_float)(const uint8_t *, int64_t, const float *, int64_t, int, float *,
+                                   int64_t) noexcept nogil
+    ctypedef void (*pi2_neuron_rows)(const uint8_t *const *, const uint8_t *const *, int, int64_t, const int16_t *,
+                                     const float *, const float *, float *) noexcept nogil
+    ctypedef void (*pi2_neuron_columns)(const uint8_t *const *, const int16_t *, int, const uint8_t *, int64_t, float,
+                                        float, int64_t, float *) noexcept nogil
     ctypedef void (*pi2_quantizer)(const float *, int64_t, const pi2_q8 *) noexcept nogil
     ctypedef struct pi2_kernels:
         const char *name

@@ -38,8 +38,8 @@ cdef extern from "neuron_cache.h" nogil:
         uint32_t event
         int64_t hits, early, misses, evictions, completed, gap_pages, gap_bytes
         int64_t bytes, reads_done, busy_ns, stall_ns
-    pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *, const pi2_region *, int, int32_t, int64_t, uint8_t *, int32_t,
-                                              int32_t, int, int64_t, int *)
+    pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *, const pi2_region *, int, int32_t, int64_t, uint8_t *,
+                                              int32_t, int32_t, int, int64_t, int *)
     ctypedef struct pi2_read_record:
         int64_t begin_ns, end_ns
         int32_t region
@@ -62,17 +62,18 @@ PAGE = PI2_SECTOR
 """Pages and slots are multiples of it."""
 RECORD = np.dtype([("begin", np.int64), ("end", np.int64), ("region", np.int32), ("pages", np.uint16),
                    ("foreseen", np.uint16)])
-"""A read that has ended: nanoseconds, the block whose neurons it read, how many pages, and of these the foreseen ones."""
+"""A read that has ended: nanoseconds, the block whose neurons it read, how many pages, and how many of these
+were foreseen."""
 assert RECORD.itemsize == sizeof(pi2_read_record)
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Of pages: asked for while they were there (hits; early: of these, read because they were foreseen, and asked for the
-    first time) or not (misses), read to their end because their neurons are active (completed; in two phases only), and given up
-    for others. Of reading: reads, bytes, nanoseconds with a read in flight, and nanoseconds in which
-    compute threads (all of them, added up) waited. ``read_through``, ``read_through_bytes``: pages and bytes of gaps, which
-    nobody asked for, read to make one read of two; they are among ``bytes``."""
+    """Of pages: asked for while they were there (hits; early: of these, read because they were foreseen, and asked for
+    the first time) or not (misses), read to their end because their neurons are active (completed; in two phases only),
+    and given up for others. Of reading: reads, bytes, nanoseconds with a read in flight, and nanoseconds in which
+    compute threads (all of them, added up) waited. ``read_through``, ``read_through_bytes``: pages and bytes of gaps,
+    which nobody asked for, read to make one read of two; they are among ``bytes``."""
 
     hits: int = 0
     early: int = 0
@@ -89,14 +90,14 @@ class Counters:
 
 cdef class NeuronCache:
     """Holds pages of ``regions``, (offset in the file, bytes of a page, bytes of all) for each feed-forward block, in
-    ``slots`` slots of ``slot_bytes`` at ``memory`` (aligned to PAGE, outlives the cache, has room for a slot for each page,
-    of which those that are not used need not be there).
+    ``slots`` slots of ``slot_bytes`` at ``memory`` (aligned to PAGE, outlives the cache, has room for a slot for each
+    page, of which those that are not used need not be there).
 
     A native thread that reads begins at once. ``name``: what errors call the file, where that is not ``path``.
     ``heads``: bytes of each region's pages that are read first, the rest once a program asks for it; 0: all at once.
     ``read_through``: bytes of a gap between pages that a read runs through at most, whole PAGEs.
-    ``depth``: reads in flight, at most MOST_DEPTH. ``deadline``: seconds; when none of those in flight ends for so long,
-    reading fails.
+    ``depth``: reads in flight, at most MOST_DEPTH. ``deadline``: seconds; when none of those in flight ends for so
+    long, reading fails.
     """
 
     cdef pi2_neuron_cache *cache
@@ -146,8 +147,8 @@ cdef class NeuronCache:
         cdef int32_t most = max(slots, first)
         cdef int64_t deadline_ns = -1 if deadline is None else <int64_t>(deadline * 1e9)
         with nogil:  # it touches all of the memory, where that is pinned
-            self.cache = pi2_neuron_cache_create(flash, self.regions, self.n_regions, first, slot_bytes, <uint8_t *>memory,
-                                                 slots, most, depth, deadline_ns, &error)
+            self.cache = pi2_neuron_cache_create(flash, self.regions, self.n_regions, first, slot_bytes,
+                                                 <uint8_t *>memory, slots, most, depth, deadline_ns, &error)
         if self.cache == NULL:
             pi2_flash_close(flash, -1)
             raise system_failure("starting the thread that reads neurons", error) or OSError(error, os.strerror(error))
@@ -184,8 +185,8 @@ cdef class NeuronCache:
         self.n_records = reads
 
     def take_reads(self):
-        """(reads that have ended since, of RECORD, in the order of their ends; nanoseconds before which no read began that
-        is still to come)"""
+        """(reads that have ended since, of RECORD, in the order of their ends; nanoseconds before which no read began
+        that is still to come)"""
         cdef int64_t n, horizon = 0
         if self.cache == NULL or self.records == NULL:
             raise InternalError("reads are not recorded")
@@ -218,8 +219,9 @@ cdef class NeuronCache:
         return out
 
     def fetch(self, pages):
-        """Starts reading these pages (int32, numbers among all) into slots that were never used, where they are not there.
-        Returns whether there are more such slots. While programs run; a read that fails leaves its page absent."""
+        """Starts reading these pages (int32, numbers among all) into slots that were never used, where they are not
+        there. Returns whether there are more such slots. While programs run; a read that fails leaves its page absent.
+        """
         cdef const int32_t[::1] numbers = pages
         cdef int count = <int>numbers.shape[0], room
         if self.cache == NULL or not count or not 0 <= min(pages) <= max(pages) < self.cache.n_pages:
@@ -252,12 +254,12 @@ cdef class NeuronCache:
         cdef pi2_neuron_cache *c = self.cache
         if c == NULL:
             return self.last or Counters()
-        return Counters(c.hits, c.early, c.misses, c.completed, c.evictions, c.reads_done, c.bytes, c.busy_ns, c.stall_ns,
-                        c.gap_pages, c.gap_bytes)
+        return Counters(c.hits, c.early, c.misses, c.completed, c.evictions, c.reads_done, c.bytes, c.busy_ns,
+                        c.stall_ns, c.gap_pages, c.gap_bytes)
 
     def close(self):
-        """Joins the reader. Only after the gang that runs the program was closed. Returns the bytes of reads that have not
-        ended, or 0: their device does not answer and may still write to the memory (``Memory.abandon``)."""
+        """Joins the reader. Only after the gang that runs the program was closed. Returns the bytes of reads that have
+        not ended, or 0: their device does not answer and may still write to the memory (``Memory.abandon``)."""
         cdef pi2_neuron_cache *cache = self.cache
         cdef int64_t left = 0
         if cache != NULL and self.owner == getpid():  # a forked child does not have the thread

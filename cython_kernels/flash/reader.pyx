@@ -67,8 +67,8 @@ cdef int64_t PATIENCE_NS = 100_000_000  # how long a signal may have to wait for
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Since open. ``io``: "uring" or "preadv". ``latencies[i]``: reads that took less than 2**i us, and not less than half
-    of it; the last one: all others. The rest as in flash.h."""
+    """Since open. ``io``: "uring" or "preadv". ``latencies[i]``: reads that took less than 2**i us, and not less than
+    half of it; the last one: all others. The rest as in flash.h."""
 
     io: str
     io_reason: str

@@ -80,8 +80,8 @@ cdef class Rows:
         return <uintptr_t>self.rows
 
     def close(self):
-        """Only after the gang that runs the program was closed. Returns the bytes of reads that have not ended, or 0: their
-        device does not answer and may still write to the memory (``Memory.abandon``)."""
+        """Only after the gang that runs the program was closed. Returns the bytes of reads that have not ended, or 0:
+        their device does not answer and may still write to the memory (``Memory.abandon``)."""
         cdef pi2_row_reader *rows = self.rows
         cdef int64_t left = 0
         self.rows = NULL

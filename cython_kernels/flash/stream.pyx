@@ -35,7 +35,8 @@ cdef extern from "stream.h" nogil:
         pi2_flash *flash
         pi2_placed *placed
         int64_t bytes, busy_ns, stall_ns, lent
-    pi2_stream *pi2_stream_create(pi2_flash *, const pi2_extent *, int, int64_t, int, uint8_t *, int64_t, int64_t, int *)
+    pi2_stream *pi2_stream_create(pi2_flash *, const pi2_extent *, int, int64_t, int, uint8_t *, int64_t, int64_t,
+                                  int *)
     int64_t pi2_stream_destroy(pi2_stream *)
     void pi2_stream_loan(pi2_stream *, uint8_t *)
 
@@ -46,15 +47,15 @@ MOST_DEPTH = 64
 
 
 cdef class Stream:
-    """Reads ``units``, (offset, bytes, skip) in ``path`` in the order of their use, round and round into ``ring``. Offset and
-    bytes are whole sectors, of which the first ``skip`` bytes are not the unit's.
+    """Reads ``units``, (offset, bytes, skip) in ``path`` in the order of their use, round and round into ``ring``.
+    Offset and bytes are whole sectors, of which the first ``skip`` bytes are not the unit's.
 
-    A native thread begins at once. ``ring`` (address, ``ring_bytes``) is aligned to SECTOR and outlives the stream; it has
-    room for units that are used together, and, where units differ in size, for the largest beside them, which may not have
-    fitted before its end.
+    A native thread begins at once. ``ring`` (address, ``ring_bytes``) is aligned to SECTOR and outlives the stream; it
+    has room for units that are used together, and, where units differ in size, for the largest beside them, which may
+    not have fitted before its end.
     ``lap_bytes``: of all units.
-    ``name``: what errors call the file, where that is not ``path``. ``read_bytes``: size of one read, a multiple of SECTOR;
-    ``depth``: reads in flight, at most MOST_DEPTH.
+    ``name``: what errors call the file, where that is not ``path``. ``read_bytes``: size of one read, a multiple of
+    SECTOR; ``depth``: reads in flight, at most MOST_DEPTH.
     """
 
     cdef pi2_stream *stream
@@ -75,10 +76,14 @@ cdef class Stream:
         self.path, self.n, self.ring_bytes = path if name is None else name, <int>len(units), ring_bytes
         self.deadline = deadline
         largest = max(size for _, size, _ in units)
-        if any(offset % PI2_SECTOR or size % PI2_SECTOR or not 0 <= skip < size for offset, size, skip in units) or ring % PI2_SECTOR:
+        if ring % PI2_SECTOR or any(
+            offset % PI2_SECTOR or size % PI2_SECTOR or not 0 <= skip < size for offset, size, skip in units
+        ):
             raise InternalError("units and ring of a stream are whole sectors")
         if ring_bytes < largest or read_bytes <= 0 or read_bytes % PI2_SECTOR or not 1 <= depth <= MOST_DEPTH:
-            raise InternalError(f"a ring of {ring_bytes} bytes for units of {largest}, reads of {read_bytes}, {depth} at once")
+            raise InternalError(
+                f"a ring of {ring_bytes} bytes for units of {largest}, reads of {read_bytes}, {depth} at once"
+            )
         self.units = <pi2_extent *>malloc(self.n * sizeof(pi2_extent))
         if self.units == NULL:
             raise memory_failure("reading weights in every step", self.n * sizeof(pi2_extent))
@@ -108,8 +113,8 @@ cdef class Stream:
             raise InternalError(f"a ring of {self.ring_bytes} bytes for {together} used together, and a gap of {gap}")
 
     def borrow(self, uintptr_t address, homes):
-        """Memory at ``address``, whole sectors, that a program lends: there units are kept. ``homes``: of the unit with each
-        number its offset, a multiple of SECTOR. Once, before any is lent; it outlives the stream."""
+        """Memory at ``address``, whole sectors, that a program lends: there units are kept. ``homes``: of the unit with
+        each number its offset, a multiple of SECTOR. Once, before any is lent; it outlives the stream."""
         for number, offset in homes.items():
             if address % PI2_SECTOR or offset % PI2_SECTOR:
                 raise InternalError(f"a home at {offset} of {address}, which is no sector")
@@ -157,8 +162,8 @@ cdef class Stream:
         return begin, end
 
     def close(self):
-        """Joins the reader. Only after the gang that runs the program was closed. Returns the bytes of reads that have not
-        ended, or 0: their device does not answer and may still write to the ring (``Memory.abandon``)."""
+        """Joins the reader. Only after the gang that runs the program was closed. Returns the bytes of reads that have
+        not ended, or 0: their device does not answer and may still write to the ring (``Memory.abandon``)."""
         cdef pi2_stream *stream = self.stream
         cdef int64_t left = 0
         self.stream = NULL

@@ -1,4 +1,5 @@
-"""The work of feed-forward blocks by itself, to see how long it takes: results are thrown away (planner/measure/crossover.py)."""
+"""The work of feed-forward blocks by itself, to see how long it takes: results are thrown away
+(planner/measure/crossover.py)."""
 
 from libc.stdint cimport int8_t, int16_t, int64_t, uint8_t, uintptr_t
 
@@ -19,8 +20,9 @@ cdef extern from "bundles.h" nogil:
 
 
 cdef class BlockWork:
-    """Up and down of feed-forward blocks, ``dim`` wide, for one row. ``every`` 0: whole matrices as row blocks; else one in
-    ``every`` neurons, from bundles of this ``layout``. ``up_type`` None: up is not among it. ``nbytes``: of one block."""
+    """Up and down of feed-forward blocks, ``dim`` wide, for one row. ``every`` 0: whole matrices as row blocks; else
+    one in ``every`` neurons, from bundles of this ``layout``. ``up_type`` None: up is not among it.
+    ``nbytes``: of one block."""
 
     cdef const pi2_kernels *k
     cdef int up, down
@@ -43,7 +45,7 @@ cdef class BlockWork:
         self.nbytes = pi2_align(self.nbytes, PI2_SECTOR)
 
     def compute(self, weights, int64_t copies):
-        """``copies`` blocks, one behind the other in ``weights``. Without the GIL, so that threads can do it at once."""
+        """``copies`` blocks, one behind the other in ``weights``. Without the GIL, so that threads compute at once."""
         cdef int64_t widest = pi2_align(max(self.dim, self.neurons), 512), i
         scratch = native.Memory(2 * widest + 4 * widest + 8 * (widest // 32) + 4096)
         cdef pi2_q8 x
@@ -98,7 +100,8 @@ cdef class BlockWork:
                     numbers[m] = scales + n * stride
                     m += 1
                     n += self.every
-                for i in range(16 if n + 16 * self.every <= self.neurons else 0):  # as the sparse block asks for what is next
+                # as the sparse block asks for what is next
+                for i in range(16 if n + 16 * self.every <= self.neurons else 0):
                     __builtin_prefetch(self._neuron(pages, n + i * self.every))
                 self.k.neuron_rows[self.up](rows, numbers, m, self.dim, <const int16_t *>x.q, x.d, x.s, out)
             scales += self.neurons * stride

@@ -173,9 +173,9 @@ cdef class Memory:
             pi2_pages_unmap(<void *>base, self.nbytes)
 
     def abandon(self):
-        """In place of ``close``, where a device may still write to it: its addresses stay taken for good, and its memory is
-        given back, but for the pages of reads that have not ended, which the system keeps until then. Returns whether that
-        could be done; if not, all of it stays."""
+        """In place of ``close``, where a device may still write to it: its addresses stay taken for good, and its
+        memory is given back, but for the pages of reads that have not ended, which the system keeps until then. Returns
+        whether that could be done; if not, all of it stays."""
         cdef uintptr_t base = self.take()
         return not base or not pi2_pages_abandon(<void *>base, self.nbytes)
 
@@ -303,8 +303,8 @@ cdef int scales_length(object scales, int64_t expected) except -1:
     return 0
 
 
-def bundle_up(type_name, const uint8_t[::1] source, int64_t n, int64_t k, layout, uint8_t[::1] to, uint8_t[::1] scales, *,
-              int64_t at_byte=0):
+def bundle_up(type_name, const uint8_t[::1] source, int64_t n, int64_t k, layout, uint8_t[::1] to, uint8_t[::1] scales,
+              *, int64_t at_byte=0):
     """Puts ``n`` rows of a model file's bytes into bundles: quants to the pages ``to``, scales to ``scales``
     (n * ``up_scales``); either may be None. Releases the GIL.
 
@@ -335,8 +335,8 @@ def bundle_up(type_name, const uint8_t[::1] source, int64_t n, int64_t k, layout
     return bad - 1 if bad else None
 
 
-def bundle_down(type_name, const uint8_t[::1] source, int64_t rows, int64_t hidden, int64_t first, int64_t count, layout,
-                uint8_t[::1] to, uint8_t[::1] scales):
+def bundle_down(type_name, const uint8_t[::1] source, int64_t rows, int64_t hidden, int64_t first, int64_t count,
+                layout, uint8_t[::1] to, uint8_t[::1] scales):
     """As ``bundle_up``, of columns ``first`` to ``first + count`` (multiples of 32) of a matrix (rows, hidden), all of
     whose bytes are in ``source``; scales: count / 32 * ``down_scales``. Returns the index of a row."""
     cdef int type_id = TYPE_IDS[type_name]
@@ -466,8 +466,8 @@ cdef class Kernels:
     def gemm(self, type_name, uintptr_t address, int64_t rows, int64_t k, const float[:, ::1] x, *, bint wide=False,
              bint mixed=False, bint panels=False):
         """W (rows, k) as row blocks at ``address`` times x float32 (n, k): (n, rows). Where W is quantised, activations
-        become int16 (``wide``, some of 8 bits where also ``mixed``) or int8, and row blocks are multiplied all in one call
-        (``panels``) or one by one."""
+        become int16 (``wide``, some of 8 bits where also ``mixed``) or int8, and row blocks are multiplied all in one
+        call (``panels``) or one by one."""
         cdef int type_id = TYPE_IDS[type_name]
         cdef int64_t n = x.shape[0], size = pi2_row_block_bytes(type_id, k), blocks = (rows + 15) // 16, b
         cdef int64_t ldq = k * (2 if wide else 1)
@@ -503,7 +503,8 @@ cdef class Kernels:
             b = blocks
         for b in range(b, blocks):
             if is_float:
-                self.k.gemm_float[type_id](<const uint8_t *>address + b * size, k, &x[0, 0], k, <int>n, &o[0, b * 16], blocks * 16)
+                self.k.gemm_float[type_id](<const uint8_t *>address + b * size, k, &x[0, 0], k, <int>n, &o[0, b * 16],
+                                           blocks * 16)
             else:
                 gemm(<const uint8_t *>address + b * size, k, &q8, <int>n, &o[0, b * 16], blocks * 16)
         return out[:, :rows]
@@ -543,8 +544,8 @@ cdef class Kernels:
         return out
 
     def neuron_columns(self, type_name, pages, scales, layout, const float[::1] h, int64_t rows, *, bint wide=False):
-        """Product of the down columns of one group of 32 neurons in bundles (``bundle_down``) with their values h (32,):
-        float32 (rows,). Neurons whose value becomes 0 are left out."""
+        """Product of the down columns of one group of 32 neurons in bundles (``bundle_down``) with their values h
+        (32,): float32 (rows,). Neurons whose value becomes 0 are left out."""
         cdef int type_id = TYPE_IDS[type_name]
         cdef int64_t padded = (rows + 127) // 128 * 128
         cdef const uint8_t[::1] page = pages, scale = scales
@@ -561,8 +562,8 @@ cdef class Kernels:
                 values[m] = q[i]
                 m += 1
         if m:
-            self.k.neuron_columns[type_id](columns, values, m, &scale[0], pi2_down_scales(type_id, rows) // 2, d[0], s[0],
-                                           padded, &o[0])
+            self.k.neuron_columns[type_id](columns, values, m, &scale[0], pi2_down_scales(type_id, rows) // 2, d[0],
+                                           s[0], padded, &o[0])
         return out[:rows]
 
     def rmsnorm(self, const float[::1] x, const float[::1] w, float offset, float eps):

@@ -268,7 +268,7 @@ cdef class Gang:
 cdef class Matrix:
     """Row blocks of a weight matrix: ``address`` stays valid as long as the program lives; 0: it lies in parts of
     ``page_blocks`` row blocks, which are pages of region ``region`` of the program's clusters, or units of its stream:
-    ``piece``, the first one's number and from each to the next. Neither: its rows are read by themselves (``embed``)."""
+    ``piece``, the first one's number and from each to the next. Neither: ``embed`` reads its rows one by one."""
 
     cdef pi2_matrix m
     cdef object bias
@@ -293,21 +293,23 @@ cdef class Matrix:
 cdef class Bundles:
     """The neurons of a feed-forward block: region ``region`` of the program's neuron cache, and their scales in memory.
 
-    ``up``, ``down``: (type id, address of the scales, bytes from one neuron's (32 neurons') to the next), None where the block
-    has no gate. ``down_plane``: bytes from a group's scales to its minimums, in types that have them. Biases: float32.
-    ``gate``: as ``up``, where gates are in the bundles too; ``gate_bytes``, ``up_bytes``: from a neuron's beginning to its
-    row of up, and to its column of down. ``thresholds``: float32 (neurons,), None for an exact block; a neuron is active when the activated gate's magnitude is above.
-    ``order``: uint16 (neurons,), of each place the neuron of its cluster whose bundle lies there, a permutation of each cluster; None:
-    the neurons' own. ``elsewhere``: uint8 (clusters,), not 0 for those that a cluster unit computes; None: none.
+    ``up``, ``down``: (type id, address of the scales, bytes from one neuron's (32 neurons') to the next), None where
+    the block has no gate. ``down_plane``: bytes from a group's scales to its minimums, in types that have them.
+    ``gate``: as ``up``, where gates are in the bundles too; ``gate_bytes``, ``up_bytes``: from a neuron's beginning to
+    its row of up, and to its column of down. Biases: float32. ``thresholds``: float32 (neurons,), None for an exact
+    block; a neuron is active when the activated gate's magnitude is above.
+    ``order``: uint16 (neurons,), of each place the neuron of its cluster whose bundle lies there, a permutation of each
+    cluster; None: the neurons' own. ``elsewhere``: uint8 (clusters,), not 0 for those that a cluster unit computes;
+    None: none.
     Scales stay valid as long as the program lives.
     """
 
     cdef pi2_bundles b
     cdef list keep
 
-    def __init__(self, int region, up, down, *, int64_t down_plane, int64_t neurons, int64_t per_page, int64_t neuron_bytes,
-                 int64_t up_bytes, gate=None, int64_t gate_bytes=0, gate_bias=None, up_bias=None, down_bias=None, thresholds=None, order=None,
-                 elsewhere=None):
+    def __init__(self, int region, up, down, *, int64_t down_plane, int64_t neurons, int64_t per_page,
+                 int64_t neuron_bytes, int64_t up_bytes, gate=None, int64_t gate_bytes=0, gate_bias=None, up_bias=None,
+                 down_bias=None, thresholds=None, order=None, elsewhere=None):
         cdef const float[::1] bias
         cdef const uint16_t[::1] places
         cdef const uint8_t[::1] others
@@ -335,7 +337,8 @@ cdef class Bundles:
             self.b.up_scales = <const uint8_t *><uintptr_t>up[1]
         self.b.down_type, self.b.down_stride, self.b.down_plane = down[0], down[2], down_plane
         self.b.down_scales = <const uint8_t *><uintptr_t>down[1]
-        self.b.neurons, self.b.per_page, self.b.neuron_bytes, self.b.up_bytes = neurons, per_page, neuron_bytes, up_bytes
+        self.b.neurons, self.b.per_page = neurons, per_page
+        self.b.neuron_bytes, self.b.up_bytes = neuron_bytes, up_bytes
         if up_bias is not None:
             bias = up_bias
             self.b.up_bias = &bias[0]
@@ -350,20 +353,21 @@ cdef class Bundles:
 
 
 cdef class Program:
-    """A model's operations. Build in order with ``embed``, ``linear``, ``attention``, ``ffn``, ``add``, ``route``, ``head``,
-    then ``prepare``; then ``post`` steps and ``result`` them in order.
+    """A model's operations. Build in order with ``embed``, ``linear``, ``attention``, ``ffn``, ``add``, ``route``,
+    ``head``, then ``prepare``; then ``post`` steps and ``result`` them in order.
 
     ``wide``: activations are int16, else int8. ``mixed``: int16 in two forms (``pi2_q8`` in kernels.h) in
     those operations that say so. ``stream``: a ``stream.Stream``, which outlives the gang; its units are
-    matrices of the operations, in their order. ``neurons``: a ``neuron_cache.NeuronCache``, which does so too; ``pipeline``:
-    a key of PIPELINES, how far reading its neurons overlaps with computing (sparse.h). ``clusters``: another one, whose
-    regions are experts' matrices that are not in memory. ``traced``: steps may be posted with ``trace``.
+    matrices of the operations, in their order. ``neurons``: a ``neuron_cache.NeuronCache``, which does so too;
+    ``pipeline``: a key of PIPELINES, how far reading its neurons overlaps with computing (sparse.h). ``clusters``:
+    another one, whose regions are experts' matrices that are not in memory. ``traced``: steps may be posted with
+    ``trace``.
 
     ``gang``: that runs it; or a number of threads, for a program that is only measured. Such a one needs no weights,
     readers and caches: of a matrix only its shape and place count. It has ``activation_bytes``, and cannot be prepared.
 
-    ``expert`` of an operation: it works on the rows that chose this one, as the last ``route`` before says; -1: all rows.
-    Its sink "mix" adds the results times the expert's weight to y, whence ``add`` takes them.
+    ``expert`` of an operation: it works on the rows that chose this one, as the last ``route`` before says; -1: all
+    rows. Its sink "mix" adds the results times the expert's weight to y, whence ``add`` takes them.
     Norms are ``(weight float32 (n,), offset, eps)`` or None. Everything passed in must stay alive and unmoved.
     """
 
@@ -381,8 +385,9 @@ cdef class Program:
     cdef pid_t owner
 
     def __init__(self, gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
-                 int64_t context, int64_t pages, bint wide=True, bint mixed=False, float embedding_scale=1, float logit_softcap=0,
-                 stream=None, neurons=None, clusters=None, pipeline="cluster", bint traced=False):
+                 int64_t context, int64_t pages, bint wide=True, bint mixed=False, float embedding_scale=1,
+                 float logit_softcap=0, stream=None, neurons=None, clusters=None, pipeline="cluster",
+                 bint traced=False):
         self.owner = getpid()
         self.only_measured = not isinstance(gang, Gang)
         self.gang, self.pages, self.stream = None if self.only_measured else gang, pages, stream
@@ -446,11 +451,15 @@ cdef class Program:
         op.n_matrices = <int>len(matrices)
         if op.streamed:
             if sorted(units) != list(range(self.next_unit, self.next_unit + len(units))):
-                raise InternalError(f"pieces {min(units)} to {max(units)} are not those that follow {self.next_unit - 1}")
+                raise InternalError(
+                    f"pieces {min(units)} to {max(units)} are not those that follow {self.next_unit - 1}"
+                )
             self.next_unit += <int>len(units)
-            at_once = op.streamed if op.kind == PI2_FFN else min(op.n_matrices, 2)  # of a tile that begins in q, and ends in k
+            # 2: of a tile that begins in q, and ends in k
+            at_once = op.streamed if op.kind == PI2_FFN else min(op.n_matrices, 2)
             if op.kind == PI2_SPARSE:  # gates of a cluster, wherever it begins
-                at_once = <int>((PI2_CLUSTER // PI2_ROWS + op.matrix[0].page_blocks - 1) // op.matrix[0].page_blocks) + 1
+                at_once = <int>((PI2_CLUSTER // PI2_ROWS + op.matrix[0].page_blocks - 1)
+                                // op.matrix[0].page_blocks) + 1
             if self.stream is not None:
                 self.stream.check(units, at_once)
         return 0
@@ -503,9 +512,9 @@ cdef class Program:
 
     def sparse_ffn(self, int layer, norm, sink, decides, Bundles bundles, int activation, int up_activation, *,
                    bint mixed=False, bint mixed_down=False, int expert=-1):
-        """A whole feed-forward block whose neurons are read when they are active. ``decides``: gate, or up where there is none.
-        Where gates are in the bundles, what of a predictor is applied to the ``linear`` before, whose sink is "reduced";
-        None: all neurons are read."""
+        """A whole feed-forward block whose neurons are read when they are active. ``decides``: gate, or up where there
+        is none. Where gates are in the bundles, what of a predictor is applied to the ``linear`` before, whose sink is
+        "reduced"; None: all neurons are read."""
         if not self.only_measured and (self.neurons is None or not 0 <= bundles.b.region < self.neurons.n_regions):
             raise InternalError(f"neurons of region {bundles.b.region} are in no cache")
         op = self.operation(PI2_SPARSE, layer)
@@ -552,7 +561,7 @@ cdef class Program:
         data.kv_head_stride = head_stride
 
     def route(self, int layer, *, int n_experts, int n_used, bint normalized, bint shared):
-        """Chooses each row's experts by the logits in y; ``shared``: behind them is that of one more, which all rows use."""
+        """Chooses each row's experts by the logits in y; ``shared``: behind them is that of one more, for all rows."""
         data = <pi2_route *>self.operation(PI2_ROUTE, layer).data
         data.n_experts, data.n_used, data.normalized, data.shared = n_experts, n_used, normalized, shared
 
@@ -586,7 +595,8 @@ cdef class Program:
         cdef uintptr_t base = self.page_memory if paged else self.slot_memory
         if not (0 <= source < count and 0 <= target < count):
             raise InternalError(f"{copy!r}: there are {count} of that kind")
-        if pi2_copies_add(&r.copies, <const uint8_t *>(base + source * nbytes), <uint8_t *>(base + target * nbytes), nbytes):
+        if pi2_copies_add(&r.copies, <const uint8_t *>(base + source * nbytes), <uint8_t *>(base + target * nbytes),
+                          nbytes):
             raise memory_failure("copies of state")
         return 0
 
@@ -604,9 +614,9 @@ cdef class Program:
         return self.p.tail_bytes
 
     def lend(self, int64_t nbytes, *, uintptr_t kv, int64_t kv_bytes, int64_t kv_page_bytes, int64_t kv_used):
-        """Lets the stream keep units in ``nbytes`` of the memory that it has borrowed, at most (``Stream.borrow``): instead of
-        what is rarely used, and of a KV cache at ``kv`` of which pages are used in their order,
-        the first ``kv_used`` bytes already. After ``prepare``."""
+        """Lets the stream keep units in ``nbytes`` of the memory that it has borrowed, at most (``Stream.borrow``):
+        instead of what is rarely used, and of a KV cache at ``kv`` of which pages are used in their order, the first
+        ``kv_used`` bytes already. After ``prepare``."""
         self.p.kv_used = kv_used
         self.p.kv, self.p.kv_bytes, self.p.kv_page_bytes, self.p.loan_bytes = kv, kv_bytes, kv_page_bytes, nbytes
 
@@ -769,8 +779,8 @@ cdef class Program:
 
     def result(self):
         """StepResult of the oldest step, which has finished; and, where it was traced, (begin, end) nanoseconds of
-        every operation on every thread, int64 (threads, operations), and for each thread (begin, end) of its waits within
-        operations, int64 (waits, 2)."""
+        every operation on every thread, int64 (threads, operations), and for each thread (begin, end) of its waits
+        within operations, int64 (waits, 2)."""
         cdef pi2_run *r
         cdef pi2_slice *s
         cdef int i, t, n = self.p.n_ops
@@ -793,7 +803,8 @@ cdef class Program:
             reader = readers[0]  # all read the same file; one of them knows where it ended
             raise read_failure("weights", r.error, reader.path, reader.deadline, max(each.ended_at for each in readers))
         if r.stopped:
-            return StepResult(step.id, stopped=True, started_ns=r.begin_ns, finished_ns=r.end_ns, kernel_ns=kernel_ns), None
+            return StepResult(step.id, stopped=True, started_ns=r.begin_ns, finished_ns=r.end_ns,
+                              kernel_ns=kernel_ns), None
         sampled, scores, logits = [], [], []
         for i, (rows, top, logprobs) in enumerate(held):
             s = &r.slices[i]
@@ -828,7 +839,8 @@ cdef class Program:
             to_ns = lambda x: r.begin_ns + ((x - r.begin_ticks).astype(np.int64) * ns_per_tick).astype(np.int64)
             waits = [np.empty((0 if r.n_waits == NULL else r.n_waits[t], 2), np.uint64) for t in range(self.p.threads)]
             for t in range(self.p.threads):
-                memcpy(<void *><uintptr_t>waits[t].ctypes.data, r.waits + t * PI2_WAITS if r.waits != NULL else NULL, waits[t].nbytes)
+                memcpy(<void *><uintptr_t>waits[t].ctypes.data, r.waits + t * PI2_WAITS if r.waits != NULL else NULL,
+                       waits[t].nbytes)
             times = to_ns(begin), to_ns(end), [to_ns(each) for each in waits]
         weights = self.weight_bytes - r.skipped_bytes + r.neuron_bytes if r.n_rows else 0
         streamed = 0 if self.stream is None or not r.n_rows else self.stream.lap_bytes - r.kept_bytes

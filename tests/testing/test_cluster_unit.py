@@ -155,7 +155,8 @@ class Bfloat(Wrong):
                 None if values is None else (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
             )
 
-        return replace(weights, gate=cut(weights.gate), up=cut(weights.up), down=cut(weights.down))  # type: ignore[arg-type]
+        gate, up, down = cut(weights.gate), cut(weights.up), cut(weights.down)
+        return replace(weights, gate=gate, up=up, down=down)  # type: ignore[arg-type]
 
 
 MUTANTS: list[tuple[Callable[[], ClusterUnit], str, dict[str, Any], str]] = [
