@@ -5,9 +5,9 @@
     python benchmarks/make_model.py custom tiny.gguf --dim 512 --hidden 2048 --layers 4 --heads 8 --activity 0.05
 
 PATH ends in .gguf, or in .pi2 for a pack, which is written directly, without a GGUF file, and has the same weights.
-Models are Q4_0, and their gates fire as a trained ReLU model's do (synthetic_model.py); tinyllama-1.1b and llama-0.5b
-are plain Q4_K_M, to a .gguf only. llama.cpp loads every GGUF file, and runs SiLU whatever the activation is: other
-results, the same work.
+Models are Q4_0, and their gates are active as a trained ReLU model's are (synthetic_model.py); tinyllama-1.1b and
+llama-0.5b are plain Q4_K_M, to a .gguf only. llama.cpp loads every GGUF file, and runs SiLU whatever the activation is:
+other results, the same work.
 """
 
 from __future__ import annotations

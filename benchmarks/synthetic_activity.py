@@ -35,7 +35,7 @@ class LayerActivity:
     Args:
         active: gates that are active, of all.
         share_of_80: the smallest part of the neurons that makes 80 % of the activations.
-        hottest, coldest: how often neurons of the hottest hundredth and of the coldest tenth fire.
+        hottest, coldest: how often neurons of the hottest hundredth and of the coldest tenth are active.
         overlap: of a token's active neurons, those that were active at the token before it.
         new: of a token's active neurons, those that were active at none of the ``WINDOW`` tokens before it.
         rms: of the stream that the feed-forward block reads, over what the model's biases count on.
@@ -118,7 +118,7 @@ class _Dequantised(Mapping[str, Floats]):
 
 
 class _Recorder(ReferenceModel):
-    """Keeps which gates fired, bool (tokens, hidden) for each layer, and the stream's mean rms."""
+    """Keeps which gates were active, bool (tokens, hidden) for each layer, and the stream's mean rms."""
 
     fired: list[npt.NDArray[np.bool_]]
     rms: list[float]

@@ -1,4 +1,4 @@
-"""How often the neurons of a feed-forward block fire, and what follows from it."""
+"""How often the neurons of a feed-forward block are active, and what follows from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from synthetic_shape import FeedForwardActivation
 Doubles = npt.NDArray[np.float64]
 
 HOTTEST, COLDEST = 0.98, 0.001
-"""Probabilities with which the first and the last neuron fire."""
+"""Probabilities with which the first and the last neuron are active."""
 LOWEST, HIGHEST = 0.005, 0.45
 """Mean activities that a power law between them can have."""
 _EXPONENT = 1.0  # at a mean of 0.1, 30 % of the neurons then make 80 % of the activations

@@ -8,18 +8,19 @@ How the statistics come about:
 - The first 32 values of the residual stream are the constant 1, in every token and layer: embedding rows begin with it,
   and the first 32 rows of attention output and down projections are zero. Other weights ignore it (scale 0), but for
   gates, whose first block turns it into a bias for each neuron.
-- A gate is therefore normal with variance 1 (random weights times the normalised stream) plus that bias, and fires with
-  the probability that ``synthetic_activity_law.py`` gives the neuron. Neurons are permuted, differently in each layer.
+- A gate is therefore normal with variance 1 (random weights times the normalised stream) plus that bias, and active
+  with the probability that ``synthetic_activity_law.py`` gives the neuron. Neurons are permuted, differently in each
+  layer.
 - The normalised constant depends on how much the stream has grown. Blocks add energies that are known: feed-forward
   blocks together ``_FEED_FORWARD_GROWTH`` of the embedding's, attention at most ``_ATTENTION_GROWTH``.
 - Embeddings share a part with all tokens of their topic, a range of the vocabulary, and the head prefers the topic of
-  the current token: consecutive tokens fire similar neurons, and text wanders from topic to topic.
+  the current token: consecutive tokens have similar active neurons, and text wanders from topic to topic.
 
 Measured by ``synthetic_activity.py`` in every layer of bamboo-small, over 512 tokens of such text: 10 % of the gates
-fire; 26 to 29 % of the neurons make 80 % of that (30 % over all topics); of a token's active neurons 43 % were active
-at the token before it (35 % of unrelated tokens), and 23 % at none of the five before it (LLM in a flash, Alizadeh et
-al., 2024, loads 2.4 % of the neurons for a token where 10 % are active: 24 %). That is of gates: of the neurons of a
-dReLU block whose gates fire, half have an up projection that is cut off to zero.
+are active; 26 to 29 % of the neurons make 80 % of that (30 % over all topics); of a token's active neurons 43 % were
+active at the token before it (35 % of unrelated tokens), and 23 % at none of the five before it (LLM in a flash,
+Alizadeh et al., 2024, loads 2.4 % of the neurons for a token where 10 % are active: 24 %). That is of gates: of the
+neurons of a dReLU block whose gates are active, half have an up projection that is cut off to zero.
 """
 
 from __future__ import annotations

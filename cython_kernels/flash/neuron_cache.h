@@ -9,10 +9,10 @@
  * Eviction: of a few slots in a row, that of the page used least, where every use counts PI2_FADE times what one in the
  * step after it does. Which neurons are active is a power law, and a step may miss as many pages as half the cache
  * holds: by LRU the newest push out the often used, and a page's history would be lost with its slot. So it is kept for
- * all pages. All gates are computed, so neurons that nearly fired are known, too, and count as used in part: of the
- * synthetic 7B model with room for 22 % of its neurons, 20.0 % of what a token needs is missing with that and 20.9 %
- * without (tokens 76 to 100 of a text; by simulation, a sixth less than without were each neuron's probability known,
- * and 45 % less were the future known). */
+ * all pages. All gates are computed, so neurons that were nearly active are known, too, and count as used in part: of
+ * the synthetic 7B model with room for 22 % of its neurons, 20.0 % of what a token needs is missing with that and
+ * 20.9 % without (tokens 76 to 100 of a text; by simulation, a sixth less than without were each neuron's probability
+ * known, and 45 % less were the future known). */
 #ifndef PI2_NEURON_CACHE_H
 #define PI2_NEURON_CACHE_H
 #include <pthread.h>
@@ -161,7 +161,7 @@ pi2_neuron_counts pi2_neuron_cache_counts(pi2_neuron_cache *c);
  * no room left; returns how many. Adds one to *pending for each that is not there yet, which falls again when it
  * arrives; whoever sees it fall to 0 is told by `event`. */
 int pi2_neuron_cache_ask(pi2_neuron_cache *c, int region, const int32_t *pages, int n, _Atomic int32_t *pending);
-/* Pages [first, first + n) of a region were used in part, from 0 to 1 each: their neurons were near to firing. Those of
+/* Pages [first, first + n) of a region were used in part, from 0 to 1 each: their neurons were nearly active. Those of
  * 1 are asked for anyway, and not counted here. */
 void pi2_neuron_cache_near(pi2_neuron_cache *c, int region, int32_t first, int n, const float *part);
 /* As `ask`, of pages that this one has pinned and that are there, maybe without more than their heads: the rest is

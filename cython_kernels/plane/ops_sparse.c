@@ -58,26 +58,26 @@ static int is_elsewhere(const pi2_bundles *b, int c) { return b->elsewhere && b-
 static uint16_t *active(const block *k, int row, int c) { return k->s->active + row * k->p->hidden + c * PI2_CLUSTER; }
 static int n_active(const block *k, int row, int c) { return k->s->n_active[row * k->s->n_clusters + c]; }
 
-/* Whether a neuron is active, by its gate. With ReLU a gate that is not positive gives zero, and the others fire; of
- * other activations all do. With thresholds, g is the activated gate: lossy, but for 0. NaN fires always: it must not
- * get lost. */
-static inline int fires_at(const pi2_op *op, int64_t neuron, float g) {
+/* Whether a neuron is active, by its gate. With ReLU a gate that is not positive gives zero, and the others are active;
+ * of other activations all are. With thresholds, g is the activated gate: lossy, but for 0. NaN is always active: it
+ * must not get lost. */
+static inline int active_at(const pi2_op *op, int64_t neuron, float g) {
   if (bundles_of(op)->thresholds) return !(fabsf(g) <= bundles_of(op)->thresholds[neuron]);
   return (data_of(op)->activation != PI2_RELU && data_of(op)->activation != PI2_RELU2) || !(g <= 0);
 }
 /* From the deciding matrix' products of neurons [at, at + width) to what decides, in place, and to which are active.
  * Where gates are in the bundles, those are only neurons that may be active, whose gates are computed once they are
  * read: those for which a predictor's value is positive, and all where there is none. */
-static void decide(const pi2_program *p, const pi2_op *op, int64_t at, int64_t width, float *g, uint8_t *fires) {
+static void decide(const pi2_program *p, const pi2_op *op, int64_t at, int64_t width, float *g, uint8_t *is_active) {
   const pi2_bundles *b = bundles_of(op);
   const pi2_matrix *m = &op->matrix[0];
   if (m->bias) p->kernels->add(m->bias + at, g, width);
   if (b->gate_type >= 0) {
-    for (int64_t j = 0; j < width; j++) fires[j] = !op->n_matrices || !(g[j] <= 0), g[j] = 0;
+    for (int64_t j = 0; j < width; j++) is_active[j] = !op->n_matrices || !(g[j] <= 0), g[j] = 0;
     return;
   }
   if (b->up_type < 0 || b->thresholds) p->kernels->activate(data_of(op)->activation, PI2_NONE, NULL, g, g, width);
-  for (int64_t j = 0; j < width; j++) fires[j] = (uint8_t)fires_at(op, at + j, g[j]);
+  for (int64_t j = 0; j < width; j++) is_active[j] = (uint8_t)active_at(op, at + j, g[j]);
 }
 
 /* The neuron of a cluster, counted from its first, whose bundle lies at a place. */
@@ -95,21 +95,21 @@ static int pages_of(const pi2_bundles *b, int64_t first, int64_t end, const uint
   return n;
 }
 
-/* Whether what `decide` leaves in the tile are gates, of which those fire that are positive. */
+/* Whether what `decide` leaves in the tile are gates, of which the positive ones are active. */
 static int by_sign(const pi2_op *op) {
   const pi2_bundles *b = bundles_of(op);
   return (data_of(op)->activation == PI2_RELU || data_of(op)->activation == PI2_RELU2) && b->up_type >= 0 &&
          b->gate_type < 0 && !b->thresholds;
 }
-/* How near neurons were to firing: 1 where the gate was not negative, 0 where it was so by half the root mean square of
- * gates or more, and what lies between in proportion. The most of what is there and of this row. */
+/* How near neurons were to being active: 1 where the gate was not negative, 0 where it was so by half the root mean
+ * square of gates or more, and what lies between in proportion. The most of what is there and of this row. */
 static void weigh_near(const float *g, int64_t width, float *near) {
   float squares = 0;
   for (int64_t j = 0; j < width; j++) squares += g[j] * g[j];
   const float scale = squares > 0 ? 2 / sqrtf(squares / (float)width) : 0;
   for (int64_t j = 0; j < width; j++) near[j] = 1 + g[j] * scale > near[j] ? 1 + g[j] * scale : near[j];
 }
-/* Tells the cache, which keeps what will be used soon: a neuron that was near to firing fires for one of the next
+/* Tells the cache, which keeps what will be used soon: a neuron that was nearly active is active for one of the next
  * tokens more likely than others. */
 static void note_near(const block *k, int64_t first, int64_t end, const uint8_t *wanted, const float *near) {
   const pi2_bundles *b = k->b;
@@ -156,14 +156,14 @@ static void gate_cluster(block *k, int c) {
         float *g = tile + i * PI2_TILE_LD, *h = k->s->values + (row + i) * p->hidden + at;
         uint16_t *list = active(k, row + i, c);
         int n = n_active(k, row + i, c);
-        uint8_t fires[PI2_TILE_WIDTH];
-        decide(p, op, at, width, g, fires);
+        uint8_t is_active[PI2_TILE_WIDTH];
+        decide(p, op, at, width, g, is_active);
         if (weigh) weigh_near(g, width, near + at - first);
-        for (int64_t j = 0; j < width; j++) h[j] = fires[j] ? g[j] : 0;
-        for (int64_t j = 0; j < width; j++) wanted[at - first + j] |= fires[j];
+        for (int64_t j = 0; j < width; j++) h[j] = is_active[j] ? g[j] : 0;
+        for (int64_t j = 0; j < width; j++) wanted[at - first + j] |= is_active[j];
         for (int64_t j = 0; j < width; j++) {
           list[n] = (uint16_t)(at - first + j);
-          n += fires[j];
+          n += is_active[j];
         }
         k->s->n_active[(row + i) * k->s->n_clusters + c] = (uint16_t)n;
       }
@@ -187,8 +187,8 @@ static void gate_cluster(block *k, int c) {
 }
 
 /* -- looking ahead: the stream changes little from block to block, so that what it is now tells mostly which neurons of
- * the next block will fire. Threads that would only wait for flash compute its gates on it, and their neurons are read
- * while this block ends and attention runs. The true gates decide; what was foreseen in vain cost a read. */
+ * the next block will be active. Threads that would only wait for flash compute its gates on it, and their neurons are
+ * read while this block ends and attention runs. The true gates decide; what was foreseen in vain cost a read. */
 
 /* What the next blocks' gates are computed on: x as it is now, normalised. It is their true input where they are
  * experts of the same mixture (`exact`); else int8 will do, which takes less time. Returns whether there is any. */
@@ -265,13 +265,13 @@ static guesses guess(const block *k) {
 }
 /* Of neurons whose gates are positive by a guess: those that hardly are do not count. Of the synthetic 7B model, where
  * reads are what a token waits for, 4 % of all reads are in vain without this, and half a percent with it. */
-static void drop_doubtful(const float *g, int64_t width, uint8_t *fires) {
+static void drop_doubtful(const float *g, int64_t width, uint8_t *is_active) {
   float sum = 0;
   int n = 0;
   for (int64_t j = 0; j < width; j++)
-    if (fires[j]) sum += g[j], n++;
+    if (is_active[j]) sum += g[j], n++;
   const float least = n ? PI2_DOUBTFUL * sum / (float)n : 0;
-  for (int64_t j = 0; j < width; j++) fires[j] &= !(g[j] < least);
+  for (int64_t j = 0; j < width; j++) is_active[j] &= !(g[j] < least);
 }
 static void foresee_cluster(const block *k, const pi2_op *next, int c, const pi2_input *in) {
   const pi2_program *p = k->p;
@@ -284,14 +284,14 @@ static void foresee_cluster(const block *k, const pi2_op *next, int c, const pi2
   for (int64_t at = first; at < end; at += PI2_TILE_WIDTH) {
     const int64_t width = end - at < PI2_TILE_WIDTH ? end - at : PI2_TILE_WIDTH;
     pi2_multiply(p, m, at / PI2_ROWS, (int)((width + PI2_ROWS - 1) / PI2_ROWS), in, 0, k->rows, tile, PI2_TILE_LD);
-    uint8_t fires[PI2_REPLICATED][PI2_TILE_WIDTH] = {{0}};
+    uint8_t is_active[PI2_REPLICATED][PI2_TILE_WIDTH] = {{0}};
     for (int row = 0; row < k->rows; row++) {
-      decide(p, next, at, width, tile + row * PI2_TILE_LD, fires[row]);
-      if (by_sign(next)) drop_doubtful(tile + row * PI2_TILE_LD, width, fires[row]);
+      decide(p, next, at, width, tile + row * PI2_TILE_LD, is_active[row]);
+      if (by_sign(next)) drop_doubtful(tile + row * PI2_TILE_LD, width, is_active[row]);
     }
     for (int64_t j = 0; j < width; j++) {
       int any = 0;
-      for (int row = 0; row < k->rows; row++) any |= fires[row][j];
+      for (int row = 0; row < k->rows; row++) any |= is_active[row][j];
       wanted[at - first + j] = (uint8_t)any;
     }
   }
@@ -353,7 +353,7 @@ static void compute_gates(block *k, int c, int row) {
   uint16_t *list = active(k, row, c);
   float *h = k->s->values + row * p->hidden + first;
   const int n = n_active(k, row, c);
-  int fired = 0;
+  int kept = 0;
   for (int at = 0; at < n; at += 16) {
     const int m = n - at < 16 ? n - at : 16;
     const uint8_t *rows[16], *scales[16];
@@ -368,12 +368,12 @@ static void compute_gates(block *k, int c, int row) {
     for (int i = 0; b->gate_bias && i < m; i++) gate[i] += b->gate_bias[first + list[at + i]];
     if (b->thresholds) p->kernels->activate(data_of(k->op)->activation, PI2_NONE, NULL, gate, gate, m);
     for (int i = 0; i < m; i++)
-      if (fires_at(k->op, first + list[at + i], gate[i])) {
+      if (active_at(k->op, first + list[at + i], gate[i])) {
         h[list[at + i]] = gate[i];
-        list[fired++] = list[at + i];
+        list[kept++] = list[at + i];
       }
   }
-  k->s->n_active[row * k->s->n_clusters + c] = (uint16_t)fired;
+  k->s->n_active[row * k->s->n_clusters + c] = (uint16_t)kept;
 }
 
 /* The row's activations as the kernels of single neurons want them. */
@@ -391,16 +391,16 @@ static int in_two_phases(const block *k) { return k->cache->regions[k->b->region
 static void choose(block *k, int c) {
   pi2_cluster *cluster = &k->s->clusters[c];
   const int64_t first = (int64_t)c * PI2_CLUSTER, end = cluster_end(k, c);
-  uint8_t fires[PI2_CLUSTER] = {0};
+  uint8_t is_active[PI2_CLUSTER] = {0};
   int32_t pages[PI2_CLUSTER];
   find_neurons(k, cluster, first, end);
   for (int row = 0; row < k->rows; row++) {
     if (!n_active(k, row, c)) continue;
     arrange(k, row);
     compute_gates(k, c, row);
-    for (int i = 0; i < n_active(k, row, c); i++) fires[active(k, row, c)[i]] = 1;
+    for (int i = 0; i < n_active(k, row, c); i++) is_active[active(k, row, c)[i]] = 1;
   }
-  const int n = pages_of(k->b, first, end, fires, pages);
+  const int n = pages_of(k->b, first, end, is_active, pages);
   atomic_store(&cluster->pending, 1);
   pi2_neuron_cache_complete(k->cache, k->b->region, pages, n, &cluster->pending);
   atomic_store(&cluster->stage, PI2_CHOSEN);

@@ -41,7 +41,7 @@ typedef struct {                  /* where the neurons of a block lie; docs/pack
   const uint8_t *up_scales, *down_scales;
   int64_t up_stride, down_stride, down_plane; /* scales: per neuron; per 32 neurons; from scales to minimums */
   const float *up_bias, *down_bias;
-  const float *thresholds; /* (neurons): only those fire whose |act(gate)| is above; NULL: exact */
+  const float *thresholds; /* (neurons): only those are active whose |act(gate)| is above; NULL: exact */
   /* (neurons): of each place the neuron whose bundle lies there, counted from the cluster's first, a permutation of
    * each cluster; NULL: every neuron at its own place. Nothing but pages and offsets in them depends on it. */
   const uint16_t *order;

@@ -1,4 +1,4 @@
-"""Find which neurons of a pack may rest, and what that costs: for 'run --sparsity thresholded'."""
+"""Find which neurons of a pack may be inactive, and what that costs: for 'run --sparsity thresholded'."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_runtime.share,
         default=0.5,
         metavar="SHARE",
-        help="of all neurons, those that are to rest, such as 0.3 (default: 0.5)",
+        help="of all neurons, those that are to be inactive, such as 0.3 (default: 0.5)",
     )
     parser.add_argument(
         "--recall",
@@ -112,7 +112,7 @@ async def _calibrate(options: argparse.Namespace, text: str) -> int:
 
 
 def _document(found: Calibration) -> dict[str, Any]:
-    """Shares are of 1. ``hottest_tenth``: the share of all firings that the tenth of neurons has that fires most."""
+    """Shares are of 1. ``hottest_tenth``: the share of all activity that the most active tenth of the neurons has."""
     return {
         "wanted": found.wanted,
         "tokens": found.tokens,
@@ -193,7 +193,7 @@ def _lines(found: Calibration, path: Path) -> Iterator[str]:
     for method, cost in found.costs.items():
         chosen = ", used by --sparsity thresholded" if method == found.method else ""
         chosen = (
-            ", which is exact: as many as were asked for rest already"
+            ", which is exact: as many as were asked for are inactive already"
             if found.does_nothing(method)
             else chosen
         )
@@ -252,7 +252,7 @@ def _order_lines(found: Calibration) -> Iterator[str]:
     before_half, after_half = found.reading("own_half"), found.reading("ordered_half")
     yield (
         f"order: {_change(before.reads, after.reads)} reads per token with nothing in memory, "
-        f"{_change(before_half.reads, after_half.reads)} with the half of the pages that fires most "
+        f"{_change(before_half.reads, after_half.reads)} with the half of the pages that is active most "
         f"(convert --calibration); {_worth(found, before_half, after_half)}"
     )
 

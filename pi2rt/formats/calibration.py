@@ -1,4 +1,5 @@
-"""What ``pi2rt calibrate`` learned of a pack: which neurons may rest at which cost. A file of its own, beside the pack.
+"""What ``pi2rt calibrate`` learned of a pack: which neurons may be inactive at which cost. A file of its own, beside
+the pack.
 
 ``docs/calibration-format.md`` has the byte layout. Decoding is typed and bounded, as that of a pack's header is.
 """
@@ -46,14 +47,14 @@ _Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGE
 
 class Thresholds(msgspec.Struct, frozen=True):
     """Of one block by one method. ``values``: float32, little endian, one for all neurons or one for each;
-    ``frequency``: as ``BlockCalibration`` has it, of firing with these thresholds."""
+    ``frequency``: as ``BlockCalibration`` has it, of being active with these thresholds."""
 
     values: bytes
     frequency: bytes
 
 
 class Reading(msgspec.Struct, frozen=True):
-    """What a token's firing neurons take to read, means over held-out text: ``pages``; ``reads``, neighbouring pages
+    """What a token's active neurons take to read, means over held-out text: ``pages``; ``reads``, neighbouring pages
     being one; ``through``, with gaps of ``Calibration.gap`` bytes read through, too."""
 
     pages: _Mean
@@ -93,7 +94,7 @@ class BlockCalibration(msgspec.Struct, frozen=True):
         return _shares(self.frequency if method is None else self.thresholds[method].frequency)
 
     def resting(self, method: Method) -> float:
-        """The share of neurons, over all tokens, that thresholds of that method let rest."""
+        """The share of neurons, over all tokens, that thresholds of that method make inactive."""
         return 1 - float(np.mean(self.firing(method), dtype=np.float64))
 
     def vector(self, method: Method) -> Floats:
@@ -111,8 +112,8 @@ class Cost(msgspec.Struct, frozen=True):
 
 
 class Calibration(msgspec.Struct, frozen=True):
-    """``source``: ``PackFile.source_digest``; ``wanted``: share of neurons that were to rest; ``tokens`` that were
-    looked at, ``scored`` tokens of the held-out text, and its ``exact`` perplexity; ``costs``: by method;
+    """``source``: ``PackFile.source_digest``; ``wanted``: share of neurons that were to be inactive; ``tokens`` that
+    were looked at, ``scored`` tokens of the held-out text, and its ``exact`` perplexity; ``costs``: by method;
     ``method``: the one to use; ``gap``: see ``Reading``."""
 
     source: _Digest
@@ -153,7 +154,7 @@ class Calibration(msgspec.Struct, frozen=True):
         return {block.down: block.vector(self.method) for block in self.blocks}
 
     def does_nothing(self, method: Method) -> bool:
-        """Whether its thresholds are all zero: as many neurons as were asked for rest by themselves."""
+        """Whether its thresholds are all zero: as many neurons as were asked for are inactive without them."""
         return not any(block.vector(method).any() for block in self.blocks)
 
     def cost(self, kind: Kind) -> Cost:
@@ -341,5 +342,5 @@ def recorded(values: Floats, frequency: Floats) -> Thresholds:
 
 
 def recorded_shares(frequency: Floats) -> bytes:
-    """Frequencies of firing as records have them."""
+    """Frequencies of being active as records have them."""
     return np.ascontiguousarray(frequency, "<f2").tobytes()

@@ -99,9 +99,9 @@ class RuntimeOptions:
     one read of two: fewer reads of more bytes. Worth it below the device's bytes per second over its reads per second.
     None: 0."""
     sparsity: Literal["exact", "predicted", "thresholded"] = "exact"
-    """Which neurons of a pack rest: "exact", those whose output is zero; "thresholded", those too whose activated gate
-    is below a threshold; "predicted", of a pack whose gates are in its bundles, those of which a predictor says that
-    they will be zero. ``pi2rt calibrate`` finds thresholds and predictors. Both change the text;
+    """Which neurons of a pack are inactive: "exact", those whose output is zero; "thresholded", those too whose
+    activated gate is below a threshold; "predicted", of a pack whose gates are in its bundles, those of which a
+    predictor says that they will be zero. ``pi2rt calibrate`` finds thresholds and predictors. Both change the text;
     ``Runtime.model.sparsity`` says by how much."""
     calibration: str | os.PathLike[str] | None = None
     """The file with thresholds and predictors; None: the one beside the pack."""

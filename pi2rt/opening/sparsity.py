@@ -1,4 +1,5 @@
-"""Which neurons of a model rest beyond those that are zero, as a runtime is opened: lossy, so never by itself."""
+"""Which neurons of a model are inactive beyond those that are zero, as a runtime is opened: lossy, so never by
+itself."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def load_sparsity(file: ModelFile, chosen: RuntimeOptions) -> Lossy | None:
     if calibration.does_nothing(calibration.method):
         raise RequestError(
             f"sparsity={chosen.sparsity!r}: the thresholds of {path} are all zero, so that it would do nothing; more "
-            f"neurons than were asked for rest already"
+            f"neurons than were asked for are inactive already"
         )
     return Lossy(f"thresholded ({calibration.summary(calibration.method)})", thresholds=thresholds)
 
@@ -69,7 +70,7 @@ def _predicted(pack: PackFile, path: Path, calibration: Calibration) -> Lossy:
 
 
 def calibratable(file: ModelFile, what: str) -> PackFile:
-    """The file as a pack with neurons stored one by one, without which no neuron can rest.
+    """The file as a pack with neurons stored one by one, without which no neuron can be skipped.
 
     Raises:
         RequestError: it is none; ``what`` asked for it.

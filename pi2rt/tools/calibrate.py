@@ -1,4 +1,4 @@
-"""``calibrate``: from a pack and some text to the thresholds below which neurons may rest, and what they cost."""
+"""``calibrate``: from a pack and some text to the thresholds below which neurons are inactive, and what they cost."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ async def calibrate(
     Args:
         model: a pack whose feed-forward blocks are stored by neuron (``pi2rt convert --bundles all``).
         text: what the model is for; other text may cost more.
-        resting: the share of neurons that are to rest, above 0 and below 1.
+        resting: the share of neurons that are to be inactive, above 0 and below 1.
         recall: the share of active neurons that predictors are to name, above 0 and below 1; they are made where gates
             are in the bundles (``pi2rt convert --bundles gates``).
         rank: of predictors; None: a sixteenth of the model's width.
@@ -250,7 +250,7 @@ class _Collector:
             found = calibrate_block(layer, name, activations, self._resting)
         else:
             found = exact_block(layer, name, bundles.neurons)
-        # of a block whose neurons do not rest by themselves, those that are active with thresholds
+        # of a block whose neurons are not inactive without thresholds, those that are active with thresholds
         least = np.zeros(1, np.float32) if rests(block) else found.vector("chess")
         held_out = np.concatenate([np.abs(gate) > least for gate, _ in texts])
         if activations.gates and len(held_out):

@@ -22,7 +22,7 @@ Fired: TypeAlias = npt.NDArray[np.bool_]
 
 
 class CoActivation:
-    """Counts, for each two neurons of a cluster, the tokens for which both fire. Takes 1 MiB for each cluster.
+    """Counts, for each two neurons of a cluster, the tokens for which both are active. Takes 1 MiB for each cluster.
 
     Args:
         neurons: of the block.
@@ -40,12 +40,12 @@ class CoActivation:
             counts += part.T @ part
 
     def frequency(self) -> Floats:
-        """Tokens for which each neuron fires, float32 (neurons,)."""
+        """Tokens for which each neuron is active, float32 (neurons,)."""
         return np.concatenate([np.diagonal(counts) for counts in self._counts])
 
     def order(self, per_page: int) -> Order:
-        """Behind those that are placed always the one that fires most often together with them: with the last one, or,
-        where several share a page, with those of the page that is being filled.
+        """Behind those that are placed always the one that is most often active together with them: with the last one,
+        or, where several share a page, with those of the page that is being filled.
 
         Args:
             per_page: neurons of a page.
@@ -94,7 +94,7 @@ def reading(
 
 
 def by_page(fired: Fired, order: Order, per_page: int) -> Fired:
-    """Whether any neuron of a page fires: bool (tokens, pages)."""
+    """Whether any neuron of a page is active: bool (tokens, pages)."""
     tokens, neurons = fired.shape
     placed = np.zeros((tokens, -(-neurons // per_page) * per_page), np.bool_)
     placed[:, :neurons] = fired[:, neurons_at(order)]

@@ -1,4 +1,4 @@
-"""Low-rank predictors of which neurons of a ReLU block fire, for packs whose gates are not in memory.
+"""Low-rank predictors of which neurons of a ReLU block are active, for packs whose gates are not in memory.
 
 A gate's product is linear in the block's input, so the best predictor of a given rank is the best approximation of
 the gate matrix of that rank, as far as inputs go that occur: with G, (tokens, neurons), the products of some text,
@@ -7,8 +7,8 @@ each neuron's divided by its standard deviation d, and V, (neurons, rank), the f
     G ~ (G V) V^T,  and  G V = x (V^T D^-1 W)^T:   first = V^T D^-1 W, (rank, dim);  second = V, (neurons, rank).
 
 V comes from a randomised subspace iteration (Halko, Martinsson and Tropp, 2011). What is left over has a standard
-deviation s for each neuron; a neuron is taken to fire where the prediction is above -k s. One k for the block is
-chosen on text that was not used for V, so that the wanted share of firings is found (its recall), whatever the
+deviation s for each neuron; a neuron is taken to be active where the prediction is above -k s. One k for the block is
+chosen on text that was not used for V, so that the wanted share of active neurons is found (its recall), whatever the
 precision."""
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ HELD_BACK = 4
 """The last of so many parts of the text is for choosing k."""
 
 MARGIN = 0.25
-"""Of the firings that may be missed, the share that is aimed at: other text is harder."""
+"""Of the active neurons that may be missed, the share that is aimed at: other text is harder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """On text that was not used for it: ``recall``, share of firings that were foreseen; ``precision``, share of those
-    foreseen that are active; ``asked``, share of all neurons that are foreseen."""
+    """On text that was not used for it: ``recall``, share of active neurons that were foreseen; ``precision``, share of
+    those foreseen that are active; ``asked``, share of all neurons that are foreseen."""
 
     recall: float
     precision: float
@@ -55,7 +55,7 @@ def train(
         products: of each text those of the gate, with its bias, float32 (tokens, neurons).
         weight: the gate, float32 (neurons, dim). bias: float32 (neurons,).
         rank: of the predictor; no more than there are inputs, neurons or tokens is used.
-        recall: share of firings that are to be found, below 1.
+        recall: share of active neurons that are to be found, below 1.
     """
     offset = np.zeros(len(weight), np.float32) if bias is None else bias
     both = np.concatenate(products)

@@ -1,4 +1,4 @@
-"""Thresholds below which a neuron of a SiLU or GELU block may rest. No training, only statistics of some text.
+"""Thresholds below which a neuron of a SiLU or GELU block is inactive. No training, only statistics of some text.
 
 A neuron is active where the magnitude of its activated gate is above its threshold t:
 
@@ -62,7 +62,7 @@ def chess(activations: Activations, wanted: float) -> Floats:
     """A threshold for each neuron, float32 (neurons,); the largest finite number where its up was always zero."""
     up = activations.up
     level = np.mean([_quantile(gate * up, wanted) for gate in activations.gates])
-    if level == 0:  # enough of them rest by themselves
+    if level == 0:  # enough of them are inactive without thresholds
         return np.zeros_like(up)
     most = np.finfo(np.float32).max
     with np.errstate(divide="ignore", over="ignore"):
@@ -71,7 +71,7 @@ def chess(activations: Activations, wanted: float) -> Floats:
 
 def calibrate_block(layer: int, down: str, activations: Activations, wanted: float) -> BlockCalibration:
     """The record of a block: how often its neurons are active, and thresholds by each method at which about the share
-    ``wanted`` of them rests."""
+    ``wanted`` of them is inactive."""
     values: dict[Method, Floats] = {"cats": cats(activations, wanted), "chess": chess(activations, wanted)}
     return BlockCalibration(
         layer,
@@ -84,7 +84,7 @@ def calibrate_block(layer: int, down: str, activations: Activations, wanted: flo
 
 
 def exact_block(layer: int, down: str, neurons: int) -> BlockCalibration:
-    """The record of an expert that no token has chosen: of its neurons none rests but by itself."""
+    """The record of an expert that no token has chosen: its thresholds are zero."""
     every, none = np.ones(neurons, np.float32), np.zeros(1, np.float32)
     thresholds = {method: recorded(none, every) for method in METHODS}
     return BlockCalibration(layer, down, neurons, recorded_shares(every), thresholds, tokens=0)

@@ -95,7 +95,7 @@ def bundled_blocks(
 
 
 def rests(block: FeedForward) -> bool:
-    """Whether neurons of a block rest by themselves: a gate that is not positive makes them zero."""
+    """Whether neurons of a block are inactive without thresholds: a gate that is not positive makes them zero."""
     return block.activation in ("relu", "relu2")
 
 

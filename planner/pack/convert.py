@@ -76,10 +76,10 @@ def convert(
         source_path: a GGUF file (or a part of a model in several) or a Hugging Face directory.
         destination: the file to write.
         overwrite: whether a file that is there already may be replaced.
-        bundles: which feed-forward blocks are stored by neuron: "relu", those whose neurons rest by themselves;
-            "gates", these with their gates; "all", as thresholds need it; or "off".
+        bundles: which feed-forward blocks are stored by neuron: "relu", those whose neurons can be inactive without
+            thresholds; "gates", these with their gates; "all", as thresholds need it; or "off".
         calibration: what was found of the same model (``pi2rt calibrate``): bundles lie in its order, and of ReLU
-            blocks whose neurons rarely rest the matrices stay whole. Changes no result.
+            blocks whose neurons are rarely inactive the matrices stay whole. Changes no result.
         dense_above: the share of a block's active neurons above which its matrices stay whole; None: where that takes
             less time, measured on this machine (``crossover``).
         progress: called between pieces, from the calling thread.
@@ -192,7 +192,7 @@ class _Conversion:
         self._bundled = tuple(each for each in blocks if each.down.name not in whole)
         if findings.source is not None and not findings.orders and not whole:
             raise findings.refuse(
-                "has no order of neurons, and no block whose neurons rarely rest: it would change nothing"
+                "has no order of neurons, and no block whose neurons are rarely inactive: it would change nothing"
             )
         useless = {
             "all": not blocks,

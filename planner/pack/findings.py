@@ -18,7 +18,8 @@ from pi2rt.planner.pack.bundling import Bundled
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """A block whose matrices stay whole: of the neurons of ``down`` the share ``firing`` fires, more than ``above``."""
+    """A block whose matrices stay whole: of the neurons of ``down`` the share ``firing`` is active, more than
+    ``above``."""
 
     down: str
     firing: float
@@ -27,7 +28,7 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """By the names of down tensors: ``orders`` of bundles, and the shares of neurons that are ``firing``.
+    """By the names of down tensors: ``orders`` of bundles, and ``firing``, the shares of active neurons.
     ``dense_above``: see ``convert``. ``source``: ``PackFile.source_digest`` of the model they are of, where that is
     known; ``name``: for messages."""
 

@@ -205,7 +205,7 @@ def test_an_order(pi2rt: Run, tmp_path: Path, text: str) -> None:
     cases = [
         (
             ("--calibration", f"{ordered}.calibration"),
-            "has no order of neurons, and no block whose neurons rarely rest",
+            "has no order of neurons, and no block whose neurons are rarely inactive",
         ),
         (("--calibration", calibration, "--bundles", "off"), "is not stored by neuron (--bundles off)"),
         (("--calibration", plain), "magic: is b'PI2\\x00PACK'"),
@@ -222,7 +222,7 @@ def test_an_order(pi2rt: Run, tmp_path: Path, text: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if "x.pi2" in path.name) == []
 
 
-def test_blocks_whose_neurons_rarely_rest(pi2rt: Run, tmp_path: Path, text: str) -> None:
+def test_blocks_whose_neurons_are_rarely_inactive(pi2rt: Run, tmp_path: Path, text: str) -> None:
     """They stay whole matrices, and the text made stays, too."""
     model = TinyModel("llama", seed=3, dim=544, hidden=1056, layers=2, heads=2, kv_heads=1, head_dim=64, context=1024,
                       config={"hidden_act": "relu"})  # fmt: skip
@@ -342,7 +342,7 @@ def test_what_is_there_is_not_overwritten_unasked(pi2rt: Run, packs: dict[str, s
 
 
 @pytest.mark.slow
-def test_the_more_rest_the_more_it_costs(pi2rt: Run, tmp_path: Path) -> None:
+def test_the_more_are_inactive_the_more_it_costs(pi2rt: Run, tmp_path: Path) -> None:
     """On SmolLM2, whose words mean something. CHESS costs less than CATS, and both what others have found."""
     text = Path(__file__).parent.parent / "golden" / "text.txt"
     pack = str(tmp_path / "m.pi2")

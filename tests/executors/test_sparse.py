@@ -191,7 +191,7 @@ class TestSparseCpu(StepExecutorConformance):
 
 
 async def test_each_step_tells_what_it_took(packs: tuple[Path, Path]) -> None:
-    """What steps say adds up to the counters, and to the neurons that did fire."""
+    """What steps say adds up to the counters, and to the neurons that were active."""
     size, _, pages = cache_sizes(packs[0])
     with open_model_file(packs[0]) as file:
         most = sum(each.pages * each.page_bytes for each in file.bundles.values())

@@ -1,5 +1,5 @@
-"""Neurons that rest below a threshold: numpy leaves out the same, however they are read the bits are the same, and at
-zero nothing is lost."""
+"""Neurons that are inactive below a threshold: numpy leaves out the same, however they are read the bits are the same,
+and at zero nothing is lost."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def packs(source: Path) -> tuple[Path, Path]:
 
 class Thresholded(ReferenceModel):
     """Takes for each neuron the threshold in the middle of the widest gap between the magnitudes that it sees, so that
-    a last bit decides nothing, and lets rest what is below."""
+    a last bit decides nothing, and makes what is below inactive."""
 
     found: dict[str, Floats]
 
@@ -104,7 +104,7 @@ async def logits(path: Path, **options: object) -> Floats:
 
 @pytest.mark.parametrize("zero", [False, True])
 async def test_without_thresholds_or_with_zeros_nothing_is_lost(packs: tuple[Path, Path], zero: bool) -> None:
-    """Every neuron of SiLU and GELU fires then."""
+    """Every neuron of SiLU and GELU is active then."""
     thresholds = {}
     with open_model_file(packs[0]) as file:
         assert len(file.bundles) >= 2
@@ -136,7 +136,7 @@ async def test_streamed_is_resident_bit_for_bit(
             assert executor.statistics().flash.neurons.misses > 0
 
 
-async def test_what_rests_is_not_asked_for(packs: tuple[Path, Path]) -> None:
+async def test_what_is_inactive_is_not_asked_for(packs: tuple[Path, Path]) -> None:
     """The upper half of each block's neurons, for good."""
     with open_model_file(packs[0]) as file:
         neurons = {name: each.neurons for name, each in file.bundles.items()}

@@ -101,7 +101,7 @@ def test_they_lie_behind_their_layer(tmp_path: Path, pack: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "types"),
     [
-        (TinyModel(), {}),  # SiLU: a neuron that hardly fires is not one that does not
+        (TinyModel(), {}),  # SiLU: a neuron that is hardly active is not an inactive one
         (TinyModel("gemma3_text"), {}),
         (TinyModel(config=DRELU), {"ffn_up": "Q5_0"}),
         (TinyModel(config=DRELU), {"ffn_down": "F16"}),

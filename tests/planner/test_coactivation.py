@@ -75,7 +75,7 @@ def test_reads_are_counted(fired: Fired, per_page: int, gap: int, seed: int) -> 
 
 
 def planted(tokens: int, neurons: int = 1024, groups: int = 40) -> Fired:
-    """Neurons of a group, which lie anywhere, fire mostly together."""
+    """Neurons of a group, which lie anywhere, are mostly active together."""
     random = np.random.default_rng(1)
     group = random.integers(0, groups, neurons)
     on = random.random((tokens, groups)) < 0.1
@@ -101,7 +101,7 @@ def test_groups_are_found(per_page: int) -> None:
 
 
 def test_nothing_is_gained_where_there_is_nothing() -> None:
-    """All fire alike, and by chance: what was found of one text means nothing for another."""
+    """All are active alike, and by chance: what was found of one text means nothing for another."""
     fired = np.random.default_rng(2).random((900, 640)) < 0.3
     order, found = find_order([fired[:600]], fired[600:], own_order(640), 1, 0)
     assert found.ordered.reads == pytest.approx(found.own.reads, rel=0.01)

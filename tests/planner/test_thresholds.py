@@ -44,7 +44,7 @@ def test_chess_weighs_gates_with_the_mean_of_up(wanted: float) -> None:
 
 
 @pytest.mark.parametrize("wanted", [0.1, 0.3, 0.5, 0.9])
-def test_as_many_rest_as_are_wanted(wanted: float) -> None:
+def test_as_many_are_inactive_as_are_wanted(wanted: float) -> None:
     block = calibrate_block(3, "down", Activations.of(iter(FACTORS)), wanted)
     assert (block.layer, block.down, block.neurons) == (3, "down", 96)
     np.testing.assert_array_equal(block.firing(), np.ones(96))
@@ -68,8 +68,8 @@ def test_without_gate_both_are_cats() -> None:
     np.testing.assert_array_equal(chess(activations, 0.4), np.full(96, cats(activations, 0.4)[0]))
 
 
-def test_neurons_that_rest_by_themselves_need_no_threshold() -> None:
-    """Nine of ten gates of this ReLU block are zero: half of them rest at a threshold of zero."""
+def test_neurons_that_are_inactive_anyway_need_no_threshold() -> None:
+    """Nine of ten gates of this ReLU block are zero: half of them are inactive at a threshold of zero."""
     gate = np.where(RANDOM.random((50, 64)) < 0.9, 0, 1).astype(np.float32)
     block = calibrate_block(0, "down", Activations.of([(gate, gate)]), 0.5)
     assert not block.vector("cats").any()
