@@ -2,7 +2,7 @@
 
     python benchmarks/against_llama_cpp.py MODEL.gguf --peer /path/to/python-with-llama-cpp-python
 
-The peer's Python may be another environment; build llama-cpp-python there from source, natively. Prints a Markdown
+The baseline's Python may be another environment; build llama-cpp-python there from source, natively. Prints a Markdown
 table. llama.cpp is timed for evaluation alone; pi2rt for everything a user waits for.
 """
 

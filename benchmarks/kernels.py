@@ -3,7 +3,7 @@
     python benchmarks/kernels.py [--columns 64] [--kernels NAME]
 
 Billions of operations a second (a multiplication and an addition are two), the best of many repetitions, weights in
-the second-level cache; quantising the activations is part of it, as in a model.
+L2; quantising the activations is part of it, as in a model.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ BLOCK_BYTES = (
 NIBBLE_ENERGY = 21.5
 """Mean square of a random value of a block over its scale: whole numbers from -8 to 7, all as likely."""
 
-_PIECE_BLOCKS = 8192  # filled at once: what the second-level cache holds
+_PIECE_BLOCKS = 8192  # filled at once: what L2 holds
 _PIECE_ROWS = 32
 
 

@@ -1,7 +1,7 @@
-"""Every error pi2rt raises on purpose, in one place. Each says who is to blame.
+"""Every error pi2rt raises on purpose, in one place. Each says whether it is a usage error.
 
-The user's mistakes carry ``exit_status = 2``: the command line prints them as one line and exits with it. Everything
-else is ours or the world's and exits with 1.
+Usage errors carry ``exit_status = 2``: the command line prints them as one line and exits with it. All others, of pi2rt
+or of the system, exit with 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which weights stay in memory and which are read from flash in every step.
+"""Which weights are resident and which are streamed: read from flash in every step.
 
 A dense model uses every weight once per token, in the same order: whatever is not in memory has to be read again
 for each step, and which matrices those are changes nothing but the rhythm. So they are spread evenly over the

@@ -245,7 +245,7 @@ void pi2_stream_lend(pi2_stream *s, int64_t bytes, const _Atomic int *stop) {
   while (atomic_load(&s->lent) > bytes) {
     const uint32_t word = atomic_load(&s->ready_word);
     if (atomic_load(&s->error) ||
-        atomic_load(stop)) { /* what is lent stays so: nothing may be forgotten while others compute */
+        atomic_load(stop)) { /* nothing is given back: no unit may be forgotten while others compute */
       pthread_mutex_lock(&s->lending);
       atomic_store(&s->wanted, atomic_load(&s->lent));
       pthread_mutex_unlock(&s->lending);

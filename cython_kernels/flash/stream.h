@@ -8,8 +8,8 @@
  * Positions count units for ever: position p is unit p mod n of lap p div n, and a run uses one lap. A run that was
  * stopped leaves the rest of its lap unread: the next one begins at its own.
  *
- * Memory that is kept free for something else may be lent to the stream meanwhile: some units have a home there, and
- * once read they stay and are not read again, until it is taken back (pi2_stream_lend). */
+ * Memory that is kept free for something else is reclaimable: the stream may use it meanwhile. Some units have a home
+ * there, and once read they are resident and not read again, until it is taken back (pi2_stream_lend). */
 #ifndef PI2_STREAM_H
 #define PI2_STREAM_H
 #include <pthread.h>
@@ -21,15 +21,15 @@
 typedef struct {
   int64_t offset, bytes; /* in the file; multiples of PI2_SECTOR */
   int64_t skip;          /* of these, bytes before the unit */
-  int64_t home;          /* in the memory that may be lent; -1: none */
+  int64_t home;          /* in reclaimable memory; -1: none */
 } pi2_extent;
 
 typedef struct { /* a unit on its way or in the ring */
   uint8_t *at;
   int64_t submitted;                /* bytes handed to flash */
   int pending;                      /* reads in flight */
-  int home;                         /* it lies in lent memory, and not in the ring */
-  int kept;                         /* lent memory has all of the unit, from an earlier lap or this one */
+  int home;                         /* it lies in reclaimable memory, and not in the ring */
+  int kept;                         /* reclaimable memory has all of the unit, from an earlier lap or this one */
   int dropped;                      /* released before all of it was asked for */
   _Atomic int64_t begin_ns, end_ns; /* of its last reading, for traces */
 } pi2_placed;
@@ -59,7 +59,7 @@ typedef struct pi2_stream {
   _Atomic uint32_t work_word;             /* futex: the reader has something to look at */
   _Atomic int full;                       /* the reader had no room for the next unit: a release is news to it */
   _Atomic int closing;
-  pthread_mutex_t lending; /* of the next three; lent ones change with it held, and are read without */
+  pthread_mutex_t lending; /* of the next three; they change with it held, and are read without */
   uint8_t *loan;
   _Atomic int64_t lent, wanted;   /* bytes of the loan that may be used; that shall be: the reader sees to it */
   _Atomic int64_t kept_bytes;     /* of units that need not be read */
@@ -73,7 +73,7 @@ typedef struct pi2_stream {
  * failure. Reading fails with ETIMEDOUT when reads are in flight and none ends for `deadline_ns` (< 0: never). */
 pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, int64_t read_bytes, int depth,
                               uint8_t *ring, int64_t ring_bytes, int64_t deadline_ns, int *error);
-/* The memory in which units have their homes (sectors, before any is lent); it outlives the stream. */
+/* The memory in which units have their homes (sectors, before any of it is used); it outlives the stream. */
 void pi2_stream_loan(pi2_stream *s, uint8_t *loan);
 /* Thread 0 of a run, behind pi2_stream_begin and before the others look: the first `bytes` of it may be used from now
  * on. Where more were, waits until nobody reads into these and gives them back to the system; not so once reading has

@@ -113,8 +113,9 @@ cdef class Stream:
             raise InternalError(f"a ring of {self.ring_bytes} bytes for {together} used together, and a gap of {gap}")
 
     def borrow(self, uintptr_t address, homes):
-        """Memory at ``address``, whole sectors, that a program lends: there units are kept. ``homes``: of the unit with
-        each number its offset, a multiple of SECTOR. Once, before any is lent; it outlives the stream."""
+        """Reclaimable memory at ``address``, whole sectors: units that are kept there are not read again. ``homes``: of
+        the unit with each number its offset, a multiple of SECTOR. Once, before any of it is used; it outlives the
+        stream."""
         for number, offset in homes.items():
             if address % PI2_SECTOR or offset % PI2_SECTOR:
                 raise InternalError(f"a home at {offset} of {address}, which is no sector")
@@ -128,7 +129,7 @@ cdef class Stream:
 
     @property
     def lent_bytes(self):
-        """Of the memory that it has borrowed, those that it may use now."""
+        """Of the reclaimable memory, those that it may use now."""
         return 0 if self.stream == NULL else self.stream.lent
 
     @property

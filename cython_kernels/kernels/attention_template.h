@@ -49,9 +49,9 @@ INLINE vf kv_load(const int type, const uint8_t *p, int64_t i) {
  * sum each would wait for its own latency. */
 
 /* Few query vectors wait for memory: while the keys of a page are read, its values are asked for, and with these the
- * keys of the next page, which lies elsewhere, so that no hardware would guess it. Into the second-level cache: a core
- * has many more lines under way to it than to the first (Zen 4, three queries, pages apart: 11 GB/s without, 14 to the
- * first, 23 so). `ahead`: what is asked for, or NULL; `i`: of this many elements so far. */
+ * keys of the next page, which lies elsewhere, so that no hardware would guess it. Into L2: a core has many more lines
+ * under way to it than to L1 (Zen 4, three queries, pages apart: 11 GB/s without, 14 to L1, 23 so). `ahead`: what is
+ * asked for, or NULL; `i`: of this many elements so far. */
 INLINE void ask_ahead(const int type, const uint8_t *ahead, int64_t i) {
   const int64_t bytes = type == PI2_KV_Q8 ? 32 : type == PI2_KV_F16 ? 64 : 128; /* of 32 elements */
   if (ahead)

@@ -1,8 +1,8 @@
 /* Neuron bundles: the up row and the down column of each neuron side by side, so that only those that are active are
  * read.
  *
- * Scales and quants lie apart: scales stay in memory, quants are read page by page. Types Q4_0, Q4_1 and Q8_0. A block
- * is 32 values that share a scale; q is the file's quant (4-bit: unsigned, before 8 is subtracted; 8-bit: signed).
+ * Scales and quants lie apart: scales are resident, quants are read page by page. Types Q4_0, Q4_1 and Q8_0. A block is
+ * 32 values that share a scale; q is the file's quant (4-bit: unsigned, before 8 is subtracted; 8-bit: signed).
  *
  * Up quants of a neuron: its row of k columns, padded with zero bytes to a multiple of 512. Columns come 16 blocks
  * (512) at a time, c = 0, 1, ...: lane L of a 16-lane vector has block 16c+L, with bytes in the order in which int16

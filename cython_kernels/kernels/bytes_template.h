@@ -1,9 +1,9 @@
 /* Products of many columns of bytes, where one instruction multiplies bytes and adds the products to 32-bit sums
  * (PI2_ACROSS): one row block times PI2_ACROSS columns. A block of weights is unpacked into eight registers for all of
  * them, and their float sums stay in registers over PI2_CHUNK_BLOCKS blocks, whose activations have been put side by
- * side, where the first-level cache keeps them for all row blocks. On Zen 4 a block of Q4_1 takes 64 multiplications of
- * bytes and 24 of floats, one a cycle: 340 billion operations a second at 3.66 GHz would be all there is, of which 285
- * are reached where no column is fine.
+ * side, where L1 keeps them for all row blocks. On Zen 4 a block of Q4_1 takes 64 multiplications of bytes and 24 of
+ * floats, one a cycle: 340 billion operations a second at 3.66 GHz would be all there is, of which 285 are reached
+ * where no column is fine.
  *
  * Same sums in the same order as gemm_tile, so the same bits. Bytes of weights are unsigned here: a column's sum begins
  * at what makes up for the zero point of Q6_K, and for the 128 that were added to Q8_0's.

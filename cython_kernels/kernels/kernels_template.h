@@ -17,7 +17,7 @@ static inline void v_prefetch(const uint8_t *p) {
   __builtin_prefetch(p);
   __asm__ volatile("");
 }
-static inline void v_prefetch_second(const uint8_t *p) { /* into the second-level cache */
+static inline void v_prefetch_second(const uint8_t *p) { /* into L2 */
   __builtin_prefetch(p, 0, 2);
   __asm__ volatile("");
 }

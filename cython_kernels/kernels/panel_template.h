@@ -1,8 +1,8 @@
 /* Matrix products of many columns, written once like those of gemm_template.h: PI2_PANEL row blocks together.
  *
- * Their weights of one block are unpacked once for all n columns, into a buffer of the first-level cache, and PI2_PANEL
- * x 4 integer sums stay in registers while the buffer passes by: a column's activations are broadcast once for all row
- * blocks, and each float sum waits in `out`. The same sums in the same order as gemm_tile, so the same bits.
+ * Their weights of one block are unpacked once for all n columns, into a buffer in L1, and PI2_PANEL x 4 integer sums
+ * stay in registers while the buffer passes by: a column's activations are broadcast once for all row blocks, and each
+ * float sum waits in `out`. The same sums in the same order as gemm_tile, so the same bits.
  *
  * int16 activations: i_madd adds the products of a step (a PI2_STEPS-th of the block's columns) to 32-bit sums.
  *

@@ -28,7 +28,7 @@
 /* Of a tile's floats: rows a power of two apart would meet in few sets of a cache. */
 #define PI2_TILE_LD (PI2_TILE_WIDTH + PI2_ROWS)
 #define PI2_HEAD_ROWS 32 /* rows of logits at once */
-#define PI2_FEW_ROWS 8   /* rows of a short step: what buffers have for more may be lent meanwhile */
+#define PI2_FEW_ROWS 8   /* rows of a short step: what buffers have for more is reclaimable meanwhile */
 #define PI2_TAILS 32     /* buffers that have rows */
 #define PI2_WAITS 4096   /* of a thread in a run that are recorded, at most */
 
@@ -168,8 +168,8 @@ void pi2_program_measure(pi2_program *p);
 int pi2_program_prepare(pi2_program *p);
 /* Of a measured or prepared program, or one that is not complete. It owns operations and rotations, not the weights. */
 void pi2_program_free(pi2_program *p);
-/* Of a prepare hook: a buffer of rows, of which those that short steps have no use for may be lent; rows of integers.
- */
+/* Of a prepare hook: a buffer of rows, of which those that short steps have no use for are reclaimable; rows of
+ * integers. */
 void *pi2_take_rows(pi2_program *p, pi2_arena *a, int64_t rows, int64_t bytes);
 pi2_q8 pi2_take_q8(pi2_program *p, pi2_arena *a, int64_t rows, int64_t k, int mixed);
 /* The same in the arena. NULL while it measures. */
@@ -350,7 +350,7 @@ static inline void pi2_multiply(const pi2_program *p, const pi2_matrix *m, int64
     pi2_multiply_contiguous(p, m, block + i, part, in, row, n, tile + PI2_ROWS * i, ld);
   }
 }
-/* Rows per pass, so that their activations stay in the second-level cache while the unit's row blocks pass by. */
+/* Rows per pass, so that their activations stay in L2 while the unit's row blocks pass by. */
 static inline int pi2_pass_rows(int64_t k) {
   int64_t rows = (384 * 1024 / (k > 0 ? 2 * k : 1)) / 8 * 8;
   return (int)(rows < 8 ? 8 : rows > PI2_TILE_ROWS ? PI2_TILE_ROWS : rows);

@@ -614,9 +614,9 @@ cdef class Program:
         return self.p.tail_bytes
 
     def lend(self, int64_t nbytes, *, uintptr_t kv, int64_t kv_bytes, int64_t kv_page_bytes, int64_t kv_used):
-        """Lets the stream keep units in ``nbytes`` of the memory that it has borrowed, at most (``Stream.borrow``):
-        instead of what is rarely used, and of a KV cache at ``kv`` of which pages are used in their order, the first
-        ``kv_used`` bytes already. After ``prepare``."""
+        """Lets the stream keep units in ``nbytes`` of its reclaimable memory, at most (``Stream.borrow``): instead of
+        what is rarely used, and of a KV cache at ``kv`` of which pages are used in their order, the first ``kv_used``
+        bytes already. After ``prepare``."""
         self.p.kv_used = kv_used
         self.p.kv, self.p.kv_bytes, self.p.kv_page_bytes, self.p.loan_bytes = kv, kv_bytes, kv_page_bytes, nbytes
 

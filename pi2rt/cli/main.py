@@ -1,7 +1,7 @@
 """The entry point ``pi2rt``: parses, runs one command, and turns every way to fail into one line and a
 status.
 
-0: done. 2: the user's mistake. 1: ours, or the world's. 128 + n: ended by signal n, as shells have it.
+0: done. 2: usage error. 1: any other error. 128 + n: ended by signal n, as shells have it.
 Modules of commands import at the top what parsing needs and everything else where they use it: ``--help`` is
 instant.
 """

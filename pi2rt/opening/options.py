@@ -113,7 +113,7 @@ class RuntimeOptions:
     """``on_load(done, total)``, in bytes, while the model loads."""
     prefill_chunk: int = 192
     """Prompt tokens in one step at most, while nothing else runs. More take memory for activations and are no
-    faster: those of 512 leave the second-level cache (SmolLM2 and a model of 1.1 B were a tenth slower)."""
+    faster: those of 512 leave L2 (SmolLM2 and a model of 1.1 B were a tenth slower)."""
     content_control_tokens: bool = False
     """Whether a control token that is spelled out in a message becomes that token, as if the chat template had written
     it. Only for messages that nobody else has written: their authors can end their turn and begin another's."""

@@ -79,7 +79,7 @@ def options(path: Path, way: str, **more: Any) -> dict[str, Any]:
         if way == "streamed":
             names = tuple(name for name, _ in matrices_in_order(describe(file)))
             ring = cut(file, describe(file), names, READS.stream_bytes).ring
-            # One sequence, whose page table has the last page: so its cache has no memory to lend, and all is read.
+            # One sequence, whose page table has the last page: so its cache has no reclaimable memory, and all is read.
             given |= {"streamed": names, "ring_bytes": ring, "reads": READS, "slots": 1}
         elif way == "rows":
             given["read_by_row"] = "token_embd.weight"
@@ -197,7 +197,7 @@ async def test_of_memory_that_may_be_written_to_only_that_stays(
     assert warning == (
         f"{disk.path}: the device does not answer; {late} bytes that it may write to stay taken until it does"
     )
-    assert len(memories) == (2 if way == "streamed" else 1)  # a ring, and what it may borrow
+    assert len(memories) == (2 if way == "streamed" else 1)  # a ring, and reclaimable memory
     assert late <= sum(nbytes for _, nbytes, _ in memories)
     assert sum(resident for _, _, resident in memories) > 0
     assert all(resident_bytes(address, nbytes) == 0 for address, nbytes, _ in memories)

@@ -119,7 +119,7 @@ async def test_short_steps_keep_pieces_in_memory_that_long_ones_need(pack: Path)
     given = {"streamed": names, "ring_bytes": ring_for(pack, names, 4), "reads": READS, "exact_floats": False}
 
     def of_last_step() -> tuple[int, int]:
-        """(bytes read, bytes lent)"""
+        """(bytes read, reclaimable bytes in use)"""
         statistics = executor.statistics()
         lent = statistics.flash.stream.reclaimable_bytes
         assert isinstance(lent, int)
