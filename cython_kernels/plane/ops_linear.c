@@ -234,6 +234,16 @@ typedef struct {
   pi2_candidate **candidates; /* (threads) of (vocab) */
 } head_buffers;
 
+/* After a token that is no draft, or a draft that was right, as single steps would: in their order, on one thread. */
+static void verify_row(pi2_run *r, pi2_slice *s, int at, float *logits, pi2_candidate *candidates) {
+  const pi2_program *p = r->program;
+  pi2_slot *slot = &p->slots[s->slot];
+  if (s->closed || at < s->count - 1 - s->drafts) return;
+  pi2_pick *top = s->top ? s->top + s->n_picks * slot->logprobs : NULL;
+  const pi2_pick pick = pi2_sample(p->kernels, slot, logits, p->vocab, s->start + at + 1, top, candidates);
+  s->picks[s->n_picks++] = pick;
+  s->closed = pick.token < 0 || slot->ended || at == s->count - 1 || pick.token != r->token[s->row + at + 1];
+}
 /* What becomes of one row of logits: returned, scored, sampled. */
 static void finish_row(pi2_run *r, const pi2_head *head, int32_t row, float *logits, pi2_candidate *candidates) {
   const pi2_program *p = r->program;
@@ -243,7 +253,9 @@ static void finish_row(pi2_run *r, const pi2_head *head, int32_t row, float *log
   if (s->want_logits) memcpy(s->logits + at * p->vocab, logits, (size_t)p->vocab * sizeof *logits);
   if (s->targets && s->targets[at] >= 0)
     s->scores[at] = (float)((double)logits[s->targets[at]] - p->kernels->logsumexp(logits, p->vocab));
-  if (s->sample && at == s->count - 1)
+  if (s->sample && s->drafts)
+    verify_row(r, s, at, logits, candidates);
+  else if (s->sample && at == s->count - 1)
     s->pick = pi2_sample(p->kernels, &p->slots[s->slot], logits, p->vocab, s->start + s->count, s->top, candidates);
 }
 
@@ -270,8 +282,12 @@ static int run_head(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
         }
       }
     stopped = pi2_barrier(w);
-    for (uint32_t i; !stopped && (i = pi2_take(r, index, 2)) < (uint32_t)n;)
-      finish_row(r, op->data, r->head_row[first + i], b->logits + i * p->vocab, b->candidates[w->index]);
+    for (uint32_t i; !stopped && (i = pi2_take(r, index, 2)) < (uint32_t)n;) {
+      const int32_t slice = r->slice_of[r->head_row[first + i]];
+      if (r->slices[slice].drafts && i && r->slice_of[r->head_row[first + i - 1]] == slice) continue; /* done below */
+      do finish_row(r, op->data, r->head_row[first + i], b->logits + i * p->vocab, b->candidates[w->index]);
+      while (r->slices[slice].drafts && ++i < (uint32_t)n && r->slice_of[r->head_row[first + i]] == slice);
+    }
     if (!stopped && first + PI2_HEAD_ROWS < r->n_head) stopped = pi2_barrier(w); /* logits are used again */
   }
   return stopped;

@@ -75,6 +75,7 @@ static void prepare_run(pi2_program *p, pi2_arena *a, pi2_run *r) {
   r->pages = pi2_arena_take(a, p->max_slots * pages, 4);
   r->targets = pi2_arena_take(a, p->max_rows, 4);
   r->scores = pi2_arena_take(a, p->max_rows, 4);
+  r->picks = pi2_arena_take(a, p->max_rows, sizeof *r->picks);
   r->cursors = pi2_arena_take(a, 4 * cursors(p), 4);
   r->shares = pi2_arena_take(a, p->threads * p->share_stride, 8);
   r->busy = pi2_arena_take(a, p->threads, 8);
@@ -213,7 +214,7 @@ static void derive(pi2_run *r) {
       r->slice_of[s->row + j] = i;
       r->position[s->row + j] = s->start + j;
       if (s->count > 1) r->prefill_row[r->n_prefill++] = s->row + j;
-      if (s->want_logits || (s->targets && s->targets[j] >= 0) || (s->sample && j == s->count - 1))
+      if (s->want_logits || (s->targets && s->targets[j] >= 0) || (s->sample && j >= s->count - 1 - s->drafts))
         r->head_row[r->n_head++] = s->row + j;
     }
   }

@@ -56,7 +56,10 @@ typedef struct {                        /* one slice of a step */
   float *scores;                        /* (count) or NULL */
   float *logits;                        /* (count, vocab), owned by the caller, or NULL */
   pi2_pick pick;
-  pi2_pick *top; /* (slot's logprobs) or NULL */
+  pi2_pick *top; /* (1 + drafts, slot's logprobs) or NULL */
+  /* The last `drafts` tokens are guesses: the token before them and each of them that was right has a pick. */
+  int32_t drafts, n_picks, closed; /* closed: there are no more picks */
+  pi2_pick *picks;                 /* (1 + drafts) or NULL, owned by the run */
 } pi2_slice;
 
 typedef struct {
@@ -74,6 +77,7 @@ typedef struct pi2_run {
   pi2_copies copies;                    /* of state, before anything is computed */
   int32_t *pages, *targets;             /* arenas of this run's page tables and targets */
   float *scores;
+  pi2_pick *picks; /* (max_rows) arena of slices with drafts */
   _Atomic int stop;
   _Atomic uint32_t *cursors;
   _Atomic uint64_t *shares;   /* (threads, share_stride) what is taken of a thread's share of an operation */

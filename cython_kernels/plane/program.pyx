@@ -17,7 +17,7 @@ from pi2rt._errors import BusyError, InternalError, RequestError
 from pi2rt.host.limits import memory_failure, system_failure
 from pi2rt.host.read_errors import read_failure
 from pi2rt.runtime.cluster_unit import ClusterUnitError
-from pi2rt.runtime.step import NeuronUse, Sampled, Skipped, StepResult, Unusable
+from pi2rt.runtime.step import NeuronUse, Sampled, Skipped, StepResult, Unusable, Verified
 
 cdef extern from "gang.h" nogil:
     ctypedef struct pi2_gang:
@@ -165,6 +165,8 @@ cdef extern from "program.h" nogil:
         float *logits
         pi2_pick pick
         pi2_pick *top
+        int32_t drafts, n_picks, closed
+        pi2_pick *picks
     enum: PI2_WAITS
     ctypedef struct pi2_wait:
         uint64_t begin, end
@@ -176,6 +178,7 @@ cdef extern from "program.h" nogil:
         int32_t *pages
         int32_t *targets
         float *scores
+        pi2_pick *picks
         int stop
         int stopped, done, error
         int64_t neuron_bytes, skipped_bytes, cluster_bytes, kept_bytes
@@ -753,8 +756,13 @@ cdef class Program:
                 s.want_logits, s.logits = 1, &logits[0, 0]
             top = None
             slot = &self.p.slots[s.slot]
+            if not 0 <= sl.drafts < max(1, tokens.shape[0]) or (sl.drafts and not sl.sample):
+                raise InternalError(f"{sl.drafts} drafts among {tokens.shape[0]} tokens, of which the last is sampled after")
+            s.drafts = sl.drafts
+            if s.drafts:
+                s.picks = r.picks + row
             if sl.sample and slot.logprobs > 0:
-                top = np.empty((slot.logprobs, 2), np.int32)  # pi2_pick: int32 and float32
+                top = np.empty((1 + s.drafts, slot.logprobs, 2), np.int32)  # pi2_pick: int32 and float32
                 s.top = <pi2_pick *><uintptr_t>top.ctypes.data
             held.append((rows, top, slot.logprobs))
             row += count
@@ -813,14 +821,11 @@ cdef class Program:
                 scores.append(None)
                 logits.append(None)
                 continue
-            if s.sample:
-                if s.pick.token < 0:
-                    sampled.append(unusable(s.pick.token))
-                elif top is None:
-                    sampled.append(Sampled(s.pick.token, s.pick.logprob))
-                else:
-                    ids, values = top[:, 0], top[:, 1].view(np.float32)
-                    sampled.append(Sampled(s.pick.token, s.pick.logprob, tuple(zip(ids.tolist(), values.tolist()))))
+            if s.drafts:
+                sampled.append(Verified(tuple([outcome(s.picks[j], None if top is None else top[j])
+                                               for j in range(s.n_picks)])))
+            elif s.sample:
+                sampled.append(outcome(s.pick, None if top is None else top[0]))
             else:
                 sampled.append(None)
             if s.targets != NULL:
@@ -858,6 +863,16 @@ cdef class Program:
         # as it is: buffers that a device may write to are not mapped there.
         if self.owner == getpid():
             pi2_program_free(&self.p)
+
+
+cdef outcome(pi2_pick pick, top):
+    """``top``: None, or int32 (logprobs, 2), pairs of an id and a float32."""
+    if pick.token < 0:
+        return unusable(pick.token)
+    if top is None:
+        return Sampled(pick.token, pick.logprob)
+    ids, values = top[:, 0], top[:, 1].view(np.float32)
+    return Sampled(pick.token, pick.logprob, tuple(zip(ids.tolist(), values.tolist())))
 
 
 def unusable(int32_t token):

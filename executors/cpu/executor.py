@@ -58,6 +58,7 @@ class CpuExecutor:
     reads_bundles = True
     streams_weights = True
     takes_cluster_units = True
+    verifies_drafts = True
     sparsities = ("exact", "thresholded", "predicted")
     max_in_flight = program.MOST_IN_FLIGHT
 

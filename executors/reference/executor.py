@@ -27,7 +27,19 @@ from pi2rt.models.block_check import check_blocks, kinds_of
 from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.executor import ExecutorOptions, Progress
 from pi2rt.runtime.executor_statistics import ExecutorStatistics
-from pi2rt.runtime.step import Bind, Floats, Int32s, Outcome, Skipped, Slice, Step, StepResult, Unusable
+from pi2rt.runtime.step import (
+    Bind,
+    Floats,
+    Int32s,
+    Outcome,
+    Sampled,
+    Skipped,
+    Slice,
+    Step,
+    StepResult,
+    Unusable,
+    Verified,
+)
 
 _JOIN_SECONDS = 60.0  # a layer of a long prompt on a slow machine, with room to spare
 _LIBRARIES = 48 << 20  # buffers of the BLAS that numpy uses, and the heap between arrays
@@ -55,6 +67,7 @@ class ReferenceExecutor:
 
     name = "reference"
     max_in_flight = 2
+    verifies_drafts = True
 
     def __init__(self) -> None:
         self._model: ReferenceModel | None = None
@@ -267,15 +280,14 @@ class ReferenceExecutor:
         scores = None if part.targets is None else _scores(model, x, part.targets)
         if not part.sample:
             return None, scores, logits
-        last = model.logits(x[-1:])[0]
-        sampled = sample(last, slot.bind.sampling, slot.counts, part.start + part.count)
-        if isinstance(sampled, Unusable):
-            slot.last = 0  # what continues this is discarded
-            return sampled, scores, logits
-        slot.last = sampled.token
-        slot.ended = slot.ended or slot.bind.ended(sampled.token, part.start + part.count)
-        slot.counts[sampled.token] += 1
-        return sampled, scores, logits
+        outcomes: list[Sampled | Unusable] = []
+        for at in range(part.count - 1 - part.drafts, part.count):
+            outcome = _sample_after(slot, model.logits(x[at : at + 1])[0], part.start + at + 1)
+            outcomes.append(outcome)
+            right = at + 1 < part.count and isinstance(outcome, Sampled) and outcome.token == tokens[at + 1]
+            if not right or slot.ended:
+                break
+        return Verified(tuple(outcomes)) if part.drafts else outcomes[0], scores, logits
 
     def _check(self, model: ReferenceModel, part: Slice, tokens: Int32s) -> None:
         assert self._options is not None
@@ -289,6 +301,18 @@ class ReferenceExecutor:
             raise ValueError(f"{len(used)} pages for {end} positions")
         if used.min() < 0 or used.max() >= self._options.pages:
             raise ValueError(f"pages {used.min()} to {used.max()} outside a cache of {self._options.pages}")
+
+
+def _sample_after(slot: _Slot, logits: Floats, position: int) -> Sampled | Unusable:
+    """The token at ``position``, which the slot then has as its last one."""
+    sampled = sample(logits, slot.bind.sampling, slot.counts, position)
+    if isinstance(sampled, Unusable):
+        slot.last = 0  # what continues this is discarded
+        return sampled
+    slot.last = sampled.token
+    slot.ended = slot.ended or slot.bind.ended(sampled.token, position)
+    slot.counts[sampled.token] += 1
+    return sampled
 
 
 def _last(part: Slice, slot: _Slot) -> Int32s:

@@ -314,6 +314,8 @@ class SimulatedExecutor:
             running.scores.append(None)
             running.logits.append(None)
             return
+        if piece.drafts:
+            raise InternalError(f"{piece!r}: executor {self.name!r} verifies no drafts")
         sequence, context = cache.write(piece)
         running.touched.append((sequence, piece))
         sampling = sequence.bound.sampling

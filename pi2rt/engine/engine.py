@@ -37,7 +37,7 @@ from pi2rt.engine.writer import Writer
 from pi2rt.memory import PAGE_TOKENS, PagePool, PageTable, PrefixIndex, StateStore
 from pi2rt.runtime.actor import NotRebuilt, Reopened
 from pi2rt.runtime.own_nursery import open_own_nursery
-from pi2rt.runtime.step import Floats, Sampling, Skipped, Step, StepResult, Unusable
+from pi2rt.runtime.step import Floats, Sampling, Skipped, Step, StepResult, Unusable, Verified
 from pi2rt.runtime.trace import Trace
 from pi2rt.tokenizer import Tokenizer
 
@@ -175,7 +175,7 @@ class Engine:
         if isinstance(outcome, Unusable):
             self._blame(sequence, lane, flight.step, outcome)
             return
-        if isinstance(outcome, Skipped) or (
+        if isinstance(outcome, Skipped | Verified) or (
             slice_.sample and (outcome is None or not 0 <= outcome.token < self.options.vocab_size)
         ):
             problem = f"the executor gave {outcome} instead of a token of the vocabulary"

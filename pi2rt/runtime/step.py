@@ -65,9 +65,11 @@ class Slice:
     position p lives in page ``pages[p // PAGE_TOKENS]``. Pages that other sequences share are only read.
     ``tokens``: int32 (count,). Empty means: one token, the one sampled last for this slot by the step before,
     which may still be running (that is how the engine runs ahead). Where that was the last one, it is skipped.
-    ``sample``: sample the token after the last one. ``targets``: int32 (count,), return the log probability
-    of each target after its token (perplexity); negative entries are skipped. ``logits``: return the logits
-    of every token.
+    ``sample``: sample the token after the last one. ``drafts``: so many of the last ``tokens`` are guesses at what
+    would be sampled. The token after the last one that is none is sampled, and the token after each draft as long as
+    drafts are right (``Verified``). Executors with an attribute ``verifies_drafts``, which is true, take these.
+    ``targets``: int32 (count,), return the log probability of each target after its token (perplexity); negative
+    entries are skipped. ``logits``: return the logits of every token.
     """
 
     slot: int
@@ -75,6 +77,7 @@ class Slice:
     pages: Int32s
     tokens: Int32s
     sample: bool = False
+    drafts: int = 0
     targets: Int32s | None = None
     logits: bool = False
 
@@ -146,7 +149,18 @@ class Skipped:
     state that every token changes."""
 
 
-Outcome: TypeAlias = Sampled | Unusable | Skipped
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Instead of ``Sampled``, for a slice with drafts: what single steps would have brought one after another, the
+    penalties' counts included. Outcome i was sampled after draft i, all drafts up to there being right; outcome 0 after
+    the last token that is no draft. They end behind the first draft that is wrong, at a token that ends the sequence,
+    at ``Unusable``, or behind the last draft. The sequence goes on with the last outcome; KV entries of drafts behind
+    the right ones are undefined."""
+
+    outcomes: tuple[Sampled | Unusable, ...]
+
+
+Outcome: TypeAlias = Sampled | Unusable | Skipped | Verified
 """What a slice brought that was to sample; ``Skipped`` also where it was not."""
 
 

@@ -15,6 +15,7 @@ reference executor while the tests run. pytest is imported by this package alone
 from pi2rt.testing.agreement import Agreement
 from pi2rt.testing.cluster_unit import ClusterUnitConformance
 from pi2rt.testing.conformance import StepExecutorConformance
+from pi2rt.testing.drafts import Drafts
 from pi2rt.testing.flow import Flow
 from pi2rt.testing.lifecycle import Lifecycle
 from pi2rt.testing.memory import Memory
@@ -29,6 +30,7 @@ __all__ = [
     "TINY_MODELS",
     "Agreement",
     "ClusterUnitConformance",
+    "Drafts",
     "Flow",
     "Lifecycle",
     "Memory",

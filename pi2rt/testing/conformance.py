@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pi2rt.testing.agreement import Agreement
+from pi2rt.testing.drafts import Drafts
 from pi2rt.testing.flow import Flow
 from pi2rt.testing.lifecycle import Lifecycle
 from pi2rt.testing.memory import Memory
@@ -11,5 +12,7 @@ from pi2rt.testing.sampling_options import SamplingOptions
 from pi2rt.testing.sequences import Sequences
 
 
-class StepExecutorConformance(Lifecycle, Flow, Sequences, Outputs, SamplingOptions, Agreement, Memory):
+class StepExecutorConformance(
+    Lifecycle, Flow, Sequences, Drafts, Outputs, SamplingOptions, Agreement, Memory
+):
     """Subclass it under a name that starts with "Test", and give ``make_executor``; see ``Harness`` for the rest."""

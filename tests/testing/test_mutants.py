@@ -8,6 +8,7 @@ import pytest
 
 from pi2rt.testing import StepExecutorConformance
 from tests.testing import (
+    draft_mutants,
     flow_mutants,
     lifecycle_mutants,
     model_mutants,
@@ -21,6 +22,7 @@ MUTANTS = [
     *lifecycle_mutants.MUTANTS,
     *flow_mutants.MUTANTS,
     *sequence_mutants.MUTANTS,
+    *draft_mutants.MUTANTS,
     *output_mutants.MUTANTS,
     *sampling_mutants.MUTANTS,
     *model_mutants.MUTANTS,
