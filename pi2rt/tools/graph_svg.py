@@ -16,6 +16,7 @@ text { font: 13px sans-serif; fill: #1c1c1c }
 .detail, .edge { font-size: 11px; fill: #5a5a5a }
 .box { fill: #f4f6f8; stroke: #5a6b7b; stroke-width: 1.2 }
 .flash { fill: #fdf3e0; stroke: #a97718 }
+.unit { fill: #ece9f6; stroke: #6a5a9b }
 .engine { fill: #e9f2ea; stroke: #4b7d51 }
 .line { fill: none; stroke: #5a6b7b; stroke-width: 1.4; marker-end: url(#head) }
 #head path { fill: #5a6b7b }
