@@ -16,12 +16,14 @@ def texts(graph: Graph) -> list[str]:
 
 def test_the_graph_of_a_plan() -> None:
     graph = graph_of(parsed(DOCUMENT))
-    assert [node.name for node in graph.nodes] == ["engine", "big", "little", "npu", "flash"]
+    assert [node.name for node in graph.nodes] == ["engine", "big", "little", "npu", "dsp", "flash"]
     assert [(edge.source, edge.target, edge.carrier, edge.capacity) for edge in graph.edges] == [
         ("engine", "big", "Trio", 8),
         ("big", "little", "cursor", None),
         ("engine", "npu", "Trio", 2),
         ("npu", "big", "state store", 2),
+        ("big", "dsp", "mailbox", 1),
+        ("dsp", "big", "mailbox", 1),
         ("flash", "big", "ring", 32),
         ("flash", "big", "ring", 8),
         ("flash", "big", "ring", 64),
@@ -36,6 +38,7 @@ def test_every_node_and_edge_is_in_the_picture() -> None:
     assert "prompt chunk (Trio, 2)" in shown
     assert "row block, neuron cluster (cursor)" in shown
     assert "sequence (state store, 2)" in shown
+    assert "input of a block (mailbox, 1)" in shown
 
 
 def test_names_are_text() -> None:
