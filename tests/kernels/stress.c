@@ -133,8 +133,14 @@ static void add_linear(pi2_program *p, int layer, int source, int sink, int q8_i
   op->source = source, op->sink = sink, op->q8_in = q8_in;
   op->n_matrices = 1, op->matrix[0] = m;
 }
-/* `sparse`: of feed-forward blocks neurons are read; see sparse_all. */
-static void build(pi2_program *p, const model *m, pi2_gang *gang, uint8_t *cache, int sparse) {
+/* A hand-off of the input, or the answer of a unit. */
+static void add_hop(pi2_program *p, int kind, int layer, pi2_norm norm, pi2_cluster_unit *unit) {
+  pi2_op *op = add(p, kind, layer);
+  op->norm = norm, op->sink = PI2_ADD_TO_X;
+  ((pi2_hop *)op->data)->unit = unit;
+}
+/* `sparse`: of feed-forward blocks neurons are read; see sparse_all. `unit`: works beside these blocks, or NULL. */
+static void build(pi2_program *p, const model *m, pi2_gang *gang, uint8_t *cache, int sparse, pi2_cluster_unit *unit) {
   memset(p, 0, sizeof *p);
   *p = (pi2_program){.kernels = pi2_variants()[0],
                      .gang = gang,
@@ -179,11 +185,13 @@ static void build(pi2_program *p, const model *m, pi2_gang *gang, uint8_t *cache
       ((pi2_neuron_block *)op->data)->activation = PI2_RELU;
       continue;
     }
+    if (unit) add_hop(p, PI2_HANDOFF, i, norm, unit);
     pi2_op *ffn = add(p, PI2_FFN, i);
     ffn->norm = norm, ffn->q8_out = down_q8;
     ffn->n_matrices = 2, ffn->matrix[0] = m->up[i], ffn->matrix[1] = m->gate[i];
     ((pi2_ffn *)ffn->data)->activation = m->relu ? PI2_RELU : PI2_SILU;
     add_linear(p, i, PI2_FROM_HIDDEN, PI2_ADD_TO_X, down_q8, m->down[i]);
+    if (unit) add_hop(p, PI2_JOIN, i, norm, unit);
   }
   pi2_op *head = add(p, PI2_HEAD, -1);
   head->norm = norm, head->n_matrices = 1, head->matrix[0] = m->head;
@@ -492,7 +500,38 @@ static void free_neurons(neurons *f) {
   free(f->memory);
 }
 
-enum { RESIDENT, STREAMED, SPARSE };
+/* A unit that reads its input and adds nothing, sometimes late. */
+static void *unit_main(void *argument) {
+  pi2_cluster_unit *u = argument;
+  unsigned late = 1;
+  while (pi2_unit_take(u)) {
+    const int64_t begin = pi2_now_ns();
+    late = late * 1103515245u + 12345u;
+    spin(late >> 16 & 1 ? 0 : (int)(late >> 16 & 0x7ff));
+    for (int64_t i = 0; i < (int64_t)u->rows * DIM; i++) {
+      if (u->out[i] != 0) die("a unit's output does not begin as zero");
+      u->out[i] = u->x[i] > 1e30f ? 1 : 0;
+    }
+    pi2_unit_answer(u, 0, pi2_now_ns() - begin);
+  }
+  return NULL;
+}
+static pi2_cluster_unit *start_unit(pthread_t *thread) {
+  pi2_cluster_unit *u = allocate(sizeof *u);
+  memset(u, 0, sizeof *u);
+  u->x = allocate(MAX_ROWS * DIM * 4), u->out = allocate(MAX_ROWS * DIM * 4);
+  u->deadline_ns = -1;
+  if (pthread_create(thread, NULL, unit_main, u)) die("no thread");
+  return u;
+}
+static void end_unit(pi2_cluster_unit *u, pthread_t thread) {
+  pi2_unit_close(u);
+  pthread_join(thread, NULL);
+  if (!u->items) die("a unit was given nothing");
+  free(u->x), free(u->out), free(u);
+}
+
+enum { RESIDENT, STREAMED, SPARSE, HELPED };
 /* Plays the script; `wild`: as many steps ahead as there may be, with trials between. Returns the trials stopped. */
 static int play(const model *m, int threads, const step *script, int steps, result *results, int wild, int way) {
   static const int cores[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
@@ -501,7 +540,9 @@ static int play(const model *m, int threads, const step *script, int steps, resu
   pi2_gang *gang = pi2_gang_create(threads, cores, 20000);
   if (!gang) die("no gang");
   pi2_program p;
-  build(&p, m, gang, cache, way == SPARSE);
+  pthread_t thread;
+  pi2_cluster_unit *unit = way == HELPED ? start_unit(&thread) : NULL;
+  build(&p, m, gang, cache, way == SPARSE, unit);
   stored file = {.n = 0};
   neurons sparse;
   if (way == STREAMED) p.stream = stream_all(&p, &file);
@@ -526,6 +567,7 @@ static int play(const model *m, int threads, const step *script, int steps, resu
   }
   while (f.n) land(gang, &f);
   pi2_gang_destroy(gang);
+  if (unit) end_unit(unit, thread);
   if (way == SPARSE) {
     pi2_neuron_cache_destroy(p.neurons);
     free_neurons(&sparse);
@@ -583,9 +625,9 @@ int main(int argc, char **argv) {
   int at[SLOTS] = {0, 500, 30}; /* as if the zeros of the cache had been stored: soon beyond one split */
   for (int i = 0; i < steps; i++) script[i] = next_step(at);
   result *alone = calloc((size_t)steps, sizeof *alone), *together = calloc((size_t)steps, sizeof *together);
-  static const char *const names[] = {"", ", streamed,", ", sparse,"};
+  static const char *const names[] = {"", ", streamed,", ", sparse,", ", with a cluster unit,"};
   int stopped = 0, bad = 0;
-  for (int way = RESIDENT; way <= SPARSE; way++) {
+  for (int way = RESIDENT; way <= HELPED; way++) {
     const model *m = &models[way == SPARSE];
     if (way != STREAMED) play(m, 1, script, steps, alone, 0, RESIDENT);
     stopped += play(m, 3, script, steps, together, 1, way);
