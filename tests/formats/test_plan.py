@@ -22,7 +22,7 @@ DOCUMENT: dict[str, Any] = {
     "choices": {
         "context": 128, "max_sequences": 2, "memory": 1000, "cache": None, "kv_type": "f16", "activations": "mixed",
         "exact_floats": False, "sparsity": "exact", "kernels": None, "io": "auto", "read_deadline": 30.0,
-        "pipeline": "cluster", "two_phase": False,
+        "pipeline": "cluster", "two_phase": False, "executor_options": {"npu": {"device": "GPU", "batches": 2}},
     },
     "units": [{"name": "big", "cores": [0]}, {"name": "little", "cores": [1]}, {"name": "npu", "cores": []}],
     "lanes": [
