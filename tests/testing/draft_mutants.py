@@ -65,10 +65,10 @@ class SaysSampled(Drafting):
 
 
 MUTANTS = [
-    Mutant(VerifiesNone, "test_right_drafts", "9 right drafts: the outcomes are"),
+    Mutant(VerifiesNone, "test_right_drafts", "9 drafts .*: the outcomes are"),
     Mutant(SaysSampled, "test_right_drafts", "a slice with 9 drafts brought Sampled"),
-    Mutant(BelievesAll, "test_wrong_drafts", "0 right drafts and a wrong one: the outcomes are"),
-    Mutant(KnowsNoEnds, "test_an_end_among_drafts", "a right draft that ends the sequence: the outcomes are"),
+    Mutant(BelievesAll, "test_wrong_drafts", "9 drafts .*: the outcomes are"),
+    Mutant(KnowsNoEnds, "test_an_end_among_drafts", "9 drafts .*: the outcomes are"),
     Mutant(MixesUpSequences, "test_drafts_of_several_sequences", "outcomes"),
     Mutant(ForgetsTheTop, "test_log_probabilities_of_drafts", "the likeliest tokens are"),
 ]
