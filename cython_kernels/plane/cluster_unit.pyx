@@ -73,7 +73,7 @@ cdef class Mailbox:
         """Waits for the answer, without the GIL; raises ClusterUnitError where there is none."""
         cdef int problem, go_on = 0
         with nogil:
-            problem = pi2_unit_wait(self.unit, 50000, &go_on)
+            problem = pi2_unit_wait(self.unit, 50000, <const void *>&go_on)
         if problem:
             raise ClusterUnitError("failed" if problem == PI2_UNIT_FAILED else "has not answered in time")
 

@@ -559,7 +559,7 @@ cdef class Program:
             top = None
             slot = &self.p.slots[s.slot]
             if not 0 <= sl.drafts < max(1, tokens.shape[0]) or (sl.drafts and not sl.sample):
-                raise InternalError(f"{sl.drafts} drafts among {tokens.shape[0]} tokens, of which the last is sampled after")
+                raise InternalError(f"{sl.drafts} drafts among {tokens.shape[0]} tokens, the last of which is not sampled")
             s.drafts = sl.drafts
             if s.drafts:
                 s.picks = r.picks + row
@@ -593,7 +593,7 @@ cdef class Program:
         within operations, int64 (waits, 2)."""
         cdef pi2_run *r
         cdef pi2_slice *s
-        cdef int i, t, n = self.p.n_ops
+        cdef int i, t, error, n = self.p.n_ops
         cdef uint64_t busy = 0
         cdef double ns_per_tick
         if not self.ready():
@@ -606,12 +606,13 @@ cdef class Program:
         for t in range(self.p.threads):
             self.busy_ns[t] += <int64_t>(r.busy[t] * ns_per_tick)
         kernel_ns = <int64_t>(busy * ns_per_tick / self.p.threads)
-        if r.error == PI2_UNIT_FAILED or r.error == PI2_UNIT_LATE:
-            raise ClusterUnitError("failed" if r.error == PI2_UNIT_FAILED else "has not answered in time")
-        if r.error:
+        error = r.error  # atomic: clang 14 takes no switch over it
+        if error == PI2_UNIT_FAILED or error == PI2_UNIT_LATE:
+            raise ClusterUnitError("failed" if error == PI2_UNIT_FAILED else "has not answered in time")
+        if error:
             readers = [each for each in (self.neurons, self.clusters, self.stream, self.rows) if each is not None]
             reader = readers[0]  # all read the same file; one of them knows where it ended
-            raise read_failure("weights", r.error, reader.path, reader.deadline, max(each.ended_at for each in readers))
+            raise read_failure("weights", error, reader.path, reader.deadline, max(each.ended_at for each in readers))
         if r.stopped:
             return StepResult(step.id, stopped=True, started_ns=r.begin_ns, finished_ns=r.end_ns,
                               kernel_ns=kernel_ns), None
