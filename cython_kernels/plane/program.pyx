@@ -559,7 +559,7 @@ cdef class Program:
             top = None
             slot = &self.p.slots[s.slot]
             if not 0 <= sl.drafts < max(1, tokens.shape[0]) or (sl.drafts and not sl.sample):
-                raise InternalError(f"{sl.drafts} drafts among {tokens.shape[0]} tokens, the last of which is not sampled")
+                raise InternalError(f"{sl.drafts} drafts of {tokens.shape[0]} tokens; sample={sl.sample}")
             s.drafts = sl.drafts
             if s.drafts:
                 s.picks = r.picks + row
