@@ -19,6 +19,7 @@ from pi2rt.planner.measure.crossover import neurons_seconds
 from pi2rt.runtime.cluster_unit import (
     CLUSTER,
     ClusterUnit,
+    ClusterUnitError,
     ClusterWeights,
     blocks_for_units,
     cluster_count,
@@ -28,6 +29,8 @@ from pi2rt.runtime.registry import load_cluster_unit
 
 ROUNDS = 32
 """Items that are timed, after a quarter as many that are not."""
+PATIENCE_S = 30.0
+"""For an item that is timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ def choose_clusters(
             )
         return UnitChoice(name, make, {down: list(range(int(number))) for down in able})
     down, (_, block) = next(iter(able.items()))
-    hop, unit = _unit_seconds(make, block, model.dim)
+    hop, unit = _unit_seconds(name, make, block, model.dim)
     bundles = file.bundles[down]
     up_type = None if bundles.up is None else file.tensors[bundles.up].type
     down_type = file.tensors[bundles.down].type
@@ -122,30 +125,37 @@ def choose_clusters(
     )
 
 
-def _unit_seconds(make: Callable[[], ClusterUnit], block: FeedForward, dim: int) -> tuple[float, float]:
+def _unit_seconds(
+    name: str, make: Callable[[], ClusterUnit], block: FeedForward, dim: int
+) -> tuple[float, float]:
     """(seconds of an item besides its arithmetic, and for a cluster): medians of one row, by items of one and of two
-    clusters of random weights."""
+    clusters of random weights.
+
+    Raises:
+        RequestError: the unit fails, or takes longer than ``PATIENCE_S`` for an item.
+    """
     random = np.random.default_rng(0)
-    unit = make()
-    mailbox = Mailbox(1, dim)
-    for layer, count in enumerate((1, 2)):
-        up, down = (random.standard_normal((count * CLUSTER, dim), np.float32) for _ in range(2))
-        gate = None if block.gate is None else random.standard_normal((count * CLUSTER, dim), np.float32)
-        numbers = tuple(range(count))
-        unit.load(layer, ClusterWeights(numbers, gate, up, down, block.activation, block.up_activation))
+    unit, mailbox = make(), Mailbox(1, dim, deadline=PATIENCE_S)
+    seconds = np.empty((ROUNDS + ROUNDS // 4, 2))
 
     def work() -> None:
-        while (item := mailbox.take()) is not None:
-            failed = True
-            try:
-                unit.multiply(item[0], mailbox.x[: item[1]], mailbox.out[: item[1]])
-                failed = False
-            finally:
-                mailbox.answer(0, failed=failed)
+        try:
+            mailbox.serve(unit.multiply)
+        finally:
+            unit.close()
 
-    thread = threading.Thread(target=work, name="pi2rt hop")
+    thread = threading.Thread(target=work, name=f"pi2rt/{name}", daemon=True)
+    try:
+        for layer, count in enumerate((1, 2)):
+            shape = (count * CLUSTER, dim)
+            up, down = (random.standard_normal(shape, np.float32) for _ in range(2))
+            gate = None if block.gate is None else random.standard_normal(shape, np.float32)
+            numbers = tuple(range(count))
+            unit.load(layer, ClusterWeights(numbers, gate, up, down, block.activation, block.up_activation))
+    except Exception as error:
+        unit.close()
+        raise RequestError(f"cluster unit {name!r} loads no weights: {_said(error)}") from error
     thread.start()
-    seconds = np.empty((ROUNDS + ROUNDS // 4, 2))
     try:
         for row in seconds:
             for layer in range(2):
@@ -153,10 +163,17 @@ def _unit_seconds(make: Callable[[], ClusterUnit], block: FeedForward, dim: int)
                 mailbox.ask(layer, 1)
                 mailbox.wait()
                 row[layer] = time.perf_counter() - begin
+    except ClusterUnitError as error:
+        failure = mailbox.failure
+        problem = f"no answer within {PATIENCE_S:g} s" if failure is None else _said(failure)
+        raise RequestError(f"cluster unit {name!r} cannot be measured: {problem}") from (failure or error)
     finally:
         mailbox.close()
-        thread.join()
-        unit.close()
+        thread.join(1.0)
     one, two = np.median(seconds[ROUNDS // 4 :], axis=0)
     cluster = max(two - one, 0.0)
     return float(max(one - cluster, 0.0)), float(cluster)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -5,6 +5,8 @@ from libc.stdlib cimport free
 from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
 
+import time
+
 import numpy as np
 
 from pi2rt.host.limits import memory_failure
@@ -30,11 +32,11 @@ cdef class Mailbox:
     written to. They stay valid as long as an array of them is kept, also after the mailbox.
 
     ``deadline``: seconds; an answer that takes longer is a failure; None: none is. ``address``: of the native part,
-    which programs work with; it stays valid as long as the mailbox does.
+    which programs work with; it stays valid as long as the mailbox does. ``failure``: what ended ``serve``, or None.
     """
 
     cdef pi2_cluster_unit *unit
-    cdef readonly object x, out, deadline
+    cdef readonly object x, out, deadline, failure
 
     def __cinit__(self, int64_t max_rows, int64_t dim, *, deadline=None):
         cdef float[:, ::1] x, out
@@ -64,6 +66,25 @@ cdef class Mailbox:
     def answer(self, int64_t busy_ns, *, bint failed=False):
         """``out`` has the result of the item; or it has ``failed``, and no other one will be taken."""
         pi2_unit_answer(self.unit, failed, busy_ns)
+
+    def serve(self, multiply, times=None):
+        """Answers items by ``multiply(layer, x, out)``, of whose rows it gives those of the item, until the mailbox is
+        closed or that raises: then it is the ``failure``, and nothing more is taken. ``times``: a list or deque that
+        gets (layer, rows, begin, end) of each, nanoseconds of ``time.perf_counter_ns``."""
+        x, out = self.x, self.out  # kept as long as ``multiply`` may write to them
+        while (item := self.take()) is not None:
+            layer, rows = item
+            begin = time.perf_counter_ns()
+            try:
+                multiply(layer, x[:rows], out[:rows])
+            except BaseException as error:
+                self.failure = error  # before anybody can ask what it was
+                self.answer(time.perf_counter_ns() - begin, failed=True)
+                return
+            end = time.perf_counter_ns()
+            if times is not None:
+                times.append((layer, rows, begin, end))
+            self.answer(end - begin)
 
     def ask(self, int layer, int rows):
         """Gives an item to who takes, as programs do; ``wait`` ends it."""

@@ -83,9 +83,8 @@ class CpuExecutor:
         self._file: ModelFile | None = None  # and the model, while it is open: to build the program again
         self._model: ModelDescription | None = None
         self._repairable = False  # the last step that failed did so because of a read, or of the cluster unit
-        self._lost_unit: ClusterUnitStatistics | None = (
-            None  # of one that failed; its clusters are computed here
-        )
+        # Of one that failed: its clusters are computed here.
+        self._lost_unit: ClusterUnitStatistics | None = None
 
     @property
     def block_kinds(self) -> frozenset[str]:
@@ -151,7 +150,9 @@ class CpuExecutor:
         if options.cluster_unit is None:
             return
         made, deadline = options.cluster_unit(), options.read_deadline
-        unit = self._unit = UnitClusters(made, options.unit_clusters, options.max_tokens, model.dim, deadline)
+        unit = self._unit = UnitClusters(
+            options.unit_actor, made, options.unit_clusters, options.max_tokens, model.dim, deadline
+        )
         for name in unit.clusters:
             await reads.run("clusters of a unit", partial(unit.load, file, model, name))
         with limits_explained():
@@ -316,7 +317,7 @@ class CpuExecutor:
         except ClusterUnitError as error:
             self._repairable = True
             assert self._unit is not None
-            raise self._unit.lost(error) from self._unit.failure
+            raise self._unit.lost(error) from self._unit.mailbox.failure
         except Exception:  # a step fails by what it could not read, and by nothing else
             self._repairable = True
             raise
@@ -347,7 +348,7 @@ class CpuExecutor:
         if self._flash is not None:
             self._flash.draw()
         if self._unit is not None:
-            track = self._options.trace.track(self._unit.unit.name, "clusters")
+            track = self._options.trace.track(self._unit.actor, "clusters")
             while self._unit.times:
                 layer, rows, begun, ended = self._unit.times.popleft()
                 track.span(f"layer {layer} clusters", begun, ended, rows=rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Mapping
 
@@ -40,23 +39,24 @@ class UnitClusters:
     then ``start``.
 
     Attributes:
+        actor: its name in statistics and traces, and of its thread.
         unit: it.
         clusters: numbers of its clusters, by the name of the block's down tensor.
         mailbox: where items come from.
-        failure: what ended it; None as long as it works.
     """
 
     def __init__(
         self,
+        actor: str,
         unit: ClusterUnit,
         clusters: Mapping[str, tuple[int, ...]],
         max_rows: int,
         dim: int,
         deadline: float | None,
     ) -> None:
+        self.actor = actor
         self.unit, self.clusters = unit, {name: each for name, each in clusters.items() if each}
         self.mailbox = Mailbox(max_rows, dim, deadline=deadline)
-        self.failure: BaseException | None = None
         self.times: deque[tuple[int, int, int, int]] = deque(maxlen=TIMES)  # (layer, rows, begin, end)
         self._thread: threading.Thread | None = None
         self._late = False
@@ -65,24 +65,24 @@ class UnitClusters:
 
     @property
     def works(self) -> bool:
-        return self.failure is None and not self._late
+        return self.mailbox.failure is None and not self._late
 
     @property
     def problem(self) -> str:
         """Why it does not work."""
-        if self.failure is not None:
-            return f"{type(self.failure).__name__}: {self.failure}"
+        if (failure := self.mailbox.failure) is not None:
+            return f"{type(failure).__name__}: {failure}"
         return f"no answer within {self.mailbox.deadline:g} s"
 
     def lost(self, error: ClusterUnitError) -> ClusterUnitError:
         """The error of a step that failed with ``error``, which names the unit and what happened to it."""
-        self._late = self.failure is None
+        self._late = self.mailbox.failure is None
         return ClusterUnitError(
-            f"cluster unit {self.unit.name!r} {error}: {self.problem}; the executor goes on without it"
+            f"cluster unit {self.actor!r} {error}: {self.problem}; the executor goes on without it"
         )
 
     def statistics(self) -> ClusterUnitStatistics:
-        return ClusterUnitStatistics(self.unit.name, *self.mailbox.counters)
+        return ClusterUnitStatistics(self.actor, *self.mailbox.counters)
 
     @property
     def nbytes(self) -> int:
@@ -106,12 +106,12 @@ class UnitClusters:
                 self.unit.load(layer, weights)
             except Exception as error:
                 raise RequestError(
-                    f"cluster unit {self.unit.name!r}: does not load clusters {list(weights.clusters)} of layer "
+                    f"cluster unit {self.actor!r}: does not load clusters {list(weights.clusters)} of layer "
                     f"{layer}: {type(error).__name__}: {error}"
                 ) from error
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._work, name=f"pi2rt/{self.unit.name}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"pi2rt/{self.actor}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -127,21 +127,8 @@ class UnitClusters:
             self.unit.close()
 
     def _work(self) -> None:
-        mailbox = self.mailbox
-        x, out = mailbox.x, mailbox.out  # kept as long as the unit may write to them
         try:
-            while (item := mailbox.take()) is not None:
-                layer, rows = item
-                begin = time.perf_counter_ns()
-                try:
-                    self.unit.multiply(layer, x[:rows], out[:rows])
-                except BaseException as error:
-                    self.failure = error
-                    mailbox.answer(time.perf_counter_ns() - begin, failed=True)
-                    return
-                end = time.perf_counter_ns()
-                self.times.append((layer, rows, begin, end))
-                mailbox.answer(end - begin)
+            self.mailbox.serve(self.unit.multiply, self.times)
         finally:
             self.unit.close()
 
@@ -166,9 +153,8 @@ def _one_cluster(
 ) -> tuple[Floats | None, Floats, Floats]:
     """gate, up and down, (neurons, dim) each."""
     first, end = number * CLUSTER, min((number + 1) * CLUSTER, bundles.neurons)
-    whole = math.lcm(
-        neuron_bundles.step_neurons(bundles), CLUSTER
-    )  # whole pages, groups of scales and clusters
+    # Whole pages, groups of scales and clusters.
+    whole = math.lcm(neuron_bundles.step_neurons(bundles), CLUSTER)
     begin = first // whole * whole
     stop = min(-(-end // whole) * whole, bundles.neurons)
     page, last = begin // bundles.neurons_per_page, -(-stop // bundles.neurons_per_page)

@@ -292,6 +292,8 @@ class ReferenceExecutor:
     def _check(self, model: ReferenceModel, part: Slice, tokens: Int32s) -> None:
         assert self._options is not None
         end, vocab = part.start + part.count, model.model.vocab_size
+        if not 0 <= part.drafts < part.count or (part.drafts and not part.sample):
+            raise ValueError(f"{part.drafts} drafts of {part.count} tokens; sample={part.sample}")
         if part.start < 0 or end > self._options.context:
             raise ValueError(f"positions {part.start} to {end} outside a context of {self._options.context}")
         if tokens.min() < 0 or tokens.max() >= vocab:

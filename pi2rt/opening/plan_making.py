@@ -186,7 +186,7 @@ def unit_options(plan: Plan) -> dict[str, Any]:
         return {}
     clusters = {name: tuple(numbers) for name, numbers in plan.cluster_unit.clusters.items()}
     made = load_cluster_unit(plan.cluster_unit.unit, plan.choices.executor_options)
-    return {"cluster_unit": made, "unit_clusters": clusters}
+    return {"cluster_unit": made, "unit_actor": plan.cluster_unit.name, "unit_clusters": clusters}
 
 
 def check_plan(plan: Plan, file: ModelFile, description: ModelDescription, cores: Iterable[int]) -> None:

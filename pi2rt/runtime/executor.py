@@ -51,8 +51,8 @@ class ExecutorOptions:
     The runtime gives them to executors whose ``sparsities`` name the mode. ``predictors``: of blocks whose gates are in
     the bundles, by the same name; only neurons that they name are read. Empty: all of such blocks are.
     ``cluster_unit``: makes a unit that computes ``unit_clusters`` beside the executor: numbers of neuron clusters, by
-    the name of the block's down tensor. Only executors with an attribute ``takes_cluster_units``, which is true, are
-    given one.
+    the name of the block's down tensor. ``unit_actor``: the unit's name in statistics and traces. Only executors with
+    an attribute ``takes_cluster_units``, which is true, are given one.
     """
 
     slots: int
@@ -80,6 +80,7 @@ class ExecutorOptions:
     thresholds: Mapping[str, Floats] = field(default_factory=dict)
     predictors: Mapping[str, Predictor] = field(default_factory=dict)
     cluster_unit: Callable[[], ClusterUnit] | None = None
+    unit_actor: str = "cluster unit"
     unit_clusters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     trace: Trace | None = None
 

@@ -86,7 +86,7 @@ class Drafts(Harness):
         )
 
     def check_tokens(self, got: list[int], expected: list[int], what: str) -> None:
-        """Of an executor whose sums depend on the number of rows, another token may be the likeliest."""
+        """Of an executor whose sums depend on the number of rows, another token may be top-1."""
         assert self.tolerance.repeat or got == expected, (
             f"{what}: the outcomes are {got}, single steps bring {expected}"
         )
@@ -180,12 +180,12 @@ class Drafts(Harness):
                 assert isinstance(each, Sampled)
                 assert isinstance(expected, Sampled)
                 values, right = dict(each.top), dict(expected.top)
-                assert len(each.top) == 3, f"the likeliest tokens are {each.top}, three were asked for"
+                assert len(each.top) == 3, f"the top tokens are {each.top}, three were asked for"
                 near = 1e-3 + 8 * self.tolerance.repeat
                 assert all(
                     abs(values[token] - right[token]) < near for token in values.keys() & right.keys()
-                ), f"the likeliest tokens are {each.top}, of single steps {expected.top}"
+                ), f"the top tokens are {each.top}, of single steps {expected.top}"
                 assert self.tolerance.repeat or list(values) == list(right), (
-                    f"the likeliest tokens are {each.top}, of single steps {expected.top}"
+                    f"the top tokens are {each.top}, of single steps {expected.top}"
                 )
                 assert abs(each.logprob - expected.logprob) < near

@@ -71,7 +71,12 @@ def clusters_of(path: Path, choose: Callable[[int], tuple[int, ...]]) -> dict[st
 
 
 def helped(path: Path, choose: Callable[[int], tuple[int, ...]], unit: Callable[[], Any]) -> dict[str, Any]:
-    return {"exact_floats": False, "cluster_unit": unit, "unit_clusters": clusters_of(path, choose)}
+    return {
+        "exact_floats": False,
+        "cluster_unit": unit,
+        "unit_actor": "numpy",
+        "unit_clusters": clusters_of(path, choose),
+    }
 
 
 def error_of(got: Floats, expected: Floats) -> float:
@@ -273,7 +278,7 @@ async def test_several_sequences_and_a_trace(packs: Mapping[str, Path], tmp_path
 
 class Refusing(NumpyUnit):  # type: ignore[misc]
     def load(self, layer: int, weights: ClusterWeights) -> None:
-        raise ValueError("no room")
+        raise ValueError("no memory")
 
 
 async def test_what_cannot_be_is_refused(packs: Mapping[str, Path]) -> None:
@@ -290,7 +295,7 @@ async def test_what_cannot_be_is_refused(packs: Mapping[str, Path]) -> None:
                 pass
     with pytest.raises(
         RequestError,
-        match=r"^cluster unit 'numpy': does not load clusters \[0\] of layer 0: ValueError: no room$",
+        match=r"^cluster unit 'numpy': does not load clusters \[0\] of layer 0: ValueError: no memory$",
     ):
         async with opened(CpuExecutor(), path, **helped(path, CHOICES["the first"], Refusing)):
             pass

@@ -336,16 +336,20 @@ async def test_a_forced_plan_with_a_cluster_unit(packs: dict[str, Path], tmp_pat
 async def test_a_cluster_unit_that_is_lost_costs_one_request(
     packs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    multiply, unplugged = NumpyUnit.multiply, False
+
+    def breaks(self: NumpyUnit, layer: int, x: object, out: object) -> None:
+        if unplugged:
+            raise RuntimeError("unplugged")
+        multiply(self, layer, x, out)
+
+    monkeypatch.setattr(NumpyUnit, "multiply", breaks)
     plan = await plan_of(packs["relu"], context=128, cluster_unit="numpy=1")
     async with pi2rt.open_runtime(packs["relu"], context=128) as runtime:
         expected = await runtime.generate(PROMPT[:99], max_tokens=8, ignore_eos=True)
     async with pi2rt.open_runtime(packs["relu"], plan=plan) as runtime:
         await runtime.generate(PROMPT[99:], max_tokens=1)  # another one: its KV pages may be used again
-
-        def breaks(self: object, layer: int, x: object, out: object) -> None:
-            raise RuntimeError("unplugged")
-
-        monkeypatch.setattr(NumpyUnit, "multiply", breaks)
+        unplugged = True
         with pytest.raises(pi2rt.ExecutorError, match="cluster unit 'numpy' failed: RuntimeError: unplugged"):
             await runtime.generate(PROMPT[120:], max_tokens=1)
         again = await runtime.generate(PROMPT[:99], max_tokens=8, ignore_eos=True)
@@ -358,11 +362,11 @@ async def test_a_cluster_unit_that_is_lost_costs_one_request(
 async def test_a_cluster_unit_is_priced(packs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """By what is measured: one that takes no time gets clusters, one that takes long gets none, and says so."""
     price = "pi2rt.planner.cluster_units._unit_seconds"
-    monkeypatch.setattr(price, lambda make, block, dim: (1e-9, 1e-9))
+    monkeypatch.setattr(price, lambda name, make, block, dim: (1e-9, 1e-9))
     plan = await plan_of(packs["relu"], context=128, cluster_unit="numpy")
     assert plan.cluster_unit is not None
     assert all(len(numbers) >= 7 for numbers in plan.cluster_unit.clusters.values())
-    monkeypatch.setattr(price, lambda make, block, dim: (1.0, 1.0))
+    monkeypatch.setattr(price, lambda name, make, block, dim: (1.0, 1.0))
     plan = await plan_of(packs["relu"], context=128, cluster_unit="numpy")
     assert plan.cluster_unit is None
     assert plan.segments.unit == 0
@@ -403,3 +407,43 @@ async def test_cluster_units_that_cannot_be(packs: dict[str, Path]) -> None:
     least = await least_memory(packs["relu"], 0.0)
     with pytest.raises(MemoryBudgetError, match=r"weights and queue of a cluster unit \d+ MiB"):
         await plan_of(packs["relu"], context=128, cluster_unit="numpy=8", memory=least)
+
+
+class Unpriced(NumpyUnit):  # type: ignore[misc]
+    def load(self, layer: int, weights: object) -> None:
+        raise ValueError("the device is gone")
+
+
+class Unmeasured(NumpyUnit):  # type: ignore[misc]
+    def multiply(self, layer: int, x: object, out: object) -> None:
+        raise OverflowError("too warm")
+
+
+@pytest.mark.usefixtures("numpy_unit")
+async def test_a_unit_that_cannot_be_measured_is_named(
+    packs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for unit, problem in (
+        (Unpriced, "cluster unit 'numpy' loads no weights: ValueError: the device is gone"),
+        (Unmeasured, "cluster unit 'numpy' cannot be measured: OverflowError: too warm"),
+    ):
+        monkeypatch.setattr(
+            "pi2rt.planner.cluster_units.load_cluster_unit", lambda name, options, unit=unit: unit
+        )
+        with pytest.raises(RequestError, match=f"^{problem}$"):
+            await plan_of(packs["relu"], context=128, cluster_unit="numpy")
+
+
+@pytest.mark.usefixtures("numpy_unit")
+async def test_a_cluster_unit_has_the_name_of_the_plan(packs: dict[str, Path]) -> None:
+    """Whatever it calls itself."""
+    plan = await plan_of(packs["relu"], context=128, cluster_unit="numpy=1")
+    assert plan.cluster_unit is not None
+    named = msgspec.structs.replace(plan.cluster_unit, name="dsp")
+    async with pi2rt.open_runtime(
+        packs["relu"], plan=msgspec.structs.replace(plan, cluster_unit=named)
+    ) as runtime:
+        await runtime.generate("Once", max_tokens=1)
+        (node,) = (node for node in runtime.statistics().nodes if node.kind == "cluster unit")
+    assert (node.name, node.threads) == ("dsp", 1)
+    assert node.busy_ns > 0
