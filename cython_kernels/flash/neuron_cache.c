@@ -101,12 +101,20 @@ static void pin_memory(pi2_neuron_cache *c) {
   pi2_flash_register(c->flash, c->memory, atomic_load(&c->n_slots) * c->slot_bytes, c->capacity * c->slot_bytes,
                      c->slot_bytes);
 }
+static int in_use(const pi2_page_slot *s) { return s->pins || s->state == COMING; }
+/* There may be more slots now than a moment ago, while some that were to go still are in use behind the last used one.
+ * Nobody may be given these as new: all slots up to the last of them count as used again. */
+static void use_again(pi2_neuron_cache *c) {
+  int32_t end = c->touched < c->n_slots ? c->touched : c->n_slots;
+  while (end > c->used && !in_use(&c->slots[end - 1])) end--;
+  for (; c->used < end; c->used++) c->unpinned += !in_use(&c->slots[c->used]);
+}
 int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots) {
   int32_t left = 0;
   pthread_mutex_lock(&c->mutex);
   for (int32_t i = n_slots; i < c->touched; i++) {
     pi2_page_slot *s = &c->slots[i];
-    if (s->pins || s->state == COMING) {
+    if (in_use(s)) {
       left++;
       continue;
     }
@@ -117,6 +125,7 @@ int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots) {
     c->n_slots = n_slots;
     if (c->used > n_slots) c->used = n_slots;
     if (c->hand >= n_slots) c->hand = 0;
+    use_again(c);
   }
   pthread_mutex_unlock(&c->mutex);
   if (!left && pi2_flash_registered(c->flash)) pin_memory(c); /* else it was not permitted */

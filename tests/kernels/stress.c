@@ -1,7 +1,8 @@
 /* The data plane under the sanitizers: a gang of three threads runs a small program of random weights, with steps
  * posted ahead and steps stopped at any moment, and gives the bits that one thread alone gives. Then again with every
- * matrix of every layer streamed from a file through the smallest ring; and, with ReLU, with the neurons of
- * feed-forward blocks read from a file when they are active, through the smallest cache and changing ones.
+ * matrix of every layer streamed from a file through the smallest ring; with ReLU, with the neurons of feed-forward
+ * blocks read from a file when they are active, through the smallest cache and changing ones; and with threads that
+ * assist, which lose their core at any moment, for longer than several steps take.
  *
  *   stress STEPS
  *
@@ -47,6 +48,9 @@ static uint32_t random_bits(void) { /* xorshift64* */
 static int below(int n) { return (int)(random_bits() % (uint32_t)n); }
 static float small(void) { return ((float)(random_bits() >> 8) * 0x1p-24f - 0.5f) * 0.25f; }
 
+static void spin(int n) {
+  for (int i = 0; i < n; i++) pi2_pause();
+}
 static _Noreturn void die(const char *why) {
   fprintf(stderr, "stress: %s\n", why);
   exit(2);
@@ -284,9 +288,6 @@ static void wait_for(pi2_gang *gang, pi2_run *run) {
     if (read(gang->event_fd, &n, sizeof n) < 0 && errno != EAGAIN) die("event");
   }
 }
-static void spin(int n) {
-  for (int i = 0; i < n; i++) pi2_pause();
-}
 
 /* Runs in flight, oldest first; trials have no result. */
 typedef struct {
@@ -494,6 +495,29 @@ static void take_records(pi2_neuron_cache *c) {
         records[i].foreseen > records[i].pages || records[i].region >= LAYERS)
       die("a record of no read");
 }
+static int ask_all(pi2_neuron_cache *c, int region, int n, int32_t *pages) {
+  _Atomic int32_t pending = 1;
+  for (int i = 0; i < n; i++) pages[i] = i;
+  const int asked = pi2_neuron_cache_ask(c, region, pages, n, &pending);
+  while (atomic_load(&pending) > 1) spin(1000);
+  return asked;
+}
+/* Fewer slots and more again, while pages are pinned in those that were to go: nobody is given these meanwhile. */
+static void resize_while_pinned(pi2_neuron_cache *c, const neurons *f) {
+  enum { PINNED = 16 };
+  int32_t first[PINNED], second[RELU_HIDDEN];
+  uint8_t kept[PINNED][64];
+  const int n = f->region[1].pages;
+  if (pi2_neuron_cache_resize(c, f->pages) || ask_all(c, 0, PINNED, first) != PINNED) die("no room in all slots");
+  for (int i = 0; i < PINNED; i++) memcpy(kept[i], pi2_neuron_cache_at(c, 0, i), sizeof kept[i]);
+  if (pi2_neuron_cache_resize(c, 2) < PINNED - 2) die("pinned slots have gone");
+  if (pi2_neuron_cache_resize(c, f->pages)) die("slots are in use behind the last one");
+  if (ask_all(c, 1, n, second) != n) die("no room in all slots again");
+  for (int i = 0; i < PINNED; i++)
+    if (memcmp(kept[i], pi2_neuron_cache_at(c, 0, i), sizeof kept[i])) die("a pinned page was overwritten");
+  pi2_neuron_cache_release(c, 0, first, PINNED);
+  pi2_neuron_cache_release(c, 1, second, n);
+}
 static void free_neurons(neurons *f) {
   unlink(f->path);
   for (int i = 0; i < LAYERS; i++) free(f->up_scales[i]), free(f->down_scales[i]);
@@ -531,7 +555,21 @@ static void end_unit(pi2_cluster_unit *u, pthread_t thread) {
   free(u->x), free(u->out), free(u);
 }
 
-enum { RESIDENT, STREAMED, SPARSE, HELPED };
+/* Where assist.c has a thread suspended: mostly not at all, or for a part of an operation, or for several steps. */
+static _Atomic int suspensions;
+void suspend(void) {
+  static _Thread_local uint32_t n = 1;
+  n = n * 1103515245u + 12345u;
+  const uint32_t chance = n >> 16 & 63;
+  if (chance > 8) return;
+  atomic_fetch_add(&suspensions, 1);
+  if (chance)
+    spin((int)(n >> 8 & 0xfff));
+  else
+    usleep(3000);
+}
+
+enum { RESIDENT, STREAMED, SPARSE, HELPED, ASSISTED };
 /* Plays the script; `wild`: as many steps ahead as there may be, with trials between. Returns the trials stopped. */
 static int play(const model *m, int threads, const step *script, int steps, result *results, int wild, int way) {
   static const int cores[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
@@ -547,7 +585,9 @@ static int play(const model *m, int threads, const step *script, int steps, resu
   neurons sparse;
   if (way == STREAMED) p.stream = stream_all(&p, &file);
   if (way == SPARSE) sparse_all(&p, m, &sparse);
+  if (way == ASSISTED) p.assisting = threads / 2;
   prepare(&p);
+  if (p.members != threads - p.assisting) die("not as many threads assist as could");
   if (way == STREAMED) lend_some(&p, &file, cache, m->page_bytes);
   flight f = {.n = 0};
   for (int i = 0; i < steps; i++) {
@@ -566,9 +606,19 @@ static int play(const model *m, int threads, const step *script, int steps, resu
     fly(&p, &f, &script[i], &results[i]);
   }
   while (f.n) land(gang, &f);
+  if (way == ASSISTED) { /* another program, while assistants may be asleep in this one */
+    pi2_gang_assist(gang, threads, NULL, NULL);
+    pi2_program_free(&p);
+    build(&p, m, gang, cache, 0, NULL);
+    prepare(&p);
+    fly(&p, &f, &script[steps - 1], NULL);
+    fly(&p, &f, &script[steps - 1], NULL);
+    while (f.n) land(gang, &f);
+  }
   pi2_gang_destroy(gang);
   if (unit) end_unit(unit, thread);
   if (way == SPARSE) {
+    resize_while_pinned(p.neurons, &sparse);
     pi2_neuron_cache_destroy(p.neurons);
     free_neurons(&sparse);
   }
@@ -625,18 +675,19 @@ int main(int argc, char **argv) {
   int at[SLOTS] = {0, 500, 30}; /* as if the zeros of the cache had been stored: soon beyond one split */
   for (int i = 0; i < steps; i++) script[i] = next_step(at);
   result *alone = calloc((size_t)steps, sizeof *alone), *together = calloc((size_t)steps, sizeof *together);
-  static const char *const names[] = {"", ", streamed,", ", sparse,", ", with a cluster unit,"};
+  static const char *const names[] = {"", ", streamed,", ", sparse,", ", with a cluster unit,", ", assisted,"};
   int stopped = 0, bad = 0;
-  for (int way = RESIDENT; way <= HELPED; way++) {
+  for (int way = RESIDENT; way <= ASSISTED; way++) {
     const model *m = &models[way == SPARSE];
     if (way != STREAMED) play(m, 1, script, steps, alone, 0, RESIDENT);
-    stopped += play(m, 3, script, steps, together, 1, way);
+    stopped += play(m, way == ASSISTED ? 4 : 3, script, steps, together, 1, way);
     for (int i = 0; i < steps; i++)
       if (!same(&script[i], &alone[i], &together[i]) && bad++ < 5)
         printf("step %d%s differs from that of one thread\n", i, names[way]);
   }
   end_gangs(200);
-  printf("%d steps, %d differ; %d trials stopped; 200 gangs ended\n", steps, bad, stopped);
+  if (!suspensions) die("no thread that assists has had a part");
+  printf("%d steps, %d differ; %d trials stopped; 200 gangs ended; %d suspensions\n", steps, bad, stopped, suspensions);
   free(alone);
   free(together);
   free(script);
