@@ -40,7 +40,7 @@ static void change(pi2_gang *g, _Atomic uint32_t *word) {
 int pi2_barrier(pi2_worker *w) {
   pi2_gang *g = w->gang;
   uint32_t phase = atomic_load_explicit(&g->phase, memory_order_relaxed);
-  if (atomic_fetch_add(&g->arrived, 1) + 1 == (uint32_t)g->n) {
+  if (atomic_fetch_add(&g->arrived, 1) + 1 == (uint32_t)g->members) {
     atomic_store_explicit(&g->arrived, 0, memory_order_relaxed);
     g->stopped = atomic_load_explicit(g->stop, memory_order_relaxed);
     change(g, &g->phase);
@@ -55,13 +55,30 @@ void pi2_job_begin(pi2_worker *w, _Atomic int *stop) {
   if (w->index == 0) w->gang->stop = stop;
   pi2_gang *g = w->gang;
   uint32_t phase = atomic_load_explicit(&g->phase, memory_order_relaxed);
-  if (atomic_fetch_add(&g->arrived, 1) + 1 == (uint32_t)g->n) {
+  if (atomic_fetch_add(&g->arrived, 1) + 1 == (uint32_t)g->members) {
     atomic_store_explicit(&g->arrived, 0, memory_order_relaxed);
     g->stopped = 0;
     change(g, &g->phase);
   } else {
     wait_change(g, &g->phase, phase, g->spin_ns);
   }
+}
+
+int pi2_gang_idle(pi2_gang *g, uint32_t *posted) {
+  const int64_t last = atomic_load(&g->last);
+  const uint32_t finished = atomic_load(&g->finished);
+  *posted = last >= 0 ? (uint32_t)last : atomic_load(&g->posted);
+  return finished == *posted;
+}
+/* 1: this thread has assisted, where it does. `assisting` is told before `members` is read, and pi2_gang_assist changes
+ * `members` before it waits. */
+static int assisted(pi2_worker *w) {
+  pi2_gang *g = w->gang;
+  atomic_fetch_add(&g->assisting, 1);
+  const int assists = w->index >= atomic_load(&g->members);
+  if (assists) w->seen = g->assist(g->assist_context, w);
+  atomic_fetch_sub(&g->assisting, 1);
+  return assists;
 }
 
 static void *worker_main(void *argument) {
@@ -79,6 +96,12 @@ static void *worker_main(void *argument) {
   for (;;) {
     wait_change(g, &g->posted, w->seen, 0);
     if (atomic_load(&g->last) == w->seen) return NULL;
+    if (w->index && assisted(w)) continue;
+    const uint32_t from = atomic_load(&g->from);
+    if ((int32_t)(w->seen - from) < 0) { /* it assisted, and has woken up late: others have run these jobs */
+      w->seen = from;
+      continue;
+    }
     const int urgent = g->queue[w->seen % PI2_JOBS].run(g->queue[w->seen % PI2_JOBS].context, w);
     w->seen++;
     /* the job's last barrier has passed: everything it wrote is visible */
@@ -96,7 +119,7 @@ static void *worker_main(void *argument) {
 pi2_gang *pi2_gang_create(int n, const int *cores, int64_t spin_ns) {
   pi2_gang *g = aligned_alloc(64, (sizeof *g + 63) / 64 * 64);
   if (!g) return NULL;
-  *g = (pi2_gang){.n = n, .spin_ns = spin_ns, .last = -1};
+  *g = (pi2_gang){.n = n, .members = n, .spin_ns = spin_ns, .last = -1};
   g->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   g->workers = calloc((size_t)n, sizeof *g->workers);
   if (g->event_fd < 0 || !g->workers) goto fail;
@@ -105,7 +128,7 @@ pi2_gang *pi2_gang_create(int n, const int *cores, int64_t spin_ns) {
     g->workers[i] = (pi2_worker){.gang = g, .index = i, .core = pins ? cores[i] : -1};
     int error = pthread_create(&g->workers[i].thread, NULL, worker_main, &g->workers[i]);
     if (error) {
-      g->n = i;
+      g->n = g->members = i;
       pi2_gang_destroy(g);
       errno = error;
       return NULL;
@@ -126,6 +149,15 @@ int pi2_gang_post(pi2_gang *g, pi2_job run, void *context) {
   g->queue[posted % PI2_JOBS].context = context;
   change(g, &g->posted);
   return 0;
+}
+
+void pi2_gang_assist(pi2_gang *g, int members, pi2_assisting assist, void *context) {
+  atomic_store(&g->from, atomic_load(&g->posted));
+  atomic_store(&g->members, g->n);
+  while (atomic_load(&g->assisting)) sched_yield(); /* jobs are finished, so it ends as soon as it has a core */
+  g->assist = assist;
+  g->assist_context = context;
+  atomic_store(&g->members, members);
 }
 
 void pi2_gang_destroy(pi2_gang *g) {

@@ -2,7 +2,7 @@
  *
  * The threads of several actors may form one gang (big and little cores share each layer's rows through atomic cursors,
  * with no hop through Python). Waiting spins for a bounded time, then sleeps on a futex; idle threads sleep at once, so
- * that the control plane finds a free core. */
+ * that the control plane finds a free core. Threads that assist (assist.h) run no jobs and meet at no barrier. */
 #ifndef PI2_GANG_H
 #define PI2_GANG_H
 #include <pthread.h>
@@ -26,9 +26,16 @@ typedef struct pi2_worker {
  * know at once. Else the event is held back while more than one job is left: the control plane wakes up with cold
  * caches, and one wake-up for several short steps is enough. */
 typedef int (*pi2_job)(void *context, pi2_worker *worker);
+/* Runs on threads that assist, while jobs are unfinished. Returns what pi2_gang_idle gave. */
+typedef uint32_t (*pi2_assisting)(void *context, pi2_worker *worker);
 
 struct pi2_gang {
-  int n, event_fd; /* event_fd: readable when jobs have finished */
+  int n, event_fd;     /* event_fd: readable when jobs have finished */
+  _Atomic int members; /* the first threads, which run jobs; the others assist */
+  pi2_assisting assist;
+  void *assist_context;
+  _Atomic int assisting; /* threads that may be in `assist` */
+  _Atomic uint32_t from; /* jobs before it were run by the members that there were */
   int64_t spin_ns;
   pi2_worker *workers;
   struct {
@@ -51,7 +58,13 @@ pi2_gang *pi2_gang_create(int n, const int *cores, int64_t spin_ns);
 int pi2_gang_post(pi2_gang *gang, pi2_job run, void *context);
 /* Joins all threads; unfinished jobs are finished first (stop them before). */
 void pi2_gang_destroy(pi2_gang *gang);
-/* All threads of the running job meet. Returns nonzero, the same on every thread, when the job was asked to stop. */
+/* Lets all threads but the first `members` run `assist` instead of jobs; `members` = n and NULL: all run jobs again.
+ * Waits until none is left in the function that they ran before. All jobs are finished, and none is posted meanwhile.
+ */
+void pi2_gang_assist(pi2_gang *gang, int members, pi2_assisting assist, void *context);
+/* Whether all jobs are finished; *posted: how many these are. */
+int pi2_gang_idle(pi2_gang *gang, uint32_t *posted);
+/* All members of the running job meet. Returns nonzero, the same on every thread, when the job was asked to stop. */
 int pi2_barrier(pi2_worker *worker);
 /* First thing of a job, on every thread: names the flag that stops it. */
 void pi2_job_begin(pi2_worker *worker, _Atomic int *stop);

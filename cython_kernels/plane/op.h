@@ -93,6 +93,9 @@ typedef struct {
   void (*begin)(struct pi2_run *run, pi2_worker *w); /* before the first operation; no barrier follows */
   pi2_op_run run;
   pi2_op_run run_tail; /* see pi2_program.tail; NULL: nothing is left to do */
+  /* Parts of an open stage, on a thread that assists (assist.h). NULL: all threads run jobs, if the program has an
+   * operation of the class with weights. */
+  void (*assist)(struct pi2_run *run, const pi2_op *op, int index, pi2_worker *w);
   int (*done)(struct pi2_run *run, const pi2_op *op, pi2_worker *w, int stopped); /* behind the closing barrier */
   void (*end)(struct pi2_run *run, int stopped); /* thread 0, behind the last operation */
   /* -- what it is */

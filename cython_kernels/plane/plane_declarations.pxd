@@ -8,6 +8,7 @@ cdef extern from "gang.h" nogil:
         int n, event_fd
     pi2_gang *pi2_gang_create(int, const int *, int64_t)
     void pi2_gang_destroy(pi2_gang *)
+    void pi2_gang_assist(pi2_gang *, int, void *, void *)
 
 cdef extern from "sampler.h" nogil:
     ctypedef struct pi2_slot:
@@ -187,7 +188,7 @@ cdef extern from "program.h" nogil:
         pi2_neuron_cache *clusters
         int pipeline
         int64_t dim, vocab, max_rows, max_slots, context
-        int wide, mixed, traced, threads, n_ropes, n_ops
+        int wide, mixed, traced, threads, n_ropes, n_ops, assisting, members
         pi2_op *ops
         pi2_rope *ropes
         pi2_slot *slots

@@ -78,6 +78,7 @@ static void prepare_run(pi2_program *p, pi2_arena *a, pi2_run *r) {
   r->picks = pi2_arena_take(a, p->max_rows, sizeof *r->picks);
   r->cursors = pi2_arena_take(a, 4 * cursors(p), 4);
   r->shares = pi2_arena_take(a, p->threads * p->share_stride, 8);
+  r->units = pi2_arena_take(a, cursors(p), 8);
   r->busy = pi2_arena_take(a, p->threads, 8);
   r->op_begin = pi2_arena_take(a, (int64_t)p->threads * p->n_ops, 8);
   r->op_end = pi2_arena_take(a, (int64_t)p->threads * p->n_ops, 8);
@@ -116,6 +117,15 @@ static void find_tail(pi2_program *p) {
   for (int i = first; i < end; i++) p->ops[i].head_only = 1;
 }
 
+/* Threads that run jobs. The others may assist where they can help with every matrix. */
+static void find_members(pi2_program *p) {
+  p->members = p->threads - p->assisting;
+  for (int i = 0; i < p->n_ops; i++) {
+    const pi2_op *op = &p->ops[i];
+    if (op->n_matrices && (op->streamed || op->paged || !pi2_op_classes[op->kind]->assist)) p->members = p->threads;
+    if (op->kind == PI2_SPARSE) p->members = p->threads; /* one that has its gates in bundles has no matrix */
+  }
+}
 /* Widths of what operations share. */
 static void measure_ops(pi2_program *p) {
   memset(p->used, 0, sizeof p->used);
@@ -162,6 +172,7 @@ static void take_buffers(pi2_program *p) {
   p->q8_attention = pi2_take_q8(p, a, rows, p->attention_columns, 0);
   p->q8_hidden = pi2_take_q8(p, a, rows, p->hidden, p->mixed);
   prepare_scratch(p, a);
+  p->assistants = pi2_arena_take(a, p->threads - p->members, sizeof *p->assistants);
   for (int i = 0; i < PI2_QUEUE; i++) prepare_run(p, a, &p->runs[i]);
   for (int i = 0; i < PI2_OP_COUNT; i++)
     if (p->used[i] && pi2_op_classes[i]->prepare) pi2_op_classes[i]->prepare(p, a);
@@ -171,6 +182,7 @@ static void take_buffers(pi2_program *p) {
 void pi2_program_measure(pi2_program *p) {
   measure_ops(p);
   find_tail(p);
+  find_members(p);
   p->arena = (pi2_arena){0};
   take_buffers(p);
 }
@@ -179,6 +191,8 @@ int pi2_program_prepare(pi2_program *p) {
   pi2_program_measure(p);
   if (pi2_arena_map(&p->arena)) return -1;
   take_buffers(p);
+  if (p->members < p->threads || p->gang->members < p->threads)
+    pi2_gang_assist(p->gang, p->members, p->members < p->threads ? pi2_assist : NULL, p);
   return 0;
 }
 
@@ -245,7 +259,11 @@ int pi2_run_post(pi2_run *r) {
   pi2_program *p = r->program;
   derive(r);
   memset((void *)r->cursors, 0, (size_t)(4 * cursors(p)) * 4);
-  memset((void *)r->shares, 0, (size_t)(p->threads * p->share_stride) * 8);
+  r->serial = p->next_run;
+  for (int64_t i = 0; i < p->threads * p->share_stride; i++)
+    atomic_store_explicit(&r->shares[i], (uint64_t)(r->serial & 0xffff) << 2 * PI2_SHARE_BITS, memory_order_relaxed);
+  for (int64_t i = 0; i < cursors(p); i++)
+    atomic_store_explicit(&r->units[i], (uint64_t)r->serial << 32, memory_order_relaxed);
   memset(r->busy, 0, (size_t)p->threads * 8);
   if (r->n_waits) memset(r->n_waits, 0, (size_t)p->threads * sizeof *r->n_waits);
   atomic_store(&r->stop, 0);
@@ -270,13 +288,14 @@ int pi2_run_job(void *context, pi2_worker *w) {
     if (p->clusters) pi2_pages_begin(r);
     r->begin_ns = pi2_now_ns();
     r->begin_ticks = pi2_ticks();
+    pi2_assistants_begin(r);
   }
   pi2_job_begin(w, &r->stop);
   int stopped = 0;
   uint64_t busy = 0;
   if (r->copies.n) { /* the first operation, of embeddings, touches no state, and its closing barrier follows */
     const uint64_t begin = pi2_ticks();
-    pi2_copies_run(&r->copies, w->index, p->threads);
+    pi2_copies_run(&r->copies, w->index, p->members);
     busy += pi2_ticks() - begin;
   }
   const int n_ops = r->n_rows ? p->n_ops : 0;
@@ -319,6 +338,7 @@ int pi2_run_job(void *context, pi2_worker *w) {
     for (int i = 0; i < PI2_OP_COUNT; i++)
       if (p->used[i] && pi2_op_classes[i]->end) pi2_op_classes[i]->end(r, stopped);
     if (p->clusters) pi2_pages_end(r, stopped);
+    pi2_assistants_end(r);
     r->end_ticks = pi2_ticks();
     r->end_ns = pi2_now_ns();
     r->stopped = stopped;

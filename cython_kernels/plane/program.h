@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "arena.h"
+#include "assist.h"
 #include "cluster_unit.h"
 #include "copies.h"
 #include "gang.h"
@@ -80,7 +81,10 @@ typedef struct pi2_run {
   pi2_pick *picks; /* (max_rows) arena of slices with drafts */
   _Atomic int stop;
   _Atomic uint32_t *cursors;
-  _Atomic uint64_t *shares;   /* (threads, share_stride) what is taken of a thread's share of an operation */
+  _Atomic uint64_t *shares;   /* (threads, share_stride) what is taken of a thread's share of an operation: row blocks
+                                 from the front, << 24 from the back, << 48 a tag */
+  _Atomic uint64_t *units;    /* (cursors) units taken of an operation of several passes, << 32 a tag */
+  uint32_t serial;            /* which run of the program it is: the tag is its lowest bits */
   void *shared[PI2_OP_COUNT]; /* of the operations of a class in this run */
   int stopped;
   _Atomic int64_t neuron_bytes;         /* of neurons that were active, with their scales */
@@ -148,7 +152,11 @@ typedef struct pi2_program {
   int64_t prepared_k;      /* the largest k of what `prepared` and q8_prepared take: all but hidden values, which have
                               q8_hidden */
   int threads, n_ropes, n_ops, ops_capacity;
-  pi2_op *ops;
+  int assisting, members;    /* threads that are to assist, the last ones; threads that run jobs: all, where some
+                                operation needs them */
+  pi2_assistant *assistants; /* (threads - members) */
+  _Alignas(64) _Atomic uint64_t open; /* the stage whose input is complete (assist.c) */
+  _Alignas(64) pi2_op *ops;
   pi2_rope *ropes;
   float *x, *y, *reduced, *attention, *hidden_floats, *prepared;
   pi2_q8 q8_prepared, q8_attention, q8_hidden;
@@ -274,35 +282,64 @@ static inline void pi2_note_wait(pi2_run *run, const pi2_worker *w, uint64_t beg
 static inline uint32_t pi2_take(pi2_run *run, int index, int c) {
   return atomic_fetch_add_explicit(&run->cursors[4 * index + c], 1, memory_order_relaxed);
 }
+/* Next unit of an operation of several passes. */
+static inline int64_t pi2_take_unit(pi2_run *run, int index) {
+  return (int64_t)(uint32_t)atomic_fetch_add_explicit(&run->units[index], 1, memory_order_relaxed);
+}
+/* The same for a thread that assists: -1 where it is another run's. */
+static inline int64_t pi2_take_unit_tagged(pi2_run *run, int index, uint64_t tag) {
+  uint64_t taken = atomic_load_explicit(&run->units[index], memory_order_relaxed);
+  do {
+    if (taken >> 32 != (uint32_t)tag) return -1;
+  } while (!atomic_compare_exchange_weak_explicit(&run->units[index], &taken, taken + 1, memory_order_relaxed,
+                                                  memory_order_relaxed));
+  return (int64_t)(uint32_t)taken;
+}
 /* Where the share of thread t begins: `total` items cut evenly, in multiples of `step`. */
 static inline int64_t pi2_share(int64_t total, int step, int threads, int t) {
   return t == threads ? total : total * t / threads / step * step;
 }
+#define PI2_SHARE_BITS 24
+#define PI2_ANY_TAG UINT64_MAX
+/* Of a share [begin, end): half of what is left, a multiple of `step`, `most` at most; from its end where `behind`.
+ * `tag`: 0 is given where the share is another run's; of threads that run jobs it is this one's. */
+static inline int pi2_take_half(_Atomic uint64_t *share, int64_t begin, int64_t end, int step, int64_t most, int behind,
+                                uint64_t tag, int64_t *first, int64_t *last) {
+  const uint64_t mask = ((uint64_t)1 << PI2_SHARE_BITS) - 1;
+  uint64_t taken = atomic_load_explicit(share, memory_order_relaxed);
+  for (;;) {
+    if (tag != PI2_ANY_TAG && taken >> 2 * PI2_SHARE_BITS != (tag & 0xffff)) return 0;
+    const int64_t from = begin + (int64_t)(taken & mask), to = end - (int64_t)(taken >> PI2_SHARE_BITS & mask);
+    if (from >= to) return 0;
+    int64_t part = (to - from) / 2 / step * step;
+    if (part > most) part = most;
+    if (part < step) part = step < to - from ? step : to - from;
+    const uint64_t now = taken + (behind ? (uint64_t)part << PI2_SHARE_BITS : (uint64_t)part);
+    if (!atomic_compare_exchange_weak_explicit(share, &taken, now, memory_order_relaxed, memory_order_relaxed))
+      continue;
+    *first = behind ? to - part : from;
+    *last = *first + part;
+    return 1;
+  }
+}
 /* Next part [*first, *last) of `total` items, a multiple of `step` long (but for the end), of cursor `index`. A thread
  * goes through its own share from the front, by halves of what is left, so that it reads memory in one stream; then it
- * helps the others from the ends of theirs. Returns 0 when nothing is left. */
-static inline int pi2_take_near(pi2_run *run, int index, int64_t total, int step, int me, int64_t *first,
-                                int64_t *last) {
+ * helps the others from the ends of theirs. Returns 0 when nothing is left. `most`, `tag`: see pi2_take_half. */
+static inline int pi2_take_tagged(pi2_run *run, int index, int64_t total, int step, int64_t most, uint64_t tag, int me,
+                                  int64_t *first, int64_t *last) {
   const int threads = run->program->threads;
   for (int i = 0; i < threads; i++) {
     const int t = me + i < threads ? me + i : me + i - threads;
     const int64_t begin = pi2_share(total, step, threads, t), end = pi2_share(total, step, threads, t + 1);
-    _Atomic uint64_t *share = &run->shares[t * run->program->share_stride + index]; /* taken: front, back << 32 */
-    uint64_t taken = atomic_load_explicit(share, memory_order_relaxed);
-    for (;;) {
-      const int64_t from = begin + (uint32_t)taken, to = end - (int64_t)(taken >> 32);
-      if (from >= to) break;
-      int64_t part = (to - from) / 2 / step * step;
-      if (part < step) part = step < to - from ? step : to - from;
-      const uint64_t now = taken + (i ? (uint64_t)part << 32 : (uint64_t)part);
-      if (!atomic_compare_exchange_weak_explicit(share, &taken, now, memory_order_relaxed, memory_order_relaxed))
-        continue;
-      *first = i ? to - part : from;
-      *last = *first + part;
+    if (pi2_take_half(&run->shares[t * run->program->share_stride + index], begin, end, step, most, i > 0, tag, first,
+                      last))
       return 1;
-    }
   }
   return 0;
+}
+static inline int pi2_take_near(pi2_run *run, int index, int64_t total, int step, int me, int64_t *first,
+                                int64_t *last) {
+  return pi2_take_tagged(run, index, total, step, total, PI2_ANY_TAG, me, first, last);
 }
 static inline int pi2_is_float(int type) { return type == PI2_F32 || type == PI2_F16 || type == PI2_BF16; }
 static inline void pi2_quantize(const pi2_program *p, const float *x, int64_t k, const pi2_q8 *o) {

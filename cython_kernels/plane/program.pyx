@@ -168,6 +168,9 @@ cdef class Program:
     another one, whose regions are experts' matrices that are not in memory. ``traced``: steps may be posted with
     ``trace``.
 
+    ``assisting``: so many of the last threads are assistants'. Where every matrix is in memory and no neurons are read
+    one by one, nobody waits for these (assist.h); else they run jobs like the others.
+
     ``gang``: that runs it; or a number of threads, for a program that is only measured. Such a one needs no weights,
     readers and caches: of a matrix only its shape and place count. It has ``activation_bytes``, and cannot be prepared.
 
@@ -192,7 +195,7 @@ cdef class Program:
     def __init__(self, gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
                  int64_t context, int64_t pages, bint wide=True, bint mixed=False, float embedding_scale=1,
                  float logit_softcap=0, stream=None, neurons=None, clusters=None, pipeline="cluster",
-                 bint traced=False):
+                 bint traced=False, int assisting=0):
         self.owner = getpid()
         self.only_measured = not isinstance(gang, Gang)
         self.gang, self.pages, self.stream = None if self.only_measured else gang, pages, stream
@@ -204,6 +207,9 @@ cdef class Program:
         if self.gang is not None:
             p.gang = self.gang.gang
         self.busy_ns = [0] * p.threads
+        if not 0 <= assisting < p.threads:
+            raise InternalError(f"{assisting} of {p.threads} threads assist")
+        p.assisting = assisting
         p.dim, p.vocab, p.max_rows, p.max_slots, p.context = dim, vocab, max_rows, max_slots, context
         p.wide, p.mixed, p.traced = wide, mixed, traced
         if stream is not None:
@@ -660,6 +666,18 @@ cdef class Program:
                                 r.used.gap_pages - r.before.gap_pages, r.used.gap_bytes - r.before.gap_bytes)
         return StepResult(step.id, tuple(sampled), tuple(scores), tuple(logits), False, r.begin_ns, r.end_ns, kernel_ns,
                           weights, streamed + r.cluster_bytes, neurons), times
+
+    @property
+    def waited_for(self):
+        """Threads that a step waits for: all, or all but the assistants'."""
+        return self.p.members
+
+    def detach(self):
+        """Lets the gang run another program, while none of this one's steps is in flight. Waits until no assistant's
+        thread is at work in it."""
+        if self.prepared and self.p.members < self.p.threads and self.gang.gang != NULL:
+            with nogil:
+                pi2_gang_assist(self.p.gang, self.p.threads, NULL, NULL)
 
     def __dealloc__(self):
         # The gang was closed before (it joins its threads after finishing what was posted). A forked child leaves all

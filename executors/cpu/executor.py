@@ -220,6 +220,7 @@ class CpuExecutor:
         self._in_flight.clear()
         self._tokens_of.clear()
         self._program = None
+        program.detach()
         del program  # and its buffers, before those of the next
         unit = self._unit
         if unit is not None and not unit.works:

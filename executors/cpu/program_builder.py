@@ -62,6 +62,7 @@ class ProgramBuilder:
             clusters=None if clusters is None else clusters.cache,
             pipeline=options.pipeline,
             traced=options.trace is not None,
+            assisting=sum(len(cores) for _, cores in options.assistants),
         )
         self._neurons = neurons
         self._clusters = clusters

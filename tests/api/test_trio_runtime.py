@@ -181,8 +181,9 @@ async def test_each_class_of_cores_is_an_actor(tiny: Path) -> None:
     assert little.completed == big.completed == statistics.engine.steps
     assert little.executor.steps == big.executor.steps > 0
     assert [thread.core for thread in little.executor.threads] == [usable[1]]
-    assert 0 < little.executor.kernel_ns <= little.executor.busy_ns
-    assert 0 < little.busy <= big.busy
+    # Nobody waits for it: it may have had nothing to do.
+    assert 0 <= little.executor.kernel_ns <= little.executor.busy_ns
+    assert 0 <= little.busy <= big.busy
     assert not little.executor.bytes  # the memory is the leader's
 
 

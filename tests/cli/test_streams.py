@@ -145,7 +145,12 @@ class Stalled:
                 os.set_blocking(theirs, True)
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, which: theirs}
         self.process = subprocess.Popen(
-            [*COMMAND, *arguments], stdin=subprocess.DEVNULL, env=environment, **streams
+            [*COMMAND, *arguments],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            # A suite that runs behind nohup ignores it, its children would too, and pi2rt leaves it so.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+            **streams,
         )
         os.close(theirs)
 

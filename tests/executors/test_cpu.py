@@ -236,7 +236,7 @@ async def test_statistics_name_the_actor_of_every_thread(quantised: Path) -> Non
         await all_logits(executor, np.arange(200, dtype=np.int32))
         threads = executor.statistics().threads
     assert [(thread.actor, thread.core) for thread in threads] == [("big", -1), ("little", -1)]
-    assert all(thread.kernel_ns > 0 for thread in threads)  # both had rows
+    assert threads[0].kernel_ns > 0  # nobody waits for the other, which may have had nothing
 
 
 async def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:

@@ -9,14 +9,19 @@ from pathlib import Path
 PATIENCE_S = 20.0
 
 
-def count(name: str) -> int:
-    found = 0
+def thread_ids(name: str) -> list[int]:
+    found = []
     for task in os.listdir("/proc/self/task"):
         try:
-            found += Path(f"/proc/self/task/{task}/comm").read_text() == name + "\n"
+            if Path(f"/proc/self/task/{task}/comm").read_text() == name + "\n":
+                found.append(int(task))
         except OSError:  # it ended meanwhile
             continue
     return found
+
+
+def count(name: str) -> int:
+    return len(thread_ids(name))
 
 
 def settles_at(name: str, expected: int) -> bool:
