@@ -23,16 +23,16 @@ class PlacedActor:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class UnitPlacement:
     """At least one actor; the first one leads, and no core is in two."""
 
     actors: tuple[PlacedActor, ...]
 
-    def named(self, executor: str) -> Placement:
+    def named(self, executor: str) -> UnitPlacement:
         """The same for an executor of this name: only the CPU's lead is named after a class of cores."""
         if executor == "cpu":
             return self
-        return Placement((replace(self.lead, name=executor), *self.actors[1:]))
+        return UnitPlacement((replace(self.lead, name=executor), *self.actors[1:]))
 
     @property
     def lead(self) -> PlacedActor:
@@ -50,7 +50,7 @@ class Placement:
 
 def default_placement(
     topology: Topology, threads: int | None = None, cores: Sequence[CoreClass] = ()
-) -> Placement:
+) -> UnitPlacement:
     """Threads for the physical cores, best first, but no more than the quota of CPU time feeds: threads
     beyond it spin at barriers while the kernel holds back the one they wait for.
 
@@ -84,4 +84,4 @@ def default_placement(
         chosen[cls.name] += taken
         threads -= len(taken)
     used = [(name, tuple(numbers)) for name, numbers in chosen.items() if numbers]
-    return Placement(tuple(PlacedActor(name, numbers, i == 0) for i, (name, numbers) in enumerate(used)))
+    return UnitPlacement(tuple(PlacedActor(name, numbers, i == 0) for i, (name, numbers) in enumerate(used)))

@@ -19,13 +19,13 @@ ENOUGH = 0.97
 """Of the best rate there is: what deeper queues add beyond it is noise, and costs the thread that reaps."""
 
 
-def choose_reads(curve: ReadCurve, neuron_bytes: int = SECTOR, cluster_bytes: int = 1 << 20) -> FlashReads:
+def choose_reads(curve: ReadCurve, neuron_bytes: int = SECTOR, expert_bytes: int = 1 << 20) -> FlashReads:
     """The least in flight that is as good as all, for each purpose.
 
     Args:
         curve: with sequential and random reads.
         neuron_bytes: of a page of neurons.
-        cluster_bytes: of a page of experts' rows.
+        expert_bytes: of a page of experts' rows.
 
     Raises:
         ValueError: the curve has no point for a purpose.
@@ -36,7 +36,7 @@ def choose_reads(curve: ReadCurve, neuron_bytes: int = SECTOR, cluster_bytes: in
         stream.read_bytes,
         stream.depth,
         _least_depth(curve, neuron_bytes, None),
-        _least_depth(curve, cluster_bytes, CLUSTER_BUFFER),
+        _least_depth(curve, expert_bytes, CLUSTER_BUFFER),
         measured=True,
     )
 

@@ -19,11 +19,12 @@ cache. Where experts have neurons of their own beside them (their gates are thos
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from pi2rt.cython_kernels.plane.program import CLUSTER
 from pi2rt.formats import ModelFile, TensorInfo
+from pi2rt.formats.placement import Placement, placed
 from pi2rt.formats.row_blocks import ROWS, SECTOR, page_blocks, page_bytes
 from pi2rt.models import ModelDescription, iterate_tensors
 from pi2rt.models.stream_pieces import cut, matrices_in_order
@@ -51,23 +52,24 @@ least."""
 
 @dataclass(frozen=True, slots=True)
 class StreamingPlan:
-    """``streamed``: names of the matrices that are read in every step, () where all weights stay;
-    ``read_by_row``: the embedding, where its rows are read one by one; ``ring_bytes``: memory that the streamed
-    pass through; ``neuron_bytes``: memory for neurons that are read when they are active, 0 where all stay;
-    ``paged``: experts' matrices that are read when they are chosen, into memory of ``cluster_bytes``;
+    """``placements``: of the tensors that are not resident; those of neurons are not among them, for ``neuron_bytes``
+    says whether any are read. ``ring_bytes``: memory that streamed ones pass through; ``neuron_bytes``: memory for
+    neurons that are read when they are active, 0 where all stay; ``expert_bytes``: for expert pages;
     ``resident_bytes``: weights that stay."""
 
-    streamed: tuple[str, ...] = ()
-    read_by_row: str | None = None
+    placements: Mapping[str, Placement] = field(default_factory=dict)
     ring_bytes: int = 0
     resident_bytes: int = 0
     neuron_bytes: int = 0
-    paged: tuple[str, ...] = ()
-    cluster_bytes: int = 0
+    expert_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
-        return self.resident_bytes + self.ring_bytes + self.neuron_bytes + self.cluster_bytes
+        return self.resident_bytes + self.ring_bytes + self.neuron_bytes + self.expert_bytes
+
+    def placed(self, where: Placement) -> tuple[str, ...]:
+        """Names of the tensors that are there, in the order of use."""
+        return placed(self.placements, where)
 
 
 def least_neurons(file: ModelFile) -> int:
@@ -166,7 +168,7 @@ def plan_streaming(
     first = max(least, int(min(neurons * FIRST_NEURONS, neurons if cache is None else cache)))
     plan = _plan_matrices(file, model, room - with_records(file, first) - records, reads, spare=True)
     left = without_records(file, room - records - plan.nbytes)
-    if experts and plan.streamed:
+    if experts and plan.placed(Placement.STREAMED):
         return _plan_experts(file, model, room, cache, experts, reads)
     left = max(least, left)
     if cache is not None:
@@ -203,8 +205,8 @@ def _plan_experts(
         plan,
         resident_bytes=plan.resident_bytes + records,
         neuron_bytes=neurons,
-        paged=tuple(info.name for info in infos),
-        cluster_bytes=max(least, left - neurons) // slot * slot,
+        placements={**plan.placements, **{info.name: Placement.PAGED for info in infos}},
+        expert_bytes=max(least, left - neurons) // slot * slot,
     )
 
 
@@ -225,12 +227,12 @@ def _plan_matrices(
     streamable = as_pack or all(info.layout == "blocks16" for info in order)
     if (total <= room and not spare) or not streamable:
         return StreamingPlan(resident_bytes=total)
-    embedding = None
+    by_row: dict[str, Placement] = {}
     if model.embedding != model.head.weight:  # a step needs one row of it for each token
-        embedding = model.embedding
-        total -= file.tensors[embedding].nbytes
+        by_row[model.embedding] = Placement.BY_ROW
+        total -= file.tensors[model.embedding].nbytes
     if total <= room:
-        return StreamingPlan(read_by_row=embedding, resident_bytes=total)
+        return StreamingPlan(by_row, resident_bytes=total)
     pieces = cut(file, model, [info.name for info in order], reads.stream_bytes)
     left = room - pieces.ring - (total - sum(info.nbytes for info in order))  # where all of them are streamed
     ahead = min((total - room) // AHEAD_SHARE, left) // reads.stream_bytes
@@ -239,9 +241,11 @@ def _plan_matrices(
     chosen = _choose(
         order, {name for name, feed_forward in matrices_in_order(model) if feed_forward}, total + ring - room
     )
-    streamed = tuple(info.name for info in order if info.name in chosen)
+    streamed = [info for info in order if info.name in chosen]
     return StreamingPlan(
-        streamed, embedding, ring, total - sum(file.tensors[name].nbytes for name in streamed)
+        by_row | {info.name: Placement.STREAMED for info in streamed},
+        ring,
+        total - sum(info.nbytes for info in streamed),
     )
 
 

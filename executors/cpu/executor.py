@@ -30,6 +30,7 @@ from pi2rt.executors.cpu.weights import Weights
 from pi2rt.executors.flash.flash import Flash
 from pi2rt.executors.flash.late_reads import LateReads
 from pi2rt.formats import ModelFile
+from pi2rt.formats.placement import Placement
 from pi2rt.host.limits import explained, limits_explained
 from pi2rt.host.topology import own_cores
 from pi2rt.memory import KvType, MemoryNeed, StateStore
@@ -139,7 +140,7 @@ class CpuExecutor:
         await self._open_unit(reads)
         self._build()
         layers = () if self._neurons is None else self._neurons.layers
-        flash.trace(layers, tuple(name.removesuffix(".weight") for name in options.paged))
+        flash.trace(layers, tuple(name.removesuffix(".weight") for name in options.placed(Placement.PAGED)))
 
     async def _open_unit(self, reads: LateReads) -> None:
         """The cluster unit, with its weights, and its thread."""
@@ -245,8 +246,8 @@ class CpuExecutor:
         assert self._flash is not None
         caches: list[Neurons | Clusters] = []
         io, deadline, at_once = options.io, options.read_deadline, options.reads
-        if options.paged:
-            paged, nbytes = options.paged, options.cluster_bytes
+        if paged := options.placed(Placement.PAGED):
+            nbytes = options.expert_bytes
             self._clusters = await reads.run(
                 "weights",
                 lambda: Clusters(file, paged, nbytes, io, deadline, at_once),

@@ -21,6 +21,7 @@ from pi2rt.executors.cpu.program_builder import ProgramBuilder
 from pi2rt.executors.cpu.weights import PackedMatrix, WeightLayout
 from pi2rt.executors.flash.page_cache import cache_slots
 from pi2rt.formats import ModelFile
+from pi2rt.formats.placement import Placement
 from pi2rt.memory import KvType, MemoryNeed, StateLayout
 from pi2rt.models import ModelDescription
 from pi2rt.models.stream_pieces import StreamPieces
@@ -48,10 +49,8 @@ def layout_of(file: ModelFile, model: ModelDescription, options: ExecutorOptions
         file,
         model,
         exact_floats=options.exact_floats,
-        streamed=options.streamed,
+        placements=options.placements,
         piece_bytes=options.reads.stream_bytes,
-        paged=options.paged,
-        read_by_row=options.read_by_row,
     )
 
 
@@ -72,7 +71,8 @@ def cpu_need(
     neurons = None
     if weights.scales:
         neurons = CachedNeurons(NeuronBlocks(file, model, two_phase=options.two_phase), None)
-    experts = CachedExperts(expert_regions(file, options.paged), None) if options.paged else None
+    paged = options.placed(Placement.PAGED)
+    experts = CachedExperts(expert_regions(file, paged), None) if paged else None
     state = StateLayout.of(model, kv_type)
     predictors = predictor_shapes(options.predictors, NOWHERE)
     builder = ProgramBuilder(
@@ -85,13 +85,13 @@ def cpu_need(
         unit = options.cluster_unit()
         resident += unit_bytes(file, model, unit, options.unit_clusters, options.max_tokens)
     resident += sum(predictor_bytes(options.predictors[name]) for name in options.predictors)
-    if options.read_by_row is not None:
-        info = file.tensors[options.read_by_row]
+    for name in options.placed(Placement.BY_ROW):
+        info = file.tensors[name]
         activations += memory_bytes(native.TYPE_IDS[info.type], info.shape[1])
     if neurons is not None:
         resident += math.prod(cache_slots(neurons.blocks.regions, options.neuron_bytes))
-    if options.paged:
-        resident += math.prod(cache_slots(expert_places(file, options.paged), options.cluster_bytes))
+    if paged:
+        resident += math.prod(cache_slots(expert_places(file, paged), options.expert_bytes))
     return MemoryNeed(resident, state.page_bytes, activations)
 
 

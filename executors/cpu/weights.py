@@ -21,6 +21,7 @@ from pi2rt._errors import ModelFormatError
 from pi2rt.cython_kernels.kernels import native
 from pi2rt.executors.flash.late_reads import LateReads
 from pi2rt.formats import ModelFile, TensorInfo
+from pi2rt.formats.placement import Placement, placed
 from pi2rt.formats.quants import dequantize
 from pi2rt.models import ModelDescription, iterate_tensors
 from pi2rt.models.stream_pieces import StreamPieces, cut
@@ -64,9 +65,8 @@ class PlacedWeights(Protocol):
 class WeightLayout:
     """How every tensor that a description names is kept: matrices as row blocks, vectors as float32. Reads none.
 
-    ``exact_floats``: matrices become float32, dequantised as the format says. Not loaded, with address 0, are
-    ``streamed``: matrices that are read in every step, in ``pieces`` of ``piece_bytes``; ``paged``: those that are read
-    when an expert is chosen; ``read_by_row``: one more.
+    ``exact_floats``: matrices become float32, dequantised as the format says. ``placements``: of those that are not
+    loaded, and have address 0; what is streamed is read in ``pieces`` of ``piece_bytes``.
 
     Attributes:
         matrix_infos, scale_infos: in the order in which they lie in memory.
@@ -80,10 +80,8 @@ class WeightLayout:
         model: ModelDescription,
         *,
         exact_floats: bool,
-        streamed: Sequence[str] = (),
+        placements: Mapping[str, Placement] | None = None,
         piece_bytes: int = 1 << 20,
-        paged: Sequence[str] = (),
-        read_by_row: str | None = None,
     ) -> None:
         self.exact_floats = exact_floats
         routers = _shared_routers(model)
@@ -91,16 +89,16 @@ class WeightLayout:
             replace(info, shape=(1, model.dim)) if info.name in routers else info
             for info in (file.tensors[name] for name, _ in iterate_tensors(model))
         ]
-        self.pieces = cut(file, model, frozenset(streamed), piece_bytes)
-        absent = {*streamed, *paged, read_by_row}
+        placements = placements or {}
+        self.pieces = cut(file, model, frozenset(placed(placements, Placement.STREAMED)), piece_bytes)
+        # Of neurons in bundles the scales are resident.
+        absent = [name for name, where in placements.items() if where is not Placement.NEURONS]
         matrices = [info for info in infos if len(info.shape) == 2 and info.name not in absent]
         self.matrix_infos = [info for info in matrices if info.layout != "neurons"]
         self.scale_infos = [info for info in matrices if info.layout == "neurons"]
         self.vector_infos = [info for info in infos if len(info.shape) == 1]
         self.dim = model.dim
-        self._elsewhere = [
-            file.tensors[name] for name in (read_by_row, *streamed, *paged) if name is not None
-        ]
+        self._elsewhere = [file.tensors[name] for name in absent]
         self.nbytes = self.place(0)[2]
 
     def type(self, info: TensorInfo) -> str:

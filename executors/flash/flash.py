@@ -8,6 +8,7 @@ loaded again.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from pi2rt.executors.flash.page_cache import PageCache
 from pi2rt.executors.flash.read_trace import ReadTrace
 from pi2rt.executors.flash.ring import Ring
 from pi2rt.formats import ModelFile
+from pi2rt.formats.placement import Placement
 from pi2rt.models.stream_pieces import Piece
 from pi2rt.runtime.executor import ExecutorOptions
 from pi2rt.runtime.executor_statistics import (
@@ -64,11 +66,11 @@ class Flash:
     async def open_readers(self) -> None:
         file, options = self._file, self._options
         reads, deadline = self.late_reads(), options.read_deadline
-        if (name := options.read_by_row) is not None:
+        for name in options.placed(Placement.BY_ROW):
             self.rows = await reads.run(
-                "weights", lambda: EmbeddingRows(file, name, deadline), EmbeddingRows.close
+                "weights", partial(EmbeddingRows, file, name, deadline), EmbeddingRows.close
             )
-        if options.streamed:
+        if options.placed(Placement.STREAMED):
             pieces, nbytes, io = self._pieces, options.ring_bytes, options.io
             self.ring = await reads.run(
                 "weights", lambda: Ring(file, pieces, nbytes, io, deadline, options.reads), Ring.close

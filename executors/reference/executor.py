@@ -128,7 +128,7 @@ class ReferenceExecutor:
         """
         if store is None:
             raise InternalError("the reference executor borrows KV pages, and was given none")
-        if options.streamed or options.read_by_row is not None:
+        if options.placements:
             raise RequestError(
                 "the reference executor keeps all weights in memory: give it more memory, or take executor='cpu'"
             )

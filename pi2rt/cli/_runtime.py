@@ -14,7 +14,7 @@ from pi2rt.cli.pull import fetch
 
 if TYPE_CHECKING:
     from pi2rt import Runtime
-    from pi2rt.planner.placement import Placement
+    from pi2rt.planner.placement import UnitPlacement
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +255,7 @@ def positive(text: str) -> int:
     return value
 
 
-def placement(options: argparse.Namespace) -> Placement:
+def placement(options: argparse.Namespace) -> UnitPlacement:
     """The cores that these options choose, as ``open_runtime`` places them."""
     from pi2rt.host.topology import parse_core_classes, read_topology
     from pi2rt.planner.placement import default_placement

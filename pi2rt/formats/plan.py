@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Iterable
 from contextlib import closing
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -19,6 +18,7 @@ from msgspec import Meta
 
 from pi2rt._errors import RequestError
 from pi2rt.formats.model_file import ModelFile
+from pi2rt.formats.placement import Placement, placed
 from pi2rt.formats.regular_file import RegularFile
 from pi2rt.host.output_file import OutputFile
 
@@ -32,20 +32,6 @@ Positive: TypeAlias = Annotated[int, Meta(ge=1, le=1 << 24)]
 Bytes: TypeAlias = Annotated[int, Meta(ge=0, le=1 << 50)]
 PluginValue: TypeAlias = Annotated[str, Meta(max_length=4096)] | int | float | bool | None
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200)]
-
-
-class Placement(Enum):
-    """Where a tensor is while the model runs."""
-
-    RESIDENT = "resident"
-    STREAMED = "streamed"
-    """Read in every step, in pieces, through the ring."""
-    PAGED = "paged"
-    """An expert's: read in pages when a router has chosen the expert, into a cache."""
-    BY_ROW = "by row"
-    """An embedding: the rows of a step's tokens are read."""
-    NEURONS = "neurons"
-    """In neuron bundles: read when a neuron is active, into a cache."""
 
 
 class PlanModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -176,7 +162,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def placed(self, placement: Placement) -> tuple[str, ...]:
         """Names of the tensors that are there, in the order of use."""
-        return tuple(name for name, where in self.placements.items() if where is placement)
+        return placed(self.placements, placement)
 
     def unit(self, name: str) -> PlanUnit:
         return next(unit for unit in self.units if unit.name == name)

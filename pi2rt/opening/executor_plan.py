@@ -21,7 +21,7 @@ from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.opening.options import RuntimeOptions
 from pi2rt.planner.measure.kept_curve import kept_curve
 from pi2rt.planner.measure.read_curve import Io
-from pi2rt.planner.placement import Placement
+from pi2rt.planner.placement import UnitPlacement
 from pi2rt.planner.read_choice import choose_reads
 from pi2rt.planner.weights import (
     StreamingPlan,
@@ -42,7 +42,7 @@ many already, and what activations of more would take holds weights instead."""
 
 Measure: TypeAlias = Callable[[ModelFile, ModelDescription, StreamingPlan], MemoryNeed]
 
-OF_PLAN = ("streamed", "read_by_row", "ring_bytes", "paged", "cluster_bytes", "neuron_bytes")
+OF_PLAN = ("placements", "ring_bytes", "expert_bytes", "neuron_bytes")
 """Fields of a streaming plan that are options of an executor."""
 
 
@@ -127,7 +127,7 @@ def plan_executor(
     description: ModelDescription,
     chosen: RuntimeOptions,
     context: int,
-    placement: Placement,
+    placement: UnitPlacement,
     executor: Executor,
     trace: Trace | None,
     *,
@@ -293,9 +293,9 @@ def _too_small(
         "weights that stay": need.weights
         - unit
         - streaming.ring_bytes
-        - streaming.cluster_bytes
+        - streaming.expert_bytes
         - streaming.neuron_bytes,
-        "matrices of an expert that are used together": streaming.cluster_bytes,
+        "matrices of an expert that are used together": streaming.expert_bytes,
         "neurons that are computed together": streaming.neuron_bytes,
         "a ring for those that are read in every step": streaming.ring_bytes,
         "KV cache of one context": kv,

@@ -37,7 +37,7 @@ from pi2rt.opening.plan_making import (
 )
 from pi2rt.opening.sparsity import Lossy, load_sparsity
 from pi2rt.planner.cluster_units import choose_clusters
-from pi2rt.planner.placement import PlacedActor, Placement, default_placement
+from pi2rt.planner.placement import PlacedActor, UnitPlacement, default_placement
 from pi2rt.runtime.actor import Actor
 from pi2rt.runtime.executor import Borrower, Executor, ExecutorOptions, make_store
 from pi2rt.runtime.registry import load_executor
@@ -349,10 +349,12 @@ def _core_classes(cores: Mapping[str, Sequence[int]] | None) -> tuple[CoreClass,
     return parse_core_classes([f"{name}={numbers}" for name, numbers in lists.items()])
 
 
-def _units(plan: Plan) -> Placement:
+def _units(plan: Plan) -> UnitPlacement:
     """The actors of the lane that decodes."""
     units = map(plan.unit, plan.lanes[0].units)
-    return Placement(tuple(PlacedActor(unit.name, tuple(unit.cores), i == 0) for i, unit in enumerate(units)))
+    return UnitPlacement(
+        tuple(PlacedActor(unit.name, tuple(unit.cores), i == 0) for i, unit in enumerate(units))
+    )
 
 
 def _ignore(done: int, total: int) -> None: ...

@@ -13,9 +13,9 @@ from typing import Any
 from pi2rt import catalogue
 from pi2rt._errors import MemoryBudgetError, ModelNotFoundError, RequestError
 from pi2rt.formats import ModelFile
+from pi2rt.formats.placement import Placement
 from pi2rt.formats.plan import (
     VERSION,
-    Placement,
     Plan,
     PlanChoices,
     PlanClusterUnit,
@@ -34,7 +34,7 @@ from pi2rt.opening.options import MIXED_CHUNK, RuntimeOptions
 from pi2rt.planner.cluster_units import UnitChoice
 from pi2rt.planner.measure.kept_curve import kept_curve
 from pi2rt.planner.measure.read_curve import ReadCurve
-from pi2rt.planner.placement import Placement as Units
+from pi2rt.planner.placement import UnitPlacement
 from pi2rt.planner.weights import all_neurons, expert_operations, least_experts, least_neurons
 from pi2rt.runtime.cluster_unit import misplaced_clusters, unit_bytes
 from pi2rt.runtime.executor import Executor, ExecutorOptions
@@ -55,7 +55,7 @@ def make_plan(
     file: ModelFile,
     description: ModelDescription,
     divided: ExecutorPlan,
-    units: Units,
+    units: UnitPlacement,
     cores: Iterable[int],
     executor: Executor,
     prefill: Iterable[str] = (),
@@ -104,7 +104,7 @@ def make_plan(
         made, clusters = options.cluster_unit(), options.unit_clusters
         unit_size = unit_bytes(file, description, made, clusters, options.max_tokens)
     placements = _placements(file, description, options)
-    experts = options.cluster_bytes
+    experts = options.expert_bytes
     segments = PlanSegments(
         process=divided.own - divided.lanes,
         lanes=divided.lanes,
@@ -167,15 +167,13 @@ def executor_options(
     )
     if not decodes:
         return made  # its weights are resident
-    by_row = plan.placed(Placement.BY_ROW)
+    segments = plan.segments
     return replace(
         made,
-        streamed=plan.placed(Placement.STREAMED),
-        read_by_row=by_row[0] if by_row else None,
-        ring_bytes=plan.segments.ring,
-        paged=plan.placed(Placement.PAGED),
-        cluster_bytes=plan.segments.experts,
-        neuron_bytes=plan.segments.neurons,
+        placements=plan.placements,
+        ring_bytes=segments.ring,
+        expert_bytes=segments.experts,
+        neuron_bytes=segments.neurons,
         **unit_options(plan),
     )
 
@@ -289,11 +287,8 @@ def _placements(
     file: ModelFile, description: ModelDescription, options: ExecutorOptions
 ) -> dict[str, Placement]:
     """Of each kind in the order of use, so that two plans of one model differ in few lines."""
-    placements: dict[str, Placement] = {}
-    if options.read_by_row is not None:
-        placements[options.read_by_row] = Placement.BY_ROW
-    placements |= dict.fromkeys(options.streamed, Placement.STREAMED)
-    placements |= dict.fromkeys(options.paged, Placement.PAGED)
+    kinds = (Placement.BY_ROW, Placement.STREAMED, Placement.PAGED)
+    placements = {name: kind for kind in kinds for name in options.placed(kind)}
     if options.neuron_bytes:
         bundled = [
             name for name, _ in matrices_in_order(description) if file.tensors[name].layout == "neurons"
@@ -346,7 +341,7 @@ def _predictions(
     placements: Mapping[str, Placement],
     chosen: RuntimeOptions,
 ) -> list[Prediction]:
-    streamed = sum(file.tensors[name].nbytes for name in options.streamed)
+    streamed = sum(file.tensors[name].nbytes for name in options.placed(Placement.STREAMED))
     found = [Prediction("memory", "bytes", 0, segments.total, "the sum of the segments")]
     if streamed:
         found.append(
@@ -359,9 +354,9 @@ def _predictions(
             "none to all of the neurons that the cache does not hold: which are active depends on the text"
         )
         found.append(Prediction("neurons read for a token", "bytes", 0, missing, basis))
-    if options.paged:
-        total = sum(file.tensors[name].nbytes for name in options.paged)
-        missing = max(0, total - options.cluster_bytes)
+    if paged := options.placed(Placement.PAGED):
+        total = sum(file.tensors[name].nbytes for name in paged)
+        missing = max(0, total - options.expert_bytes)
         basis = (
             "none to all of the experts that the cache does not hold: which are chosen depends on the text"
         )

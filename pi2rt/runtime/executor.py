@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from pi2rt.formats import ModelFile
+from pi2rt.formats.placement import Placement, placed
 from pi2rt.formats.predictor import Predictor
 from pi2rt.memory import KvType, MemoryNeed, StateLayout, StateStore
 from pi2rt.models import ModelDescription
@@ -37,15 +38,13 @@ class ExecutorOptions:
     blocks of 32. Both are faster in prefill than int16, and less exact.
     ``exact_floats``: dequantise weights to float32, quantise no activations, keep keys and values in float32
     (for tests; slow). ``kernels``: name of a kernel variant, None for the best.
-    ``streamed``: names of the matrices that are not kept but read from the file in every step, through a ring of
-    ``ring_bytes``; ``read_by_row``: name of the embedding, where of it too only the rows are read that a step
-    needs; ``io``: how, "auto", "uring" or "preadv". An executor that cannot do that refuses with RequestError.
-    ``paged``: names of experts' matrices that are read when a router has chosen them, into a cache of
-    ``cluster_bytes``. Of packs with neuron bundles, ``neuron_bytes``: memory for neurons, the others being read when
-    they fire; 0: all of them stay. ``read_deadline``: seconds; where none of the reads in flight ends for so long, the
-    step fails. ``pipeline``: how far reading overlaps with computing: "cluster", "matrix" or "none". ``two_phase``: of
-    neurons whose gates are in the bundles, the rest is read only once the gate has let it through. ``reads``: how much
-    is read at once.
+    ``placements``: of each tensor that is not resident, by name, in the order of use. Streamed ones pass through a ring
+    of ``ring_bytes``; expert pages have a cache of ``expert_bytes``, and neurons one of ``neuron_bytes``, where 0 means
+    that all of them stay. ``io``: how they are read, "auto", "uring" or "preadv". An executor that cannot do what a
+    placement says refuses with RequestError. ``read_deadline``: seconds; where none of the reads in flight ends for so
+    long, the step fails. ``pipeline``: how far reading overlaps with computing: "cluster", "matrix" or "none".
+    ``two_phase``: of neurons whose gates are in the bundles, the rest is read only once the gate has let it through.
+    ``reads``: how much is read at once.
     ``thresholds``: of their feed-forward blocks, by the name of the down tensor, float32 (hidden,): a neuron
     is active only when the magnitude of its activated gate (without gate: of its activated up) is above. Empty: exact.
     The runtime gives them to executors whose ``sparsities`` name the mode. ``predictors``: of blocks whose gates are in
@@ -66,14 +65,12 @@ class ExecutorOptions:
     activations: str = "mixed"
     exact_floats: bool = False
     kernels: str | None = None
-    streamed: tuple[str, ...] = ()
-    read_by_row: str | None = None
+    placements: Mapping[str, Placement] = field(default_factory=dict)
     ring_bytes: int = 0
-    io: str = "auto"
-    paged: tuple[str, ...] = ()
-    cluster_bytes: int = 0
-    read_deadline: float | None = None
+    expert_bytes: int = 0
     neuron_bytes: int = 0
+    io: str = "auto"
+    read_deadline: float | None = None
     pipeline: str = "cluster"
     two_phase: bool = False
     reads: FlashReads = field(default_factory=FlashReads)
@@ -83,6 +80,10 @@ class ExecutorOptions:
     unit_actor: str = "cluster unit"
     unit_clusters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     trace: Trace | None = None
+
+    def placed(self, where: Placement) -> tuple[str, ...]:
+        """Names of the tensors that are there, in the order of use."""
+        return placed(self.placements, where)
 
 
 @runtime_checkable

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from pi2rt.formats.plan import Placement, Plan
+from pi2rt.formats.placement import Placement
+from pi2rt.formats.plan import Plan
 
 Kind: TypeAlias = Literal["engine", "units", "flash", "cluster unit"]
 Carrier: TypeAlias = Literal["Trio", "cursor", "ring", "state store", "mailbox"]

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from pi2rt._errors import MemoryBudgetError
 from pi2rt.host.memory import available_memory
-from pi2rt.planner.placement import Placement
+from pi2rt.planner.placement import UnitPlacement
 
 ReadBandwidth: TypeAlias = Callable[[int, Sequence[int]], float]
 """``read_bandwidth(bytes, cores)``: bytes/s of as many threads as cores, on these cores, which read ``bytes``
@@ -31,7 +31,7 @@ class DeviceProfile:
 
 
 def measure_device(
-    placement: Placement,
+    placement: UnitPlacement,
     *,
     buffer_bytes: int = BUFFER_BYTES,
     repeat: int = 3,

@@ -17,6 +17,7 @@ import trio
 
 from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.formats import open_model_file
+from pi2rt.formats.placement import Placement
 from pi2rt.models import describe
 from pi2rt.planner.weights import plan_streaming
 from pi2rt.runtime.executor import ExecutorOptions
@@ -34,8 +35,8 @@ def options_for(path: Path) -> ExecutorOptions:
         plan = plan_streaming(file, describe(file), 0, reads=READS)
     return ExecutorOptions(
         slots=1, pages=16, context=1024, max_tokens=64, io="preadv", read_deadline=DEADLINE,
-        streamed=plan.streamed, ring_bytes=plan.ring_bytes, paged=plan.paged,
-        cluster_bytes=plan.cluster_bytes, neuron_bytes=plan.neuron_bytes, reads=READS,
+        placements=plan.placements, ring_bytes=plan.ring_bytes, expert_bytes=plan.expert_bytes,
+        neuron_bytes=plan.neuron_bytes, reads=READS,
     )  # fmt: skip
 
 
@@ -48,9 +49,9 @@ async def fails(executor: CpuExecutor) -> None:
 async def main(kind: str, path: Path) -> None:
     hang = Path(os.environ["HANG"])
     given = options_for(path)
-    assert bool(given.streamed) or kind != "stream"
+    assert bool(given.placed(Placement.STREAMED)) or kind != "stream"
     assert bool(given.neuron_bytes) == (kind == "neurons")
-    assert bool(given.paged) == (kind == "experts")
+    assert bool(given.placed(Placement.PAGED)) == (kind == "experts")
 
     async def opened() -> CpuExecutor:
         executor = CpuExecutor()
@@ -69,7 +70,9 @@ async def main(kind: str, path: Path) -> None:
         await fails(executor)
         await fails(executor)
         hang.unlink()  # noqa: ASYNC240
-        if given.streamed:  # a stream that has failed is made again, with its executor, as the actor does it
+        if given.placed(
+            Placement.STREAMED
+        ):  # a stream that has failed is made again, with its executor, as the actor does it
             await executor.aclose()
             executor = await opened()
         while True:  # until the reads that were late have ended

@@ -16,6 +16,7 @@ import pytest
 from pi2rt._errors import ModelFormatError
 from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.formats import ModelFile, open_model_file, row_blocks
+from pi2rt.formats.placement import Placement
 from pi2rt.models import ModelDescription, describe
 from pi2rt.planner.pack.convert import convert, verify
 from pi2rt.planner.weights import StreamingPlan, expert_operations, plan_streaming
@@ -65,16 +66,19 @@ def least_plan(path: Path, more: int = 0) -> StreamingPlan:
         model = describe(file)
         least = plan_streaming(file, model, 0, reads=READS)
         plan = plan_streaming(file, model, least.nbytes + more, reads=READS)
-    assert plan.paged
+    assert plan.placed(Placement.PAGED)
     return plan
+
+
+def paged(path: Path) -> dict[str, Placement]:
+    return dict.fromkeys(least_plan(path).placed(Placement.PAGED), Placement.PAGED)
 
 
 @asynccontextmanager
 async def planned(path: Path, plan: StreamingPlan, **options: Any) -> AsyncGenerator[CpuExecutor]:
     given = {
-        "streamed": plan.streamed, "ring_bytes": plan.ring_bytes, "read_by_row": plan.read_by_row,
-        "paged": plan.paged, "cluster_bytes": plan.cluster_bytes, "neuron_bytes": plan.neuron_bytes,
-        "reads": READS,
+        "placements": plan.placements, "ring_bytes": plan.ring_bytes, "expert_bytes": plan.expert_bytes,
+        "neuron_bytes": plan.neuron_bytes, "reads": READS,
     }  # fmt: skip
     executor = CpuExecutor()
     async with opened(executor, path, exact_floats=False, **given, **options):
@@ -145,7 +149,7 @@ async def test_a_file_that_shrinks_fails_the_step_and_no_other(
     path = tmp_path / "m.pi2"
     whole = files[1].read_bytes()
     path.write_bytes(whole)
-    plan = replace(least_plan(path), streamed=(), ring_bytes=0, read_by_row=None)  # experts alone are read
+    plan = replace(least_plan(path), placements=paged(path), ring_bytes=0)  # experts alone are read
     async with planned(path, plan) as executor:
         expected = await one_by_one(executor, TOKENS)
         with path.open("r+b") as file:
@@ -172,7 +176,7 @@ async def test_reads_of_experts_are_in_the_trace(
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     experts = [e for e in events if e["ph"] == "X" and e["name"].endswith(" experts")]
     neurons = [e for e in events if e["ph"] == "X" and e["name"].endswith(" neurons")]
-    assert {e["name"].removesuffix(" experts") + ".weight" for e in experts} <= set(plan.paged)
+    assert {e["name"].removesuffix(" experts") + ".weight" for e in experts} <= set(plan.placements)
     assert bool(neurons) is bool(plan.neuron_bytes)
     read = after.page_reads - before.page_reads
     assert 0 < read <= sum(e["args"]["reads"] for e in experts + neurons)
@@ -197,8 +201,8 @@ class TestExpertsInPages(StepExecutorConformance):
             pages=16,
             context=256,
             max_tokens=192,
-            paged=plan.paged,
-            cluster_bytes=plan.cluster_bytes,
+            placements=paged(self.path),
+            expert_bytes=plan.expert_bytes,
             neuron_bytes=plan.neuron_bytes,
         )
 

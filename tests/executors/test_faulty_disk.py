@@ -20,6 +20,7 @@ from pi2rt.cython_kernels.kernels import native
 from pi2rt.cython_kernels.plane.program import CLUSTER
 from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.formats import open_model_file
+from pi2rt.formats.placement import Placement
 from pi2rt.models import describe
 from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.planner.pack.convert import convert
@@ -80,9 +81,14 @@ def options(path: Path, way: str, **more: Any) -> dict[str, Any]:
             names = tuple(name for name, _ in matrices_in_order(describe(file)))
             ring = cut(file, describe(file), names, READS.stream_bytes).ring
             # One sequence, whose page table has the last page: so its cache has no reclaimable memory, and all is read.
-            given |= {"streamed": names, "ring_bytes": ring, "reads": READS, "slots": 1}
+            given |= {
+                "placements": dict.fromkeys(names, Placement.STREAMED),
+                "ring_bytes": ring,
+                "reads": READS,
+                "slots": 1,
+            }
         elif way == "rows":
-            given["read_by_row"] = "token_embd.weight"
+            given["placements"] = {"token_embd.weight": Placement.BY_ROW}
         else:
             bundles = list(file.bundles.values())
             cluster = max(-(-CLUSTER // each.neurons_per_page) + 1 for each in bundles)

@@ -25,6 +25,7 @@ from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.executors.reference.model import Place, ReferenceModel
 from pi2rt.executors.simulated.executor import SimulatedExecutor
 from pi2rt.formats import ModelFile, open_model_file
+from pi2rt.formats.placement import Placement
 from pi2rt.formats.quants import dequantize
 from pi2rt.memory import StateLayout, StateStore
 from pi2rt.models import (
@@ -146,8 +147,9 @@ async def test_streamed_from_a_pack_it_gives_the_same_bits(
         ring = cut(file, model, names, reads.stream_bytes).ring + 4 * reads.stream_bytes
     assert "blk.1.map.weight" in names
     resident = await logits(CpuExecutor(), source, exact_floats=False)
+    placements = dict.fromkeys(names, Placement.STREAMED)
     streamed = await logits(
-        CpuExecutor(), pack, exact_floats=False, streamed=names, ring_bytes=ring, reads=reads
+        CpuExecutor(), pack, exact_floats=False, placements=placements, ring_bytes=ring, reads=reads
     )
     np.testing.assert_array_equal(streamed, resident)
 

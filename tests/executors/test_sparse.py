@@ -15,6 +15,7 @@ from pi2rt.cython_kernels.kernels import native
 from pi2rt.cython_kernels.plane.program import CLUSTER
 from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.formats import ModelFile, open_model_file
+from pi2rt.formats.placement import Placement
 from pi2rt.models import ModelDescription, describe
 from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.planner.pack.convert import convert
@@ -119,7 +120,7 @@ async def test_gates_and_attention_may_be_streamed_beside(packs: tuple[Path, Pat
     given = {
         "exact_floats": False,
         "neuron_bytes": cluster * size,
-        "streamed": tuple(names),
+        "placements": dict.fromkeys(names, Placement.STREAMED),
         "ring_bytes": ring,
         "reads": READS,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from pi2rt.cython_kernels.flash.stream import SECTOR, Stream
 from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.formats import ModelFile, open_model_file
+from pi2rt.formats.placement import Placement
 from pi2rt.models import ModelDescription, describe
 from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.planner.pack.convert import convert
@@ -57,6 +58,13 @@ def ring_for(path: Path, names: Sequence[str], more: int = 0, reads: FlashReads 
         return cut(file, describe(file), names, reads.stream_bytes).ring + more * SECTOR
 
 
+BY_ROW = {"token_embd.weight": Placement.BY_ROW}
+
+
+def streamed(names: Iterable[str]) -> dict[str, Placement]:
+    return dict.fromkeys(names, Placement.STREAMED)
+
+
 class TestStreamedCpu(StepExecutorConformance):
     """Every matrix of every layer is streamed, through the smallest ring there can be."""
 
@@ -72,7 +80,7 @@ class TestStreamedCpu(StepExecutorConformance):
             pages=16,
             context=256,
             max_tokens=192,
-            streamed=names,
+            placements=streamed(names),
             ring_bytes=ring_for(pack, names),
             reads=READS,
         )
@@ -93,9 +101,8 @@ async def test_streamed_is_resident_bit_for_bit(pack: Path, every: int, more: in
     names = every_matrix(pack)[::every]
     async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
         expected = await all_logits(executor, tokens)
-    given = {"streamed": names, "ring_bytes": ring_for(pack, names, more), "reads": READS, "io": io}
-    if every > 1:
-        given["read_by_row"] = "token_embd.weight"
+    placements = (BY_ROW if every > 1 else {}) | streamed(names)
+    given = {"placements": placements, "ring_bytes": ring_for(pack, names, more), "reads": READS, "io": io}
     async with opened(CpuExecutor(), pack, exact_floats=False, slots=1, **given) as executor:
         for _ in range(3):
             np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
@@ -116,7 +123,12 @@ async def test_short_steps_keep_pieces_in_memory_that_long_ones_need(pack: Path)
     names = every_matrix(pack)
     async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
         expected = await all_logits(executor, tokens)
-    given = {"streamed": names, "ring_bytes": ring_for(pack, names, 4), "reads": READS, "exact_floats": False}
+    given = {
+        "placements": streamed(names),
+        "ring_bytes": ring_for(pack, names, 4),
+        "reads": READS,
+        "exact_floats": False,
+    }
 
     def of_last_step() -> tuple[int, int]:
         """(bytes read, reclaimable bytes in use)"""
@@ -147,7 +159,12 @@ async def test_a_page_that_is_copied_to_is_given_back_before(pack: Path) -> None
     names = every_matrix(pack)
     async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
         expected = await all_logits(executor, tokens)
-    given = {"streamed": names, "ring_bytes": ring_for(pack, names, 4), "reads": READS, "exact_floats": False}
+    given = {
+        "placements": streamed(names),
+        "ring_bytes": ring_for(pack, names, 4),
+        "reads": READS,
+        "exact_floats": False,
+    }
     first, copied = np.array([0], np.int32), np.array([127], np.int32)
     given["max_tokens"] = 20  # or all would fit where rows of activations lie
     async with opened(CpuExecutor(), pack, slots=2, pages=128, context=1024, **given) as executor:
@@ -184,7 +201,7 @@ async def test_how_much_is_read_at_once_changes_no_bit(
     async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
         expected = await all_logits(executor, tokens)
     reads = FlashReads(stream_bytes, stream_depth, measured=True)
-    given = {"streamed": names, "ring_bytes": ring_for(pack, names, reads=reads), "reads": reads}
+    given = {"placements": streamed(names), "ring_bytes": ring_for(pack, names, reads=reads), "reads": reads}
     async with opened(CpuExecutor(), pack, exact_floats=False, **given) as executor:
         np.testing.assert_array_equal(await all_logits(executor, tokens), expected)
         flash = executor.statistics().flash
@@ -196,7 +213,12 @@ async def test_how_much_is_read_at_once_changes_no_bit(
 async def test_a_stopped_step_leaves_nothing_behind(pack: Path) -> None:
     tokens = np.random.RandomState(4).randint(0, 300, 150).astype(np.int32)
     names = every_matrix(pack)
-    given = {"streamed": names, "ring_bytes": ring_for(pack, names, 9), "reads": READS, "exact_floats": False}
+    given = {
+        "placements": streamed(names),
+        "ring_bytes": ring_for(pack, names, 9),
+        "reads": READS,
+        "exact_floats": False,
+    }
     async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
         expected = await all_logits(executor, tokens)
     async with opened(CpuExecutor(), pack, **given) as executor:
@@ -207,7 +229,7 @@ async def test_reads_are_in_the_trace(pack: Path, tmp_path: Path) -> None:
     trace = Trace()
     names = every_matrix(pack)
     given = {
-        "streamed": names,
+        "placements": streamed(names),
         "ring_bytes": ring_for(pack, names, 9),
         "reads": READS,
         "exact_floats": False,
@@ -238,7 +260,7 @@ async def test_a_file_that_shrinks_fails_the_step_and_not_the_process(pack: Path
     shutil.copy(pack, path)
     names = every_matrix(path)
     given = {
-        "streamed": names,
+        "placements": streamed(names),
         "ring_bytes": ring_for(path, names),
         "reads": READS,
         "exact_floats": False,
@@ -264,8 +286,8 @@ async def test_a_file_that_is_replaced_goes_on_being_read(pack: Path, tmp_path: 
     async with opened(CpuExecutor(), pack, exact_floats=False) as executor:
         expected = await all_logits(executor, tokens)
     given = ExecutorOptions(
-        slots=1, pages=16, context=1024, max_tokens=64, streamed=names, ring_bytes=ring_for(path, names),
-        reads=READS, read_by_row="token_embd.weight",
+        slots=1, pages=16, context=1024, max_tokens=64, ring_bytes=ring_for(path, names), reads=READS,
+        placements=BY_ROW | streamed(names),
     )  # fmt: skip
     executor = CpuExecutor()
     with open_model_file(path) as file:
@@ -281,7 +303,7 @@ async def test_a_file_that_is_replaced_goes_on_being_read(pack: Path, tmp_path: 
 async def test_an_embedding_that_cannot_be_read_fails_the_step(pack: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.pi2"
     shutil.copy(pack, path)
-    async with opened(CpuExecutor(), path, exact_floats=False, read_by_row="token_embd.weight") as executor:
+    async with opened(CpuExecutor(), path, exact_floats=False, placements=BY_ROW) as executor:
         await all_logits(executor, LONG)
         os.truncate(path, 4096)
         with pytest.raises(
@@ -292,7 +314,7 @@ async def test_an_embedding_that_cannot_be_read_fails_the_step(pack: Path, tmp_p
 
 async def test_the_reference_executor_refuses_to_stream(pack: Path) -> None:
     with pytest.raises(RequestError, match="keeps all weights in memory"):
-        async with opened(ReferenceExecutor(), pack, read_by_row="token_embd.weight"):
+        async with opened(ReferenceExecutor(), pack, placements=BY_ROW):
             pass
 
 

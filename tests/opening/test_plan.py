@@ -14,7 +14,8 @@ import trio
 
 import pi2rt
 from pi2rt._errors import MemoryBudgetError, RequestError
-from pi2rt.formats.plan import Placement, Plan, parse_plan, plan_text, read_plan, write_plan
+from pi2rt.formats.placement import Placement
+from pi2rt.formats.plan import Plan, parse_plan, plan_text, read_plan, write_plan
 from pi2rt.opening.opening import Opening
 from pi2rt.opening.options import RuntimeKeywords
 from pi2rt.opening.own_memory import OWN

@@ -7,9 +7,9 @@ import pytest
 from pi2rt._errors import MemoryBudgetError
 from pi2rt.host.topology import read_topology
 from pi2rt.planner.measure.device_profile import DeviceProfile, measure_device
-from pi2rt.planner.placement import PlacedActor, Placement, default_placement
+from pi2rt.planner.placement import PlacedActor, UnitPlacement, default_placement
 
-TWO = Placement((PlacedActor("big", (4, 5), True), PlacedActor("little", (0,), False)))
+TWO = UnitPlacement((PlacedActor("big", (4, 5), True), PlacedActor("little", (0,), False)))
 
 
 def test_together_and_alone() -> None:
@@ -25,7 +25,7 @@ def test_together_and_alone() -> None:
 
 
 def test_one_actor_is_measured_once() -> None:
-    alone = Placement(TWO.actors[:1])
+    alone = UnitPlacement(TWO.actors[:1])
     profile = measure_device(alone, buffer_bytes=1, repeat=1, read_bandwidth=lambda count, cores: 5.0)
     assert profile == DeviceProfile(5.0, {"big": 5.0}, 1)
 

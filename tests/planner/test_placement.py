@@ -4,7 +4,7 @@ import pytest
 
 from pi2rt._errors import RequestError
 from pi2rt.host.topology import CoreClass, Topology, parse_core_classes
-from pi2rt.planner.placement import PlacedActor, Placement, default_placement
+from pi2rt.planner.placement import PlacedActor, UnitPlacement, default_placement
 
 PHONE = Topology(
     (CoreClass("prime", (7,)), CoreClass("big", (2, 3, 4, 5, 6), 870), CoreClass("little", (0, 1), 325))
@@ -14,7 +14,7 @@ LAPTOP = Topology((CoreClass("big", (0, 2), siblings=(1, 3)), CoreClass("little"
 
 def test_every_class_gets_an_actor_and_the_best_leads() -> None:
     placement = default_placement(PHONE)
-    assert placement == Placement(
+    assert placement == UnitPlacement(
         (
             PlacedActor("prime", (7,), True),
             PlacedActor("big", (2, 3, 4, 5, 6), False),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pi2rt.formats import ModelFile, open_model_file
+from pi2rt.formats.placement import Placement
 from pi2rt.models import describe, iterate_tensors
 from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.planner.pack.convert import convert
@@ -53,19 +54,18 @@ def sizes(file: ModelFile) -> tuple[int, int, int]:
 def test_what_fits_stays(pack: ModelFile) -> None:
     total = sizes(pack)[0] + pack.tensors["token_embd.weight"].nbytes
     plan = plan_streaming(pack, describe(pack), total)
-    assert (plan.streamed, plan.read_by_row, plan.ring_bytes, plan.nbytes) == ((), None, 0, total)
+    assert (plan.placements, plan.ring_bytes, plan.nbytes) == ({}, 0, total)
 
 
 def test_rows_of_the_embedding_are_read_first(pack: ModelFile, tmp_path: Path) -> None:
     total = sizes(pack)[0]
     plan = plan_streaming(pack, describe(pack), total)
-    assert (plan.streamed, plan.read_by_row, plan.nbytes) == ((), "token_embd.weight", total)
+    assert (plan.placements, plan.nbytes) == ({"token_embd.weight": Placement.BY_ROW}, total)
     model = TinyModel(layers=1, config={"tie_word_embeddings": True})
     convert(write_gguf(tmp_path / "m.gguf", model), tmp_path / "m.pi2")
     with open_model_file(tmp_path / "m.pi2") as file:  # the output head needs all of them
         plan = plan_streaming(file, describe(file), 1)
-        assert plan.streamed
-        assert plan.read_by_row is None
+        assert set(plan.placements.values()) == {Placement.STREAMED}
 
 
 @pytest.mark.parametrize("percent", [1, 10, 37, 50, 80, 99])
@@ -76,8 +76,8 @@ def test_the_room_is_kept_and_nearly_filled(pack: ModelFile, percent: int) -> No
     assert plan.nbytes <= room
     largest = max(pack.tensors[name].nbytes for name, _ in matrices_in_order(describe(pack)))
     assert plan.nbytes > min(total, room) - largest
-    embedding = 0 if plan.read_by_row else pack.tensors["token_embd.weight"].nbytes
-    streamed = sum(pack.tensors[name].nbytes for name in plan.streamed)
+    embedding = 0 if plan.placed(Placement.BY_ROW) else pack.tensors["token_embd.weight"].nbytes
+    streamed = sum(pack.tensors[name].nbytes for name in plan.placed(Placement.STREAMED))
     assert plan.resident_bytes + streamed == total + embedding
 
 
@@ -85,9 +85,11 @@ def test_streamed_matrices_come_in_order_and_spread_over_the_layers(pack: ModelF
     total, layers, ring = sizes(pack)
     plan = plan_streaming(pack, describe(pack), total + ring - layers // 4, reads=READS)
     order = [name for name, _ in matrices_in_order(describe(pack))]
-    places = [order.index(name) for name in plan.streamed]
+    places = [order.index(name) for name in plan.placed(Placement.STREAMED)]
     assert places == sorted(places)
-    large = [place for name, place in zip(plan.streamed, places, strict=True) if ".ffn_" in name]
+    large = [
+        place for name, place in zip(plan.placed(Placement.STREAMED), places, strict=True) if ".ffn_" in name
+    ]
     assert len(large) >= len(places) - 5  # the others make up what a large one would exceed
     assert (
         max(b - a for a, b in itertools.pairwise(large)) <= 15
@@ -111,7 +113,7 @@ def test_the_ring_has_room_for_what_is_in_flight_but_little_where_little_is_read
 def test_attention_follows_where_feed_forward_is_not_enough(pack: ModelFile) -> None:
     total, layers, ring = sizes(pack)
     plan = plan_streaming(pack, describe(pack), total - layers + ring, reads=READS)
-    assert list(plan.streamed) == [name for name, _ in matrices_in_order(describe(pack))]
+    assert list(plan.placed(Placement.STREAMED)) == [name for name, _ in matrices_in_order(describe(pack))]
 
 
 def test_the_least_where_nothing_is_enough(pack: ModelFile) -> None:
@@ -121,17 +123,17 @@ def test_the_least_where_nothing_is_enough(pack: ModelFile) -> None:
     for more, ahead in ((-1, 0), (0, 0), (READS.stream_bytes - 1, 0), (READS.stream_bytes, 1)):
         plan = plan_streaming(pack, describe(pack), total - layers + least + more, reads=READS)
         assert plan.ring_bytes == least + ahead * READS.stream_bytes
-        assert sum(pack.tensors[name].nbytes for name in plan.streamed) == layers
+        assert sum(pack.tensors[name].nbytes for name in plan.placed(Placement.STREAMED)) == layers
     for room in (0, -5):
         plan = plan_streaming(pack, describe(pack), room, reads=READS)
         assert plan.nbytes == total - layers + least
-        assert sum(pack.tensors[name].nbytes for name in plan.streamed) == layers
+        assert sum(pack.tensors[name].nbytes for name in plan.placed(Placement.STREAMED)) == layers
 
 
 def test_rows_of_a_gguf_are_not_streamed(tmp_path: Path) -> None:
     with open_model_file(write_gguf(tmp_path / "m.gguf", TinyModel())) as file:
         plan = plan_streaming(file, describe(file), 1)
-        assert (plan.streamed, plan.ring_bytes) == ((), 0)
+        assert (plan.placements, plan.ring_bytes) == ({}, 0)
 
 
 def test_order_is_that_of_the_program(tmp_path: Path) -> None:
@@ -163,14 +165,14 @@ def test_the_neurons_that_fire_most_come_before_matrices(tmp_path: Path) -> None
         total = sum(file.tensors[name].nbytes for name, _ in iterate_tensors(description))
         embedding = file.tensors[description.embedding].nbytes
         ample = plan_streaming(file, description, total - embedding + 2 * with_records(file, first))
-        assert (ample.streamed, ample.read_by_row) == ((), description.embedding)
+        assert ample.placements == {description.embedding: Placement.BY_ROW}
         assert ample.neuron_bytes > first
         short = plan_streaming(file, description, total - embedding + first // 2)
-        assert short.streamed
+        assert short.placed(Placement.STREAMED)
         assert short.neuron_bytes >= first - 2 * SECTOR
         assert short.nbytes <= total - embedding + first // 2
         least = plan_streaming(file, description, 0)
         assert least.neuron_bytes == least_neurons(file)
         little = plan_streaming(file, description, least.nbytes + first // 2)
-        assert set(little.streamed) == set(least.streamed)
+        assert set(little.placed(Placement.STREAMED)) == set(least.placed(Placement.STREAMED))
         assert least.neuron_bytes < little.neuron_bytes < first

@@ -62,7 +62,7 @@ class NumpyExecutor:
         store: StateStore | None,
         progress: Progress,
     ) -> None:
-        if options.streamed or options.read_by_row is not None:
+        if options.placements:
             raise RequestError(
                 "the numpy executor keeps all weights in memory: give it more, or take another"
             )
