@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pi2rt.executors.cpu.executor import CpuExecutor
+from pi2rt.formats.placement import Placement
 from pi2rt.memory.state_store import Bytes
 from pi2rt.planner.pack.convert import convert
 from pi2rt.runtime.executor import Executor
@@ -139,7 +140,12 @@ async def test_steps_without_any_token_read_no_weights(tmp_path: Path) -> None:
     path = tmp_path / "m.pi2"
     convert(write_gguf(tmp_path / "m.gguf", MODEL, weight_type="Q4_0", types=TYPES), path)
     names = every_matrix(path)
-    given = {"streamed": names, "ring_bytes": ring_for(path, names), "reads": READS, "exact_floats": False}
+    given = {
+        "placements": dict.fromkeys(names, Placement.STREAMED),
+        "ring_bytes": ring_for(path, names),
+        "reads": READS,
+        "exact_floats": False,
+    }
     async with opened_alone(CpuExecutor(), path, slots=1, context=256, **given) as executor:
         text = tokens(await ahead(executor, bound()))
         last = end_of(text)
