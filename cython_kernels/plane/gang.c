@@ -109,7 +109,7 @@ static void *worker_main(void *argument) {
       const uint32_t finished = atomic_fetch_add(&g->finished, 1) + 1;
       const uint64_t one = 1;
       /* Nobody waits in vain: the jobs left over end too, and the last but one of them reports. */
-      if (urgent || atomic_load(&g->posted) - finished <= 1)
+      if (urgent || atomic_load(&g->posted) - finished <= 1 || (int32_t)(atomic_load(&g->told) - finished) >= 0)
         if (write(g->event_fd, &one, sizeof one) < 0) { /* full counter: it is readable already */
         }
     }
@@ -151,6 +151,7 @@ int pi2_gang_post(pi2_gang *g, pi2_job run, void *context) {
   return 0;
 }
 
+void pi2_gang_report(pi2_gang *g) { atomic_store(&g->told, atomic_load(&g->posted)); }
 void pi2_gang_assist(pi2_gang *g, int members, pi2_assisting assist, void *context) {
   atomic_store(&g->from, atomic_load(&g->posted));
   atomic_store(&g->members, g->n);

@@ -44,6 +44,7 @@ struct pi2_gang {
   } queue[PI2_JOBS];
   _Atomic uint32_t posted;   /* futex: jobs posted */
   _Atomic uint32_t finished; /* jobs finished */
+  _Atomic uint32_t told;     /* so many jobs, from the first one on, report whatever is left */
   _Atomic int64_t last;      /* job at which the threads end, or -1 */
   _Alignas(64) _Atomic uint32_t arrived;
   _Alignas(64) _Atomic uint32_t phase; /* futex: barriers passed */
@@ -56,6 +57,8 @@ struct pi2_gang {
 pi2_gang *pi2_gang_create(int n, const int *cores, int64_t spin_ns);
 /* Returns 0, or -1 when PI2_JOBS jobs are unfinished. Called from one thread only. */
 int pi2_gang_post(pi2_gang *gang, pi2_job run, void *context);
+/* All jobs posted so far report each as soon as it has finished. Before the next post, by the thread that posts. */
+void pi2_gang_report(pi2_gang *gang);
 /* Joins all threads; unfinished jobs are finished first (stop them before). */
 void pi2_gang_destroy(pi2_gang *gang);
 /* Lets all threads but the first `members` run `assist` instead of jobs; `members` = n and NULL: all run jobs again.

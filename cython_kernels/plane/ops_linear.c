@@ -2,6 +2,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "masks.h"
 #include "ops_linear.h"
 #include "program.h"
 #include "sparse.h"
@@ -342,9 +343,16 @@ static void verify_row(pi2_run *r, pi2_slice *s, int at, float *logits, pi2_cand
   pi2_slot *slot = &p->slots[s->slot];
   if (s->closed || at < s->count - 1 - s->drafts) return;
   pi2_pick *top = s->top ? s->top + s->n_picks * slot->logprobs : NULL;
-  const pi2_pick pick = pi2_sample(p->kernels, slot, logits, p->vocab, s->start + at + 1, top, candidates);
+  const pi2_pick pick = pi2_sample(p->kernels, slot, logits, p->vocab, s->start + at + 1, NULL, top, candidates);
   s->picks[s->n_picks++] = pick;
   s->closed = pick.token < 0 || slot->ended || at == s->count - 1 || pick.token != r->token[s->row + at + 1];
+}
+/* The token behind a slice, by its mask where it has one. */
+static pi2_pick pick_token(const pi2_program *p, const pi2_slice *s, float *logits, pi2_candidate *candidates) {
+  const int state = s->masked ? atomic_load(&s->mask_state) : PI2_MASK_ALL;
+  if (state == PI2_MASK_MISSING) return (pi2_pick){PI2_UNUSABLE - PI2_BY_MASK, NAN}; /* it came too late */
+  return pi2_sample(p->kernels, &p->slots[s->slot], logits, p->vocab, s->start + s->count,
+                    state == PI2_MASK_THERE ? s->mask : NULL, s->top, candidates);
 }
 /* What becomes of one row of logits: returned, scored, sampled. */
 static void finish_row(pi2_run *r, const pi2_head *head, int32_t row, float *logits, pi2_candidate *candidates) {
@@ -358,7 +366,7 @@ static void finish_row(pi2_run *r, const pi2_head *head, int32_t row, float *log
   if (s->sample && s->drafts)
     verify_row(r, s, at, logits, candidates);
   else if (s->sample && at == s->count - 1)
-    s->pick = pi2_sample(p->kernels, &p->slots[s->slot], logits, p->vocab, s->start + s->count, s->top, candidates);
+    s->pick = pick_token(p, s, logits, candidates);
 }
 
 /* Products of at most PI2_TILE_BLOCKS row blocks become logits. */
@@ -396,10 +404,13 @@ static int run_head(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     stopped = pi2_barrier(w);
     for (uint32_t i; !stopped && (i = pi2_take(r, index, 2)) < (uint32_t)n;) {
       const int32_t slice = r->slice_of[r->head_row[first + i]];
+      if (r->n_masked && pi2_row_is_masked(r, r->head_row[first + i])) continue; /* these come last */
       if (r->slices[slice].drafts && i && r->slice_of[r->head_row[first + i - 1]] == slice) continue; /* done below */
       do finish_row(r, op->data, r->head_row[first + i], b->logits + i * p->vocab, b->candidates[w->index]);
       while (r->slices[slice].drafts && ++i < (uint32_t)n && r->slice_of[r->head_row[first + i]] == slice);
     }
+    for (int i; !stopped && r->n_masked && (i = pi2_masked_row_take(r, w, first, n)) >= 0;)
+      finish_row(r, op->data, r->head_row[first + i], b->logits + i * p->vocab, b->candidates[w->index]);
     if (!stopped && first + PI2_HEAD_ROWS < r->n_head) stopped = pi2_barrier(w); /* logits are used again */
   }
   return stopped;

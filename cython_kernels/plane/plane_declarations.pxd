@@ -23,14 +23,15 @@ cdef extern from "sampler.h" nogil:
         int32_t *ends
         int64_t limit
         int ended
-    enum: PI2_UNUSABLE, PI2_BY_BIAS, PI2_BY_REPETITION, PI2_BY_PENALTIES
+    enum: PI2_UNUSABLE, PI2_BY_BIAS, PI2_BY_REPETITION, PI2_BY_PENALTIES, PI2_BY_MASK
     ctypedef struct pi2_pick:
         int32_t token
         float logprob
     ctypedef struct pi2_candidate:
         float value
         int32_t id
-    pi2_pick pi2_sample(const pi2_kernels *, pi2_slot *, float *, int64_t, int64_t, pi2_pick *, pi2_candidate *)
+    pi2_pick pi2_sample(const pi2_kernels *, pi2_slot *, float *, int64_t, int64_t, const uint32_t *, pi2_pick *,
+                        pi2_candidate *)
 
 cdef extern from "stream.h" nogil:
     ctypedef struct pi2_stream:
@@ -152,11 +153,13 @@ cdef extern from "program.h" nogil:
         pi2_pick *top
         int32_t drafts, n_picks, closed
         pi2_pick *picks
+        int32_t masked
+        uint32_t *mask
     enum: PI2_WAITS
     ctypedef struct pi2_wait:
         uint64_t begin, end
     ctypedef struct pi2_run:
-        int n_rows, n_slices, trace, urgent
+        int n_rows, n_slices, n_masked, trace, urgent
         int32_t *token
         pi2_slice *slices
         pi2_copies copies
@@ -164,7 +167,7 @@ cdef extern from "program.h" nogil:
         int32_t *targets
         float *scores
         pi2_pick *picks
-        int stop
+        uint32_t *masks
         int stopped, done, error
         int64_t neuron_bytes, skipped_bytes, cluster_bytes, kept_bytes
         pi2_neuron_counts before, used
@@ -189,6 +192,7 @@ cdef extern from "program.h" nogil:
         int pipeline
         int64_t dim, vocab, max_rows, max_slots, context
         int wide, mixed, traced, threads, n_ropes, n_ops, assisting, members
+        int64_t mask_words, mask_deadline_ns
         pi2_op *ops
         pi2_rope *ropes
         pi2_slot *slots
@@ -202,3 +206,7 @@ cdef extern from "program.h" nogil:
     void pi2_program_free(pi2_program *)
     pi2_run *pi2_run_new(pi2_program *)
     int pi2_run_post(pi2_run *)
+
+cdef extern from "masks.h" nogil:
+    void pi2_mask_give(pi2_run *, pi2_slice *, const uint32_t *)
+    void pi2_run_stop(pi2_run *)

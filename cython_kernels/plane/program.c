@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "masks.h"
+
 #define PI2_KIND(number, name) extern const pi2_op_class pi2_##name##_class;
 PI2_OP_KINDS(PI2_KIND)
 #undef PI2_KIND
@@ -71,11 +73,13 @@ static void prepare_run(pi2_program *p, pi2_arena *a, pi2_run *r) {
   r->slice_of = pi2_arena_take(a, p->max_rows, 4);
   r->head_row = pi2_arena_take(a, p->max_rows, 4);
   r->prefill_row = pi2_arena_take(a, p->max_rows, 4);
+  r->masked_row = pi2_arena_take(a, p->max_slots, 4);
   r->slices = pi2_arena_take(a, p->max_slots, sizeof(pi2_slice));
   r->pages = pi2_arena_take(a, p->max_slots * pages, 4);
   r->targets = pi2_arena_take(a, p->max_rows, 4);
   r->scores = pi2_arena_take(a, p->max_rows, 4);
   r->picks = pi2_arena_take(a, p->max_rows, sizeof *r->picks);
+  r->masks = pi2_arena_take(a, p->max_slots * p->mask_words, 4);
   r->cursors = pi2_arena_take(a, 4 * cursors(p), 4);
   r->shares = pi2_arena_take(a, p->threads * p->share_stride, 8);
   r->units = pi2_arena_take(a, cursors(p), 8);
@@ -154,6 +158,7 @@ static void take_buffers(pi2_program *p) {
   const int64_t rows = p->max_rows;
   p->n_tails = 0;
   p->tail_bytes = 0;
+  p->mask_words = (p->vocab + 31) / 32;
   p->share_stride = pi2_align(cursors(p), 8);
   for (int i = 0; i < p->n_ropes; i++) {
     p->ropes[i].cosine = pi2_arena_take(a, rows * p->ropes[i].half, 4);
@@ -213,9 +218,23 @@ void pi2_program_free(pi2_program *p) {
 pi2_run *pi2_run_new(pi2_program *p) {
   pi2_run *r = &p->runs[p->next_run % PI2_QUEUE];
   if (!r->done) return NULL;
-  r->n_rows = r->n_slices = r->n_prefill = r->n_head = r->trace = r->urgent = 0;
+  r->n_rows = r->n_slices = r->n_prefill = r->n_head = r->n_masked = r->trace = r->urgent = 0;
   r->copies.n = 0;
   return r;
+}
+
+/* Rows that wait for masks come last, so that all others are finished before the head waits. Their order among
+ * themselves stays. */
+static void order_masked(pi2_run *r) {
+  int others = 0, masked = 0;
+  for (int i = 0; i < r->n_head; i++) {
+    const int32_t row = r->head_row[i];
+    if (pi2_row_is_masked(r, row))
+      r->masked_row[masked++] = row;
+    else
+      r->head_row[others++] = row;
+  }
+  memcpy(r->head_row + others, r->masked_row, (size_t)masked * sizeof *r->masked_row);
 }
 
 /* What follows from the slices that are not skipped. */
@@ -232,6 +251,7 @@ static void derive(pi2_run *r) {
         r->head_row[r->n_head++] = s->row + j;
     }
   }
+  if (r->n_masked) order_masked(r);
   for (int i = 0; i < PI2_OP_COUNT; i++)
     if (p->used[i] && pi2_op_classes[i]->post) pi2_op_classes[i]->post(r);
 }
@@ -272,6 +292,9 @@ int pi2_run_post(pi2_run *r) {
   atomic_store(&r->error, 0);
   atomic_store(&r->neuron_bytes, 0);
   r->skipped_bytes = r->cluster_bytes = 0;
+  atomic_store(&r->mask_wait_ns, 0);
+  /* Its masks follow from what the runs before it bring, so these report, each as soon as it has ended. */
+  if (r->n_masked) pi2_gang_report(p->gang);
   if (pi2_gang_post(p->gang, pi2_run_job, r)) return -1;
   p->next_run++;
   return 0;

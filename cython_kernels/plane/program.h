@@ -61,7 +61,13 @@ typedef struct {                        /* one slice of a step */
   /* The last `drafts` tokens are guesses: the token before them and each of them that was right has a pick. */
   int32_t drafts, n_picks, closed; /* closed: there are no more picks */
   pi2_pick *picks;                 /* (1 + drafts) or NULL, owned by the run */
+  /* Its token waits for a mask (masks.h). */
+  int32_t masked;
+  uint32_t *mask;         /* (mask_words), owned by the run */
+  _Atomic int mask_state; /* PI2_MASK_*: set when the mask is complete */
+  _Atomic int taken;      /* a thread samples it */
 } pi2_slice;
+enum { PI2_MASK_MISSING, PI2_MASK_THERE, PI2_MASK_ALL };
 
 typedef struct {
   uint64_t begin, end;
@@ -74,11 +80,16 @@ typedef struct pi2_run {
   int32_t *token, *position, *slice_of; /* (max_rows); token -1: the slot's last */
   int32_t *head_row;                    /* (max_rows) rows that need logits */
   int32_t *prefill_row;                 /* (max_rows) rows whose keys must be stored before attention */
+  int32_t *masked_row;                  /* (max_slots) scratch of the order of head rows */
   pi2_slice *slices;                    /* (max_slots) */
   pi2_copies copies;                    /* of state, before anything is computed */
   int32_t *pages, *targets;             /* arenas of this run's page tables and targets */
   float *scores;
-  pi2_pick *picks; /* (max_rows) arena of slices with drafts */
+  pi2_pick *picks;              /* (max_rows) arena of slices with drafts */
+  uint32_t *masks;              /* (max_slots, mask_words) arena of masked slices */
+  int n_masked;                 /* slices that are */
+  _Atomic uint32_t masks_given; /* futex: masks that have come, and requests to stop */
+  _Atomic int64_t mask_wait_ns; /* when the first thread began to wait for one; 0: none has */
   _Atomic int stop;
   _Atomic uint32_t *cursors;
   _Atomic uint64_t *shares;   /* (threads, share_stride) what is taken of a thread's share of an operation: row blocks
@@ -148,9 +159,11 @@ typedef struct pi2_program {
   int mixed;  /* some operations' are in both forms (pi2_q8) */
   int traced; /* runs may be: there is room for what they record of waiting */
   int64_t dim, vocab, max_rows, max_slots, context, max_k, hidden, y_columns, attention_columns;
-  int64_t reduced_columns; /* of what predictors' first matrices make */
-  int64_t prepared_k;      /* the largest k of what `prepared` and q8_prepared take: all but hidden values, which have
-                              q8_hidden */
+  int64_t reduced_columns;  /* of what predictors' first matrices make */
+  int64_t prepared_k;       /* the largest k of what `prepared` and q8_prepared take: all but hidden values, which have
+                               q8_hidden */
+  int64_t mask_words;       /* of a mask of the vocabulary */
+  int64_t mask_deadline_ns; /* how long a step waits for masks */
   int threads, n_ropes, n_ops, ops_capacity;
   int assisting, members;    /* threads that are to assist, the last ones; threads that run jobs: all, where some
                                 operation needs them */

@@ -19,6 +19,7 @@ from pi2rt.host.limits import memory_failure, system_failure
 from pi2rt.host.read_errors import read_failure
 from pi2rt.runtime.cluster_unit import ClusterUnitError
 from pi2rt.runtime.step import NeuronUse, Sampled, Skipped, StepResult, Unusable, Verified
+from pi2rt.runtime.token_mask import mask_problem
 
 MOST_IN_FLIGHT = PI2_QUEUE
 SOURCES = {"x": 0, "attention": 1, "hidden": 2}
@@ -166,7 +167,7 @@ cdef class Program:
     matrices of the operations, in their order. ``neurons``: a ``neuron_cache.NeuronCache``, which does so too;
     ``pipeline``: a key of PIPELINES, how far reading its neurons overlaps with computing (sparse.h). ``clusters``:
     another one, whose regions are experts' matrices that are not in memory. ``traced``: steps may be posted with
-    ``trace``.
+    ``trace``. ``mask_deadline``: seconds that a step waits for masks of its slices.
 
     ``assisting``: so many of the last threads are assistants'. Where every matrix is in memory and no neurons are read
     one by one, nobody waits for these (assist.h); else they run jobs like the others.
@@ -195,7 +196,7 @@ cdef class Program:
     def __init__(self, gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
                  int64_t context, int64_t pages, bint wide=True, bint mixed=False, float embedding_scale=1,
                  float logit_softcap=0, stream=None, neurons=None, clusters=None, pipeline="cluster",
-                 bint traced=False, int assisting=0):
+                 bint traced=False, int assisting=0, double mask_deadline=10.0):
         self.owner = getpid()
         self.only_measured = not isinstance(gang, Gang)
         self.gang, self.pages, self.stream = None if self.only_measured else gang, pages, stream
@@ -212,6 +213,7 @@ cdef class Program:
         p.assisting = assisting
         p.dim, p.vocab, p.max_rows, p.max_slots, p.context = dim, vocab, max_rows, max_slots, context
         p.wide, p.mixed, p.traced = wide, mixed, traced
+        p.mask_deadline_ns = <int64_t>(mask_deadline * 1e9)
         if stream is not None:
             p.stream = <pi2_stream *><uintptr_t>stream.address
         if neurons is not None:
@@ -567,6 +569,11 @@ cdef class Program:
             if not 0 <= sl.drafts < max(1, tokens.shape[0]) or (sl.drafts and not sl.sample):
                 raise InternalError(f"{sl.drafts} drafts of {tokens.shape[0]} tokens; sample={sl.sample}")
             s.drafts = sl.drafts
+            if sl.masked:
+                if sl.drafts or not sl.sample:
+                    raise InternalError(f"a mask for a slice with {sl.drafts} drafts; sample={sl.sample}")
+                s.masked, s.mask = 1, r.masks + index * self.p.mask_words - self.p.mask_words
+                r.n_masked += 1
             if s.drafts:
                 s.picks = r.picks + row
             if sl.sample and slot.logprobs > 0:
@@ -583,7 +590,23 @@ cdef class Program:
         """Asks a step in flight to end at its next barrier."""
         for address, step, _ in self.waiting:
             if step.id == step_id:
-                (<pi2_run *><uintptr_t>address).stop = 1
+                pi2_run_stop(<pi2_run *><uintptr_t>address)
+
+    def mask(self, step_id, slot, allowed):
+        """What the masked slice of a slot in a step in flight may sample; see ``pi2rt.runtime.executor.Masking``."""
+        cdef const uint32_t[::1] words
+        cdef pi2_run *r
+        cdef int i
+        if allowed is not None and (problem := mask_problem(allowed, self.p.vocab)) is not None:
+            raise InternalError(f"step {step_id}, the mask of slot {slot}: {problem}")
+        for address, step, _ in self.waiting:
+            if step.id != step_id:
+                continue
+            r = <pi2_run *><uintptr_t>address
+            for i in range(r.n_slices):
+                if r.slices[i].slot == slot:
+                    words = None if allowed is None else np.ascontiguousarray(allowed)
+                    pi2_mask_give(r, &r.slices[i], NULL if words is None else &words[0])
 
     @property
     def in_flight(self):
@@ -700,6 +723,8 @@ def unusable(int32_t token):
     """``Unusable`` for what ``sample`` gives instead of a token, a negative number."""
     cdef int by = PI2_UNUSABLE - token
     names = []
+    if by & PI2_BY_MASK:
+        names.append("token_mask")
     if by & PI2_BY_BIAS:
         names.append("logit_bias")
     if by & PI2_BY_REPETITION:
@@ -709,9 +734,10 @@ def unusable(int32_t token):
     return Unusable(tuple(names))
 
 
-def sample(uintptr_t kernels, logits, sampling, counts, int64_t position):
+def sample(uintptr_t kernels, logits, sampling, counts, int64_t position, allowed=None):
     """One draw by itself, for tests: as ``pi2rt.executors.reference.sampling.sample``. Returns (token, logprob); see
     ``unusable`` for negative tokens."""
+    cdef const uint32_t[::1] words = allowed
     cdef pi2_slot s
     cdef float[::1] x = np.array(logits, np.float32)
     cdef int32_t[::1] c = np.array(counts, np.int32)
@@ -731,6 +757,7 @@ def sample(uintptr_t kernels, logits, sampling, counts, int64_t position):
     cdef pi2_candidate *scratch = <pi2_candidate *>malloc(n * sizeof(pi2_candidate))
     if scratch == NULL:
         raise memory_failure("sampling", n * sizeof(pi2_candidate))
-    pick = pi2_sample(<const pi2_kernels *>kernels, &s, &x[0], n, position, NULL, scratch)
+    pick = pi2_sample(<const pi2_kernels *>kernels, &s, &x[0], n, position, NULL if words is None else &words[0], NULL,
+                      scratch)
     free(scratch)
     return pick.token, pick.logprob

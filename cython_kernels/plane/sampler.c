@@ -16,10 +16,31 @@ double pi2_uniform(uint64_t seed, uint64_t position) {
   return (double)(splitmix64(seed ^ splitmix64(position)) >> 11) * 0x1p-53;
 }
 
+static int is_allowed(const uint32_t *allowed, int64_t token) {
+  return !allowed || (allowed[token / 32] >> (token % 32) & 1);
+}
+
+/* Tokens that are not allowed become impossible. Returns PI2_BY_MASK where one of them had a finite logit, or 0. */
+static int forbid(const uint32_t *allowed, float *logits, int64_t vocab) {
+  int by = 0;
+  for (int64_t word = 0; word < (vocab + 31) / 32; word++) {
+    if (!~allowed[word]) continue;
+    const int64_t end = 32 * word + 32 < vocab ? 32 * word + 32 : vocab;
+    for (int64_t i = 32 * word; i < end; i++) {
+      if (allowed[word] >> (i % 32) & 1) continue;
+      if (isfinite(logits[i])) by = PI2_BY_MASK;
+      logits[i] = -INFINITY;
+    }
+  }
+  return by;
+}
+
 /* Bias and penalties. Returns which of them (PI2_BY_*) made a logit NaN or plus infinite, or 0; *forbidding: which of
- * them made finite ones minus infinite. Only what they change is looked at: the others were finite before. */
-static int penalise(const pi2_slot *s, float *logits, int64_t vocab, int *forbidding) {
+ * them made finite ones minus infinite. Only what they change is looked at: the others were finite before. Penalties
+ * leave the minus infinity of a token that is not allowed as it is; a bias of plus infinity would not. */
+static int penalise(const pi2_slot *s, const uint32_t *allowed, float *logits, int64_t vocab, int *forbidding) {
   for (int32_t i = 0; i < s->n_bias; i++) {
+    if (!is_allowed(allowed, s->bias_ids[i])) continue;
     float *x = &logits[s->bias_ids[i]];
     const int finite = isfinite(*x);
     *x += s->bias[i];
@@ -124,11 +145,11 @@ static void most_likely(const float *x, int64_t vocab, int32_t n, double all, pi
   for (int32_t j = 0; j < have; j++) top[j].logprob = (float)((double)x[top[j].token] - all);
 }
 
-pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *s, float *logits, int64_t vocab, int64_t position, pi2_pick *top,
-                    pi2_candidate *scratch) {
+pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *s, float *logits, int64_t vocab, int64_t position,
+                    const uint32_t *allowed, pi2_pick *top, pi2_candidate *scratch) {
   if (!usable(k, logits, vocab)) return (pi2_pick){PI2_UNUSABLE, NAN};
-  int forbidding = 0;
-  const int by = penalise(s, logits, vocab, &forbidding);
+  int forbidding = allowed ? forbid(allowed, logits, vocab) : 0;
+  const int by = penalise(s, allowed, logits, vocab, &forbidding);
   if (by) return (pi2_pick){PI2_UNUSABLE - by, NAN};
   const int64_t best = k->argmax(logits, vocab);
   if (!isfinite(logits[best])) return (pi2_pick){PI2_UNUSABLE - forbidding, NAN};

@@ -23,7 +23,7 @@ typedef struct {
 
 /* pi2_pick.token where nothing can be picked: the model's own logits are NaN or infinite; less than that by the sum of
  * those parameters (PI2_BY_*) that made them so. */
-enum { PI2_UNUSABLE = -1, PI2_BY_BIAS = 1, PI2_BY_REPETITION = 2, PI2_BY_PENALTIES = 4 };
+enum { PI2_UNUSABLE = -1, PI2_BY_BIAS = 1, PI2_BY_REPETITION = 2, PI2_BY_PENALTIES = 4, PI2_BY_MASK = 8 };
 typedef struct {
   int32_t token;
   float logprob;
@@ -36,8 +36,9 @@ typedef struct {
 } pi2_candidate;
 
 /* logits (vocab) are changed in place. `position` is that of the sampled token. top: (slot->logprobs, at most vocab).
- * scratch: vocab candidates. Updates slot->last, ->ended and the counts, unless nothing can be picked. */
-pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *slot, float *logits, int64_t vocab, int64_t position, pi2_pick *top,
-                    pi2_candidate *scratch);
+ * scratch: vocab candidates. allowed: bits of the tokens that may be picked, (vocab + 31) / 32 words, or NULL: all.
+ * Updates slot->last, ->ended and the counts, unless nothing can be picked. */
+pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *slot, float *logits, int64_t vocab, int64_t position,
+                    const uint32_t *allowed, pi2_pick *top, pi2_candidate *scratch);
 double pi2_uniform(uint64_t seed, uint64_t position);
 #endif

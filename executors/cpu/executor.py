@@ -46,6 +46,7 @@ from pi2rt.runtime.executor_statistics import (
     ThreadStatistics,
 )
 from pi2rt.runtime.step import Step, StepResult
+from pi2rt.runtime.token_mask import TokenMask
 from pi2rt.runtime.trace import Nanoseconds
 
 SPIN_NS = 50_000
@@ -60,6 +61,7 @@ class CpuExecutor:
     streams_weights = True
     takes_cluster_units = True
     verifies_drafts = True
+    takes_masks = True
     sparsities = ("exact", "thresholded", "predicted")
     max_in_flight = program.MOST_IN_FLIGHT
 
@@ -358,6 +360,11 @@ class CpuExecutor:
     def stop(self, step_id: int) -> None:
         if self._program is not None:
             self._program.stop(step_id)
+
+    def mask(self, step_id: int, slot: int, allowed: TokenMask | None) -> None:
+        """See ``pi2rt.runtime.executor.Masking``."""
+        if self._program is not None:
+            self._program.mask(step_id, slot, allowed)
 
     async def resize(self, neuron_bytes: int) -> None:
         """See ``pi2rt.runtime.executor.Resizable``."""

@@ -63,6 +63,7 @@ class ProgramBuilder:
             pipeline=options.pipeline,
             traced=options.trace is not None,
             assisting=sum(len(cores) for _, cores in options.assistants),
+            mask_deadline=options.mask_deadline,
         )
         self._neurons = neurons
         self._clusters = clusters

@@ -11,12 +11,14 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import trio
 
 from pi2rt._errors import BusyError, ClosedError, InternalError, ModelFormatError, RequestError
+from pi2rt.executors.reference.masks import LateMask, Masks
 from pi2rt.executors.reference.model import BLOCKS, LOGIT_ROWS, Mark, ReferenceModel, StoppedError
 from pi2rt.executors.reference.sampling import log_softmax, sample
 from pi2rt.formats import ModelFile, TensorInfo
@@ -40,6 +42,7 @@ from pi2rt.runtime.step import (
     Unusable,
     Verified,
 )
+from pi2rt.runtime.token_mask import TokenMask, mask_problem
 
 _JOIN_SECONDS = 60.0  # a layer of a long prompt on a slow machine, with room to spare
 _LIBRARIES = 48 << 20  # buffers of the BLAS that numpy uses, and the heap between arrays
@@ -61,6 +64,17 @@ class _Outcome:
     marks: list[Mark] | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Masked:
+    """In place of an outcome: what is sampled when there is a mask."""
+
+    logits: Floats  # (vocab_size,)
+
+
+_Results: TypeAlias = tuple[Outcome | None, Floats | None, Floats | None]
+"""Of a slice: outcome, scores, logits."""
+
+
 class ReferenceExecutor:
     """See ``pi2rt.runtime.executor.Executor``. It computes in float32, whatever ``exact_floats``, ``cores``,
     ``assistants`` and ``kernels`` say. Its KV pages are float32, unless it shares those of another executor."""
@@ -68,6 +82,7 @@ class ReferenceExecutor:
     name = "reference"
     max_in_flight = 2
     verifies_drafts = True
+    takes_masks = True
 
     def __init__(self) -> None:
         self._model: ReferenceModel | None = None
@@ -77,6 +92,7 @@ class ReferenceExecutor:
         self._worker: threading.Thread | None = None
         self._in_flight: deque[int] = deque()  # ids of steps submitted and not waited for
         self._stopping: set[int] = set()
+        self._masks = Masks()
         self._closed = False
         self._done_send: trio.MemorySendChannel[_Outcome] | None = None
         self._done: trio.MemoryReceiveChannel[_Outcome] | None = None
@@ -154,6 +170,8 @@ class ReferenceExecutor:
         if len(self._in_flight) >= self.max_in_flight:
             raise BusyError(f"{len(self._in_flight)} steps are in flight already; wait for one")
         self._in_flight.append(step.id)
+        if masked := {part.slot for part in step.slices if part.masked}:
+            self._masks.add(step.id, masked)
         self._work.put(step)
 
     async def wait(self) -> StepResult:
@@ -164,6 +182,7 @@ class ReferenceExecutor:
         except (trio.ClosedResourceError, trio.EndOfChannel):
             raise ClosedError("the reference executor was closed") from None
         self._in_flight.popleft()
+        self._masks.drop(outcome.step.id)
         self._stopping.discard(outcome.step.id)
         if isinstance(outcome.result, Exception):
             raise outcome.result
@@ -173,9 +192,19 @@ class ReferenceExecutor:
     def stop(self, step_id: int) -> None:
         if step_id in self._in_flight:
             self._stopping.add(step_id)
+            self._masks.wake()
+
+    def mask(self, step_id: int, slot: int, allowed: TokenMask | None) -> None:
+        """See ``pi2rt.runtime.executor.Masking``."""
+        if allowed is not None and self._model is not None:
+            problem = mask_problem(allowed, self._model.model.vocab_size)
+            if problem is not None:
+                raise InternalError(f"step {step_id}, the mask of slot {slot}: {problem}")
+        self._masks.give(step_id, slot, allowed)
 
     async def aclose(self) -> None:
         self._closed = True
+        self._masks.wake()
         if self._done is not None and self._done_send is not None:
             self._done.close()
             self._done_send.close()
@@ -241,7 +270,7 @@ class ReferenceExecutor:
             self._model.copy(copy)
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # an outcome (Unusable), not a mistake
-                results = [self._run_slice(self._model, step.id, part, marks) for part in step.slices]
+                results, waited = self._run_slices(self._model, step, marks)
         except StoppedError:
             finished = time.perf_counter_ns()
             return StepResult(step.id, stopped=True, started_ns=started, finished_ns=finished)
@@ -255,13 +284,54 @@ class ReferenceExecutor:
             logits=tuple(logits for _, _, logits in results),
             started_ns=started,
             finished_ns=finished,
-            kernel_ns=finished - started,
+            kernel_ns=finished - started - waited,
             weight_bytes=weight_bytes,
         )
 
+    def _run_slices(
+        self, model: ReferenceModel, step: Step, marks: list[Mark] | None
+    ) -> tuple[list[_Results], int]:
+        """Results of each slice, and nanoseconds of waiting: those without masks are finished first."""
+        results: list[_Results] = []
+        masked: dict[int, Floats] = {}  # logits of slices that a token is then sampled from
+        for i, part in enumerate(step.slices):
+            sampled, scores, logits = self._run_slice(model, step.id, part, marks)
+            if isinstance(sampled, _Masked):
+                masked[i], sampled = sampled.logits, None
+            results.append((sampled, scores, logits))
+        assert self._options is not None
+        waited, deadline = 0, time.monotonic() + self._options.mask_deadline
+        for i, last in masked.items():
+            begin = time.perf_counter_ns()
+            given = self._wait_for_mask(step, step.slices[i].slot, deadline)
+            waited += time.perf_counter_ns() - begin
+            results[i] = self._sample_masked(step.slices[i], last, given), *results[i][1:]
+        return results, waited
+
+    def _wait_for_mask(self, step: Step, slot: int, deadline: float) -> TokenMask | LateMask | None:
+        def stopped() -> bool:
+            return self._closed or step.id in self._stopping
+
+        try:
+            allowed = self._masks.wait(step.id, slot, deadline, stopped)
+        except LateMask as late:
+            return late
+        if stopped():
+            raise StoppedError
+        return allowed
+
+    def _sample_masked(
+        self, part: Slice, logits: Floats, allowed: TokenMask | LateMask | None
+    ) -> Sampled | Unusable:
+        slot = self._slots[part.slot]
+        if isinstance(allowed, LateMask):
+            slot.last = 0  # what continues this is discarded
+            return Unusable(("token_mask",))
+        return _sample_after(slot, logits, part.start + part.count, allowed)
+
     def _run_slice(
         self, model: ReferenceModel, step_id: int, part: Slice, marks: list[Mark] | None
-    ) -> tuple[Outcome | None, Floats | None, Floats | None]:
+    ) -> tuple[Outcome | _Masked | None, Floats | None, Floats | None]:
         slot = self._slots.get(part.slot)
         if slot is None:
             raise ValueError(f"slot {part.slot} was never bound")
@@ -280,6 +350,8 @@ class ReferenceExecutor:
         scores = None if part.targets is None else _scores(model, x, part.targets)
         if not part.sample:
             return None, scores, logits
+        if part.masked:
+            return _Masked(model.logits(x[-1:])[0]), scores, logits
         outcomes: list[Sampled | Unusable] = []
         for at in range(part.count - 1 - part.drafts, part.count):
             outcome = _sample_after(slot, model.logits(x[at : at + 1])[0], part.start + at + 1)
@@ -294,6 +366,8 @@ class ReferenceExecutor:
         end, vocab = part.start + part.count, model.model.vocab_size
         if not 0 <= part.drafts < part.count or (part.drafts and not part.sample):
             raise ValueError(f"{part.drafts} drafts of {part.count} tokens; sample={part.sample}")
+        if part.masked and (part.drafts or not part.sample):
+            raise ValueError(f"a mask for a slice with {part.drafts} drafts; sample={part.sample}")
         if part.start < 0 or end > self._options.context:
             raise ValueError(f"positions {part.start} to {end} outside a context of {self._options.context}")
         if tokens.min() < 0 or tokens.max() >= vocab:
@@ -305,9 +379,11 @@ class ReferenceExecutor:
             raise ValueError(f"pages {used.min()} to {used.max()} outside a cache of {self._options.pages}")
 
 
-def _sample_after(slot: _Slot, logits: Floats, position: int) -> Sampled | Unusable:
+def _sample_after(
+    slot: _Slot, logits: Floats, position: int, allowed: TokenMask | None = None
+) -> Sampled | Unusable:
     """The token at ``position``, which the slot then has as its last one."""
-    sampled = sample(logits, slot.bind.sampling, slot.counts, position)
+    sampled = sample(logits, slot.bind.sampling, slot.counts, position, allowed)
     if isinstance(sampled, Unusable):
         slot.last = 0  # what continues this is discarded
         return sampled

@@ -1,6 +1,6 @@
 """Sampling, exactly: the one place that says which token comes next. Other executors must pick the same.
 
-Arithmetic: bias and penalties in float32, probabilities in float64. Order: logit bias, repetition penalty,
+Arithmetic: bias and penalties in float32, probabilities in float64. Order: token mask, logit bias, repetition penalty,
 presence and frequency penalty, (log probabilities are taken here,) temperature, top-k, top-p, min-p, draw.
 """
 
@@ -10,13 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Unusable
+from pi2rt.runtime.token_mask import TokenMask, allows
 
 Doubles = npt.NDArray[np.float64]
 
 _MASK = (1 << 64) - 1
 
 
-def sample(logits: Floats, sampling: Sampling, counts: Int32s, position: int) -> Sampled | Unusable:
+def sample(
+    logits: Floats, sampling: Sampling, counts: Int32s, position: int, allowed: TokenMask | None = None
+) -> Sampled | Unusable:
     """Picks one token, or says why none can be picked.
 
     Args:
@@ -24,8 +27,9 @@ def sample(logits: Floats, sampling: Sampling, counts: Int32s, position: int) ->
         sampling: how to pick.
         counts: int32 (vocab_size,), how often each token was there already (history and generated).
         position: of the token to be picked; with the seed it decides the random number.
+        allowed: the tokens that may be picked; None: all.
     """
-    changed = penalised(logits, sampling, counts)
+    changed = penalised(logits, sampling, counts, allowed)
     if isinstance(changed, Unusable):
         return changed
     if sampling.temperature == 0:
@@ -39,13 +43,22 @@ def sample(logits: Floats, sampling: Sampling, counts: Int32s, position: int) ->
     return Sampled(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in ranked))
 
 
-def penalised(logits: Floats, sampling: Sampling, counts: Int32s) -> Floats | Unusable:
-    """A copy of the logits (vocab_size,) after bias and penalties. Keskar et al., 2019, for the repetition
+def penalised(
+    logits: Floats, sampling: Sampling, counts: Int32s, allowed: TokenMask | None = None
+) -> Floats | Unusable:
+    """A copy of the logits (vocab_size,) after mask, bias and penalties. Keskar et al., 2019, for the repetition
     penalty. Logits are usable while none is NaN or plus infinity and at least one is finite; each stage that ends that
-    is to blame, and stages that together forbid every token are so together."""
+    is to blame, and stages that together forbid every token are so together. Nothing changes the minus infinity of a
+    token that is not allowed."""
     if not _usable(logits):
         return Unusable()
     forbidding: tuple[str, ...] = ()
+    hidden = None
+    if allowed is not None:
+        hidden = ~allows(allowed, len(logits))
+        if np.any(np.isfinite(logits) & hidden):
+            forbidding = ("token_mask",)
+        logits = np.where(hidden, np.float32(-np.inf), logits)
     for names, stage in (
         (("logit_bias",), _biased),
         (("repetition_penalty",), _repetition_penalised),
@@ -53,6 +66,8 @@ def penalised(logits: Floats, sampling: Sampling, counts: Int32s) -> Floats | Un
     ):
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             changed = stage(logits, sampling, counts)
+        if hidden is not None:
+            changed = np.where(hidden, np.float32(-np.inf), changed)
         if not np.all(changed < np.inf):  # also where one is NaN
             return Unusable(names)
         if np.any(np.isfinite(logits) & ~np.isfinite(changed)):

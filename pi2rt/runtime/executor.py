@@ -20,6 +20,7 @@ from pi2rt.runtime.cluster_unit import ClusterUnit
 from pi2rt.runtime.executor_statistics import ExecutorStatistics
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Floats, Step, StepResult
+from pi2rt.runtime.token_mask import TokenMask
 from pi2rt.runtime.trace import Trace
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -52,6 +53,7 @@ class ExecutorOptions:
     ``cluster_unit``: makes a unit that computes ``unit_clusters`` beside the executor: numbers of neuron clusters, by
     the name of the block's down tensor. ``unit_actor``: the unit's name in statistics and traces. Only executors with
     an attribute ``takes_cluster_units``, which is true, are given one.
+    ``mask_deadline``: seconds; where a slice has waited so long for its mask, it is ``Unusable``.
     """
 
     slots: int
@@ -79,6 +81,7 @@ class ExecutorOptions:
     cluster_unit: Callable[[], ClusterUnit] | None = None
     unit_actor: str = "cluster unit"
     unit_clusters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    mask_deadline: float = 10.0
     trace: Trace | None = None
 
     def placed(self, where: Placement) -> tuple[str, ...]:
@@ -174,6 +177,23 @@ class Repairable(Protocol):
         """Called when a step has failed and no task is in ``wait``. Ends all steps in flight, whose results are lost,
         and makes the executor as it is behind ``open``: no slot is bound. True: it can go on. False, or an error: it
         has to be closed. Bounded."""
+        ...
+
+
+@runtime_checkable
+class Masking(Protocol):
+    """An executor that takes masks of tokens while steps run (``Slice.masked``), where ``takes_masks`` is true. Such a
+    slice waits for its mask with its logits computed, those without masks being finished first. Past
+    ``ExecutorOptions.mask_deadline``, counted from the moment when nothing else is left to do, it is
+    ``Unusable(("token_mask",))``, and no other slice is concerned. ``stop`` and ``aclose`` end the wait at once."""
+
+    takes_masks: bool
+
+    def mask(self, step_id: int, slot: int, allowed: TokenMask | None) -> None:
+        """Which tokens may be sampled by the slice of ``slot`` in a step in flight; None: all. Never blocks; the array
+        is the caller's again when it returns. The first mask of a slice counts. Ignored where nothing waits for it:
+        the step may just have finished, or the slice was skipped. Raises InternalError for an array of another shape
+        or type."""
         ...
 
 

@@ -27,6 +27,7 @@ _METHODS = {
     "aclose": (),
     "statistics": (),
 }
+_MASK = {"mask": ("step_id", "slot", "allowed")}
 _ASYNC = frozenset({"open", "wait", "aclose"})
 _UNIT_METHODS = {
     "need": ("neurons", "dim", "gated"),
@@ -98,6 +99,11 @@ def check_executor(plugin: str, factory: object) -> None:
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         defects.append(f"attribute 'max_in_flight' must be a whole number of at least 1, not {limit!r}")
     defects += _method_defects(executor, _METHODS)
+    takes_masks = getattr(executor, "takes_masks", False)
+    if not isinstance(takes_masks, bool):
+        defects.append(f"attribute 'takes_masks' must be True or False, not {takes_masks!r}")
+    elif takes_masks:
+        defects += _method_defects(executor, _MASK)
     if defects:
         raise PluginError(plugin, "; ".join(defects))
 

@@ -68,8 +68,11 @@ class Slice:
     ``sample``: sample the token after the last one. ``drafts``: so many of the last ``tokens`` are guesses at what
     would be sampled. The token after the last one that is none is sampled, and the token after each draft as long as
     drafts are right (``Verified``). Executors with an attribute ``verifies_drafts``, which is true, take these.
+    ``masked``: the token is sampled from those that a mask allows. The mask is given after ``submit``, while the step
+    waits, runs, or has done all else (``Masking.mask``). Executors with an attribute ``takes_masks``, which is true,
+    take these; never with drafts.
     ``targets``: int32 (count,), return the log probability of each target after its token (perplexity); negative
-    entries are skipped. ``logits``: return the logits of every token.
+    entries are skipped. ``logits``: return the logits of every token. A mask changes neither.
     """
 
     slot: int
@@ -78,6 +81,7 @@ class Slice:
     tokens: Int32s
     sample: bool = False
     drafts: int = 0
+    masked: bool = False
     targets: Int32s | None = None
     logits: bool = False
 
@@ -122,8 +126,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The token sampled for one slice. Log probabilities (natural) are of the distribution after
-    temperature-free softmax of the penalised logits; NaN and () where they were not asked for."""
+    """The token sampled for one slice. Log probabilities (natural) are of the distribution after temperature-free
+    softmax of the penalised logits; NaN and () where they were not asked for. With a mask they are of what it allows:
+    minus infinity for all other tokens."""
 
     token: int
     logprob: float = float("nan")
@@ -135,8 +140,9 @@ class Unusable:
     """Instead of ``Sampled``, where the logits of one slice leave no token to pick: one is NaN or plus infinity, or
     none is finite. The other slices of the step are not concerned, and the slot can be bound again.
 
-    ``parameters``: names of those fields of ``Sampling`` that made them so; () where the model's own logits are. A
-    later slice that continues this one ("the token sampled last") may compute anything: its result is discarded.
+    ``parameters``: names of those fields of ``Sampling`` that made them so, before these "token_mask" where a mask
+    did, or was not given in time; () where the model's own logits are. A later slice that continues this one ("the
+    token sampled last") may compute anything: its result is discarded.
     """
 
     parameters: tuple[str, ...] = ()
