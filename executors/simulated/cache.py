@@ -124,7 +124,8 @@ class SimulatedCache:
 
     def skips(self, piece: Slice) -> bool:
         """Whether the slice comes behind the end of its sequence, and so does nothing."""
-        return not len(piece.tokens) and self._sequences[piece.slot].ended_at is not None
+        sequence = self._sequences.get(piece.slot)
+        return not len(piece.tokens) and sequence is not None and sequence.ended_at is not None
 
     def write(self, piece: Slice) -> tuple[SimulatedSequence, Int32s]:
         """Writes a slice's tokens.

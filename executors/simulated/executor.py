@@ -13,6 +13,9 @@ InternalError from ``submit``:
 - what a slice reads or writes agrees with the prompt given to ``Bind`` (where one was given);
 - a slice without tokens follows a step that sampled for its slot, at the very next position;
 - slots are bound before use; slots, pages, positions, tokens and step sizes keep to the options of ``open``.
+
+A step whose slices wait for masks is run when these are there, and so are the steps behind it. What is wrong with them
+is then an InternalError from ``wait``.
 """
 
 from __future__ import annotations
@@ -22,14 +25,14 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 import trio
 
 from pi2rt._errors import BusyError, ClosedError, InternalError
-from pi2rt.executors.reference.sampling import penalised
+from pi2rt.executors.reference.sampling import log_softmax, penalised
 from pi2rt.executors.simulated.cache import SimulatedCache, SimulatedPages, SimulatedSequence
 from pi2rt.formats import ModelFile
 from pi2rt.memory import PAGE_TOKENS, MemoryNeed, StateStore
@@ -48,6 +51,7 @@ from pi2rt.runtime.step import (
     StepResult,
     Unusable,
 )
+from pi2rt.runtime.token_mask import TokenMask, allows, mask_problem
 
 NextToken: TypeAlias = Callable[[Int32s, int, Sampling], int]
 """``next_token(context, generated, sampling)``: the token after ``context``, all tokens of the sequence so
@@ -100,15 +104,22 @@ def scripted(tokens: Sequence[int]) -> NextToken:
 
 @dataclass(slots=True)
 class _Running:
-    """A step in flight. Times are Trio's, in seconds."""
+    """A step in flight. Times are Trio's, in seconds. ``masks``: by slot, those that are there; ``complete_at``: when
+    the last of them came, or all others were given up. ``begun``: what its slices bring is known, or what is wrong with
+    them (``problem``). ``void``: slots whose sequence is undefined since a step before was stopped."""
 
     step: Step
-    touched: list[tuple[SimulatedSequence, Slice]]
-    sampled: list[Outcome | None]
-    scores: list[Floats | None]
-    logits: list[Floats | None]
     submitted: float
     cost: float
+    touched: list[tuple[SimulatedSequence, Slice]] = field(default_factory=list)
+    sampled: list[Outcome | None] = field(default_factory=list)
+    scores: list[Floats | None] = field(default_factory=list)
+    logits: list[Floats | None] = field(default_factory=list)
+    masks: dict[int, TokenMask | None] = field(default_factory=dict)
+    complete_at: float = 0.0
+    begun: bool = False
+    problem: InternalError | None = None
+    void: set[int] = field(default_factory=set)
     starts: float = 0.0
     ends: float = 0.0
     stopped: bool = False
@@ -120,7 +131,7 @@ class SimulatedExecutor:
 
     Steps run one after another, each for ``seconds_per_step + seconds_per_token * tokens`` on Trio's clock.
     Log probabilities, scores and logits are those of a distribution that gives the next token e**8 times the
-    weight of each other token.
+    weight of each other token. Where a mask does not allow that token, the first one that it allows comes instead.
 
     Args:
         name: for messages.
@@ -133,6 +144,7 @@ class SimulatedExecutor:
     """
 
     block_kinds: frozenset[str] | None = None
+    takes_masks = True
 
     def __init__(
         self,
@@ -164,6 +176,7 @@ class SimulatedExecutor:
         self._pages = pages
         self._cache: SimulatedCache | None = None  # while open
         self._vocab_size = self._max_tokens = 0
+        self._mask_deadline = 0.0
         self._free_at = 0.0  # when the last step that was waited for ended
         self._epoch_ns = 0  # perf_counter_ns at Trio's time 0
         self._queue: deque[_Running] = deque()
@@ -189,6 +202,7 @@ class SimulatedExecutor:
         if self._faults.raise_in_open:
             raise SimulatedFault("injected into open")
         self._vocab_size, self._max_tokens = model.vocab_size, options.max_tokens
+        self._mask_deadline = options.mask_deadline
         self._epoch_ns = time.perf_counter_ns() - round(trio.current_time() * 1e9)
         self._cache = SimulatedCache(
             options.slots, self._pages or SimulatedPages(options.pages), options.context, model.vocab_size
@@ -198,29 +212,25 @@ class SimulatedExecutor:
     def submit(self, step: Step) -> None:
         """Raises, besides what the protocol says, InternalError for a step that breaks a rule of the
         cache."""
-        cache = self._opened()
+        self._opened()
         if len(self._queue) >= self.max_in_flight:
             raise BusyError(f"executor {self.name!r}: {self.max_in_flight} steps are in flight already")
         if step.id in self._faults.raise_in_submit:
             raise SimulatedFault(f"injected into submit of {step}")
         if step.tokens > self._max_tokens:
             raise InternalError(f"{step}: more than {self._max_tokens} tokens in one step")
-        cache.begin(step)
         running = _Running(
             step=step,
-            touched=[],
-            sampled=[],
-            scores=[],
-            logits=[],
             submitted=trio.current_time(),
             cost=math.inf
             if step.id in self._faults.hang
             else self._seconds_per_step + self._seconds_per_token * step.tokens,
         )
-        for piece in step.slices:
-            self._run(cache, running, piece)
         self._queue.append(running)
-        self._schedule()
+        self._advance()
+        if running.problem is not None:
+            self._queue.pop()
+            raise running.problem
 
     async def wait(self) -> StepResult:
         await trio.lowlevel.checkpoint()
@@ -235,7 +245,13 @@ class SimulatedExecutor:
                 await self._changed.park()
             if scope.cancelled_caught:  # not a comparison of times: those are rounded
                 break
+        if not head.begun:
+            head.complete_at = head.ends  # it waits no longer
+            self._begin(head)
+            self._advance()
         self._queue.popleft()
+        if head.problem is not None:
+            raise head.problem
         self._opened().end(head.step)
         self._free_at = head.ends
         started_ns, finished_ns = (self._epoch_ns + round(at * 1e9) for at in (head.starts, head.ends))
@@ -267,17 +283,33 @@ class SimulatedExecutor:
             if running.step.id == step_id and not running.stopped and running.ends > now:
                 running.stopped = True
                 running.cost = max(0.0, now - running.starts)
-                self._undo_from(running)
-                self._schedule()
+                if running.begun:
+                    self._undo_from(running)
+                self._void_behind(running)
+                self._advance()
                 self._changed.unpark_all()
                 return
+
+    def mask(self, step_id: int, slot: int, allowed: TokenMask | None) -> None:
+        """See ``pi2rt.runtime.executor.Masking``."""
+        problem = None if allowed is None else mask_problem(allowed, self._vocab_size)
+        if problem is not None:
+            raise InternalError(f"step {step_id}, the mask of slot {slot}: {problem}")
+        for running in self._queue:
+            masked = any(piece.masked and piece.slot == slot for piece in running.step.slices)
+            if running.step.id == step_id and masked and not running.begun and slot not in running.masks:
+                running.masks[slot] = None if allowed is None else allowed.copy()
+                running.complete_at = trio.current_time()
+                self._advance()
+                self._changed.unpark_all()
 
     async def aclose(self) -> None:
         if self._faults.hang_in_close:
             await trio.sleep_forever()
         if self._cache is not None:
             for running in self._queue:
-                self._cache.end(running.step)
+                if running.begun and running.problem is None:
+                    self._cache.end(running.step)
         self._cache = None
         self._queue.clear()
         self._changed.unpark_all()
@@ -301,12 +333,55 @@ class SimulatedExecutor:
             raise ClosedError(f"executor {self.name!r} is not open")
         return self._cache
 
-    def _schedule(self) -> None:
-        """Lays the steps in flight end to end."""
-        free_at = self._free_at
+    def _advance(self) -> None:
+        """Lays the steps in flight end to end, and runs those that wait for no mask, nor for a step before that does."""
+        free_at, waits = self._free_at, False
         for running in self._queue:
             running.starts = max(running.submitted, free_at)
-            running.ends = free_at = running.starts + running.cost
+            running.ends = running.starts + running.cost
+            if not running.begun:
+                waits = waits or self._waits(running)
+                if not waits:
+                    self._begin(running)
+            if running.begun and not running.stopped:
+                running.ends = max(running.ends, running.complete_at)
+            elif not running.begun:
+                running.ends += self._mask_deadline
+            free_at = running.ends
+
+    def _waits(self, running: _Running) -> bool:
+        """Whether a slice waits for its mask, all steps before having been run."""
+        if running.stopped:
+            return False
+        cache, bound = self._opened(), {bind.slot for bind in running.step.binds}
+        known = running.masks.keys() | running.void
+        return any(
+            piece.masked and piece.slot not in known and (piece.slot in bound or not cache.skips(piece))
+            for piece in running.step.slices
+        )
+
+    def _begin(self, running: _Running) -> None:
+        """What its slices bring."""
+        cache = self._opened()
+        running.begun = True
+        try:
+            cache.begin(running.step)
+            for piece in running.step.slices:
+                self._run(cache, running, piece)
+        except InternalError as problem:
+            running.problem = problem
+        if running.stopped:
+            self._undo_from(running)
+
+    def _void_behind(self, stopped: _Running) -> None:
+        """Steps that were submitted behind one that was stopped, and were not run yet, continue nothing."""
+        undefined: set[int] = set()
+        for running in self._queue:
+            undefined -= {bind.slot for bind in running.step.binds}
+            if undefined and not running.begun:
+                running.void |= undefined
+            if running is stopped:
+                undefined = {piece.slot for piece in running.step.slices}
 
     def _run(self, cache: SimulatedCache, running: _Running, piece: Slice) -> None:
         if cache.skips(piece):
@@ -316,6 +391,14 @@ class SimulatedExecutor:
             return
         if piece.drafts:
             raise InternalError(f"{piece!r}: executor {self.name!r} verifies no drafts")
+        if piece.masked and not piece.sample:
+            raise InternalError(f"{piece!r}: a mask, and nothing to sample")
+        if piece.slot in running.void:
+            running.sampled.append(Unusable() if piece.sample else None)
+            running.scores.append(None if piece.targets is None else np.zeros(piece.count, np.float32))
+            shape = piece.count, self._vocab_size
+            running.logits.append(np.zeros(shape, np.float32) if piece.logits else None)
+            return
         sequence, context = cache.write(piece)
         running.touched.append((sequence, piece))
         sampling = sequence.bound.sampling
@@ -330,8 +413,13 @@ class SimulatedExecutor:
         sampled: Sampled | Unusable | None = None
         if piece.sample:
             token = next_after(end)
-            sampled = Unusable() if broken else self._sampled(token, sampling, context)
-            cache.sample(sequence, end, token)
+            late = piece.masked and piece.slot not in running.masks
+            mask = running.masks.get(piece.slot)
+            if broken or late:
+                sampled = Unusable(() if broken else ("token_mask",))
+            else:
+                sampled = self._sampled(token, sampling, context, mask)
+            cache.sample(sequence, end, sampled.token if isinstance(sampled, Sampled) else token)
         nexts = None
         if piece.targets is not None or piece.logits:
             nexts = np.array([next_after(length) for length in range(piece.start + 1, end + 1)], np.int32)
@@ -355,16 +443,21 @@ class SimulatedExecutor:
         total = math.log(math.exp(_PEAK) + self._vocab_size - 1)
         return _PEAK - total, -total
 
-    def _sampled(self, token: int, sampling: Sampling, context: Int32s) -> Sampled | Unusable:
-        """``token``, unless bias and penalties leave no usable logit; otherwise they change nothing here."""
-        if sampling.logit_bias or sampling.repetition_penalty != 1.0:
+    def _sampled(
+        self, token: int, sampling: Sampling, context: Int32s, mask: TokenMask | None
+    ) -> Sampled | Unusable:
+        """``token``, or the first one that the mask allows, unless mask, bias and penalties leave no usable logit; bias
+        and penalties change nothing else here."""
+        if sampling.logit_bias or sampling.repetition_penalty != 1.0 or mask is not None:
             logits = np.zeros(self._vocab_size, np.float32)
             logits[token] = _PEAK
-            changed = penalised(
-                logits, sampling, np.bincount(context, minlength=self._vocab_size).astype(np.int32)
-            )
+            counts = np.bincount(context, minlength=self._vocab_size).astype(np.int32)
+            changed = penalised(logits, sampling, counts, mask)
             if isinstance(changed, Unusable):
                 return changed
+            if mask is not None:
+                logits[~allows(mask, self._vocab_size)] = -np.inf
+                return _picked(logits, sampling)
         if sampling.logprobs < 0:
             return Sampled(token)
         hit, miss = self._logprobs()
@@ -379,10 +472,20 @@ class SimulatedExecutor:
         reached = False
         for running in self._queue:
             reached = reached or running is stopped
-            if not reached:
+            if not reached or not running.begun:
                 continue
             cache.undo_copies(running.step, lost, stopped=running is stopped)
             for sequence, piece in running.touched:
                 if running is stopped or id(sequence) in undefined or not cache.readable(piece):
                     cache.undo(sequence, piece, lost)
                     undefined.add(id(sequence))
+
+
+def _picked(logits: Floats, sampling: Sampling) -> Sampled:
+    """The first of the largest, with log probabilities."""
+    token = int(logits.argmax())
+    if sampling.logprobs < 0:
+        return Sampled(token)
+    logprobs = log_softmax(logits)
+    best = np.argsort(-logits, kind="stable")[: sampling.logprobs].tolist()
+    return Sampled(token, float(logprobs[token]), tuple((i, float(logprobs[i])) for i in best))
