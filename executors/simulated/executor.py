@@ -334,7 +334,7 @@ class SimulatedExecutor:
         return self._cache
 
     def _advance(self) -> None:
-        """Lays the steps in flight end to end, and runs those that wait for no mask, nor for a step before that does."""
+        """Lays the steps in flight end to end, and runs those that wait for no mask, nor for a step that does."""
         free_at, waits = self._free_at, False
         for running in self._queue:
             running.starts = max(running.submitted, free_at)

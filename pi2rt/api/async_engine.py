@@ -25,6 +25,7 @@ from pi2rt.api.runtime_thread import RuntimeThread, drain_seconds
 from pi2rt.api.trio_thread import TrioThread
 from pi2rt.catalogue.download import PullProgress
 from pi2rt.engine import Chunk, Completion, SamplingParams
+from pi2rt.engine.masker import MaskFunction
 from pi2rt.engine.sampling_params import SamplingKeywords
 from pi2rt.engine.token_stream import BUSY
 from pi2rt.opening.model_info import ModelInfo
@@ -129,6 +130,7 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         *,
         on_prefill: ProgressCallback | None = None,
+        token_mask: MaskFunction | None = None,
         **overrides: Unpack[SamplingKeywords],
     ) -> AsyncStream:
         """``async for chunk in engine.stream("Why?", max_tokens=50): ...``
@@ -138,7 +140,9 @@ class AsyncEngine:
         so explicitly.
         """
         thread, _ = self._started()
-        return AsyncStream(self, thread, prompt, thread.chosen(params, overrides), on_prefill)
+        return AsyncStream(
+            self, thread, prompt, thread.chosen(params, overrides, token_mask), on_prefill, token_mask
+        )
 
     async def generate(
         self,
@@ -146,13 +150,16 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         *,
         on_prefill: ProgressCallback | None = None,
+        token_mask: MaskFunction | None = None,
         **overrides: Unpack[SamplingKeywords],
     ) -> Completion:
         """The whole text at once. Arguments and errors as for ``stream``."""
         if on_prefill is None:
-            chosen = self._started()[0].chosen(params, overrides)
-            return await self._call(lambda runtime: runtime.generate(prompt, chosen))
-        async with self.stream(prompt, params, on_prefill=on_prefill, **overrides) as chunks:
+            chosen = self._started()[0].chosen(params, overrides, token_mask)
+            return await self._call(lambda runtime: runtime.generate(prompt, chosen, token_mask=token_mask))
+        async with self.stream(
+            prompt, params, on_prefill=on_prefill, token_mask=token_mask, **overrides
+        ) as chunks:
             return Completion.of([chunk async for chunk in chunks])
 
     async def score(self, tokens: Iterable[SupportsIndex]) -> Floats:
@@ -200,9 +207,12 @@ class AsyncStream(RequestStream):
         prompt: Prompt,
         params: SamplingParams,
         on_prefill: ProgressCallback | None,
+        token_mask: MaskFunction | None,
     ) -> None:
         self._inbox = inbox = _Inbox()
-        super().__init__(engine, thread, Pump(thread.trio, prompt, params, inbox.deliver, on_prefill))
+        super().__init__(
+            engine, thread, Pump(thread.trio, prompt, params, inbox.deliver, on_prefill, token_mask)
+        )
 
     def __aiter__(self) -> Self:
         return self

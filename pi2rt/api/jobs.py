@@ -16,6 +16,7 @@ from pi2rt._errors import ClosedError
 from pi2rt.api.runtime import Prompt, Runtime
 from pi2rt.api.trio_thread import TrioThread
 from pi2rt.engine import Chunk, SamplingParams, Timing, TokenStream
+from pi2rt.engine.masker import MaskFunction
 from pi2rt.engine.token_stream import CLOSED
 from pi2rt.runtime.executor import Progress
 
@@ -131,12 +132,14 @@ class Pump(Job):
         params: SamplingParams,
         deliver: Callable[[Item], None],
         on_prefill: Progress | None,
+        token_mask: MaskFunction | None,
         timeout: float | None = None,
     ) -> None:
         super().__init__(thread, timeout)
         self._prompt, self._params = prompt, params
         self._deliver = deliver
         self._on_prefill = None if on_prefill is None else reporter(on_prefill, deliver)
+        self._token_mask = token_mask
         self._stream: TokenStream | None = None
         self._sent = self._taken = 0
         self._waiting = False
@@ -183,7 +186,9 @@ class Pump(Job):
             return
 
     async def _send(self, runtime: Runtime) -> None:
-        async with runtime.stream(self._prompt, self._params, on_prefill=self._on_prefill) as chunks:
+        async with runtime.stream(
+            self._prompt, self._params, on_prefill=self._on_prefill, token_mask=self._token_mask
+        ) as chunks:
             self._stream = chunks
             self._deliver(Started())
             async for chunk in chunks:

@@ -22,6 +22,7 @@ from pi2rt.engine import (
     TokenStream,
 )
 from pi2rt.engine.lane import PrefillLane
+from pi2rt.engine.masker import MaskFunction
 from pi2rt.engine.prompt_encoder import PromptEncoder
 from pi2rt.engine.sampling_params import SamplingKeywords, number
 from pi2rt.host.limits import limits_explained
@@ -99,6 +100,7 @@ class Runtime:
         params: SamplingParams | None = None,
         *,
         on_prefill: Progress | None = None,
+        token_mask: MaskFunction | None = None,
         **overrides: Unpack[SamplingKeywords],
     ) -> AbstractAsyncContextManager[TokenStream]:
         """``async with runtime.stream("Why?", max_tokens=50) as chunks: async for chunk in chunks: ...``
@@ -109,29 +111,41 @@ class Runtime:
             prompt: text, token ids or messages.
             params: how to make the text; greedy by default.
             on_prefill: ``on_prefill(done, total)``, in prompt tokens.
+            token_mask: ``token_mask(generated)`` says which tokens may come next, for texts that keep to a grammar. It
+                is given the token ids generated so far (a read-only sequence of int), and returns uint32
+                (ceil(vocabulary / 32),), whose bit i % 32 of word i // 32 allows token i; or None, which allows all.
+                It is called in a worker thread, once for each token, while the model computes; never twice at once. A
+                step waits for it for ``mask_deadline`` seconds.
             overrides: fields of ``SamplingParams`` to change in ``params``.
 
         Raises:
-            RequestError: (from the call) a parameter is out of its range; (from entering the block) the prompt is
-                empty or not valid for this model.
+            RequestError: (from the call) a parameter is out of its range, or the executor takes no token masks; (from
+                entering the block) the prompt is empty or not valid for this model; (from iterating) ``token_mask``
+                raised, which is the cause, gave something else, took too long, or leaves no token.
             ContextOverflowError: (from entering) prompt and ``max_tokens`` together exceed the context.
             TemplateError: (from entering) the model's chat template fails on these messages.
             BusyError: (from entering) ``max_queue`` requests wait already.
             ExecutorError: (from iterating) the executor failed on this request; the runtime stays usable.
             ClosedError: the runtime is closed, or is closing, or was opened by another process.
         """
-        return self._stream(prompt, self.chosen(params, overrides), on_prefill)
+        return self._stream(prompt, self.chosen(params, overrides, token_mask), on_prefill, token_mask)
 
     @asynccontextmanager
     async def _stream(
-        self, prompt: Prompt, params: SamplingParams, on_prefill: Progress | None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        on_prefill: Progress | None,
+        token_mask: MaskFunction | None,
     ) -> AsyncIterator[TokenStream]:
         self._check_open()
         self._entering += 1
         try:
             with self._engine.reserve() as ticket:
                 tokens = await self._encode(prompt, params.max_tokens)
-                stream = self._engine.stream(tokens, params, on_prefill=on_prefill, ticket=ticket)
+                stream = self._engine.stream(
+                    tokens, params, on_prefill=on_prefill, token_mask=token_mask, ticket=ticket
+                )
         finally:
             self._entering -= 1
             self._entered.set()
@@ -144,16 +158,24 @@ class Runtime:
         params: SamplingParams | None = None,
         *,
         on_prefill: Progress | None = None,
+        token_mask: MaskFunction | None = None,
         **overrides: Unpack[SamplingKeywords],
     ) -> Completion:
         """The whole text at once. Arguments and errors as for ``stream``."""
         chunks: list[Chunk] = []
-        async with self.stream(prompt, params, on_prefill=on_prefill, **overrides) as stream:
+        async with self.stream(
+            prompt, params, on_prefill=on_prefill, token_mask=token_mask, **overrides
+        ) as stream:
             async for chunk in stream:
                 chunks.append(chunk)  # noqa: PERF401 - not a comprehension: what came stays for the debugger
         return Completion.of(chunks)
 
-    def chosen(self, params: SamplingParams | None, overrides: SamplingKeywords) -> SamplingParams:
+    def chosen(
+        self,
+        params: SamplingParams | None,
+        overrides: SamplingKeywords,
+        token_mask: MaskFunction | None = None,
+    ) -> SamplingParams:
         """The parameters of a request, checked as far as possible without its prompt. For the other APIs too: safe
         from any thread.
 
@@ -162,7 +184,7 @@ class Runtime:
         """
         self._check_open()
         chosen = SamplingParams.of(params, overrides)
-        self._engine.check(chosen)
+        self._engine.check(chosen, token_mask)
         return chosen
 
     async def score(self, tokens: Iterable[SupportsIndex]) -> Floats:

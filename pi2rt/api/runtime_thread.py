@@ -19,6 +19,7 @@ from pi2rt.api.jobs import Call, Job, Report, reporter
 from pi2rt.api.runtime import Runtime, open_runtime
 from pi2rt.api.trio_thread import TrioThread
 from pi2rt.engine import SamplingParams
+from pi2rt.engine.masker import MaskFunction
 from pi2rt.engine.sampling_params import SamplingKeywords, number
 from pi2rt.engine.token_stream import CLOSED
 from pi2rt.opening.options import RuntimeKeywords
@@ -70,10 +71,15 @@ class RuntimeThread:
         if self._closing:
             raise ClosedError("the engine is closing, and takes no more requests")
 
-    def chosen(self, params: SamplingParams | None, overrides: SamplingKeywords) -> SamplingParams:
+    def chosen(
+        self,
+        params: SamplingParams | None,
+        overrides: SamplingKeywords,
+        token_mask: MaskFunction | None = None,
+    ) -> SamplingParams:
         """As ``Runtime.chosen``."""
         self.check_open()
-        return self.ready.result().chosen(params, overrides)
+        return self.ready.result().chosen(params, overrides, token_mask)
 
     def start(self, job: Job) -> None:
         """Runs a job in a task of its own.

@@ -26,6 +26,7 @@ from pi2rt.api.runtime_thread import RuntimeThread, drain_seconds, seconds
 from pi2rt.api.trio_thread import TrioThread
 from pi2rt.catalogue.download import PullProgress
 from pi2rt.engine import Chunk, Completion, SamplingParams
+from pi2rt.engine.masker import MaskFunction
 from pi2rt.engine.sampling_params import SamplingKeywords
 from pi2rt.engine.token_stream import BUSY
 from pi2rt.opening.model_info import ModelInfo
@@ -119,6 +120,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         on_prefill: ProgressCallback | None = None,
+        token_mask: MaskFunction | None = None,
         timeout: SupportsFloat | None = None,
         **overrides: Unpack[SamplingKeywords],
     ) -> Stream:
@@ -130,8 +132,8 @@ class Engine:
         Raises: also
             TimeoutError: (from iterating) the request has not ended within ``timeout`` seconds.
         """
-        chosen = self._thread.chosen(params, overrides)
-        return Stream(self, self._thread, prompt, chosen, on_prefill, seconds("timeout", timeout))
+        chosen = self._thread.chosen(params, overrides, token_mask)
+        return Stream(self, self._thread, prompt, chosen, on_prefill, token_mask, seconds("timeout", timeout))
 
     def generate(
         self,
@@ -139,14 +141,19 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         on_prefill: ProgressCallback | None = None,
+        token_mask: MaskFunction | None = None,
         timeout: SupportsFloat | None = None,
         **overrides: Unpack[SamplingKeywords],
     ) -> Completion:
         """The whole text at once. Arguments and errors as for ``stream``."""
         if on_prefill is None:
-            chosen = self._thread.chosen(params, overrides)
-            return self._call(lambda runtime: runtime.generate(prompt, chosen), timeout)
-        with self.stream(prompt, params, on_prefill=on_prefill, timeout=timeout, **overrides) as chunks:
+            chosen = self._thread.chosen(params, overrides, token_mask)
+            return self._call(
+                lambda runtime: runtime.generate(prompt, chosen, token_mask=token_mask), timeout
+            )
+        with self.stream(
+            prompt, params, on_prefill=on_prefill, token_mask=token_mask, timeout=timeout, **overrides
+        ) as chunks:
             return Completion.of(list(chunks))
 
     def score(self, tokens: Iterable[SupportsIndex], *, timeout: SupportsFloat | None = None) -> Floats:
@@ -187,11 +194,12 @@ class Stream(RequestStream):
         prompt: Prompt,
         params: SamplingParams,
         on_prefill: ProgressCallback | None,
+        token_mask: MaskFunction | None,
         timeout: float | None,
     ) -> None:
         self._items: SimpleQueue[Item] = SimpleQueue()
         self._reading = threading.Lock()
-        pump = Pump(thread.trio, prompt, params, self._items.put, on_prefill, timeout)
+        pump = Pump(thread.trio, prompt, params, self._items.put, on_prefill, token_mask, timeout)
         super().__init__(engine, thread, pump)
 
     def __iter__(self) -> Self:

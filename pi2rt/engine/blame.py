@@ -11,7 +11,14 @@ _SHOWN = 3
 """Entries of a logit bias in a message."""
 
 
-def blame(unusable: Unusable, sampling: Sampling, position: int, actor: str, step: Step) -> Pi2rtError:
+def blame(
+    unusable: Unusable,
+    sampling: Sampling,
+    position: int,
+    actor: str,
+    step: Step,
+    late: float | None = None,
+) -> Pi2rtError:
     """The error of the one request whose logits are unusable: RequestError that names the parameters and their values,
     or, where the model's own logits are to blame, ExecutorError.
 
@@ -19,6 +26,7 @@ def blame(unusable: Unusable, sampling: Sampling, position: int, actor: str, ste
         sampling: of the request.
         position: of the token that cannot be picked.
         actor: the name of the actor whose executor ran ``step``.
+        late: the seconds within which there was no mask of that token; None: there was one, or none was wanted.
     """
     if not unusable.parameters:
         return ExecutorError(
@@ -27,7 +35,19 @@ def blame(unusable: Unusable, sampling: Sampling, position: int, actor: str, ste
             f"the model's logits at position {position} are not finite numbers: its weights are damaged, its "
             f"activations overflow, or the executor computes wrongly",
         )
-    named = " and ".join(f"{name}={_value(sampling, name)}" for name in unusable.parameters)
+    if unusable.parameters == ("token_mask",):
+        if late is not None:
+            return RequestError(
+                f"token_mask gave no mask for position {position} within the mask_deadline of {late:g} s; make it faster, "
+                f"or open the model with a longer mask_deadline"
+            )
+        return RequestError(
+            f"token_mask: no token can be picked at position {position}, because none that it allows has a finite "
+            f"logit; where a text may end there, allow a token that ends it"
+        )
+    named = " and ".join(
+        name if name == "token_mask" else f"{name}={_value(sampling, name)}" for name in unusable.parameters
+    )
     return RequestError(
         f"{named}: no token can be picked at position {position}, because the logits are not finite numbers after "
         f"that; a less extreme value is needed"

@@ -18,10 +18,11 @@ from typing import Literal, SupportsIndex
 
 import trio
 
-from pi2rt._errors import ClosedError, ExecutorError, InternalError
+from pi2rt._errors import ClosedError, ExecutorError, InternalError, RequestError
 from pi2rt.engine.blame import blame, carried, copied
 from pi2rt.engine.chunk import Timing
 from pi2rt.engine.lane import Lane, PrefillLane, StepActor
+from pi2rt.engine.masker import Masker, MaskFunction
 from pi2rt.engine.options import EngineOptions
 from pi2rt.engine.prompt import check_token, prompt_tokens
 from pi2rt.engine.queue import Queue, Ticket
@@ -80,6 +81,7 @@ class Engine:
             lambda lane: self._lanes[lane].wake(),
         )
         self._queue = Queue(options.max_queue, options.slots)
+        self._masking: trio.Nursery | None = None  # of calls of requests' token_mask
         self._departed = trio.Event()  # set when a request ends
         self._closed = False
         self._requests = self._finished = self._cancelled = self._failed = 0
@@ -91,12 +93,13 @@ class Engine:
         """Submits steps and handles their results until ``close``. An error that leaves it is a bug in
         pi2rt."""
         try:
-            if len(self._lanes) == 1:
-                await self._loop(self._lanes[0])
-            else:
-                async with open_own_nursery() as nursery:
-                    for lane in self._lanes:
-                        nursery.start_soon(self._loop, lane)
+            async with open_own_nursery() as self._masking:
+                if len(self._lanes) == 1:
+                    await self._loop(self._lanes[0])
+                else:
+                    async with open_own_nursery() as nursery:
+                        for lane in self._lanes:
+                            nursery.start_soon(self._loop, lane)
         except ClosedError:
             # Both tasks are cancelled together; where the actor's runs first, it is closed before this one learns of
             # the cancellation, which is then what ended it.
@@ -132,6 +135,32 @@ class Engine:
         for sequence in flight.begun:
             if sequence.writer is not None:
                 sequence.writer.start(sequence.computed)
+            self._make_mask(sequence)
+        if flight.masked:
+            self._ask_masks(lane, flight)
+
+    def _ask_masks(self, lane: Lane, flight: Flight) -> None:
+        """A step with slices that wait for masks was submitted."""
+        for sequence, slice_ in zip(flight.members, flight.step.slices, strict=True):
+            if not slice_.masked or sequence.masker is None:
+                continue
+            if sequence.live:
+                sequence.masker.ask(slice_.start + slice_.count, flight.step.id, slice_.slot)
+            else:  # it has left while there was no room for the step
+                lane.actor.mask(flight.step.id, slice_.slot, None)
+
+    def _make_mask(self, sequence: Sequence) -> None:
+        """Begins to make the mask of a request's next token, where it has masks."""
+        if sequence.masker is not None and sequence.masker.wanted and self._masking is not None:
+            self._masking.start_soon(self._made_mask, sequence, sequence.masker)
+
+    async def _made_mask(self, sequence: Sequence, masker: Masker) -> None:
+        try:
+            await masker.make()
+        except Exception as error:
+            if _unfinished(sequence):
+                self._fail(sequence, error)
+        self._wake()  # it may have been left out of steps until now
 
     async def _receive(self, lane: Lane) -> None:
         """Waits for the oldest step and hands out what it brought."""
@@ -162,7 +191,9 @@ class Engine:
         slice_ = flight.step.slices[i]
         sequence.computed = slice_.start + slice_.count
         lane.prefilled += len(slice_.tokens)
-        writer = sequence.writer
+        writer, masker = sequence.writer, sequence.masker
+        if masker is not None:
+            masker.returned(sequence.computed)
         if writer is None:
             reading = sequence.reading
             assert reading is not None
@@ -203,12 +234,18 @@ class Engine:
                 return
             if finished:
                 self._finish(sequence)
+            elif masker is not None:
+                self._make_mask(sequence)
 
     def _blame(self, sequence: Sequence, lane: Lane, step: Step, unusable: Unusable) -> None:
         """No token can be picked: that ends this request, and concerns no other."""
         if not unusable.parameters:
             self._index.clear()  # what else the executor has computed for it may be as wrong, and be found again
-        self._fail(sequence, blame(unusable, sequence.sampling, sequence.computed, lane.actor.name, step))
+        late = None
+        if sequence.masker is not None and sequence.masker.made != sequence.computed:
+            late = self.options.mask_deadline
+        position = sequence.computed
+        self._fail(sequence, blame(unusable, sequence.sampling, position, lane.actor.name, step, late))
 
     async def _recover(self, lane: Lane, error: ExecutorError | None, failed: Flight | None) -> None:
         """The executor of a lane was lost. The requests in a step that failed fail. Every other one goes on from what
@@ -290,6 +327,8 @@ class Engine:
         elif sequence.live:
             self._scheduler.leave(sequence)
         sequence.again = False
+        if sequence.masker is not None:
+            sequence.masker.cancel()
         self._departed.set()
         for lane in self._lanes:
             for flight in lane.flights:
@@ -337,32 +376,36 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         on_prefill: Callable[[int, int], None] | None = None,
+        token_mask: MaskFunction | None = None,
         ticket: Ticket | None = None,
     ) -> TokenStream:
         """Starts a request for the text after ``prompt`` (token ids).
 
-        ``on_prefill(done, total)``, in prompt tokens, is called in the engine's task; what it raises ends
-        the request. ``ticket``: of ``reserve``; it is used up, and given back where this raises.
+        ``on_prefill(done, total)``, in prompt tokens, is called in the engine's task; what it raises ends the request.
+        ``token_mask``: see ``Runtime.stream``. ``ticket``: of ``reserve``; it is used up, and given back where this
+        raises.
 
         Raises:
-            RequestError: the prompt is empty or has a token outside the vocabulary; or (from iterating) the parameters
-                leave no token to pick.
+            RequestError: the prompt is empty or has a token outside the vocabulary; ``token_mask`` cannot be called,
+                or the executor takes no masks; or (from iterating) the parameters leave no token to pick, or
+                ``token_mask`` raised or gave no mask.
             ContextOverflowError: prompt and ``max_tokens`` together exceed the context.
             BusyError: the queue is full.
             ClosedError: the engine is closed.
         """
         with ticket or self.reserve() as place:
-            return self._stream(prompt, params or SamplingParams(), on_prefill, place)
+            return self._stream(prompt, params or SamplingParams(), on_prefill, token_mask, place)
 
     def _stream(
         self,
         prompt: Iterable[SupportsIndex],
         params: SamplingParams,
         on_prefill: Callable[[int, int], None] | None,
+        token_mask: MaskFunction | None,
         ticket: Ticket,
     ) -> TokenStream:
         self._check_open()  # first: a closed engine has no tokenizer
-        self.check(params)
+        self.check(params, token_mask)
         options, tokenizer = self.options, self._tokenizer
         known = prompt_tokens(prompt, params.max_tokens, options)
         max_tokens = params.max_tokens if params.max_tokens is not None else options.context - len(known)
@@ -379,15 +422,29 @@ class Engine:
             logprobs=params.logprobs is not None,
             queued=ticket.since,
         )
-        self._enqueue(known, len(known) + max_tokens, params.sampling(), stream, writer, ticket, on_prefill)
+        masker = None
+        if token_mask is not None:
+            masker = Masker(token_mask, known, options.vocab_size, self._lanes[0].actor.mask)
+        limit = len(known) + max_tokens
+        self._enqueue(known, limit, params.sampling(), stream, writer, ticket, on_prefill, masker)
         return stream
 
-    def check(self, params: SamplingParams) -> None:
+    def check(self, params: SamplingParams, token_mask: MaskFunction | None = None) -> None:
         """What parameters can be checked for without their prompt. Safe from any thread.
 
         Raises:
-            RequestError: a token is outside the vocabulary.
+            RequestError: a token is outside the vocabulary; or as ``stream``, for ``token_mask``.
         """
+        if token_mask is not None:
+            if not callable(token_mask):
+                raise RequestError(
+                    f"token_mask={token_mask!r}: a function of the tokens generated so far is needed"
+                )
+            if not (actor := self._lanes[0].actor).takes_masks:
+                raise RequestError(
+                    f"token_mask: the executor of actor {actor.name!r} takes no masks; take executor='cpu', or leave "
+                    f"it out"
+                )
         if params.logit_bias:
             for token in (min(params.logit_bias), max(params.logit_bias)):
                 check_token("logit_bias", token, self.options)
@@ -454,11 +511,14 @@ class Engine:
         output: Writer | Reading,
         ticket: Ticket,
         on_prefill: Callable[[int, int], None] | None,
+        masker: Masker | None = None,
     ) -> None:
         ticket.use()
         self._requests += 1
         table = PageTable(self._index, -(-limit // PAGE_TOKENS))
-        sequence = Sequence(self._requests, known, limit, sampling, stream, table, output, ticket, on_prefill)
+        sequence = Sequence(
+            self._requests, known, limit, sampling, stream, table, output, ticket, on_prefill, masker
+        )
         stream.attach(
             lambda: self._cancel(sequence),
             self._wake,

@@ -10,6 +10,7 @@ import trio
 
 from pi2rt.engine.scheduler import Flight
 from pi2rt.runtime.step import Step, StepResult
+from pi2rt.runtime.token_mask import TokenMask
 
 RUN_AHEAD_S = 0.03
 """Work that waits behind the step that runs: at least one step, so that the executor never idles, and of short
@@ -32,11 +33,16 @@ class StepActor(Protocol):
     @property
     def usable(self) -> bool: ...
 
+    @property
+    def takes_masks(self) -> bool: ...
+
     async def submit(self, step: Step, /) -> None: ...
 
     async def result(self) -> StepResult: ...
 
     def stop(self, step_id: int, /) -> None: ...
+
+    def mask(self, step_id: int, slot: int, allowed: TokenMask | None, /) -> None: ...
 
     async def gone(self) -> bool: ...
 

@@ -12,7 +12,8 @@ from pi2rt.memory import PAGE_TOKENS
 class EngineOptions:
     """``slots``, ``pages``, ``context``, ``max_tokens``: as the executor was told. ``mixed_chunk``: prompt
     tokens in a step that also decodes, at most. ``stream_buffer``: chunks that wait for a slow consumer
-    before its sequence is paused. ``max_queue``: requests that wait for a slot, at most."""
+    before its sequence is paused. ``max_queue``: requests that wait for a slot, at most. ``mask_deadline``: seconds
+    that the executor waits for a token mask, for messages."""
 
     vocab_size: int
     slots: int
@@ -22,9 +23,10 @@ class EngineOptions:
     mixed_chunk: int = 64
     stream_buffer: int = 1024
     max_queue: int = 128
+    mask_deadline: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
+        for name in self.__dataclass_fields__.keys() - {"mask_deadline"}:
             least = 0 if name == "max_queue" else 1
             if getattr(self, name) < least:
                 raise RequestError(f"{name}={getattr(self, name)}: at least {least} is needed")

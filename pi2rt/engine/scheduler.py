@@ -59,22 +59,25 @@ class PrefillRoute:
 @dataclass(slots=True)
 class Flight:
     """A step and the sequence of each of its slices. ``begun``: those whose first slice it has, since they left the
-    queue. ``prefills``: whether it computes more than the next token of each."""
+    queue. ``prefills``: whether it computes more than the next token of each. ``masked``: whether a slice of it waits
+    for a mask."""
 
     step: Step
     members: list[Sequence]
     begun: list[Sequence]
     prefills: bool
+    masked: bool = False
     stopped: bool = False
 
 
 class _Draft:
     """A step of a lane that is being composed. ``bound``: sequences whose slot the lane's executor does not know."""
 
-    __slots__ = ("begun", "bound", "lane", "members", "slices")
+    __slots__ = ("begun", "bound", "lane", "masked", "members", "slices")
 
     def __init__(self, lane: int) -> None:
         self.lane = lane
+        self.masked = False
         self.slices: list[Slice] = []
         self.members: list[Sequence] = []
         self.begun: list[Sequence] = []
@@ -148,7 +151,8 @@ class Scheduler:
             return None
         self._steps[lane] += 1
         step = Step(self._steps[lane], tuple(flight.slices), tuple(s.bind() for s in flight.bound))
-        return Flight(step, flight.members, flight.begun, prefills=step.tokens > len(flight.slices))
+        prefills = step.tokens > len(flight.slices)
+        return Flight(step, flight.members, flight.begun, prefills, flight.masked)
 
     def _decode(self, flight: _Draft) -> None:
         """A token of each running sequence, and of prompts what there is room for."""
@@ -158,7 +162,11 @@ class Scheduler:
             if sequence.state is SequenceState.DECODE:
                 if self._ready(sequence):
                     at = sequence.submitted
-                    slices.append(Slice(sequence.slot, at, sequence.table.pages, SAMPLED_LAST, True))
+                    masked = sequence.masker is not None
+                    flight.masked |= masked
+                    slices.append(
+                        Slice(sequence.slot, at, sequence.table.pages, SAMPLED_LAST, True, masked=masked)
+                    )
                     members.append(sequence)
                     sequence.submitted = at + 1
                     sequence.expected += 1
@@ -180,6 +188,8 @@ class Scheduler:
     def resume(self, sequence: Sequence) -> None:
         """The steps of a live sequence are lost with the executor of its lane, but not what was computed."""
         self._fair.forget(sequence.id)
+        if sequence.masker is not None:
+            sequence.masker.release()
         missing = sequence.table.missing(
             len(sequence.known)
         )  # the page of the token sampled last may not be there yet
@@ -211,6 +221,8 @@ class Scheduler:
         self._fair.forget(sequence.id)
         if again and sequence.writer is not None:
             sequence.writer.pause()
+        if sequence.masker is not None:
+            sequence.masker.release()
         if not sequence.in_flight:
             self.release(sequence)
 
@@ -231,6 +243,9 @@ class Scheduler:
         """Whether a decoding sequence can take part in this step."""
         if sequence.expected >= sequence.limit:
             return False  # its last token is being sampled
+        masker = sequence.masker
+        if masker is not None and masker.holds_up(sequence.expected) and self._has_neighbours(sequence):
+            return False
         sequence.paused = sequence.stream.pause(sequence.in_flight)
         if sequence.paused:
             return False
@@ -239,6 +254,9 @@ class Scheduler:
                 return False
             sequence.table.extend(1)
         return True
+
+    def _has_neighbours(self, sequence: Sequence) -> bool:
+        return any(other.live and other is not sequence for other in self.running)
 
     def _fill(self, room: int, flight: _Draft) -> None:
         """Shares ``room`` tokens among the prompts of the lane."""
@@ -271,7 +289,11 @@ class Scheduler:
         tokens = sequence.tokens(start, end)
         last = end == len(sequence.known)
         if reading is None:
-            slices.append(Slice(sequence.slot, start, sequence.table.pages, tokens, sample=last))
+            masked = last and sequence.masker is not None
+            flight.masked |= masked
+            slices.append(
+                Slice(sequence.slot, start, sequence.table.pages, tokens, sample=last, masked=masked)
+            )
             sequence.expected += last
         else:
             targets = reading.targets(tokens, None if last else sequence.known[end])

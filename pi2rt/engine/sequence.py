@@ -8,6 +8,7 @@ from enum import Enum, auto
 
 import numpy as np
 
+from pi2rt.engine.masker import Masker
 from pi2rt.engine.queue import Ticket
 from pi2rt.engine.reading import Reading
 from pi2rt.engine.token_stream import TokenStream
@@ -43,8 +44,8 @@ class Sequence:
 
     __slots__ = (
         "again", "begun", "bound", "computed", "expected", "first_ns", "id", "in_flight", "known", "lane", "last_ns",
-        "leader", "limit", "on_prefill", "overtaken", "paused", "prompt", "reading", "refused", "sampling", "slot",
-        "started_ns", "state", "stream", "submitted", "table", "ticket", "writer",
+        "leader", "limit", "masker", "on_prefill", "overtaken", "paused", "prompt", "reading", "refused", "sampling",
+        "slot", "started_ns", "state", "stream", "submitted", "table", "ticket", "writer",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +59,7 @@ class Sequence:
         output: Writer | Reading,
         ticket: Ticket,
         on_prefill: Callable[[int, int], None] | None = None,
+        masker: Masker | None = None,
     ) -> None:
         self.id = id
         self.known = prompt
@@ -70,6 +72,7 @@ class Sequence:
         self.reading = output if isinstance(output, Reading) else None
         self.ticket = ticket  # held until there is a slot
         self.on_prefill = on_prefill
+        self.masker = masker
         self.state = SequenceState.WAITING
         self.slot = -1
         self.computed = self.submitted = 0

@@ -190,9 +190,8 @@ class Opening:
         self.plan = self._given or make_plan(
             self.file, self.description, divided, self._units, self._cores, self.executor, prefill, unit
         )
-        self.options = [
-            executor_options(self.plan, lane, self._lossy_options, self.trace) for lane in self.plan.lanes
-        ]
+        unplanned = {**self._lossy_options, "mask_deadline": chosen.mask_deadline}
+        self.options = [executor_options(self.plan, lane, unplanned, self.trace) for lane in self.plan.lanes]
 
     @property
     def _lossy_options(self) -> Mapping[str, Any]:
@@ -280,6 +279,7 @@ class Opening:
             max_tokens=plan.lanes[0].max_tokens,
             mixed_chunk=min(plan.lanes[0].mixed_chunk, plan.lanes[0].max_tokens),
             max_queue=self.chosen.max_queue,
+            mask_deadline=self.chosen.mask_deadline,
         )
 
     async def resize(self, actor: Actor, memory: int) -> None:

@@ -40,6 +40,7 @@ class RuntimeKeywords(TypedDict, total=False):
     memory: int | str | None
     io: Literal["auto", "uring", "preadv"]
     read_deadline: float | None
+    mask_deadline: float
     cache: int | str | None
     pipeline: Literal["cluster", "matrix", "none"]
     two_phase: bool
@@ -86,6 +87,9 @@ class RuntimeOptions:
     """How they are read: "auto" is io_uring where the system permits it, else threads with preadv."""
     read_deadline: float | None = 30.0
     """Seconds. Where none of the reads in flight ends for so long, requests that wait for them fail; None: never."""
+    mask_deadline: float = 10.0
+    """Seconds. A step that has done all else waits so long for the ``token_mask`` of a request; then that request fails
+    alone. Others wait with it once: a request whose function is slow is left out of steps until its mask is there."""
     cache: int | str | None = None
     """Of a pack with neuron bundles, memory for neurons at most, in bytes or as "600M"; "off": as little as will do.
     None: all that ``memory`` leaves."""
@@ -151,6 +155,9 @@ class RuntimeOptions:
             raise RequestError(
                 f"read_deadline={self.read_deadline!r}: seconds, up to a million, or None are needed"
             )
+        deadline = self.mask_deadline
+        if isinstance(deadline, bool) or not isinstance(deadline, int | float) or not 0 < deadline <= 1e6:
+            raise RequestError(f"mask_deadline={deadline!r}: seconds, up to a million, are needed")
         if self.pipeline not in ("cluster", "matrix", "none"):
             raise RequestError(f"pipeline={self.pipeline!r}: one of 'cluster', 'matrix', 'none' is needed")
         if self.sparsity not in ("exact", "predicted", "thresholded"):

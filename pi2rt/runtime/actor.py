@@ -24,9 +24,10 @@ import trio
 
 from pi2rt._errors import BusyError, ClosedError, ExecutorError, InternalError, RequestError
 from pi2rt.runtime.channel import ChannelStatistics
-from pi2rt.runtime.executor import Executor, Repairable, Resizable
+from pi2rt.runtime.executor import Executor, Masking, Repairable, Resizable
 from pi2rt.runtime.executor_statistics import ExecutorStatistics
 from pi2rt.runtime.step import Step, StepResult
+from pi2rt.runtime.token_mask import TokenMask
 from pi2rt.runtime.trace import Trace, Track
 
 MAX_FAILURES = 5
@@ -98,6 +99,7 @@ class Actor:
         self._generation = 0
         self._executor: Executor | None = None
         self._capacity = 0  # the executor's max_in_flight
+        self._takes_masks = False  # the executor does, or did
         self._in_flight: deque[Step] = deque()
         self._lost: deque[tuple[Step, Exception | None]] = deque()  # to be reported by result, in order
         self._cause: Exception | None = None  # why the actor is being rebuilt, or is broken
@@ -206,6 +208,20 @@ class Actor:
         if self._executor is not None and self._state == "ready":
             try:
                 self._executor.stop(step_id)
+            except Exception as error:
+                self._lose_executor(error)
+
+    @property
+    def takes_masks(self) -> bool:
+        """Whether slices may wait for masks (``Masking``)."""
+        return self._takes_masks
+
+    def mask(self, step_id: int, slot: int, allowed: TokenMask | None) -> None:
+        """Gives a slice in flight the mask that it waits for. Unknown ids are ignored."""
+        executor: object = self._executor
+        if self._state == "ready" and isinstance(executor, Masking):
+            try:
+                executor.mask(step_id, slot, allowed)
             except Exception as error:
                 self._lose_executor(error)
 
@@ -481,6 +497,7 @@ class Actor:
                 error.add_note(str(second))
             raise
         self._executor, self._capacity = executor, executor.max_in_flight
+        self._takes_masks = getattr(executor, "takes_masks", False)
 
     async def _rebuild(self) -> None:
         old, self._executor = self._executor, None
