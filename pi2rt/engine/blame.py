@@ -38,8 +38,8 @@ def blame(
     if unusable.parameters == ("token_mask",):
         if late is not None:
             return RequestError(
-                f"token_mask gave no mask for position {position} within the mask_deadline of {late:g} s; make it faster, "
-                f"or open the model with a longer mask_deadline"
+                f"token_mask gave no mask for position {position} within the mask_deadline of {late:g} s; make it "
+                f"faster, or open the model with a longer mask_deadline"
             )
         return RequestError(
             f"token_mask: no token can be picked at position {position}, because none that it allows has a finite "

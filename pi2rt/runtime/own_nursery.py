@@ -29,7 +29,14 @@ async def open_own_nursery() -> AsyncIterator[trio.Nursery]:
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
     """With notes on the others; None where there are only cancellations."""
-    errors = [error for error in group.exceptions if not isinstance(error, trio.Cancelled)]
+    errors = [error for error in group.exceptions if not _cancelled(error)]
     for other in errors[1:]:
         errors[0].add_note(f"and {type(other).__name__}: {other}")
     return errors[0] if errors else None
+
+
+def _cancelled(error: BaseException) -> bool:
+    """Whether it is a cancellation, or a group of them, as a nursery within brings."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_cancelled, error.exceptions))
+    return isinstance(error, trio.Cancelled)
