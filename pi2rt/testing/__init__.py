@@ -18,6 +18,7 @@ from pi2rt.testing.conformance import StepExecutorConformance
 from pi2rt.testing.drafts import Drafts
 from pi2rt.testing.flow import Flow
 from pi2rt.testing.lifecycle import Lifecycle
+from pi2rt.testing.masks import Masks
 from pi2rt.testing.memory import Memory
 from pi2rt.testing.outputs import Outputs
 from pi2rt.testing.sampling_options import SamplingOptions
@@ -33,6 +34,7 @@ __all__ = [
     "Drafts",
     "Flow",
     "Lifecycle",
+    "Masks",
     "Memory",
     "Outputs",
     "SamplingOptions",

@@ -6,6 +6,7 @@ from pi2rt.testing.agreement import Agreement
 from pi2rt.testing.drafts import Drafts
 from pi2rt.testing.flow import Flow
 from pi2rt.testing.lifecycle import Lifecycle
+from pi2rt.testing.masks import Masks
 from pi2rt.testing.memory import Memory
 from pi2rt.testing.outputs import Outputs
 from pi2rt.testing.sampling_options import SamplingOptions
@@ -13,6 +14,6 @@ from pi2rt.testing.sequences import Sequences
 
 
 class StepExecutorConformance(
-    Lifecycle, Flow, Sequences, Drafts, Outputs, SamplingOptions, Agreement, Memory
+    Lifecycle, Flow, Sequences, Drafts, Masks, Outputs, SamplingOptions, Agreement, Memory
 ):
     """Subclass it under a name that starts with "Test", and give ``make_executor``; see ``Harness`` for the rest."""
