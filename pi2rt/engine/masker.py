@@ -6,6 +6,7 @@ while the model computes, and the executor waits for the mask with all else done
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, overload
@@ -20,8 +21,8 @@ MaskFunction: TypeAlias = Callable[[Sequence[int]], TokenMask | None]
 """``function(generated)``: which tokens may come after those generated so far. None: all."""
 
 SLOW_S = 0.03
-"""A function that took longer for the token before delays no neighbour: its request is left out of steps until the mask
-is there."""
+"""A function that took longer the last time, or was never called, delays no neighbour: its request is left out of steps
+until the mask is there. But for the first token, whose mask is made while the prompt is computed."""
 
 in_thread = trio.to_thread.run_sync
 """What runs a function; tests have simulated time instead."""
@@ -86,7 +87,7 @@ class Masker:
         self._limiter = trio.CapacityLimiter(1)  # also for a call that was given up and has not returned
         self._scope: trio.CancelScope | None = None  # of a call
         self._busy = self._ended = False
-        self._seconds = 0.0  # that the last call took
+        self._seconds = math.inf  # that the last call took; the first one may compile a grammar
 
     @property
     def wanted(self) -> bool:

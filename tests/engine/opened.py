@@ -16,6 +16,7 @@ import trio.testing
 
 from pi2rt.engine import Chunk, Engine, EngineOptions, SamplingParams
 from pi2rt.engine.lane import PrefillLane
+from pi2rt.engine.masker import MaskFunction
 from pi2rt.executors.simulated.cache import SimulatedPages
 from pi2rt.executors.simulated.executor import SimulatedExecutor, hashed_token
 from pi2rt.formats import ModelFile
@@ -85,9 +86,11 @@ class Opened:
     async def tokens(self, prompt: Sequence[int], max_tokens: int, **params: Any) -> list[int]:
         return [chunk.token for chunk in await self.chunks(prompt, max_tokens=max_tokens, **params)]
 
-    async def chunks(self, prompt: Sequence[int], **params: Any) -> list[Chunk]:
+    async def chunks(
+        self, prompt: Sequence[int], *, token_mask: MaskFunction | None = None, **params: Any
+    ) -> list[Chunk]:
         params.setdefault("ignore_eos", True)
-        async with self.engine.stream(prompt, SamplingParams(**params)) as stream:
+        async with self.engine.stream(prompt, SamplingParams(**params), token_mask=token_mask) as stream:
             return [chunk async for chunk in stream]
 
     async def idle(self) -> None:
@@ -112,6 +115,7 @@ async def opened(
     make_executor: Callable[[Log], Executor] | None = None,
     prefill: Sequence[dict[str, Any]] = (),
     abandoned: int = 0,
+    mask_deadline: float = 10.0,
     **executor: Any,
 ) -> AsyncIterator[Opened]:
     """``executor``: keywords of SimulatedExecutor. ``prefill``: for each lane that computes prompts, such keywords, and
@@ -119,7 +123,9 @@ async def opened(
     but for ``abandoned`` pages."""
     pages = slots * -(-context // PAGE_TOKENS) if pages is None else pages
     log = Log()
-    options = ExecutorOptions(slots=slots, pages=pages, context=context, max_tokens=max_tokens)
+    options = ExecutorOptions(
+        slots=slots, pages=pages, context=context, max_tokens=max_tokens, mask_deadline=mask_deadline
+    )
     if prefill:
         executor["pages"] = SimulatedPages(pages)
     model = cast("ModelDescription", SimpleNamespace(vocab_size=VOCAB_SIZE))  # it reads nothing else
@@ -156,6 +162,7 @@ async def opened(
                 mixed_chunk=mixed_chunk,
                 stream_buffer=stream_buffer,
                 max_queue=max_queue,
+                mask_deadline=mask_deadline,
             ),
             trace,
             prefill=tuple(lanes),
