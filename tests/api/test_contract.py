@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Coroutine
+import threading
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pi2rt.catalogue import names
 from pi2rt.executors.simulated.executor import Faults, SimulatedExecutor, scripted
 from pi2rt.formats import open_model_file
 from pi2rt.opening import pack_cache
+from pi2rt.runtime.token_mask import TokenMask, masking
 from tests.api.adapters import APIS, Gate, GatedExecutor, TrioApi, parameters
 from tests.support.tiny_models import BOS, EOS
 
@@ -96,6 +98,7 @@ BAD_PARAMETERS: list[tuple[dict[str, Any], str]] = [
     ({"params": {"top_p": 0.5}}, r"^params={'top_p': 0.5}: SamplingParams are needed; "),
     ({"logit_bias": {5000: 1.0}}, r"^logit_bias: token id 5000 is outside the vocabulary of 320 tokens$"),
     ({"max_tokens": True}, r"^max_tokens=True: an integer from 1"),
+    ({"token_mask": 7}, r"^token_mask=7: a function of the tokens generated so far is needed$"),
     ({"stop": [""]}, r"^stop=\[''\]: at most 64 strings, none of them empty, are allowed$"),
 ]
 
@@ -167,6 +170,58 @@ async def test_parameters_that_leave_no_token_are_met_by_iterating(api: TrioApi,
                 with pytest.raises(pi2rt.RequestError, match="logit_bias"):
                     await anext(chunks)
         assert len((await engine.generate("hi", max_tokens=3, ignore_eos=True)).tokens) == 3
+
+
+@contract
+async def test_a_text_keeps_to_its_token_masks(api: TrioApi, tiny: Path) -> None:
+    """They are made on another thread, of the tokens generated so far."""
+    here, seen = threading.current_thread(), []
+
+    def even_or_odd(generated: Sequence[int]) -> TokenMask:
+        assert threading.current_thread() is not here
+        seen.append(tuple(generated))
+        return masking(np.arange(320) % 2 == len(generated) % 2)
+
+    for executor in ("simulated", "cpu"):
+        async with api.open(tiny, executor=executor, context=128) as engine:
+            seen.clear()
+            whole = await engine.generate("hi", max_tokens=8, ignore_eos=True, token_mask=even_or_odd)
+            assert [token % 2 for token in whole.tokens] == [0, 1] * 4
+            assert seen == [whole.tokens[:count] for count in range(8)]
+            async with engine.stream("hi", max_tokens=8, ignore_eos=True, token_mask=even_or_odd) as chunks:
+                assert tuple([chunk.token async for chunk in chunks]) == whole.tokens
+
+
+@contract
+async def test_a_token_mask_that_raises_is_met_by_iterating(api: TrioApi, tiny: Path) -> None:
+    def raises(generated: Sequence[int]) -> None:
+        if len(generated) == 2:
+            raise KeyError("of mine")
+
+    async with api.open(tiny, executor="simulated") as engine:
+        async with engine.stream("hi", ignore_eos=True, token_mask=raises) as chunks:
+            assert [(await anext(chunks)).token >= 0 for _ in range(2)] == [True, True]
+            for _ in range(2):
+                with pytest.raises(pi2rt.RequestError, match=r"^token_mask raised KeyError after 2") as info:
+                    await anext(chunks)
+                assert isinstance(info.value.__cause__, KeyError)
+        with pytest.raises(pi2rt.RequestError, match=r"^token_mask raised KeyError after 2"):
+            await engine.generate("hi", ignore_eos=True, token_mask=raises)
+        assert len((await engine.generate("hi", max_tokens=3, ignore_eos=True)).tokens) == 3
+
+
+class WithoutMasks(SimulatedExecutor):
+    takes_masks = False
+
+
+@contract
+async def test_an_executor_without_masks_is_met_by_the_call(api: TrioApi, tiny: Path) -> None:
+    async with api.open(tiny, executor=WithoutMasks) as engine:
+        with pytest.raises(pi2rt.RequestError, match=r"^token_mask: the executor of actor .* takes no masks"):
+            engine.stream("hi", token_mask=lambda generated: None)
+        with pytest.raises(pi2rt.RequestError, match=r"^token_mask: the executor of actor .* takes no masks"):
+            await engine.generate("hi", token_mask=lambda generated: None)
+        assert engine.statistics().engine.requests == 0
 
 
 @contract

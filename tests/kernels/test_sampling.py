@@ -15,6 +15,7 @@ from pi2rt.cython_kernels.kernels import native
 from pi2rt.cython_kernels.plane import program
 from pi2rt.executors.reference import sampling as reference_sampling
 from pi2rt.runtime.step import Floats, Int32s, Sampled, Sampling, Unusable
+from pi2rt.runtime.token_mask import TokenMask, allows, masking
 from tests.kernels.variants import KERNELS
 
 seeds = st.integers(0, 2**64 - 1)
@@ -28,6 +29,7 @@ class Case:
     sampling: Sampling
     counts: Int32s = field(repr=False)
     position: int
+    allowed: TokenMask | None = field(repr=False)
 
 
 @st.composite
@@ -59,7 +61,15 @@ def cases(draw: st.DrawFn) -> Case:
         logprobs=draw(st.sampled_from([-1, 0])),
     )
     counts = rng.integers(0, 4, vocab).astype(np.int32) if draw(st.booleans()) else np.zeros(vocab, np.int32)
-    return Case(logits, sampling, counts, draw(st.integers(0, 2**20)))
+    allowed = None
+    if draw(st.booleans()):
+        tokens = rng.random(vocab) < draw(st.sampled_from([0.0, 0.01, 0.5, 1.0]))
+        finite = np.flatnonzero(np.isfinite(logits))
+        tokens[rng.choice(finite)] = True
+        allowed = masking(tokens)
+        if vocab % 32:  # what stands behind the vocabulary means nothing
+            allowed[-1] |= np.uint32(0xFFFFFFFF << vocab % 32 & 0xFFFFFFFF)
+    return Case(logits, sampling, counts, draw(st.integers(0, 2**20)), allowed)
 
 
 def acceptable(logits: Floats, sampling: Sampling, position: int) -> set[int]:
@@ -80,10 +90,14 @@ def acceptable(logits: Floats, sampling: Sampling, position: int) -> set[int]:
 @settings(max_examples=400, deadline=None)
 def test_the_same_token_as_the_reference(case: Case, variant: str) -> None:
     logits, sampling, counts, position = case.logits, case.sampling, case.counts, case.position
-    expected = reference_sampling.sample(logits, sampling, counts, position)
-    token, logprob = program.sample(native.kernels_address(variant), logits, sampling, counts, position)
-    changed = reference_sampling.penalised(logits, sampling, counts)
+    allowed = case.allowed
+    expected = reference_sampling.sample(logits, sampling, counts, position, allowed)
+    token, logprob = program.sample(
+        native.kernels_address(variant), logits, sampling, counts, position, allowed
+    )
+    changed = reference_sampling.penalised(logits, sampling, counts, allowed)
     assert isinstance(expected, Sampled)
+    assert allowed is None or allows(allowed, len(logits))[token]
     assert isinstance(changed, np.ndarray)
     if token != expected.token:
         assert sampling.temperature > 0
@@ -128,7 +142,7 @@ def test_the_same_blame_as_the_reference(data: st.DataObject, variant: str) -> N
         np.float32,
     )
     vocab = len(logits)
-    biases = st.one_of(st.just(-math.inf), st.sampled_from([1e9, -1e9, 1.0]))
+    biases = st.one_of(st.just(-math.inf), st.sampled_from([1e9, -1e9, 1.0, math.inf, math.nan]))
     sampling = Sampling(
         temperature=data.draw(st.sampled_from([0.0, 1e-38, 1e-3, 1.0, 100.0])),
         top_k=data.draw(st.sampled_from([0, 1, 3, 2**31 - 1])),
@@ -141,13 +155,16 @@ def test_the_same_blame_as_the_reference(data: st.DataObject, variant: str) -> N
         logprobs=data.draw(st.sampled_from([-1, 0])),
     )
     counts = np.array(data.draw(st.lists(st.sampled_from([0, 1, 2**31 - 1]), min_size=vocab, max_size=vocab)))
-    expected = reference_sampling.sample(logits, sampling, counts.astype(np.int32), 3)
-    token, _ = program.sample(native.kernels_address(variant), logits, sampling, counts, 3)
+    allowed = None
+    if data.draw(st.booleans()):
+        allowed = masking(np.array(data.draw(st.lists(st.booleans(), min_size=vocab, max_size=vocab))))
+    expected = reference_sampling.sample(logits, sampling, counts.astype(np.int32), 3, allowed)
+    token, _ = program.sample(native.kernels_address(variant), logits, sampling, counts, 3, allowed)
     if isinstance(expected, Unusable):
         assert token < 0
         assert program.unusable(token) == expected
     else:
-        changed = reference_sampling.penalised(logits, sampling, counts)
+        changed = reference_sampling.penalised(logits, sampling, counts, allowed)
         assert isinstance(changed, np.ndarray)
         assert 0 <= token < vocab
         assert changed[token] > -math.inf

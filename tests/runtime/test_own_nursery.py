@@ -45,3 +45,18 @@ async def test_a_good_end() -> None:
         nursery.start_soon(trio.lowlevel.checkpoint)
         done.append(1)
     assert done == [1]
+
+
+async def test_a_cancellation_of_a_nursery_within_hides_no_error() -> None:
+    error = LookupError("x")
+
+    async def within() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            await trio.sleep_forever()
+
+    with pytest.raises(LookupError) as info:  # noqa: PT012
+        async with open_own_nursery() as nursery:
+            nursery.start_soon(within)
+            nursery.start_soon(fail, error)
+    assert info.value is error

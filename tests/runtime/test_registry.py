@@ -81,6 +81,14 @@ class NoRoom(SimulatedExecutor):
         self.max_in_flight = 0
 
 
+class TakesMasksPerhaps(SimulatedExecutor):
+    takes_masks = "yes"  # type: ignore[assignment]
+
+
+class TakesMasksWithoutSlots(SimulatedExecutor):
+    def mask(self, step_id: int) -> None: ...  # type: ignore[override]
+
+
 class NeedsArguments(SimulatedExecutor):
     def __init__(self, device: str) -> None:
         super().__init__(device)
@@ -119,6 +127,8 @@ class MoreArguments(SimulatedExecutor):
     ("factory", "problem"),
     [
         (NoName, "attribute 'name' must be a string that is not empty, not ''"),
+        (TakesMasksPerhaps, "attribute 'takes_masks' must be True or False, not 'yes'"),
+        (TakesMasksWithoutSlots, r"method mask\(step_id, slot, allowed\) does not take these arguments"),
         (NoRoom, "attribute 'max_in_flight' must be a whole number of at least 1, not 0"),
         (NeedsArguments, "cannot be constructed without arguments: TypeError: .*'device'"),
         (Explodes, "cannot be constructed without arguments: OSError: no driver"),
