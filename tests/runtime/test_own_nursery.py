@@ -48,15 +48,30 @@ async def test_a_good_end() -> None:
 
 
 async def test_a_cancellation_of_a_nursery_within_hides_no_error() -> None:
-    error = LookupError("x")
+    """Where it comes out before the error does."""
+    error, left = LookupError("x"), trio.Event()
 
     async def within() -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.sleep_forever)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.sleep_forever)
+                await trio.sleep_forever()
+        finally:
+            left.set()
+
+    async def cleanup_fails() -> None:
+        try:
             await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await left.wait()
+                await trio.lowlevel.checkpoint()
+            raise error
 
     with pytest.raises(LookupError) as info:  # noqa: PT012
-        async with open_own_nursery() as nursery:
-            nursery.start_soon(within)
-            nursery.start_soon(fail, error)
+        with trio.CancelScope() as scope:
+            async with open_own_nursery() as nursery:
+                nursery.start_soon(within)
+                nursery.start_soon(cleanup_fails)
+                scope.cancel()
     assert info.value is error
