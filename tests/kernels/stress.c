@@ -2,7 +2,8 @@
  * posted ahead and steps stopped at any moment, and gives the bits that one thread alone gives. Then again with every
  * matrix of every layer streamed from a file through the smallest ring; with ReLU, with the neurons of feed-forward
  * blocks read from a file when they are active, through the smallest cache and changing ones; and with threads that
- * assist, which lose their core at any moment, for longer than several steps take.
+ * assist, which lose their core at any moment, for longer than several steps take. Half of the tokens wait for masks,
+ * which come at any moment.
  *
  *   stress STEPS
  *
@@ -16,6 +17,7 @@
 #include <unistd.h>
 
 #include "bundles.h"
+#include "masks.h"
 #include "ops_attention.h"
 #include "ops_embed.h"
 #include "ops_linear.h"
@@ -155,6 +157,7 @@ static void build(pi2_program *p, const model *m, pi2_gang *gang, uint8_t *cache
                      .max_rows = MAX_ROWS,
                      .max_slots = SLOTS,
                      .context = CONTEXT,
+                     .mask_deadline_ns = INT64_MAX / 4,
                      .n_ropes = 1,
                      .ropes = calloc(1, sizeof(pi2_rope))};
   double *frequencies = malloc(HEAD_DIM / 2 * sizeof *frequencies);
@@ -217,12 +220,13 @@ static void prepare(pi2_program *p) {
 
 /* A step of the script. Every slot's sequence starts anew where it would leave the context. */
 typedef struct {
-  int slot, start, count, ahead;
+  int slot, start, count, ahead, masked;
 } piece; /* ahead: continue with the token sampled last */
 typedef struct {
   int n;
   piece pieces[SLOTS];
   int32_t tokens[MAX_ROWS], targets[MAX_ROWS];
+  uint32_t masks[SLOTS][(VOCAB + 31) / 32];
 } step;
 
 static step next_step(int at[SLOTS]) {
@@ -233,7 +237,8 @@ static step next_step(int at[SLOTS]) {
     int count = below(3) ? 1 : 1 + below(left - (SLOTS - 1 - slot));
     if (below(12) == 0) count = left - (SLOTS - 1 - slot);
     if (at[slot] + count > CONTEXT) at[slot] = 0;
-    s.pieces[s.n++] = (piece){slot, at[slot], count, count == 1 && at[slot] > 0 && below(2)};
+    for (int i = 0; i < (VOCAB + 31) / 32; i++) s.masks[s.n][i] = 1u << below(32) | (uint32_t)below(1 << 16);
+    s.pieces[s.n++] = (piece){slot, at[slot], count, count == 1 && at[slot] > 0 && below(2), below(2)};
     at[slot] += count;
     left -= count;
   }
@@ -265,6 +270,9 @@ static pi2_run *post(pi2_program *p, const step *s, int trial, result *r) {
     memcpy(run->token + row, s->tokens + row, (size_t)q->count * sizeof *run->token);
     if (!trial) {
       slice->sample = 1;
+      slice->masked = q->masked;
+      slice->mask = run->masks + i * p->mask_words;
+      run->n_masked += q->masked;
       slice->top = r->top[i];
       if (q->ahead) run->token[row] = -1;
       memcpy(run->targets + row, s->targets + row, (size_t)q->count * sizeof *run->targets);
@@ -279,6 +287,9 @@ static pi2_run *post(pi2_program *p, const step *s, int trial, result *r) {
   run->trace = row & 1;
   if (pi2_run_post(run)) die("cannot post");
   return run;
+}
+static void give_masks(pi2_run *run, const step *s) {
+  for (int i = 0; i < s->n; i++) pi2_mask_give(run, &run->slices[i], s->masks[i]);
 }
 static void wait_for(pi2_gang *gang, pi2_run *run) {
   while (!run->done) {
@@ -296,9 +307,11 @@ typedef struct {
     pi2_run *run;
     const step *step;
     result *result;
+    int given; /* its masks were */
   } run[PI2_QUEUE];
 } flight;
 static void land(pi2_gang *gang, flight *f) {
+  if (!f->run[0].given) give_masks(f->run[0].run, f->run[0].step);
   wait_for(gang, f->run[0].run);
   const pi2_run *run = f->run[0].run;
   if (!f->run[0].result)
@@ -315,7 +328,15 @@ static pi2_run *fly(pi2_program *p, flight *f, const step *s, result *r) {
   pi2_run *run = post(p, s, !r, r);
   f->run[f->n].run = run;
   f->run[f->n].step = s;
+  f->run[f->n].given = !r || below(2);
   f->run[f->n++].result = r;
+  if (!r) return run;
+  for (int i = 0; i < f->n; i++) /* some come while the gang waits, and some before it has begun */
+    if (i == f->n - 1 ? f->run[i].given : !f->run[i].given && below(3) == 0) {
+      if (below(2)) spin(below(20000));
+      give_masks(f->run[i].run, f->run[i].step);
+      f->run[i].given = 1;
+    }
   return run;
 }
 
@@ -595,7 +616,7 @@ static int play(const model *m, int threads, const step *script, int steps, resu
       pi2_run *run = fly(&p, &f, &script[i], NULL);
       if (below(3)) {
         spin(below(2) ? below(200) : below(20000));
-        atomic_store(&run->stop, 1);
+        pi2_run_stop(run);
       }
     }
     while (f.n && below(4) == 0) land(gang, &f);
