@@ -210,6 +210,33 @@ async def test_a_token_mask_that_raises_is_met_by_iterating(api: TrioApi, tiny: 
         assert len((await engine.generate("hi", max_tokens=3, ignore_eos=True)).tokens) == 3
 
 
+@contract
+async def test_leaving_does_not_wait_for_a_token_mask(api: TrioApi, tiny: Path) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def blocks(generated: Sequence[int]) -> None:
+        entered.set()
+        assert leave.wait(60)
+
+    async with api.open(tiny, executor="cpu", context=128, mask_deadline=1000) as engine:
+        try:
+            async with engine.stream("hi", token_mask=blocks):
+                while not entered.is_set():
+                    await api.turn()
+            assert len((await engine.generate("ho", max_tokens=3, ignore_eos=True)).tokens) == 3
+            assert (await settled(api, engine)).cancelled == 1
+        finally:
+            leave.set()
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), 1e7, None, "10", True])
+@contract
+async def test_a_mask_deadline_that_cannot_be(api: TrioApi, tiny: Path, seconds: object) -> None:
+    with pytest.raises(pi2rt.RequestError, match=r"^mask_deadline=.*: seconds, up to a million, are needed$"):
+        async with api.open(tiny, mask_deadline=seconds):
+            pass
+
+
 class WithoutMasks(SimulatedExecutor):
     takes_masks = False
 
