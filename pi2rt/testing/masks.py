@@ -279,7 +279,7 @@ class Masks(Harness):
     async def test_a_mask_that_never_comes(self) -> None:
         """Past ``mask_deadline`` that slice is unusable; the others are not concerned."""
         self._takes_masks()
-        async with self.opened(mask_deadline=0.2) as executor:
+        async with self.opened(mask_deadline=0.5) as executor:
             prompt = self.prompt(_LENGTH)
             (right,) = await self.generate(executor, prompt, 1)
             slices = (

@@ -116,10 +116,9 @@ async def test_those_without_masks_do_not_wait_in_vain(tiny: Path) -> None:
         result = await executor.wait()
         expected[5] = expected[37] = Unusable(("token_mask",))
         assert [*result.sampled] == expected
-        took = (result.finished_ns - result.started_ns) / 1e9
-        assert 0.3 <= took < 20  # one deadline for all, though two parts of the rows wait
-        assert result.kernel_ns < 0.2e9  # waiting is no kernel time
-        assert executor.statistics().kernel_ns < 0.4e9
+        took = result.finished_ns - result.started_ns
+        assert took >= 0.3e9
+        assert result.kernel_ns <= took - 0.29e9  # waiting is no kernel time
 
 
 async def test_stopping_while_some_have_masks(tiny: Path) -> None:
