@@ -227,10 +227,13 @@ class SimulatedExecutor:
             else self._seconds_per_step + self._seconds_per_token * step.tokens,
         )
         self._queue.append(running)
-        self._advance()
-        if running.problem is not None:
+        try:
+            self._advance()
+            if running.problem is not None:
+                raise running.problem
+        except BaseException:
             self._queue.pop()
-            raise running.problem
+            raise
 
     async def wait(self) -> StepResult:
         await trio.lowlevel.checkpoint()
