@@ -12,6 +12,7 @@ the last token as a step like any other, so that sampling, penalties and seeds l
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Literal, SupportsIndex
@@ -155,11 +156,14 @@ class Engine:
             self._masking.start_soon(self._made_mask, sequence, sequence.masker)
 
     async def _made_mask(self, sequence: Sequence, masker: Masker) -> None:
+        started_ns = time.perf_counter_ns()
         try:
             await masker.make()
         except Exception as error:
             if _unfinished(sequence):
                 self._fail(sequence, error)
+        if self._recorder is not None:
+            self._recorder.mask(sequence, started_ns)
         self._wake()  # it may have been left out of steps until now
 
     async def _receive(self, lane: Lane) -> None:

@@ -1,6 +1,8 @@
-"""Requests and steps in the trace."""
+"""Requests, their token masks, and steps in the trace."""
 
 from __future__ import annotations
+
+import time
 
 from pi2rt.engine.lane import Lane
 from pi2rt.engine.scheduler import Flight
@@ -51,3 +53,9 @@ class Recorder:
         track.span("prefill", start, first or last)
         if first and last > first:
             track.span("decode", first, last)
+
+    def mask(self, sequence: Sequence, started_ns: int) -> None:
+        """A token mask was made, or its call ended otherwise. On a track for each request, which has one at a time."""
+        track = self._trace.track("token masks", f"request {sequence.id}")
+        generated = len(sequence.known) - sequence.prompt
+        track.span("token mask", started_ns, time.perf_counter_ns(), generated_tokens=generated)

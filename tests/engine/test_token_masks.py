@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,11 @@ from pi2rt.executors.simulated.executor import SimulatedExecutor, hashed_token, 
 from pi2rt.runtime.executor import Executor
 from pi2rt.runtime.step import Sampling
 from pi2rt.runtime.token_mask import TokenMask, masking
+from pi2rt.runtime.trace import Trace
 from pi2rt.tokenizer import Tokenizer
 from tests.engine.opened import EOS, Log, continuation, numbers, opened
 from tests.support.tiny_models import VOCAB_SIZE
+from tests.support.trace_events import assert_no_overlap, events_of, spans
 
 
 def allowed_after(generated: Sequence[int], salt: int = 0) -> npt.NDArray[np.bool_]:
@@ -126,6 +129,23 @@ async def test_steps_run_ahead_as_far_as_they_may(tokenizer: Tokenizer, autojump
                     break
         assert text == limited(numbers(3), 60)
         assert most >= 7
+
+
+async def test_calls_are_in_the_trace(
+    tokenizer: Tokenizer, autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    trace = Trace()
+    async with opened(tokenizer, seconds_per_step=0.01, trace=trace) as o:
+        async with trio.open_nursery() as nursery:
+            for i in range(2):
+                nursery.start_soon(lambda i=i: o.tokens(numbers(5, seed=i), 6, token_mask=Grammar()))
+    calls = spans(events_of(trace, tmp_path), "token mask")
+    assert sorted(span["args"]["generated_tokens"] for span in calls) == [
+        count for count in range(6) for _ in "ab"
+    ]
+    assert {span["track"] for span in calls} == {"request 1", "request 2"}
+    for request in 1, 2:
+        assert_no_overlap([span for span in calls if span["track"] == f"request {request}"])
 
 
 async def test_masked_and_unmasked_texts_side_by_side(
