@@ -152,6 +152,7 @@ int pi2_gang_post(pi2_gang *g, pi2_job run, void *context) {
 }
 
 void pi2_gang_report(pi2_gang *g) { atomic_store(&g->told, atomic_load(&g->posted)); }
+
 void pi2_gang_assist(pi2_gang *g, int members, pi2_assisting assist, void *context) {
   atomic_store(&g->from, atomic_load(&g->posted));
   atomic_store(&g->members, g->n);

@@ -20,6 +20,6 @@ static inline int pi2_row_is_masked(const pi2_run *run, int32_t row) {
 }
 /* Takes the next masked row whose mask is there, or will not come, of the rows head_row[first] to [first + n); sleeps
  * while there is none. Returns its index from `first` on; -1: all are taken, or the run was asked to stop. Every thread
- * calls it until then, so that all are awake when the last mask has come. */
+ * that meets at barriers calls it until then, so that all are awake when the last mask has come. */
 int pi2_masked_row_take(pi2_run *run, const pi2_worker *w, int first, int n);
 #endif
