@@ -15,6 +15,7 @@ import trio.testing
 from pi2rt._errors import InternalError
 from pi2rt.executors.reference.sampling import log_softmax
 from pi2rt.runtime.executor import Executor, Masking
+from pi2rt.runtime.own_nursery import open_own_nursery
 from pi2rt.runtime.step import Bind, Int32s, Sampled, Sampling, Skipped, Slice, Step, StepResult, Unusable
 from pi2rt.runtime.token_mask import TokenMask, allows, masking
 from pi2rt.testing.harness import FOLLOW_ON, GREEDY, SEEDED, Harness, Output, in_trio
@@ -140,11 +141,12 @@ class Masks(Harness):
                 step = Step(number, (self.masked(prompt, logits=True),), (Bind(0, GREEDY, prompt),))
                 self.submit(executor, step)
                 results: list[StepResult] = []
-                async with trio.open_nursery() as nursery:
+                async with open_own_nursery() as nursery:
                     nursery.start_soon(self._wait_into, executor, number, results)
                     await trio.testing.wait_all_tasks_blocked()
-                    assert not results, "a step with a slice that is masked ended before there was a mask"
+                    early = bool(results)
                     self.give(executor, number, {0: mask})
+                assert not early, "a step with a slice that is masked ended before there was a mask"
                 (output,) = self.outputs(step, results[0])
                 self.check_masked(output, mask, GREEDY, counts, _LENGTH, "a mask that came late")
 
@@ -308,7 +310,7 @@ class Masks(Harness):
                 self.submit(executor, Step(number, (self.masked(prompt),), (Bind(0, GREEDY, prompt),)))
                 results: list[StepResult] = []
                 self.doing = "a step that waits for a mask and was stopped"
-                async with trio.open_nursery() as nursery:
+                async with open_own_nursery() as nursery:
                     nursery.start_soon(self._wait_into, executor, number, results)
                     if number % 2:
                         await trio.testing.wait_all_tasks_blocked()
