@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pi2rt.runtime.executor import Executor
-from pi2rt.testing import StepExecutorConformance, Tolerance
+from pi2rt.testing import Masks, StepExecutorConformance, Tolerance
+from tests.testing.mask_mutants import MaskWrapper
 from tests.testing.wrappers import Inexact, Resampling, Wrapper
 
 
@@ -18,6 +19,14 @@ class TestWrapper(StepExecutorConformance):
 class TestResampling(TestWrapper):
     def make_executor(self) -> Executor:
         return Resampling()
+
+
+class TestMaskWrapper(Masks):
+    models = ("llama",)
+    tolerance = Tolerance(reference=1e-4, repeat=1e-4)
+
+    def make_executor(self) -> Executor:
+        return MaskWrapper()
 
 
 class TestInexact(StepExecutorConformance):
