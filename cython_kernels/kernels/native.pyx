@@ -18,6 +18,7 @@ cdef extern from "pages.h" nogil:
     int64_t pi2_page_bytes()
     int64_t pi2_huge_page_bytes()
     void *pi2_pages_map(int64_t, int)
+    void pi2_pages_small(void *, int64_t)
     void pi2_pages_unmap(void *, int64_t)
     int pi2_pages_discard(void *, int64_t)
     int pi2_pages_abandon(void *, int64_t)
@@ -118,8 +119,9 @@ def huge_page_bytes():
 
 
 cdef class Memory:
-    """Anonymous memory outside the interpreter: zeroed, page-aligned, resident only where touched. A forked child does
-    not have it (``pages.h`` says why): there it is closed, and a view over it must not be used.
+    """Anonymous memory outside the interpreter: zeroed, page-aligned, resident only where touched (to the page of the
+    system without ``huge_pages``). A forked child does not have it (``pages.h`` says why): there it is closed, and a
+    view over it must not be used.
 
     ``address`` and ``nbytes``; ``view()`` is a uint8 array over it that must not outlive it; ``close()`` gives it back.
     """
@@ -136,6 +138,8 @@ cdef class Memory:
             error = errno
             what = "memory for weights, keys and values or buffers"
             raise system_failure(what, error, nbytes) or OSError(error, os.strerror(error))
+        if not huge_pages:
+            pi2_pages_small(p, nbytes)
         self.base = <uintptr_t>p
         self.owner = getpid()
         self.nbytes = nbytes

@@ -160,7 +160,15 @@ class Program:
     def head(self, norm: Norm | None, matrix: Matrix) -> None: ...
     def prepare(self) -> None: ...
     def state(
-        self, *, pages: int, page_bytes: int, slots: int = 0, n_slots: int = 0, slot_bytes: int = 0
+        self,
+        *,
+        pages: int,
+        page_bytes: int,
+        windowed: int = 0,
+        window_page_bytes: int = 0,
+        slots: int = 0,
+        n_slots: int = 0,
+        slot_bytes: int = 0,
     ) -> None: ...
     @property
     def waited_for(self) -> int: ...

@@ -187,8 +187,8 @@ cdef class Program:
     cdef list keep, waiting
     cdef float embedding_scale, logit_softcap
     cdef bint measured, prepared, only_measured
-    cdef int64_t pages, page_bytes, state_slots, slot_bytes
-    cdef uintptr_t page_memory, slot_memory
+    cdef int64_t pages, page_bytes, window_page_bytes, state_slots, slot_bytes
+    cdef uintptr_t page_memory, window_memory, slot_memory
     cdef readonly int64_t weight_bytes
     cdef list busy_ns
     cdef pid_t owner
@@ -395,9 +395,12 @@ cdef class Program:
             raise memory_failure("buffers for activations")
         self.measured = self.prepared = True
 
-    def state(self, *, uintptr_t pages, int64_t page_bytes, uintptr_t slots=0, int64_t n_slots=0, int64_t slot_bytes=0):
-        """Where the first page lies, and the first of ``n_slots`` slots of fixed arrays: what steps may copy."""
+    def state(self, *, uintptr_t pages, int64_t page_bytes, uintptr_t windowed=0, int64_t window_page_bytes=0,
+              uintptr_t slots=0, int64_t n_slots=0, int64_t slot_bytes=0):
+        """Where the first page lies, its part in the windowed area, and the first of ``n_slots`` slots of fixed arrays:
+        what steps may copy."""
         self.page_memory, self.page_bytes = pages, page_bytes
+        self.window_memory, self.window_page_bytes = windowed, window_page_bytes
         self.slot_memory, self.state_slots, self.slot_bytes = slots, n_slots, slot_bytes
 
     cdef int add_copy(self, pi2_run *r, copy) except -1:
@@ -408,8 +411,14 @@ cdef class Program:
         cdef uintptr_t base = self.page_memory if paged else self.slot_memory
         if not (0 <= source < count and 0 <= target < count):
             raise InternalError(f"{copy!r}: there are {count} of that kind")
-        if pi2_copies_add(&r.copies, <const uint8_t *>(base + source * nbytes), <uint8_t *>(base + target * nbytes),
-                          nbytes):
+        self.add_bytes(r, base, nbytes, source, target)
+        if paged:
+            self.add_bytes(r, self.window_memory, self.window_page_bytes, source, target)
+        return 0
+
+    cdef int add_bytes(self, pi2_run *r, uintptr_t base, int64_t nbytes, int64_t source, int64_t target) except -1:
+        if nbytes and pi2_copies_add(&r.copies, <const uint8_t *>(base + source * nbytes),
+                                     <uint8_t *>(base + target * nbytes), nbytes):
             raise memory_failure("copies of state")
         return 0
 

@@ -52,6 +52,7 @@ void *pi2_pages_map(int64_t bytes, int huge) {
   if (huge) madvise(base, (size_t)bytes, MADV_HUGEPAGE); /* fewer page walks; refusal costs only speed */
   return base;
 }
+void pi2_pages_small(void *base, int64_t bytes) { madvise(base, (size_t)bytes, MADV_NOHUGEPAGE); }
 void pi2_pages_unmap(void *base, int64_t bytes) { munmap(base, (size_t)bytes); }
 int pi2_pages_discard(void *base, int64_t bytes) {
   const pi2_pages pages = pi2_pages_within(base, bytes);

@@ -24,6 +24,9 @@ pi2_pages pi2_pages_within(void *base, int64_t bytes);
  * end up in the other's. Nor does a child make the parent copy gigabytes of weights. So in a child nobody may
  * touch it or unmap it: its addresses may be somebody else's by then. */
 void *pi2_pages_map(int64_t bytes, int huge);
+/* No huge pages there, whatever the system prefers: what is resident is what was touched. Refusal does not matter,
+ * for then the system has none. */
+void pi2_pages_small(void *base, int64_t bytes);
 void pi2_pages_unmap(void *base, int64_t bytes);
 /* Gives the whole pages among these bytes back to the system; they read as zeros until they are written again. What
  * is not a whole page stays as it is. 0 or an errno. */

@@ -185,17 +185,22 @@ class CpuExecutor:
             self._predictors.by_down,
             self._unit,
         )
-        self._program = builder.build(store.layout, store.page_memory.address)
+        windowed = 0 if store.window_memory is None else store.window_memory.address
+        self._program = builder.build(store.layout, store.page_memory.address, windowed)
         self._program.prepare()
         slots = store.slots if store.layout.slot_bytes else 0
         self._program.state(
             pages=store.page_memory.address,
             page_bytes=store.layout.page_bytes,
+            windowed=windowed,
+            window_page_bytes=store.layout.window_page_bytes,
             slots=store.slot_memory.address if slots else 0,
             n_slots=slots,
             slot_bytes=store.layout.slot_bytes,
         )
-        if flash.ring is not None:
+        if (
+            flash.ring is not None
+        ):  # of pages, only the whole area can be lent: the windowed one is always in use
             pages, page_bytes = store.page_memory, store.layout.page_bytes
             lent = flash.ring.borrow(self._program.rarely_used_bytes + pages.nbytes - page_bytes)
             self._program.lend(

@@ -73,12 +73,12 @@ def cpu_need(
         neurons = CachedNeurons(NeuronBlocks(file, model, two_phase=options.two_phase), None)
     paged = options.placed(Placement.PAGED)
     experts = CachedExperts(expert_regions(file, paged), None) if paged else None
-    state = StateLayout.of(model, kv_type)
+    state = StateLayout.of(model, kv_type, options.context)
     predictors = predictor_shapes(options.predictors, NOWHERE)
     builder = ProgramBuilder(
         file, model, weights, options, threads, None, None, neurons, experts, predictors
     )  # fmt: skip
-    activations = builder.build(state, NOWHERE).activation_bytes
+    activations = builder.build(state, NOWHERE, NOWHERE).activation_bytes
     resident = layout.nbytes + layout.vector_bytes + options.ring_bytes
     resident += sum(each.nbytes for each in options.thresholds.values())
     if options.cluster_unit is not None:
@@ -92,7 +92,7 @@ def cpu_need(
         resident += math.prod(cache_slots(neurons.blocks.regions, options.neuron_bytes))
     if paged:
         resident += math.prod(cache_slots(expert_places(file, paged), options.expert_bytes))
-    return MemoryNeed(resident, state.page_bytes, activations)
+    return MemoryNeed(resident, state.page_bytes, activations, state.window_page_bytes)
 
 
 def _shapes(layout: WeightLayout) -> _Shapes:

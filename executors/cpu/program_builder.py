@@ -75,15 +75,16 @@ class ProgramBuilder:
         )  # a unit that was lost leaves its clusters here
         self._ropes: dict[Rope, int] = {}
         self._state: StateLayout
-        self._pages = 0
+        self._pages = self._windowed = 0
         self._places: Mapping[tuple[int, int], PagedLayout] = {}
 
-    def build(self, layout: StateLayout, pages: int) -> program.Program:
-        """Not prepared yet. ``pages``: address of the KV pages that it works on, which ``layout`` describes."""
+    def build(self, layout: StateLayout, pages: int, windowed: int) -> program.Program:
+        """Not prepared yet. ``pages``, ``windowed``: addresses of the two areas of the KV pages that it works on, which
+        ``layout`` describes."""
         p, model = self._program, self._model
         embedding = self._matrix(Linear(model.embedding))
         p.embed(embedding, rows=self._rows)
-        self._state, self._pages = layout, pages
+        self._state, self._pages, self._windowed = layout, pages, windowed
         self._places = {(each.layer, each.block): each for each in layout.paged}
         for index, layer in enumerate(model.layers):
             for number, block in enumerate(layer.blocks):
@@ -123,8 +124,8 @@ class ProgramBuilder:
             rope=self._rope(block.rope),
             q_norm=self._norm(block.q_norm),
             k_norm=self._norm(block.k_norm),
-            kv=self._pages + place.offset,
-            page_stride=self._state.page_bytes,
+            kv=(self._windowed if place.windowed else self._pages) + place.offset,
+            page_stride=self._state.window_page_bytes if place.windowed else self._state.page_bytes,
             head_stride=place.head_stride,
             v_offset=place.v_offset,
             kv_type=native.KV_TYPES[self._state.kv_type],

@@ -122,10 +122,12 @@ class ReferenceExecutor:
             + 3 * LOGIT_ROWS * model.vocab_size
         )
         largest = max(file.tensors[name].nbytes for name, _ in iterate_tensors(model))
+        layout = StateLayout.of(model, self.page_type(options.kv_type, options.exact_floats), context)
         return MemoryNeed(
             weight_bytes(file, model, floats=True),
-            StateLayout.of(model, self.page_type(options.kv_type, options.exact_floats)).page_bytes,
+            layout.page_bytes,
             4 * floats + largest + _LIBRARIES,
+            layout.window_page_bytes,
         )
 
     async def open(

@@ -181,12 +181,13 @@ class ReferenceModel:
             q, k = rotate(block.rope, q, positions), rotate(block.rope, k, positions)
 
         pages.write(table, start, k, v)
-        n = start + t
-        keys, values = pages.read(table, n)  # (n, g, d) each
+        end = start + t
+        first = 0 if block.window is None else max(0, start + 1 - block.window)  # what is before may be gone
+        keys, values = pages.read(table, end, first)  # (n, g, d) each
 
-        seen = np.arange(n) <= positions[:, None]  # (t, n)
+        seen = np.arange(first, end) <= positions[:, None]  # (t, n)
         if block.window is not None:
-            seen &= np.arange(n) > positions[:, None] - block.window
+            seen &= np.arange(first, end) > positions[:, None] - block.window
         hidden = np.where(seen, np.float32(0), np.float32(-np.inf))
         group = block.n_heads // block.n_kv_heads
         out = np.empty((t, block.n_heads, d), np.float32)

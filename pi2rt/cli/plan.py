@@ -148,6 +148,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         if nbytes := getattr(plan.segments, name):
             yield f"segment      {name}: {size(nbytes)}"
     yield f"segment      all: {size(plan.segments.total)}"
+    windowed = f", {plan.window_pages} at a time for blocks with a window" if plan.window_pages else ""
+    yield f"KV pages     {plan.kv_pages}{windowed}"
     if placed:
         reads, basis = plan.reads, "chosen by the measured curve" if plan.reads.measured else "defaults"
         yield (

@@ -22,7 +22,7 @@ import trio
 from pi2rt._errors import ClosedError, ExecutorError, InternalError, RequestError
 from pi2rt.engine.blame import blame, carried, copied
 from pi2rt.engine.chunk import Timing
-from pi2rt.engine.lane import Lane, PrefillLane, StepActor
+from pi2rt.engine.lane import Lane, PrefillLane, StepActor, rows_in_flight
 from pi2rt.engine.masker import Masker, MaskFunction
 from pi2rt.engine.options import EngineOptions
 from pi2rt.engine.prompt import check_token, prompt_tokens
@@ -36,7 +36,7 @@ from pi2rt.engine.statistics import EngineStatistics
 from pi2rt.engine.stop_finder import StopFinder
 from pi2rt.engine.token_stream import TokenStream
 from pi2rt.engine.writer import Writer
-from pi2rt.memory import PAGE_TOKENS, PagePool, PageTable, PrefixIndex, StateStore
+from pi2rt.memory import PAGE_TOKENS, PagePool, PageTable, PrefixIndex, StateStore, least_window_pages
 from pi2rt.runtime.actor import NotRebuilt, Reopened
 from pi2rt.runtime.own_nursery import open_own_nursery
 from pi2rt.runtime.step import Floats, Sampling, Skipped, Step, StepResult, Unusable, Verified
@@ -71,6 +71,7 @@ class Engine:
         self.options = options
         self._recorder = None if trace is None else Recorder(trace)
         self.pool = PagePool(options.pages) if store is None else store.pool
+        self._check_windows(prefill)
         self._index = PrefixIndex(self.pool, PAGE_TOKENS)
         self._scheduler = Scheduler(
             self._index,
@@ -87,6 +88,21 @@ class Engine:
         self._closed = False
         self._requests = self._finished = self._cancelled = self._failed = 0
         self._generated = self._discarded = 0
+
+    def _check_windows(self, prefill: tuple[PrefillLane, ...]) -> None:
+        """Raises RequestError: steps might wait for the windowed bytes of pages."""
+        windows, options = self.pool.windows, self.options
+        if windows is None:
+            return
+        tokens = [options.max_tokens, *(each.max_tokens for each in prefill)]
+        each = zip(tokens, self._lanes, strict=True)
+        rows = sum(rows_in_flight(most, lane.actor.max_in_flight, options.slots) for most, lane in each)
+        least = least_window_pages(windows.window, options.slots, rows, options.context)
+        if windows.capacity < least:
+            raise RequestError(
+                f"window_pages={windows.capacity}: fewer than the {least} KV pages whose windowed bytes "
+                f"{options.slots} sequences and the steps in flight hold; make the plan again with 'pi2rt plan'"
+            )
 
     # The step loops
 
@@ -181,6 +197,11 @@ class Engine:
             self._recorder.step(lane, flight, result)
         for i, sequence in enumerate(flight.members):
             sequence.in_flight -= 1
+            if (
+                result.stopped or sequence.state is SequenceState.LEAVING
+            ):  # others count on these windowed bytes
+                slice_ = flight.step.slices[i]
+                sequence.table.pass_by(slice_.start + slice_.count)
             if sequence.state is SequenceState.LEAVING:
                 self._discarded += 1
                 if not sequence.in_flight:
@@ -194,6 +215,8 @@ class Engine:
         """One slice of a live sequence has returned."""
         slice_ = flight.step.slices[i]
         sequence.computed = slice_.start + slice_.count
+        if sequence.computed >= sequence.table.due:
+            sequence.table.pass_by(sequence.computed)
         lane.prefilled += len(slice_.tokens)
         writer, masker = sequence.writer, sequence.masker
         if masker is not None:
@@ -489,6 +512,7 @@ class Engine:
             queue=self._queue.statistics(),
             pages=self.pool.statistics(),
             prefixes=self._index.statistics(),
+            windows=None if self.pool.windows is None else self.pool.windows.statistics(),
             lanes=tuple(lane.statistics() for lane in self._lanes),
         )
 

@@ -18,6 +18,21 @@ steps more, so that it can report several at once. What waits delays a new reque
 text ends."""
 
 
+MOST_WITH_PROMPTS = 2
+"""Steps in flight, at most, while one of them has prompt tokens."""
+
+
+def rows_in_flight(max_tokens: int, in_flight: int, slots: int) -> int:
+    """Rows that the steps of a lane carry at once, at most. ``max_tokens``: in one step of it; ``in_flight``: steps
+    that its executor takes; ``slots``: sequences.
+
+    ``Lane.may_run_ahead`` is why. A step without prompt tokens has a row of each sequence at most. One with prompt
+    tokens is submitted behind another such one alone; or behind steps without, ``in_flight`` - 1 of them at most; and
+    no step behind these. What returns takes its rows along.
+    """
+    return max_tokens + max(max_tokens * (min(in_flight, MOST_WITH_PROMPTS) - 1), (in_flight - 1) * slots)
+
+
 class StepActor(Protocol):
     """What the engine needs of an actor (``pi2rt.runtime.actor.Actor``)."""
 
@@ -92,7 +107,9 @@ class Lane:
         """Whether another step may wait behind those in flight. How long one with prompt tokens takes, the time of the
         last step does not tell, so that a single step waits behind such a one."""
         prefills = any(flight.prefills for flight in self.flights)
-        return len(self.flights) < min(2 if prefills else self.depth, self.actor.max_in_flight)
+        return len(self.flights) < min(
+            MOST_WITH_PROMPTS if prefills else self.depth, self.actor.max_in_flight
+        )
 
     def returned(self, result: StepResult) -> None:
         """A step has returned: it tells how long steps take."""

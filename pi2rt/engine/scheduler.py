@@ -21,6 +21,9 @@ gives all of its pages back and is computed again later from the tokens it knows
 index, if nobody took its pages): first one whose consumer has stopped reading, else the youngest. The
 oldest is never asked while another can be, and the pool holds at least one whole context, so the oldest
 always goes on: there is no deadlock.
+
+Windowed bytes of pages (``memory/window_pool.py``) are taken when a slice is submitted that writes a page, and let go
+when no position to come sees them. There are so many that nobody waits for them (``memory/window_law.py``).
 """
 
 from __future__ import annotations
@@ -197,6 +200,7 @@ class Scheduler:
             self.leave(sequence, again=True)
             return
         sequence.table.extend(missing)
+        sequence.table.rewind(sequence.computed)
         sequence.resume(self._route(sequence, sequence.computed))
 
     def _route(self, sequence: Sequence, cached: int) -> int:
@@ -253,6 +257,8 @@ class Scheduler:
             if not self._make_room(1, sequence):
                 return False
             sequence.table.extend(1)
+        if sequence.submitted >= sequence.table.backed:
+            sequence.table.back(sequence.submitted + 1)
         return True
 
     def _has_neighbours(self, sequence: Sequence) -> bool:
@@ -285,6 +291,8 @@ class Scheduler:
             flight.begun.append(sequence)
         start = sequence.submitted
         end = start + count
+        if end > sequence.table.backed:
+            sequence.table.back(end)
         reading = sequence.reading
         tokens = sequence.tokens(start, end)
         last = end == len(sequence.known)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pi2rt.engine.lane import LaneStatistics
 from pi2rt.engine.queue import QueueStatistics
-from pi2rt.memory import PagePoolStatistics, PrefixIndexStatistics
+from pi2rt.memory import PagePoolStatistics, PrefixIndexStatistics, WindowPoolStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,4 +37,6 @@ class EngineStatistics:
     queue: QueueStatistics
     pages: PagePoolStatistics
     prefixes: PrefixIndexStatistics
+    windows: WindowPoolStatistics | None
+    """None: no block looks back a window only, or all pages have memory for all blocks."""
     lanes: tuple[LaneStatistics, ...]

@@ -82,7 +82,7 @@ class PlanClusterUnit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class PlanSegments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes of memory by use. ``process``: interpreter, libraries, tokenizer and what a prompt's text takes, 0 where
     there is no budget; ``lanes``: weights and activations of prefill lanes; ``experts``, ``neurons``: caches; ``kv``:
-    all pages; ``unit``: a cluster unit."""
+    all pages, of blocks with a window those that have memory at a time; ``unit``: a cluster unit."""
 
     process: Bytes
     lanes: Bytes
@@ -144,7 +144,8 @@ class Prediction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``placements``: of each tensor that is not resident, in the order of use; of all others it is RESIDENT."""
+    """``placements``: of each tensor that is not resident, in the order of use; of all others it is RESIDENT.
+    ``window_pages``: KV pages that have memory for the keys and values of blocks with a window at a time; 0: all."""
 
     version: int
     model: PlanModel
@@ -159,6 +160,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_pages: Positive
     predictions: Annotated[list[Prediction], Meta(max_length=100)]
     cluster_unit: PlanClusterUnit | None = None
+    window_pages: Count = 0
 
     def placed(self, placement: Placement) -> tuple[str, ...]:
         """Names of the tensors that are there, in the order of use."""
@@ -272,6 +274,8 @@ def _check(plan: Plan) -> None:
     for lane in plan.lanes[1:]:
         if lane.least_tokens < 1:
             raise ValueError(f"least_tokens of lane {lane.name!r}: at least 1 is needed")
+    if plan.window_pages > plan.kv_pages:
+        raise ValueError(f"window_pages={plan.window_pages}: more than kv_pages={plan.kv_pages}")
     if plan.kv_pages * 64 < plan.choices.context:
         raise ValueError(
             f"kv_pages={plan.kv_pages}: fewer than a context of {plan.choices.context} tokens needs"

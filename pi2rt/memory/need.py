@@ -15,30 +15,41 @@ MiB = 1 << 20
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
     """Bytes: ``weights`` as they lie in memory, ``page`` for one page of KV cache, ``activations`` for the
-    largest step. What the interpreter and its libraries take is not part of it."""
+    largest step. ``window_page``: of a page, what blocks with a window keep beside ``page``, which has memory for some
+    pages at a time only (``StateLayout.window_page_bytes``). What the interpreter and its libraries take is not part of
+    it."""
 
     weights: int
     page: int
     activations: int
+    window_page: int = 0
 
-    def pages(self, available: int, needed: int, wanted: int) -> int:
+    def kv(self, pages: int, window_pages: int = 0) -> int:
+        """Bytes of ``pages`` pages, of which ``window_pages``, at most, have memory for windowed bytes at a time."""
+        return pages * self.page + min(pages, window_pages) * self.window_page
+
+    def pages(self, available: int, needed: int, wanted: int, window_pages: int = 0) -> int:
         """How many pages to make: ``wanted``, or as many as fit into half of what ``available`` bytes leave
-        (pages that nobody uses are never touched), but at least ``needed``.
+        (pages that nobody uses are never touched), but at least ``needed``. ``window_pages``: as for ``kv``.
 
         Raises:
             MemoryBudgetError: not even the needed ones fit.
         """
-        total = self.weights + self.activations + needed * self.page
+        kv = self.kv(needed, window_pages)
+        total = self.weights + self.activations + kv
         if total > available:
             raise MemoryBudgetError(
                 f"the model needs {_mib(total)} and {_mib(available)} are available, "
                 f"{_mib(total - available)} too few: weights {_mib(self.weights)}, "
-                f"KV cache of one context {_mib(needed * self.page)}, activations "
+                f"KV cache of one context {_mib(kv)}, activations "
                 f"{_mib(self.activations)}; take a smaller context, kv_type='q8' or a smaller model, or free "
                 f"memory; a pack (pi2rt convert) may be larger than memory"
             )
-        room = (available - self.weights - self.activations) // 2 // max(1, self.page)
-        return max(needed, min(wanted, room))
+        room = (available - self.weights - self.activations) // 2
+        fit = room // max(1, self.page + self.window_page)
+        if fit > window_pages:  # then further ones have no memory for windowed bytes of their own
+            fit = max(window_pages, (room - window_pages * self.window_page) // max(1, self.page))
+        return max(needed, min(wanted, fit))
 
 
 def weight_bytes(file: ModelFile, model: ModelDescription, *, floats: bool) -> int:

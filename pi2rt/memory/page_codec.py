@@ -21,7 +21,8 @@ _LEAST_SCALE = np.float32(1e-37)  # of q8; below, values are zero
 
 
 class BlockPages:
-    """A view of the keys and values of one block in ``pages`` pages at the beginning of ``memory``."""
+    """A view of the keys and values of one block in ``pages`` pages at the beginning of ``memory``: of the area that
+    the block is in."""
 
     __slots__ = ("_head_dim", "_key_scales", "_keys", "_value_scales", "_values")
 
@@ -32,7 +33,8 @@ class BlockPages:
         heads, d = block.state.kv_heads, block.padded
         dtype = np.dtype(_DTYPES[layout.kv_type])
         size = PAGE_TOKENS * d * dtype.itemsize
-        whole = memory[: pages * layout.page_bytes].reshape(pages, layout.page_bytes)
+        stride = layout.window_page_bytes if block.windowed else layout.page_bytes
+        whole = memory[: pages * stride].reshape(pages, stride)
         own = whole[:, block.offset : block.offset + heads * block.head_stride]
         halves = own.reshape(pages, heads, 2, block.v_offset)  # (pages, g, keys and values, bytes)
 
@@ -59,10 +61,13 @@ class BlockPages:
             stored = small_keys, small_values
         self._keys[page, :, at // LANES, :d, at % LANES], self._values[page, :, at, :d] = stored
 
-    def read(self, table: Int32s, count: int) -> tuple[Floats, Floats]:
-        """Keys and values of positions 0 to ``count - 1``, float32 (count, g, head_dim) each."""
-        used = table[: -(-count // PAGE_TOKENS)]
+    def read(self, table: Int32s, count: int, first: int = 0) -> tuple[Floats, Floats]:
+        """Keys and values of positions ``first`` to ``count - 1``, float32 (count - first, g, head_dim) each. Of a
+        block with a window, those before it may be gone, and read as anything finite."""
+        skipped = first // PAGE_TOKENS
+        used = table[skipped : -(-count // PAGE_TOKENS)]
         d = self._head_dim
+        count -= skipped * PAGE_TOKENS
         in_lanes = self._keys[used].transpose(0, 2, 4, 1, 3)  # (pages, groups, lanes, g, d)
         keys = in_lanes.reshape(-1, *in_lanes.shape[3:])[:count, :, :d].astype(np.float32)
         in_rows = self._values[used].transpose(0, 2, 1, 3)  # (pages, 64, g, d)
@@ -70,7 +75,8 @@ class BlockPages:
         if self._key_scales is not None and self._value_scales is not None:
             keys *= _in_order(self._key_scales, used, count)
             values *= _in_order(self._value_scales, used, count)
-        return keys, values
+        first -= skipped * PAGE_TOKENS
+        return keys[first:], values[first:]
 
 
 def _quantised(x: Floats) -> tuple[npt.NDArray[np.int8], Floats]:

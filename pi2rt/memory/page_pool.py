@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pi2rt._errors import InternalError
+from pi2rt.memory.window_pool import WindowPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +23,15 @@ class PagePoolStatistics:
 
 
 class PagePool:
-    """``pages`` numbers, 0 to ``pages - 1``, each free or held by one or more owners."""
+    """``pages`` numbers, 0 to ``pages - 1``, each free or held by one or more owners. ``windows``: of their windowed
+    bytes; None: they have none, or all of them have memory."""
 
-    __slots__ = ("_free", "_peak", "_references", "highest")
+    __slots__ = ("_free", "_peak", "_references", "highest", "windows")
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, pages: int, windows: WindowPool | None = None) -> None:
         if pages < 1:
             raise ValueError(f"pages={pages}: a page pool needs at least one page")
+        self.windows = windows
         self._free = list(range(pages - 1, -1, -1))
         self._references = [0] * pages
         self._peak = 0
@@ -75,6 +78,8 @@ class PagePool:
         self._references[page] = left
         if not left:
             self._free.append(page)
+            if self.windows is not None:
+                self.windows.forget(page)
         return left
 
     def references(self, page: int) -> int:

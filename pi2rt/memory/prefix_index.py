@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from pi2rt._errors import InternalError
 from pi2rt.memory.page_pool import PagePool
+from pi2rt.memory.window_pool import WindowPool
 
 ROOT = 0
 """The link that the first page of every chain hangs on."""
@@ -61,6 +62,11 @@ class PrefixIndex:
         self._asked = self._hit = self._evicted = 0
 
     @property
+    def windows(self) -> WindowPool | None:
+        """Of the pool."""
+        return self._pool.windows
+
+    @property
     def available(self) -> int:
         """Pages that ``allocate`` can give: the free ones and those it would evict."""
         return self._pool.free + len(self._unused)
@@ -89,6 +95,21 @@ class PrefixIndex:
         self._serial += 1
         link = Link(self._serial, page, key)
         self._links[key] = self._by_page[page] = link
+        return link
+
+    def replace(self, old: Link, page: int) -> Link:
+        """Indexes ``page``, which the caller holds and which has the same content, in place of ``old.page``, whose
+        windowed bytes are gone. Links behind it stay. Those who hold the old page go on with it; they hold the pages
+        behind it, but not the new one, so that this one may be evicted before them. Then these are not found any more,
+        and go when it is their turn."""
+        if page in self._by_page:
+            raise InternalError(f"KV page {page} is indexed already")
+        self._pool.retain(page)
+        link = Link(old.serial, page, old.key)
+        self._links[old.key] = self._by_page[page] = link
+        del self._by_page[old.page]
+        self._unused.pop(old.page, None)
+        self._pool.release(old.page)
         return link
 
     def retain(self, page: int) -> None:

@@ -11,11 +11,12 @@ from typing import Any, TypeAlias, cast
 
 from pi2rt import catalogue
 from pi2rt._errors import MemoryBudgetError, ModelNotFoundError, RequestError
+from pi2rt.engine.lane import rows_in_flight
 from pi2rt.formats import ModelFile
 from pi2rt.formats.pack import PackFile
 from pi2rt.formats.row_blocks import SECTOR
 from pi2rt.host.memory import available_memory, rss_bytes
-from pi2rt.memory import KvType, MemoryNeed, StateLayout, weight_bytes
+from pi2rt.memory import KvType, MemoryNeed, StateLayout, weight_bytes, widest_window, window_pages
 from pi2rt.models import ModelDescription
 from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.opening.options import RuntimeOptions
@@ -32,7 +33,7 @@ from pi2rt.planner.weights import (
     without_records,
 )
 from pi2rt.runtime.cluster_unit import unit_bytes
-from pi2rt.runtime.executor import Executor, ExecutorOptions, Measured
+from pi2rt.runtime.executor import Borrower, Executor, ExecutorOptions, Measured
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.trace import Trace
 
@@ -61,7 +62,7 @@ class ExecutorPlan:
     @property
     def beside(self) -> int:
         """Bytes of a budget that are for anything but weights and neurons: these keep their size."""
-        return self.own + self.need.activations + self.options.pages * self.need.page
+        return self.own + self.need.activations + self.need.kv(self.options.pages, self.options.window_pages)
 
     def resized(
         self, file: ModelFile, description: ModelDescription, now: ExecutorOptions, memory: int
@@ -185,6 +186,7 @@ def plan_executor(
         **(unit or {}),
     )
     tokens, available, streaming = chosen.step_tokens, available_memory(), StreamingPlan()
+    windows = partial(_window_pages, description, context, chosen.max_sequences, (executor, *prefill))
     lanes = sum(_lane_bytes(each, file, description, replace(ask, max_tokens=tokens)) for each in prefill)
     measure = partial(_need, executor, replace(ask, max_tokens=tokens), predictors)
     need = measure(file, description, streaming)
@@ -195,27 +197,41 @@ def plan_executor(
         available = limit - own
         streams = getattr(executor, "streams_weights", False) and not chosen.exact_floats
         if streams:
-            if need.weights + need.activations + each * need.page > available:
+            if need.weights + need.activations + need.kv(each, windows(tokens)) > available:
                 tokens = min(tokens, max(STREAMED_CHUNK, chosen.max_sequences))
                 measure = partial(_need, executor, replace(ask, max_tokens=tokens), predictors)
                 need = measure(file, description, streaming)
-            room = available - each * need.page
+            room = available - need.kv(each, windows(tokens))
             streaming, need = _fit(file, description, measure, need, room, chosen.cache_bytes, reads)
-        if own + need.weights + need.activations + each * need.page > limit:
+        kv = need.kv(each, windows(tokens))
+        if own + need.weights + need.activations + kv > limit:
             packed = None
             if streams and not isinstance(file, PackFile):
                 packed = plan_streaming(file, description, 0, reads=reads, as_pack=True)
                 need = replace(need, activations=measure(file, description, packed).activations)
-            kv = each * need.page
             helper = 0
             if ask.cluster_unit is not None:
                 helper = unit_bytes(file, description, ask.cluster_unit(), ask.unit_clusters, tokens)
             raise _too_small(file, limit, own, predictors, prompt, lanes, helper, need, streaming, kv, packed)
     else:
         own, available = own + lanes, available - lanes
-    pages = need.pages(available, each, each * chosen.max_sequences)
-    options = _with(streaming, replace(ask, pages=pages, max_tokens=tokens))
+    windowed = windows(tokens)
+    pages = need.pages(available, each, each * chosen.max_sequences, windowed)
+    windowed = min(windowed, pages)
+    options = _with(streaming, replace(ask, pages=pages, window_pages=windowed, max_tokens=tokens))
     return ExecutorPlan(options, chosen, own, lanes, need, measure)
+
+
+def _window_pages(
+    description: ModelDescription, context: int, sequences: int, executors: Sequence[Executor], tokens: int
+) -> int:
+    """KV pages that have memory for windowed bytes at a time; 0: no block has a window, or the executors keep keys and
+    values by themselves. ``tokens``: in a step of each."""
+    window = widest_window(description, context)
+    if window is None or not isinstance(executors[0], Borrower):
+        return 0
+    rows = sum(rows_in_flight(tokens, each.max_in_flight, sequences) for each in executors)
+    return window_pages(window, sequences, rows, context)
 
 
 def _lane_bytes(
@@ -239,8 +255,9 @@ def _need(
 ) -> MemoryNeed:
     """Of an executor that is opened with that plan, but for ``predictors``, bytes that are counted by themselves."""
     if not isinstance(executor, Measured):  # weights as they are; it decides only how many pages there are
-        page = StateLayout.of(description, ask.kv_type).page_bytes
-        return MemoryNeed(weight_bytes(file, description, floats=False), page, 0)
+        layout = StateLayout.of(description, ask.kv_type, ask.context)
+        weights = weight_bytes(file, description, floats=False)
+        return MemoryNeed(weights, layout.page_bytes, 0, layout.window_page_bytes)
     found = executor.need(file, description, _with(streaming, ask))
     return replace(
         found, weights=max(found.weights - predictors, streaming.nbytes)

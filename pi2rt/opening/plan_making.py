@@ -12,6 +12,7 @@ from typing import Any
 
 from pi2rt import catalogue
 from pi2rt._errors import MemoryBudgetError, ModelNotFoundError, RequestError
+from pi2rt.engine.lane import rows_in_flight
 from pi2rt.formats import ModelFile
 from pi2rt.formats.placement import Placement
 from pi2rt.formats.plan import (
@@ -27,6 +28,7 @@ from pi2rt.formats.plan import (
     differences,
     plan_model,
 )
+from pi2rt.memory import least_window_pages, widest_window
 from pi2rt.models import ModelDescription, iterate_tensors
 from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.opening.executor_plan import ExecutorPlan
@@ -114,7 +116,7 @@ def make_plan(
         ring=options.ring_bytes,
         experts=experts,
         neurons=options.neuron_bytes,
-        kv=options.pages * divided.need.page,
+        kv=divided.need.kv(options.pages, options.window_pages),
         activations=divided.need.activations,
         unit=unit_size,
     )
@@ -133,6 +135,7 @@ def make_plan(
         segments=segments,
         reads=PlanReads(**{name: getattr(options.reads, name) for name in PlanReads.__struct_fields__}),
         kv_pages=options.pages,
+        window_pages=options.window_pages,
         predictions=_predictions(file, options, segments, placements, chosen)
         + ([] if unit is None else list(unit.predictions)),
         cluster_unit=unit_plan,
@@ -148,6 +151,7 @@ def executor_options(
     made = ExecutorOptions(
         slots=choices.max_sequences,
         pages=plan.kv_pages,
+        window_pages=plan.window_pages,
         context=choices.context,
         max_tokens=lane.max_tokens,
         cores=tuple(lead.cores),
@@ -195,7 +199,7 @@ def check_plan(plan: Plan, file: ModelFile, description: ModelDescription, cores
     """
     found = differences(plan, plan_model(file, description.name), cores)
     if not found:
-        found = list(_misplaced(plan, file, description))
+        found = [*_misplaced(plan, file, description), *_wrong_windows(plan, description)]
     if found:
         raise RequestError(
             f"the plan is not for {os.fspath(file.path)!r} on this machine: {'; '.join(found)}; make another one with "
@@ -332,6 +336,21 @@ def _misplaced(plan: Plan, file: ModelFile, description: ModelDescription) -> It
             yield f"{len(paged)} tensors are paged: all of the experts' matrices are, or none"
         elif plan.segments.experts < least_experts(infos):
             yield f"experts of {plan.segments.experts} bytes, fewer than the {least_experts(infos)} of one expert"
+
+
+def _wrong_windows(plan: Plan, description: ModelDescription) -> Iterable[str]:
+    """Where windowed bytes have too little memory, or are not there."""
+    if not plan.window_pages or plan.window_pages == plan.kv_pages:  # all pages have memory for all blocks
+        return
+    context, sequences = plan.choices.context, plan.choices.max_sequences
+    window = widest_window(description, context)
+    if window is None:
+        yield f"window_pages={plan.window_pages}: no block has a window that is smaller than the context"
+        return
+    rows = sum(rows_in_flight(lane.max_tokens, lane.in_flight, sequences) for lane in plan.lanes)
+    least = least_window_pages(window, sequences, rows, context)
+    if plan.window_pages < least:
+        yield f"window_pages={plan.window_pages}: fewer than the {least} that sequences and steps in flight hold"
 
 
 def _predictions(

@@ -31,9 +31,10 @@ Progress: TypeAlias = Callable[[int, int], None]
 class ExecutorOptions:
     """What the runtime tells an executor when it opens a model.
 
-    ``slots``: sequences at once; ``pages``: pages of KV cache; ``context``: positions per sequence at most;
-    ``max_tokens``: tokens in one step at most. ``cores``: core numbers to run on, in order; () leaves it to
-    the executor. ``actor``: name of the actor that owns the executor. ``assistants``: (actor name, cores) of
+    ``slots``: sequences at once; ``pages``: pages of KV cache; ``window_pages``: of these, those that have memory for
+    the bytes of blocks with a window at a time; 0: all. ``context``: positions per sequence at most; ``max_tokens``:
+    tokens in one step at most. ``cores``: core numbers to run on, in order; () leaves it to the executor. ``actor``:
+    name of the actor that owns the executor. ``assistants``: (actor name, cores) of
     units that share each layer. ``kv_type``: "f16" or "q8". ``activations``: "int16", "mixed" or
     "int8", what activations become where they meet quantised weights; mixed is int8, but int16 for the largest
     blocks of 32. Both are faster in prefill than int16, and less exact.
@@ -60,6 +61,7 @@ class ExecutorOptions:
     pages: int
     context: int
     max_tokens: int
+    window_pages: int = 0
     cores: tuple[int, ...] = ()
     actor: str = "cpu"
     assistants: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -165,8 +167,9 @@ def make_store(executor: Executor, model: ModelDescription, options: ExecutorOpt
     """The state that the executor will borrow; None where it keeps that by itself."""
     if not isinstance(executor, Borrower):
         return None
-    layout = StateLayout.of(model, executor.page_type(options.kv_type, options.exact_floats))
-    return StateStore(layout, options.pages, options.slots)
+    kv_type = executor.page_type(options.kv_type, options.exact_floats)
+    layout = StateLayout.of(model, kv_type, options.context)
+    return StateStore(layout, options.pages, options.slots, options.window_pages or None)
 
 
 @runtime_checkable

@@ -37,6 +37,7 @@ DOCUMENT: dict[str, Any] = {
     "reads": {"stream_bytes": 1048576, "stream_depth": 32, "neuron_depth": 128, "cluster_depth": 8, "neuron_gap": 0,
               "measured": False},
     "kv_pages": 4,
+    "window_pages": 3,
     "predictions": [{"what": "memory", "unit": "bytes", "low": 0, "high": 45.0, "basis": "the sum"}],
     "cluster_unit": {"name": "dsp", "unit": "vendor", "clusters": {"d": [0, 3], "e": [1]}},
 }  # fmt: skip
@@ -57,6 +58,11 @@ def test_a_plan_is_written_as_it_was_read() -> None:
     assert plan.segments.total == 45
 
 
+def test_a_plan_from_before_there_were_windowed_bytes_is_read() -> None:
+    older = {name: value for name, value in DOCUMENT.items() if name != "window_pages"}
+    assert parsed(older).window_pages == 0  # all pages have memory for them, as then
+
+
 def first(document: dict[str, Any], part: str, **changes: Any) -> dict[str, Any]:
     return {**document, part: [{**document[part][0], **changes}, *document[part][1:]]}
 
@@ -69,7 +75,9 @@ def first(document: dict[str, Any], part: str, **changes: Any) -> dict[str, Any]
         ({}, "missing required field `version`"),
         (changed(more=1), "unknown field `more`"),
         (changed(kv_pages=0), "`$.kv_pages`"),
-        (changed(kv_pages=1), "kv_pages=1: fewer than a context of 128 tokens needs"),
+        (changed(window_pages=5), "window_pages=5: more than kv_pages=4"),
+        (changed(window_pages=-1), "`$.window_pages`"),
+        (changed(kv_pages=1, window_pages=1), "kv_pages=1: fewer than a context of 128 tokens needs"),
         (changed(placements={"a": "elsewhere"}), "`$.placements[...]`"),
         (changed(model={**DOCUMENT["model"], "fingerprint": "x"}), "`$.model.fingerprint`"),
         (changed(segments={**DOCUMENT["segments"], "kv": -1}), "`$.segments.kv`"),

@@ -104,7 +104,7 @@ async def test_the_need_is_what_is_taken_to_the_byte(
     async with opened(CpuExecutor(), path, pages=4, context=256, **given) as executor:
         taken = dict(executor.statistics().bytes)
     assert taken.pop("activations") == needed.activations
-    assert taken.pop("kv") == 4 * needed.page
+    assert taken.pop("kv") == needed.kv(4, 4)
     assert sum(taken.values()) == needed.weights
 
 

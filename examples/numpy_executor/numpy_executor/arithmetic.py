@@ -52,10 +52,12 @@ def need(file: ModelFile, model: ModelDescription, rows: int, context: int) -> M
     largest = max(
         info.nbytes for info in file.tensors.values()
     )  # as it is in the file, while it is dequantised
+    layout = StateLayout.of(model, "f32", context)
     return MemoryNeed(
         weights=weight_bytes(file, model, floats=True),
-        page=StateLayout.of(model, "f32").page_bytes,
+        page=layout.page_bytes,
         activations=4 * floats + largest + _LIBRARIES,
+        window_page=layout.window_page_bytes,
     )
 
 
