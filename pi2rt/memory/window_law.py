@@ -2,22 +2,20 @@
 
 A sequence of which c positions are computed and s submitted (f = s - c rows in flight) holds the windowed bytes of the
 pages of its positions [c - W + 1, s), W the window: position c sees the first of them, later ones see later ones, and
-before that its pages are let go (``WindowPool.first``). These are W - 1 + f positions, and n consecutive positions lie
-in at most ceil((n - 1) / P) + 1 pages of P = 64. So
+what is before is let go (``WindowPool.first``). These are W - 1 + f positions, and n consecutive positions lie in at
+most 1 + ceil((n - 1) / P) pages of P = 64, which they do where the first of them is the last position of a page. So
 
-    pages of one sequence <= 1 + ceil((W - 2 + f) / P) <= 1 + (W - 2 + f + P - 1) / P = (W + 2 P - 3 + f) / P
+    pages of one sequence <= 1 + ceil((W - 2 + f) / P).
 
-and of N sequences with F rows in flight together
-
-    pages <= (N (W + 2 P - 3) + F) / P,
-
-of which the whole part counts. It is reached where each window begins with the last position of a page and the rows in
-flight end with the first one of a page. Pages that sequences share count once, so that sharing needs fewer. Also no
-sequence has more pages than its context. F is what the lanes' steps carry at once (``engine.lane.rows_in_flight``).
+Without rows in flight that is 1 + q, q = ceil((W - 2) / P). The first q P - (W - 2) + 1 rows, which are at most P, make
+it one more, and every P rows behind these another one. All sequences together have F rows in flight at most, which make
+the most pages where each sequence has its first ones before any has more: N (1 + q) pages, and so many more as
+``least_window_pages`` counts. Pages that sequences share count once, so that sharing needs fewer; and no sequence has
+more pages than its context. F is what the lanes' steps carry at once (``engine.lane.rows_in_flight``).
 
 A sequence that has ended, or that was preempted, counts as one that runs until its last step has returned; what its
-steps have returned is let go as those of a live one. One that resumes behind a lost executor lets go of what lies
-behind its computed positions. So f is never more than what is in flight.
+steps have returned is let go as that of a live one. One that resumes behind a lost executor lets go of what lies behind
+its computed positions. So f is never more than what is in flight.
 """
 
 from __future__ import annotations
@@ -30,8 +28,14 @@ def least_window_pages(
 ) -> int:
     """Pages whose windowed bytes ``sequences`` of at most ``context`` positions hold at once, with ``rows`` rows in
     flight together, at most."""
-    held = (sequences * (window + 2 * page_tokens - 3) + rows) // page_tokens
-    return max(1, min(held, sequences * -(-context // page_tokens)))
+    seen = window - 2
+    quotient = -(-seen // page_tokens)
+    first = quotient * page_tokens - seen + 1
+    if rows < sequences * first:
+        more = rows // first
+    else:
+        more = sequences + (rows - sequences * first) // page_tokens
+    return min(sequences * (1 + quotient) + more, sequences * -(-context // page_tokens))
 
 
 def window_pages(window: int, sequences: int, rows: int, context: int) -> int:

@@ -14,12 +14,14 @@ import numpy as np
 import trio
 import trio.testing
 
+from pi2rt._errors import InternalError
 from pi2rt.engine import Chunk, Engine, EngineOptions, SamplingParams
 from pi2rt.engine.lane import PrefillLane
 from pi2rt.engine.masker import MaskFunction
 from pi2rt.executors.simulated.cache import SimulatedPages
 from pi2rt.executors.simulated.executor import SimulatedExecutor, hashed_token
 from pi2rt.formats import ModelFile
+from pi2rt.memory import StateLayout, StateStore, WindowPool, WindowPoolStatistics
 from pi2rt.models import ModelDescription
 from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.actor import Actor
@@ -50,12 +52,20 @@ class Log:
 
 
 class LoggingExecutor(SimulatedExecutor):
-    def __init__(self, log: Log, **options: Any) -> None:
+    """``windows``: of the KV pages; each step must find the windowed bytes that it sees and writes."""
+
+    def __init__(self, log: Log, windows: WindowPool | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self._log = log
+        self._log, self._windows = log, windows
         log.executors += 1
 
     def submit(self, step: Step) -> None:
+        if self._windows is not None:
+            for part in step.slices:
+                first, end = self._windows.first(part.start), -(-(part.start + part.count) // PAGE_TOKENS)
+                for page in part.pages[first:end].tolist():
+                    if not self._windows.has(page):
+                        raise InternalError(f"{step}: page {page} has no memory for windowed bytes")
         super().submit(step)
         self._log.steps.append(step)
 
@@ -73,6 +83,12 @@ class Opened:
     log: Log
     prefill: list[Log] = field(default_factory=list)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    @property
+    def windows(self) -> WindowPoolStatistics:
+        found = self.engine.statistics().windows
+        assert found is not None
+        return found
 
     async def run(self) -> None:
         with self.scope:
@@ -116,17 +132,24 @@ async def opened(
     prefill: Sequence[dict[str, Any]] = (),
     abandoned: int = 0,
     mask_deadline: float = 10.0,
+    layout: StateLayout | None = None,
+    window_pages: int | None = None,
     **executor: Any,
 ) -> AsyncIterator[Opened]:
     """``executor``: keywords of SimulatedExecutor. ``prefill``: for each lane that computes prompts, such keywords, and
     its ``max_tokens`` and ``least_tokens``. On leaving, every slot and page must be free again,
-    but for ``abandoned`` pages."""
+    but for ``abandoned`` pages. ``layout``: of the state of sequences, where it has blocks with a window;
+    ``window_pages``: that have memory for these at a time."""
     pages = slots * -(-context // PAGE_TOKENS) if pages is None else pages
     log = Log()
     options = ExecutorOptions(
         slots=slots, pages=pages, context=context, max_tokens=max_tokens, mask_deadline=mask_deadline
     )
-    if prefill:
+    store: StateStore | None = None
+    if layout is not None:
+        store = StateStore(layout, pages, slots, window_pages)
+        executor["windows"] = store.pool.windows
+    if prefill or store is not None:
         executor["pages"] = SimulatedPages(pages)
     model = cast("ModelDescription", SimpleNamespace(vocab_size=VOCAB_SIZE))  # it reads nothing else
 
@@ -142,7 +165,8 @@ async def opened(
     lanes: list[PrefillLane] = []
     logs = [Log() for _ in prefill]
     for number, (keywords, its_log) in enumerate(zip(prefill, logs, strict=True), 1):
-        lane = {"max_tokens": max_tokens, "pages": executor["pages"]} | keywords
+        shared = {name: executor[name] for name in ("pages", "windows") if name in executor}
+        lane = {"max_tokens": max_tokens, **shared} | keywords
         tokens, least = lane.pop("max_tokens"), lane.pop("least_tokens", 1)
         make = partial(LoggingExecutor, its_log, **lane)
         lanes.append(PrefillLane(Actor(f"prefill {number}", make, open_executor, trace), tokens, least))
@@ -166,6 +190,7 @@ async def opened(
             ),
             trace,
             prefill=tuple(lanes),
+            store=store,
         )
         made = Opened(engine, actor, log, logs)
         nursery.start_soon(made.run)
@@ -178,8 +203,13 @@ async def opened(
         statistics = engine.statistics()
         used = statistics.pages.held - statistics.prefixes.unused
         assert (used, statistics.free_slots) == (abandoned, slots)
+        if store is not None and store.pool.windows is not None:
+            assert (made.windows.held > 0) == (abandoned > 0)
+            assert made.windows.peak_backed <= store.window_pages + abandoned
         engine.close()
         assert engine.statistics().pages.held == abandoned
+        if store is not None:
+            store.close()
         for one in [actor, *(cast("Actor", lane.actor) for lane in lanes)]:
             await one.aclose()
 

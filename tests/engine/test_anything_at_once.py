@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import trio
@@ -10,7 +11,9 @@ from trio.testing import MockClock
 
 from pi2rt._errors import BusyError, ExecutorError, RequestError
 from pi2rt.engine import SamplingParams
+from pi2rt.engine.lane import rows_in_flight
 from pi2rt.executors.simulated.executor import Faults
+from pi2rt.memory import StateLayout, least_window_pages
 from pi2rt.tokenizer import Tokenizer
 from tests.engine.opened import continuation, numbers, opened
 from tests.support.tiny_models import VOCAB_SIZE
@@ -21,6 +24,19 @@ from tests.support.tiny_models import VOCAB_SIZE
 async def test_requests_of_every_kind(
     tokenizer: Tokenizer, autojump_clock: MockClock, seed: int, lanes: int
 ) -> None:
+    await every_kind(tokenizer, seed, lanes)
+
+
+@pytest.mark.parametrize("lanes", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(12))
+async def test_requests_of_every_kind_of_a_model_with_windows(
+    tokenizer: Tokenizer, autojump_clock: MockClock, windowed: StateLayout, seed: int, lanes: int
+) -> None:
+    """With the least memory for windowed bytes that there may be, and that nobody waits for."""
+    await every_kind(tokenizer, seed, lanes, windowed)
+
+
+async def every_kind(tokenizer: Tokenizer, seed: int, lanes: int, layout: StateLayout | None = None) -> None:
     """``lanes``: that compute prompts, and fail often."""
     print(f"seed {seed}")  # shown when it fails
     rng = random.Random(seed)
@@ -30,24 +46,34 @@ async def test_requests_of_every_kind(
         raise_in_wait=frozenset(rng.sample(range(1, 400), 2)),
         no_numbers=frozenset((rng.randint(1, 400), rng.randrange(slots)) for _ in range(3)),
     )
-    lane = {
+    lane: dict[str, Any] = {
         "seconds_per_step": 0.03,
         "max_tokens": rng.choice([16, 100, 300]),
         "least_tokens": rng.choice([1, 50]),
         "faults": Faults(raise_in_wait=frozenset(rng.sample(range(1, 400), 40))),
     }
     outcomes: list[str] = []
+    pages, max_tokens = rng.choice([10, 13, 10 * slots]), rng.choice([64, 192])
+    mixed, buffer, in_flight = rng.choice([16, 64]), rng.choice([4, 1024]), rng.choice([1, 2, 8])
+    window_pages = None
+    if layout is not None and layout.window is not None:
+        rows = rows_in_flight(max_tokens, in_flight, slots) + lanes * rows_in_flight(
+            lane["max_tokens"], 2, slots
+        )
+        window_pages = least_window_pages(layout.window, slots, rows, 640)
     async with opened(
         tokenizer,
         prefill=[lane] * lanes,
         slots=slots,
         context=640,
-        pages=rng.choice([10, 13, 10 * slots]),
-        max_tokens=rng.choice([64, 192]),
-        mixed_chunk=rng.choice([16, 64]),
-        stream_buffer=rng.choice([4, 1024]),
+        pages=pages,
+        max_tokens=max_tokens,
+        mixed_chunk=mixed,
+        stream_buffer=buffer,
         max_queue=max_queue,
-        max_in_flight=rng.choice([1, 2, 8]),
+        max_in_flight=in_flight,
+        layout=layout,
+        window_pages=window_pages,
         seconds_per_step=0.002,
         seconds_per_token=0.0001,
         faults=faults,
