@@ -38,12 +38,14 @@ def test_show_tells_and_draws(pi2rt: Run, model: str, tmp_path: Path) -> None:
         "lane",
         "placements",
         "segment",
+        "KV",
         "edge",
         "prediction",
     } == {line[0] for line in lines}
     assert (
         "reference: prompts of 64 tokens or more, all but the last; executor reference, units" in done.output
     )
+    assert "KV pages     32" in done.output
     assert "reference -> cpu: sequence (state store, 1 at once)" in done.output
     assert picture.read_text().startswith("<svg ")
 

@@ -142,8 +142,9 @@ async def opened(
     ``window_pages``: that have memory for these at a time."""
     pages = slots * -(-context // PAGE_TOKENS) if pages is None else pages
     log = Log()
+    most = max(max_tokens, *(keywords.get("max_tokens", 0) for keywords in prefill), 1)
     options = ExecutorOptions(
-        slots=slots, pages=pages, context=context, max_tokens=max_tokens, mask_deadline=mask_deadline
+        slots=slots, pages=pages, context=context, max_tokens=most, mask_deadline=mask_deadline
     )
     store: StateStore | None = None
     if layout is not None:
