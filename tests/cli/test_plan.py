@@ -45,7 +45,7 @@ def test_show_tells_and_draws(pi2rt: Run, model: str, tmp_path: Path) -> None:
     assert (
         "reference: prompts of 64 tokens or more, all but the last; executor reference, units" in done.output
     )
-    assert "KV pages     32" in done.output
+    assert "KV pages     4\n" in done.output
     assert "reference -> cpu: sequence (state store, 1 at once)" in done.output
     assert picture.read_text().startswith("<svg ")
 

@@ -170,6 +170,73 @@ async def test_reading_gives_windowed_bytes_back(
         assert o.windows.held == 0
 
 
+async def test_what_a_sequence_that_leaves_has_returned_is_let_go(
+    tokenizer: Tokenizer, autojump_clock: MockClock, windowed: StateLayout
+) -> None:
+    """Or it would hold more than what it has in flight counts for, while others submit as much anew."""
+    async with (
+        opened(
+            tokenizer, slots=2, max_tokens=128, layout=windowed, window_pages=20, seconds_per_step=1.0
+        ) as o,
+        trio.open_nursery() as nursery,
+    ):
+        left = trio.CancelScope()
+
+        async def leaves() -> None:
+            with left:
+                await o.tokens(numbers(900), 1)
+
+        async def stays() -> None:
+            assert await o.tokens(numbers(900, seed=1), 1) == continuation(numbers(900, seed=1), 1)
+
+        nursery.start_soon(leaves)
+        nursery.start_soon(stays)
+        await trio.sleep(2.5)  # of both, 128 positions are computed and 128 in flight
+        assert o.windows.held == 4 + 4
+        left.cancel()
+        await trio.sleep(1)  # a step has returned; another one has 128 positions of who stays
+        assert o.engine.statistics().leaving == 1
+        assert o.windows.held == 3 + 5
+
+
+async def test_what_a_lost_step_was_to_write_is_let_go(
+    tokenizer: Tokenizer, autojump_clock: MockClock, windowed: StateLayout
+) -> None:
+    """It is computed again, and perhaps less of it at once."""
+    async with (
+        opened(
+            tokenizer,
+            slots=3,
+            max_tokens=128,
+            layout=windowed,
+            window_pages=20,
+            seconds_per_step=1.0,
+            seconds_to_open=5.0,
+            faults=Faults(raise_in_wait=frozenset([2])),
+        ) as o,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def fails() -> None:
+            with pytest.raises(ExecutorError):
+                await o.tokens(numbers(256), 1)
+
+        async def goes_on(seed: int) -> None:
+            assert await o.tokens(numbers(400, seed=seed), 1) == continuation(numbers(400, seed=seed), 1)
+
+        nursery.start_soon(fails)
+        await trio.sleep(0.5)
+        nursery.start_soon(goes_on, 1)
+        await trio.sleep(
+            1
+        )  # the first step has returned; the other one of the first sequence is in flight, and
+        assert o.windows.held == 4 + 2  # behind it 128 rows of the second one
+        nursery.start_soon(goes_on, 2)
+        await trio.sleep(1)  # the next executor is being opened; 64 rows of each wait for it
+        assert o.engine.statistics().failed == 1
+        assert o.windows.held == 1 + 1
+
+
 @pytest.mark.parametrize("lost_in", ["decode", "prefill"])
 async def test_a_lost_executor_leaves_windowed_bytes_as_they_are(
     tokenizer: Tokenizer, autojump_clock: MockClock, windowed: StateLayout, lost_in: str
@@ -211,9 +278,9 @@ async def test_what_an_executor_that_hangs_may_write_to_stays_its_own(
     tokenizer: Tokenizer, autojump_clock: MockClock, windowed: StateLayout
 ) -> None:
     """Its memory no longer counts, so that the others still do not wait."""
-    faults = Faults(raise_in_wait=frozenset((3,)), hang_in_close=True)
-    lane = {"seconds_per_step": 0.3, "max_tokens": 64, "least_tokens": 250, "faults": faults}
-    needed = least(4, 1024, (64, 2), (64, 2))
+    faults = Faults(raise_in_wait=frozenset((2,)), hang_in_close=True)
+    lane = {"seconds_per_step": 0.3, "max_tokens": 132, "least_tokens": 250, "faults": faults}
+    needed = least(4, 1024, (64, 2), (132, 2))
     async with opened(
         tokenizer,
         slots=4,
@@ -221,18 +288,24 @@ async def test_what_an_executor_that_hangs_may_write_to_stays_its_own(
         layout=windowed,
         window_pages=needed,
         prefill=[lane],
-        abandoned=5,
+        abandoned=8,
     ) as o:
-        prompt = numbers(300)
+        prompt = numbers(500)
         with pytest.raises(ExecutorError):
             await o.tokens(prompt, 5)
         await o.idle()
         lost = o.windows.held
-        assert lost > 0
-        for number in range(1, 9):
-            prompt = numbers(240, seed=number)  # stays with the other lane
+        assert lost == 7
+
+        async def one(number: int) -> None:
+            prompt = numbers(240 - number, seed=number)  # stays with the other lane
             assert await o.tokens(prompt, 300) == continuation(prompt, 300)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(1, 13):
+                nursery.start_soon(one, number)
         assert o.windows.given_back > 0
+        assert o.windows.peak_held > needed
         assert o.windows.backed <= needed + lost
         await o.idle()
         assert o.windows.held == lost
