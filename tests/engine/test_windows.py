@@ -174,29 +174,19 @@ async def test_what_a_sequence_that_leaves_has_returned_is_let_go(
     tokenizer: Tokenizer, autojump_clock: MockClock, windowed: StateLayout
 ) -> None:
     """Or it would hold more than what it has in flight counts for, while others submit as much anew."""
-    async with (
-        opened(
-            tokenizer, slots=2, max_tokens=128, layout=windowed, window_pages=20, seconds_per_step=1.0
-        ) as o,
-        trio.open_nursery() as nursery,
-    ):
-        left = trio.CancelScope()
-
-        async def leaves() -> None:
-            with left:
-                await o.tokens(numbers(900), 1)
-
-        async def stays() -> None:
-            assert await o.tokens(numbers(900, seed=1), 1) == continuation(numbers(900, seed=1), 1)
-
-        nursery.start_soon(leaves)
-        nursery.start_soon(stays)
-        await trio.sleep(2.5)  # of both, 128 positions are computed and 128 in flight
-        assert o.windows.held == 4 + 4
-        left.cancel()
-        await trio.sleep(1)  # a step has returned; another one has 128 positions of who stays
-        assert o.engine.statistics().leaving == 1
-        assert o.windows.held == 3 + 5
+    async with opened(
+        tokenizer, slots=2, max_tokens=128, layout=windowed, window_pages=20, seconds_per_step=1.0
+    ) as o:
+        params = SamplingParams(max_tokens=1, ignore_eos=True)
+        leaves, stays = (o.engine.stream(numbers(900, seed=seed), params) for seed in range(2))
+        async with stays:
+            async with leaves:
+                await trio.sleep(2.5)  # of both, 128 positions are computed and 128 in flight
+                assert o.windows.held == 4 + 4
+            await trio.sleep(1)  # a step has returned; another one has 128 positions of who stays
+            assert o.engine.statistics().leaving == 1
+            assert o.windows.held == 3 + 5
+            assert [chunk.token async for chunk in stays] == continuation(numbers(900, seed=1), 1)
 
 
 async def test_what_a_lost_step_was_to_write_is_let_go(
