@@ -32,9 +32,16 @@ EXECUTORS: list[Make] = [CpuExecutor, ReferenceExecutor, SimulatedExecutor]
 WITH_STATE: list[Make] = [CpuExecutor, ReferenceExecutor]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("copies") / "tiny.gguf", TinyModel())
+MODELS = {
+    "llama": TinyModel(),
+    "gemma": TinyModel("gemma3_text", layers=4, config={"sliding_window": 70, "sliding_window_pattern": 3}),
+}
+"""The pages of the second have two areas."""
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("copies") / "tiny.gguf", MODELS[request.param])
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ async def opened(make: Make, path: Path) -> AsyncIterator[Opened]:
     executor = make()
     with open_model_file(path) as file:
         model = describe(file)
-        layout = StateLayout.of(model, "f16")
+        layout = StateLayout.of(model, "f16", OPTIONS.context)
         array = FixedArray("state", (5, 7), "float32")
         layout = replace(layout, fixed=(FixedLayout(0, 0, array, 0),), slot_bytes=192)
         with StateStore(layout, OPTIONS.pages, 4) as store:
@@ -123,7 +130,7 @@ async def test_copies_are_made_in_their_order(make: Make, tiny: Path) -> None:
     rng = np.random.default_rng(1)
     async with opened(make, tiny) as it:
         store = it.store
-        pages = rng.integers(0, 255, (3, store.layout.page_bytes)).astype(np.uint8)
+        pages = rng.integers(0, 255, (3, len(store.export_page(0)))).astype(np.uint8)
         for page, data in enumerate(pages):
             store.import_page(page, data)
         slots = rng.standard_normal((4, 5, 7)).astype(np.float32)
