@@ -62,7 +62,8 @@ class Slice:
     """Consecutive tokens of one sequence, at positions ``start .. start + count``.
 
     ``pages``: the sequence's page table, int32, at least ``ceil((start + count) / PAGE_TOKENS)`` entries;
-    position p lives in page ``pages[p // PAGE_TOKENS]``. Pages that other sequences share are only read.
+    position p lives in page ``pages[p // PAGE_TOKENS]``. Pages that other sequences share are only read. Of a block
+    with a window, positions that none of the slice's sees may be gone: what is read there is finite, and means nothing.
     ``tokens``: int32 (count,). Empty means: one token, the one sampled last for this slot by the step before,
     which may still be running (that is how the engine runs ahead). Where that was the last one, it is skipped.
     ``sample``: sample the token after the last one. ``drafts``: so many of the last ``tokens`` are guesses at what

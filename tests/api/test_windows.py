@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ import trio
 
 import pi2rt
 from pi2rt._errors import RequestError
-from pi2rt.cython_kernels.kernels import native
 from pi2rt.engine.lane import rows_in_flight
 from pi2rt.formats.plan import Plan
 from pi2rt.memory import StateStore, WindowPool, least_window_pages
 from pi2rt.opening.opening import Opening
 from pi2rt.planner.pack.convert import convert
+from tests.support.resident import resident_bytes
 from tests.support.tiny_models import VOCAB_SIZE, TinyModel, write_gguf
 
 WINDOW, CONTEXT = 70, 1024
@@ -222,13 +221,8 @@ async def test_a_prefix_whose_window_was_given_back_is_computed_again(gemma: Pat
 
 def resident(store: StateStore) -> int:
     """Bytes of the windowed area that have memory."""
-    memory = store.window_memory
-    assert memory is not None
-    size = native.page_bytes()
-    found = (ctypes.c_ubyte * -(-memory.nbytes // size))()
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mincore(ctypes.c_void_p(memory.address), ctypes.c_size_t(memory.nbytes), found) == 0
-    return size * sum(each & 1 for each in found)
+    assert store.window_memory is not None
+    return resident_bytes(store.window_memory)
 
 
 async def test_a_plan_counts_what_is_taken(gemma: Path) -> None:
@@ -250,7 +244,8 @@ async def test_a_plan_counts_what_is_taken(gemma: Path) -> None:
             assert resident(store) <= windows.backed * layout.window_page_bytes
             assert windows.backed <= plan.window_pages
         assert windows.backed == windows.peak_backed == windows.capacity == plan.window_pages
-        assert resident(store) == plan.window_pages * layout.window_page_bytes
+        used = sum(2 * each.v_offset * each.state.kv_heads for each in layout.paged if each.windowed)
+        assert resident(store) > 0.9 * plan.window_pages * used
         assert windows.given_back > 20
 
 

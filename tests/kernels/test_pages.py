@@ -99,7 +99,12 @@ def test_only_whole_pages_are_given_back_where_they_are_larger(library: Path, pa
 @pytest.mark.parametrize("page_bytes", large_pages.SIZES)
 @pytest.mark.parametrize(
     "tests",
-    ["tests/kernels/test_flash.py", "tests/executors/test_streaming.py", "tests/api/test_resize.py"],
+    [
+        "tests/kernels/test_flash.py",
+        "tests/executors/test_streaming.py",
+        "tests/api/test_resize.py",
+        "tests/api/test_windows.py",
+    ],
 )
 def test_the_tests_that_give_memory_back_pass_where_pages_are_larger(
     library: Path, page_bytes: int, tests: str

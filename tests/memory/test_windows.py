@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from array import array
 from collections import deque
@@ -29,6 +28,7 @@ from pi2rt.memory import (
     window_pages,
 )
 from pi2rt.models import ModelDescription, describe
+from tests.support.resident import resident_bytes
 from tests.support.tiny_models import TinyModel, write_gguf
 
 PAGES, P, WINDOW = 26, 2, 5  # pages, positions in each
@@ -369,13 +369,8 @@ def test_a_window_as_long_as_the_context_is_none(gemma: ModelDescription, contex
 
 def resident(store: StateStore) -> int:
     """Bytes of the windowed area that have memory."""
-    memory = store.window_memory
-    assert memory is not None
-    size = native.page_bytes()
-    found = (ctypes.c_ubyte * -(-memory.nbytes // size))()
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mincore(ctypes.c_void_p(memory.address), ctypes.c_size_t(memory.nbytes), found) == 0
-    return size * sum(each & 1 for each in found)
+    assert store.window_memory is not None
+    return resident_bytes(store.window_memory)
 
 
 def test_memory_really_goes_back(gemma: ModelDescription) -> None:
