@@ -197,10 +197,8 @@ class Engine:
             self._recorder.step(lane, flight, result)
         for i, sequence in enumerate(flight.members):
             sequence.in_flight -= 1
-            if (
-                result.stopped or sequence.state is SequenceState.LEAVING
-            ):  # others count on these windowed bytes
-                slice_ = flight.step.slices[i]
+            if result.stopped or sequence.state is SequenceState.LEAVING:
+                slice_ = flight.step.slices[i]  # others count on what it no longer needs of windowed bytes
                 sequence.table.pass_by(slice_.start + slice_.count)
             if sequence.state is SequenceState.LEAVING:
                 self._discarded += 1

@@ -107,9 +107,8 @@ class Lane:
         """Whether another step may wait behind those in flight. How long one with prompt tokens takes, the time of the
         last step does not tell, so that a single step waits behind such a one."""
         prefills = any(flight.prefills for flight in self.flights)
-        return len(self.flights) < min(
-            MOST_WITH_PROMPTS if prefills else self.depth, self.actor.max_in_flight
-        )
+        most = MOST_WITH_PROMPTS if prefills else self.depth
+        return len(self.flights) < min(most, self.actor.max_in_flight)
 
     def returned(self, result: StepResult) -> None:
         """A step has returned: it tells how long steps take."""

@@ -31,10 +31,8 @@ def least_window_pages(
     seen = window - 2
     quotient = -(-seen // page_tokens)
     first = quotient * page_tokens - seen + 1
-    if rows < sequences * first:
-        more = rows // first
-    else:
-        more = sequences + (rows - sequences * first) // page_tokens
+    grown = min(sequences, rows // first)  # sequences that have their first ones
+    more = grown + (rows - grown * first) // page_tokens
     return min(sequences * (1 + quotient) + more, sequences * -(-context // page_tokens))
 
 

@@ -66,6 +66,16 @@ def test_a_child_of_a_trio_task(tiny: Path) -> None:
     assert (parent["status"], parent["went_on"]) == (0, True)
 
 
+def test_a_child_of_an_engine_whose_model_has_windows(tmp_path: Path) -> None:
+    """The child has nothing of the windowed area either."""
+    config = {"sliding_window": 16, "sliding_window_pattern": 3}
+    model = TinyModel("gemma3_text", layers=4, context=512, config=config)
+    seen, own, parent = forked("exit", write_gguf(tmp_path / "m.gguf", model))
+    refused(seen, parent)
+    assert own["tokens"] == parent["tokens"]
+    assert (parent["status"], parent["went_on"]) == (0, True)
+
+
 async def test_a_child_of_an_engine_that_reads_from_flash(tmp_path: Path) -> None:
     """Its readers have threads, and a ring that the child shares."""
     model = TinyModel(context=512, dim=256, hidden=1024, layers=12, heads=4, kv_heads=4, head_dim=64)
