@@ -47,8 +47,8 @@ class MemoryNeed:
             )
         room = (available - self.weights - self.activations) // 2
         fit = room // max(1, self.page + self.window_page)
-        if fit > window_pages:  # then further ones have no memory for windowed bytes of their own
-            fit = max(window_pages, (room - window_pages * self.window_page) // max(1, self.page))
+        if fit >= window_pages:  # further ones have no memory for windowed bytes of their own
+            fit = (room - window_pages * self.window_page) // max(1, self.page)
         return max(needed, min(wanted, fit))
 
 

@@ -115,6 +115,23 @@ def test_pages_as_many_as_fit() -> None:
     assert small.pages(available=184 * MIB, needed=64, wanted=512) == 64
 
 
+def test_windowed_bytes_count_for_the_pages_that_have_memory() -> None:
+    small = MemoryNeed(weights=100 * MIB, page=MIB, activations=20 * MIB, window_page=4 * MIB)
+    assert small.kv(3, 10) == 15 * MIB
+    assert small.kv(20, 10) == 60 * MIB
+    for available, pages in ((10_000, 512), (520, 160), (160, 4), (221, 10), (222, 11), (140, 2)):
+        assert small.pages(available * MIB, needed=2, wanted=512, window_pages=10) == pages
+        room = (available - 120) // 2 * MIB
+        assert small.kv(pages, 10) <= max(room, small.kv(2, 10))
+        assert pages == 512 or small.kv(pages + 1, 10) > room
+    with pytest.raises(MemoryBudgetError, match=r"KV cache of one context 70\.0 MiB"):
+        small.pages(available=189 * MIB, needed=30, wanted=512, window_pages=10)
+    assert small.pages(available=190 * MIB, needed=30, wanted=512, window_pages=10) == 30
+    every = MemoryNeed(weights=0, page=0, activations=0, window_page=MIB)  # each block has a window
+    assert every.pages(available=40 * MIB, needed=2, wanted=512, window_pages=10) == 512
+    assert every.pages(available=10 * MIB, needed=2, wanted=512, window_pages=10) == 5
+
+
 def test_too_little_memory_says_by_how_much_and_what_for() -> None:
     small = MemoryNeed(weights=100 * MIB, page=MIB, activations=20 * MIB)
     with pytest.raises(
