@@ -257,11 +257,14 @@ def _need(
     if not isinstance(executor, Measured):  # weights as they are; it decides only how many pages there are
         layout = StateLayout.of(description, ask.kv_type, ask.context)
         weights = weight_bytes(file, description, floats=False)
-        return MemoryNeed(weights, layout.page_bytes, 0, layout.window_page_bytes)
-    found = executor.need(file, description, _with(streaming, ask))
-    return replace(
-        found, weights=max(found.weights - predictors, streaming.nbytes)
-    )  # with the records of caches
+        found = MemoryNeed(weights, layout.page_bytes, 0, layout.window_page_bytes)
+    else:
+        found = executor.need(file, description, _with(streaming, ask))
+        least = max(found.weights - predictors, streaming.nbytes)  # with the records of caches
+        found = replace(found, weights=least)
+    if not isinstance(executor, Borrower):  # it keeps keys and values by itself, of all positions
+        found = replace(found, page=found.page + found.window_page, window_page=0)
+    return found
 
 
 def _with(streaming: StreamingPlan, options: ExecutorOptions) -> ExecutorOptions:

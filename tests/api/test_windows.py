@@ -262,6 +262,33 @@ async def test_a_longer_context_has_room_in_the_same_memory(gemma: Path) -> None
     assert none.window_pages == 0
 
 
+class Keeping:
+    """An executor that keeps keys and values by itself, and does not say what memory it takes."""
+
+    name = "keeping"
+    max_in_flight = 2
+
+    async def open(self, *arguments: object) -> None: ...
+
+    def submit(self, step: object) -> None: ...
+
+    async def wait(self) -> Any: ...
+
+    def stop(self, step_id: int) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+    def statistics(self) -> Any: ...
+
+
+async def test_who_keeps_keys_and_values_by_itself_keeps_all(gemma: Path) -> None:
+    plan = await plan_of(gemma, max_sequences=2, executor=Keeping)
+    roomy = with_windows(await plan_of(gemma, max_sequences=2), 0)
+    assert (plan.window_pages, plan.kv_pages) == (0, roomy.kv_pages)
+    each = 2 * 2 * GEMMA.kv_heads * GEMMA.head_dim * 64 * GEMMA.layers
+    assert plan.segments.kv >= plan.kv_pages * each
+
+
 async def test_plans_with_too_little_memory_for_windows_are_refused(gemma: Path, tmp_path: Path) -> None:
     plan = await plan_of(gemma, max_sequences=2)
     few = least(plan) - 1
