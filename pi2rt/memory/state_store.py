@@ -49,8 +49,8 @@ class StateStore:
         self._windowed: Memory | None = None
         if (
             layout.window_page_bytes
-        ):  # no huge pages: one that is touched would take in pages that are not backed
-            self._windowed = Memory(pages * layout.window_page_bytes, huge_pages=False)
+        ):  # a huge page that is touched would take in pages that are to have no memory
+            self._windowed = Memory(pages * layout.window_page_bytes, huge_pages=windows is None)
         self._slots: Memory | None = None
         if layout.slot_bytes and slots:
             self._slots = Memory(slots * layout.slot_bytes)
