@@ -165,6 +165,40 @@ async def test_a_lane_for_prompts(gemma: Path, eager: None, executor: str, expec
         assert texts == expected[0]
 
 
+async def test_another_executor_goes_on_where_the_last_was(gemma: Path, eager: None, expected: Any) -> None:
+    """In the middle of a prompt and of a text: what is computed stays, its windowed bytes too."""
+    plan = await plan_of(gemma, max_sequences=2, prefill_chunk=16)
+    async with pi2rt.open_runtime(gemma, plan=with_windows(plan, least(plan))) as runtime:
+        got: list[tuple[int, float | None]] = []
+        reopened = trio.Event()
+
+        async def reopen() -> None:
+            await runtime._actors[0].reopen(lambda: None)
+            reopened.set()
+
+        async with trio.open_nursery() as nursery:
+
+            def half(done: int, total: int) -> None:
+                if done == 80:
+                    nursery.start_soon(reopen)
+
+            stream = runtime.stream(
+                numbers(350, seed=2), max_tokens=150, logprobs=0, ignore_eos=True, on_prefill=half
+            )
+            async with stream as chunks:
+                async for chunk in chunks:
+                    got.append((chunk.token, chunk.logprob))
+                    if len(got) == 60:
+                        assert reopened.is_set()
+                        await reopen()
+        assert tuple(zip(*got, strict=True)) == expected[0][2]
+        engine = runtime.statistics().engine
+        assert engine.rebuilds == 2
+        assert engine.prefill_tokens < 350 + 100  # what was computed was not computed again
+        assert engine.windows is not None
+        assert engine.windows.given_back > 0
+
+
 async def test_streamed_weights(tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages of the whole area are lent to streamed weights, and those of the windowed one are not."""
     for name in ("before_tokenizer", "with_tokenizer"):  # or it would differ from one opening to the next

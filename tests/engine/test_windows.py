@@ -156,6 +156,27 @@ async def test_a_shared_beginning_is_waited_for_and_found(
         assert sorted(found) == [0, 320, 320]
 
 
+async def test_a_preempted_sequence_is_computed_again(
+    tokenizer: Tokenizer, autojump_clock: MockClock, windowed: StateLayout
+) -> None:
+    """Pages of the cache run out, not their windowed bytes."""
+    needed = least(4, 1024, (64, 8))
+    async with opened(
+        tokenizer, slots=4, pages=20, max_tokens=64, layout=windowed, window_pages=needed, **FAST
+    ) as o:
+
+        async def one(seed: int) -> None:
+            prompt = numbers(200, seed=seed)
+            assert await o.tokens(prompt, 400) == continuation(prompt, 400)
+
+        async with trio.open_nursery() as nursery:
+            for seed in range(6):
+                nursery.start_soon(one, seed)
+        assert needed < 20
+        assert o.engine.statistics().preemptions > 0
+        assert o.windows.given_back > 0
+
+
 async def test_reading_gives_windowed_bytes_back(
     tokenizer: Tokenizer, autojump_clock: MockClock, windowed: StateLayout
 ) -> None:
