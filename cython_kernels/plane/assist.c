@@ -128,9 +128,6 @@ void pi2_claim_end(pi2_run *r, int index, const pi2_worker *w) {
   const uint64_t begin = atomic_load_explicit(&a->since, memory_order_relaxed), end = pi2_ticks();
   atomic_store_explicit(&a->busy, atomic_load_explicit(&a->busy, memory_order_relaxed) + end - begin,
                         memory_order_relaxed);
-  const int64_t blocks =
-      atomic_load_explicit(&a->last, memory_order_relaxed) - atomic_load_explicit(&a->first, memory_order_relaxed);
-  pi2_count(&p->scratch[w->index].taken.row_blocks, blocks);
   if (r->trace) {
     const int64_t at = (int64_t)w->index * p->n_ops + (index < p->n_ops ? index : p->n_ops - 1);
     if (r->op_begin[at] == r->op_end[at]) r->op_begin[at] = begin;

@@ -24,7 +24,7 @@ typedef struct {
 } unit;
 typedef struct { /* of a run */
   unit *units;
-  int64_t n_units;
+  int64_t n_units, n_stores;     /* stores: the first ones, which write a key and a value; where threads assist */
   _Atomic uint32_t *splits_left; /* (max_slots, max KV heads): splits done in this layer */
 } run_units;
 typedef struct { /* one thread's own */
@@ -113,7 +113,8 @@ static float *partial_of(const pi2_program *p, const pi2_attention *at, const un
          ((int64_t)u->kv_head * group * c->splits + (int64_t)split * group) * per_head;
 }
 
-static void attend_tile(pi2_run *r, const pi2_op *op, const unit *u, const scratch *s) {
+/* The results of a tile in s->acc: [max(vectors), sum(vectors), acc(vectors, head_dim)]. Returns the vectors. */
+static int tile_products(pi2_run *r, const pi2_op *op, const unit *u, const scratch *s) {
   const pi2_program *p = r->program;
   const pi2_attention *at = op->data;
   const int hd = at->kv.head_dim;
@@ -133,25 +134,36 @@ static void attend_tile(pi2_run *r, const pi2_op *op, const unit *u, const scrat
       p->kernels->attend_merge(&max[i], &sum[i], acc + i * hd, max2[i], sum2[i], acc2 + i * hd, hd);
     fresh = 0;
   }
-  finish(r, op, u, sum, acc);
+  return nq;
+}
+static void attend_tile(pi2_run *r, const pi2_op *op, const unit *u, const scratch *s) {
+  const int nq = tile_products(r, op, u, s);
+  finish(r, op, u, s->acc + nq, s->acc + 2 * nq);
 }
 
-/* One split of a single row; whoever finishes the row's last split merges them, in order. */
-static void attend_split(pi2_run *r, const pi2_op *op, const unit *u, const scratch *s) {
+/* One split of a single row, [max(group), sum(group), acc(group, head_dim)] into `out`. Returns 0 where it lies outside
+ * of the window. */
+static int split_products(pi2_run *r, const pi2_op *op, const unit *u, const scratch *s, float *out) {
+  const pi2_attention *at = op->data;
+  const int group = at->n_heads / at->n_kv_heads;
+  int32_t lo[128], hi[128]; /* groups beyond 128 are refused when the program is built */
+  const int nq = gather(r, at, u, s->queries, lo, hi);
+  const int64_t size = split_of(r->position[u->row]), begin = u->split * size, end = begin + size;
+  const int64_t first = begin < lo[0] ? lo[0] : begin, last = end < hi[0] ? end : hi[0];
+  const pi2_kv kv = cache_of(at, u->kv_head, r->slices[u->slice].pages);
+  if (first >= last) return 0;
+  r->program->kernels->attend(&kv, s->queries, at->kv.head_dim, nq, lo, hi, first, last, at->softcap, out, out + group,
+                              out + 2 * group, s->scores);
+  return 1;
+}
+/* A split is in its place: whoever finishes the row's last one merges them, in order. */
+static void close_split(pi2_run *r, const pi2_op *op, const unit *u) {
   const pi2_program *p = r->program;
   const pi2_attention *at = op->data;
   const int group = at->n_heads / at->n_kv_heads, hd = at->kv.head_dim;
-  int32_t lo[128], hi[128]; /* groups beyond 128 are refused when the program is built */
-  const int nq = gather(r, at, u, s->queries, lo, hi);
-  const int64_t size = split_of(r->position[u->row]);
-  const int first_split = (int)(lo[0] / size);
-  if (u->split < first_split) return; /* outside the window */
-  pi2_kv kv = cache_of(at, u->kv_head, r->slices[u->slice].pages);
-  if (u->split == u->splits - 1) store(r, at, u->row, u->kv_head, s->acc2);
-  const int64_t begin = u->split * size, end = begin + size;
-  float *out = partial_of(p, at, u, u->split);
-  p->kernels->attend(&kv, s->queries, hd, nq, lo, hi, begin < lo[0] ? lo[0] : begin, end < hi[0] ? end : hi[0],
-                     at->softcap, out, out + group, out + 2 * group, s->scores);
+  const int32_t position = r->position[u->row],
+                low = at->window && position + 1 > at->window ? position + 1 - at->window : 0;
+  const int first_split = (int)(low / split_of(position));
   const uint32_t parts = (uint32_t)(u->splits - first_split);
   const run_units *units = r->shared[PI2_ATTENTION];
   _Atomic uint32_t *counter = &units->splits_left[u->slice * common_of(p)->n_kv_heads + u->kv_head];
@@ -166,6 +178,10 @@ static void attend_split(pi2_run *r, const pi2_op *op, const unit *u, const scra
   }
   finish(r, op, u, whole + group, whole + 2 * group);
 }
+static void attend_split(pi2_run *r, const pi2_op *op, const unit *u, const scratch *s) {
+  if (u->split == u->splits - 1) store(r, op->data, u->row, u->kv_head, s->acc2);
+  if (split_products(r, op, u, s, partial_of(r->program, op->data, u, u->split))) close_split(r, op, u);
+}
 
 /* Behind the last attention nobody wants anything: its keys and values alone. */
 static int run_tail(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
@@ -174,6 +190,31 @@ static int run_tail(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   for (uint32_t row; (row = pi2_take(r, index, 0)) < (uint32_t)r->n_rows;)
     for (int h = 0; h < at->n_kv_heads; h++) store(r, at, row, h, s->acc2);
   return 0;
+}
+
+static void attend(pi2_run *r, const pi2_op *op, int64_t i, const scratch *s, _Atomic int64_t *taken) {
+  const run_units *all = r->shared[PI2_ATTENTION];
+  const unit *u = &all->units[i];
+  if (u->kv_head >= ((const pi2_attention *)op->data)->n_kv_heads) return;
+  pi2_count(taken, 1);
+  if (u->splits)
+    attend_split(r, op, u, s);
+  else
+    attend_tile(r, op, u, s);
+}
+/* The next units that store nothing: of a step of single rows units are alike, so a thread takes neighbours. */
+static int next_units(pi2_run *r, int index, int me, uint64_t tag, int64_t *first, int64_t *last) {
+  const run_units *all = r->shared[PI2_ATTENTION];
+  const int64_t n = all->n_units - all->n_stores;
+  if (!r->n_prefill) {
+    if (!pi2_take_tagged(r, index, n, 1, tag == PI2_ANY_TAG ? n : 1, tag, me, first, last)) return 0;
+  } else {
+    *first = tag == PI2_ANY_TAG ? pi2_take_unit(r, index) : pi2_take_unit_tagged(r, index, tag);
+    if (*first < 0 || *first >= n) return 0;
+    *last = *first + 1;
+  }
+  *first += all->n_stores, *last += all->n_stores;
+  return 1;
 }
 
 static int run(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
@@ -187,24 +228,45 @@ static int run(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     int stopped = pi2_barrier(w);
     if (stopped) return stopped;
   }
-  if (!r->n_prefill) { /* units that are alike */
-    for (int64_t first, last; pi2_take_near(r, index, all->n_units, 1, w->index, &first, &last);) {
-      pi2_count(taken, last - first);
-      for (int64_t i = first; i < last; i++)
-        if (all->units[i].kv_head < at->n_kv_heads) attend_split(r, op, &all->units[i], s);
-    }
-    return 0;
-  }
-  for (uint32_t i; (i = pi2_take(r, index, 1)) < (uint32_t)all->n_units;) {
-    const unit *u = &all->units[i];
-    if (u->kv_head >= at->n_kv_heads) continue;
-    pi2_count(taken, 1);
-    if (u->splits)
-      attend_split(r, op, u, s);
-    else
-      attend_tile(r, op, u, s);
-  }
+  pi2_stage_open(r, index, w);
+  const uint64_t began = pi2_ticks();
+  int64_t done = 0;
+  for (uint32_t i; all->n_stores && (i = pi2_take(r, index, 2)) < (uint32_t)all->n_stores; done++)
+    attend(r, op, i, s, taken);
+  pi2_part part;
+  for (int64_t first, last; next_units(r, index, w->index, PI2_ANY_TAG, &first, &last); done += last - first)
+    for (int64_t i = first; i < last; i++) attend(r, op, i, s, taken);
+  for (; pi2_take_over(r, index, w, began, done, &part); done++) attend(r, op, part.first, s, taken);
   return 0;
+}
+/* Of units that store nothing: a key is written by a member alone. */
+static void assist(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
+  pi2_program *p = r->program;
+  const pi2_attention *at = op->data;
+  const int group = at->n_heads / at->n_kv_heads;
+  const scratch *s = &common_of(p)->scratch[w->index];
+  const run_units *all = r->shared[PI2_ATTENTION];
+  while (pi2_claim_begin(p, w)) {
+    pi2_part part = {.rows = 1};
+    if (!next_units(r, index, w->index, pi2_stage_tag(p, w), &part.first, &part.last)) {
+      pi2_claim_drop(p, w);
+      return;
+    }
+    const unit u = all->units[part.first];
+    pi2_claim_hold(p, w, &part);
+    const int is_there = u.kv_head < at->n_kv_heads;
+    int found = 0; /* vectors, or whether a split has any positions */
+    if (is_there) found = u.splits ? split_products(r, op, &u, s, s->acc) : tile_products(r, op, &u, s);
+    if (!pi2_claim_write(p, w)) return;
+    if (found && u.splits) {
+      memcpy(partial_of(p, at, &u, u.split), s->acc, (size_t)(group * (at->kv.head_dim + 2)) * sizeof *s->acc);
+      close_split(r, op, &u);
+    } else if (found) {
+      finish(r, op, &u, s->acc + found, s->acc + 2 * found);
+    }
+    if (is_there) pi2_count(&p->scratch[w->index].taken.attention, 1);
+    pi2_claim_end(r, index, w);
+  }
 }
 
 static int tile_rows(const common *c) { /* at most TILE_VECTORS queries, in eights */
@@ -220,17 +282,26 @@ static int64_t most_units(const pi2_program *p, const common *c) {
 
 /* Units of attention: the same for every layer, with the most KV heads of any; a layer with fewer skips. Single rows
  * are cut along the context, so that a long one is shared; rows of a chunk are cut in tiles, the last (longest) first.
+ * Where threads assist, what stores a key comes before all others.
  */
 static void post(pi2_run *r) {
   const common *c = common_of(r->program);
   run_units *all = r->shared[PI2_ATTENTION];
   unit *next = all->units;
+  const int assisted = r->program->members < r->program->threads;
+  for (int i = 0; assisted && i < r->n_slices; i++) {
+    const pi2_slice *s = &r->slices[i];
+    const int splits = s->start / split_of(s->start) + 1;
+    for (int h = 0; !s->skipped && s->count == 1 && h < c->n_kv_heads; h++)
+      *next++ = (unit){i, s->row, 1, h, splits - 1, splits};
+  }
+  all->n_stores = next - all->units;
   for (int i = 0; i < r->n_slices; i++) {
     const pi2_slice *s = &r->slices[i];
     if (s->skipped) continue;
     if (s->count == 1) {
       const int splits = s->start / split_of(s->start) + 1;
-      for (int split = splits - 1; split >= 0; split--)
+      for (int split = splits - 1 - assisted; split >= 0; split--)
         for (int h = 0; h < c->n_kv_heads; h++) *next++ = (unit){i, s->row, 1, h, split, splits};
     } else {
       const int tile = tile_rows(c);
@@ -284,4 +355,5 @@ const pi2_op_class pi2_attention_class = {.name = "attention",
                                           .prepare = prepare,
                                           .post = post,
                                           .run = run,
-                                          .run_tail = run_tail};
+                                          .run_tail = run_tail,
+                                          .assist = assist};

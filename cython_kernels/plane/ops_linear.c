@@ -130,6 +130,10 @@ static int claim_part(pi2_run *r, const pi2_op *op, int index, const pi2_worker 
   pi2_claim_hold(p, w, out);
   return 1;
 }
+static void end_part(pi2_run *r, int index, const pi2_worker *w, const pi2_part *part) {
+  pi2_count(&r->program->scratch[w->index].taken.row_blocks, part->last - part->first);
+  pi2_claim_end(r, index, w);
+}
 
 /* Products of at most PI2_TILE_BLOCKS row blocks [first, last) of one matrix become outputs, from column `column` on.
  */
@@ -217,7 +221,7 @@ static void assist_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w
     if (!pi2_claim_write(p, w)) return;
     for (int64_t at = u.first, begin = at; (i = next_of_matrix(op, &u, &at, &column, &from, &to)) >= 0; begin = at)
       put_linear(r, op, &op->matrix[i], column, from, to, u.row, u.rows, tile + (begin - u.first) * PI2_ROWS);
-    pi2_claim_end(r, index, w);
+    end_part(r, index, w, &u);
   }
 }
 
@@ -317,7 +321,7 @@ static void assist_ffn(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     ffn_products(r, op, u.first, u.last, u.row, u.rows, &in, tile);
     if (!pi2_claim_write(p, w)) return;
     put_hidden(r, op, u.first, u.last, u.row, u.rows, tile);
-    pi2_claim_end(r, index, w);
+    end_part(r, index, w, &u);
   }
 }
 
@@ -427,7 +431,7 @@ static void assist_head(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) 
     pi2_multiply(p, m, u.first, (int)(u.last - u.first), &in, u.row, u.rows, tile, PI2_TILE_LD);
     if (!pi2_claim_write(p, w)) return;
     put_logits(r, op, u.first, u.last, u.row, u.rows, tile);
-    pi2_claim_end(r, index, w);
+    end_part(r, index, w, &u);
   }
 }
 

@@ -56,17 +56,32 @@ def row_blocks(threads: tuple[ThreadStatistics, ...]) -> int:
     return sum(thread.row_blocks for thread in threads)
 
 
+def taken(threads: tuple[ThreadStatistics, ...]) -> tuple[int, int]:
+    return row_blocks(threads), sum(thread.attention for thread in threads)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 7, 40, 200])
-async def test_every_row_block_is_counted_once_and_bits_are_the_same(model: Path, tokens: int) -> None:
+async def test_every_part_is_counted_once_and_bits_are_the_same(model: Path, tokens: int) -> None:
     ids = np.arange(tokens, dtype=np.int32)
     async with opened(CpuExecutor(), model, cores=(-1,)) as executor:
-        alone, expected = await all_logits(executor, ids), row_blocks(executor.statistics().threads)
+        alone, expected = await all_logits(executor, ids), taken(executor.statistics().threads)
     async with opened(CpuExecutor(), model, **ASSISTED) as executor:
         together = await all_logits(executor, ids)
         threads = executor.statistics().threads
     assert np.array_equal(alone, together)
-    assert row_blocks(threads) == expected > 0
+    assert taken(threads) == expected
+    assert min(expected) > 0
     assert [thread.actor for thread in threads] == ["big", "little", "little"]
+
+
+async def test_a_long_context_is_shared(model: Path) -> None:
+    """Attention is cut along it; whoever finishes a row's last part merges them."""
+    prompt = np.arange(700, dtype=np.int32) % 200
+    async with opened(CpuExecutor(), model, cores=(-1,)) as executor:
+        expected = await greedy(executor, prompt, 40), taken(executor.statistics().threads)
+    async with opened(CpuExecutor(), model, **ASSISTED) as executor:
+        found = await greedy(executor, prompt, 40), taken(executor.statistics().threads)
+    assert found == expected
 
 
 async def test_they_take_work(model: Path) -> None:

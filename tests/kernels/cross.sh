@@ -69,7 +69,7 @@ arm() {
 }
 
 # What a thread that assists reads of a run that is over may change under it, and is never used (assist.h).
-for function in assist_linear assist_ffn assist_head; do echo "race:$function"; done >"$work/suppressions"
+for function in assist_linear assist_ffn assist_head assist; do echo "race:$function"; done >"$work/suppressions"
 
 # stress NAME STEPS FLAGS...: with the scalar kernels alone, which every sanitizer sees through
 stress() {
