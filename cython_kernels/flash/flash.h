@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "api.h"
+
 /* Of a file: offsets, lengths and addresses of reads are multiples of it, which O_DIRECT asks for. The logical block of
  * a device is no larger. It says nothing of the pages of memory (pages.h). */
 #define PI2_SECTOR 4096
@@ -59,7 +61,7 @@ struct pi2_flash_statistics {
  * ESPIPE for what is neither a regular file nor a block device, EINVAL for a bad depth, and with PI2_IO_URING the
  * errno of pi2_uring_probe, or EOPNOTSUPP where reads of the file cannot be told not to wait: of those, PI2_IO_AUTO
  * takes preadv. `depth`: reads in flight at most, 1 to PI2_FLASH_MOST. */
-pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *error);
+PI2_API pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *error);
 
 /* Optional: declares that reads will mostly go to the first `bytes` of the `most` at `base`, which io_uring then pins
  * once instead of at each read: in pieces, multiples of `unit`; a read across two of them is pinned by itself. Again,
@@ -67,24 +69,24 @@ pi2_flash *pi2_flash_open(const char *path, enum pi2_io io, int depth, int *erro
  * first time before any read; later from any thread, one at a time. 0, or an errno with no harm done, and the first
  * pieces may be pinned: EOPNOTSUPP without io_uring or before Linux 5.19, ENOMEM over RLIMIT_MEMLOCK, EBUSY for another
  * base. The memory must live until close. */
-int pi2_flash_register(pi2_flash *f, void *base, int64_t bytes, int64_t most, int64_t unit);
-int64_t pi2_flash_registered(pi2_flash *f); /* bytes that are pinned */
+PI2_API int pi2_flash_register(pi2_flash *f, void *base, int64_t bytes, int64_t most, int64_t unit);
+PI2_API int64_t pi2_flash_registered(pi2_flash *f); /* bytes that are pinned */
 
 /* 0, or -1: `depth` reads are in flight. The read starts now or, together with others submitted since, at the next
  * reap; so a reap follows soon. One that cannot be is reaped with its error. */
-int pi2_flash_submit(pi2_flash *f, pi2_read *r);
+PI2_API int pi2_flash_submit(pi2_flash *f, pi2_read *r);
 
 /* Number of reads that have finished, in order of finishing, at most `max`. Waits for the first one: timeout_ns 0: does
  * not wait; < 0: for ever. 0: the timeout passed, or somebody woke this thread. max 0: starts what was submitted. */
-int pi2_flash_reap(pi2_flash *f, pi2_read **done, int max, int64_t timeout_ns);
+PI2_API int pi2_flash_reap(pi2_flash *f, pi2_read **done, int max, int64_t timeout_ns);
 
 /* From any thread, before close: the reap that waits, or else the next one, returns without waiting. */
-void pi2_flash_wake(pi2_flash *f);
+PI2_API void pi2_flash_wake(pi2_flash *f);
 
 /* Waits for reads in flight, cancelling what can be, for at most patience_ns (< 0: for ever); they are not reaped. 0:
  * nothing of the caller is written to after. Else the device does not answer, and so many bytes may still be written:
  * `f` and the reads must stay for good, and so must the addresses that the reads go to; see pi2_pages_abandon. */
-int64_t pi2_flash_close(pi2_flash *f, int64_t patience_ns);
+PI2_API int64_t pi2_flash_close(pi2_flash *f, int64_t patience_ns);
 
 /* First thing of a thread that reads `f`: names it, and lets it have a core at once when something has arrived. It
  * needs one for moments only, but where it waits for those that compute, up to `depth` reads end meanwhile and the
@@ -105,13 +107,13 @@ static inline int64_t pi2_flash_left(int64_t since, int64_t deadline_ns, int64_t
 }
 
 /* The offset at which the file ended in the last read that failed with PI2_EOF; -1: none has. From any thread. */
-int64_t pi2_flash_ended_at(pi2_flash *f);
+PI2_API int64_t pi2_flash_ended_at(pi2_flash *f);
 /* Which way the file is read, and why: of io_reason. Lives as long as `f`. */
-const char *pi2_flash_io_reason(const pi2_flash *f);
-void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s);
-int64_t pi2_flash_reads(pi2_flash *f); /* that have ended */
+PI2_API const char *pi2_flash_io_reason(const pi2_flash *f);
+PI2_API void pi2_flash_statistics(pi2_flash *f, struct pi2_flash_statistics *s);
+PI2_API int64_t pi2_flash_reads(pi2_flash *f); /* that have ended */
 
 /* Whether this thread may use io_uring: 0, or an errno. `why`: a sentence either way. A filter that would
  * end whoever asks for io_uring is EPERM. */
-int pi2_uring_probe(char *why, int room);
+PI2_API int pi2_uring_probe(char *why, int room);
 #endif

@@ -19,6 +19,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
+#include "api.h"
 #include "flash.h"
 
 #define PI2_FADE 0.93f             /* a use counts half after 10 steps */
@@ -114,40 +115,40 @@ typedef struct pi2_neuron_cache {
 
 /* Starts the reader. `regions` and `memory` (capacity * slot_bytes, aligned to PI2_SECTOR) outlive the cache.
  * NULL and *error on failure. */
-pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *regions, int n_regions, int32_t n_pages,
-                                          int64_t slot_bytes, uint8_t *memory, int32_t n_slots, int32_t capacity,
-                                          int depth, int64_t deadline_ns, int *error);
+PI2_API pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *flash, const pi2_region *regions, int n_regions,
+                                                  int32_t n_pages, int64_t slot_bytes, uint8_t *memory, int32_t n_slots,
+                                                  int32_t capacity, int depth, int64_t deadline_ns, int *error);
 /* Other than so many slots (at most the capacity), also while runs use them. What lies in slots that go is dropped, at
  * once or when its last use ends: returns how many still are used. Their memory is not written to once there are none.
  */
-int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots);
+PI2_API int32_t pi2_neuron_cache_resize(pi2_neuron_cache *c, int32_t n_slots);
 /* Joins the reader and closes the flash. 0: nobody writes to the memory afterwards; else, as pi2_flash_close. */
-int64_t pi2_neuron_cache_destroy(pi2_neuron_cache *c);
+PI2_API int64_t pi2_neuron_cache_destroy(pi2_neuron_cache *c);
 
 /* From now on the last n reads are recorded. Before any run; returns 0 or -1 (out of memory). */
-int pi2_neuron_cache_trace(pi2_neuron_cache *c, int64_t n);
+PI2_API int pi2_neuron_cache_trace(pi2_neuron_cache *c, int64_t n);
 /* Copies the records of reads that have ended since the last call, at most n_records, and returns how many. Every read
  * that began before *horizon is among those that were taken, or was lost because too many ended. */
-int64_t pi2_neuron_cache_take_records(pi2_neuron_cache *c, pi2_read_record *to, int64_t *horizon);
+PI2_API int64_t pi2_neuron_cache_take_records(pi2_neuron_cache *c, pi2_read_record *to, int64_t *horizon);
 
 /* Reads pages [first, first + count) of a region in order into slots that were never used, while there are any, and
  * waits for them: before any run. 0, an errno or PI2_EOF. */
-int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_t count);
+PI2_API int pi2_neuron_cache_fill(pi2_neuron_cache *c, int region, int32_t first, int32_t count);
 
 /* More room, while runs go on: what to fill it with. Fills in how much each page (n_pages) is used, -1 where it is
  * present or on its way. */
-void pi2_neuron_cache_absent(pi2_neuron_cache *c, float *uses);
+PI2_API void pi2_neuron_cache_absent(pi2_neuron_cache *c, float *uses);
 /* Starts reading those of pages[0..n) (numbers among all) that are not there into slots that were never used. Returns 0
  * once there are none of these. Nobody waits for them; a read that fails leaves its page absent. */
-int pi2_neuron_cache_fetch(pi2_neuron_cache *c, const int32_t *pages, int n);
+PI2_API int pi2_neuron_cache_fetch(pi2_neuron_cache *c, const int32_t *pages, int n);
 /* Pages whose reads have not begun. */
-int64_t pi2_neuron_cache_waiting(pi2_neuron_cache *c);
+PI2_API int64_t pi2_neuron_cache_waiting(pi2_neuron_cache *c);
 
 /* From now on a read runs through gaps of so many bytes between two pages that wait one behind the other, whatever lies
  * there, and so is one instead of two: worth it while a gap takes less time than a read. Once, before any run; 0 or
  * ENOMEM. A read that fails with a gap is tried without. Not of heads: what lies between these is not read in order not
  * to read it. */
-int pi2_neuron_cache_read_through(pi2_neuron_cache *c, int64_t bytes);
+PI2_API int pi2_neuron_cache_read_through(pi2_neuron_cache *c, int64_t bytes);
 /* A step begins; a block begins to ask. */
 void pi2_neuron_cache_step(pi2_neuron_cache *c);
 void pi2_neuron_cache_block(pi2_neuron_cache *c);
@@ -181,5 +182,5 @@ static inline const uint8_t *pi2_neuron_cache_at(const pi2_neuron_cache *c, int 
 }
 void pi2_neuron_cache_signal(pi2_neuron_cache *c);
 /* Waits until `event` is no longer `seen`, for at most timeout_ns. */
-void pi2_neuron_cache_wait(pi2_neuron_cache *c, uint32_t seen, int64_t timeout_ns);
+PI2_API void pi2_neuron_cache_wait(pi2_neuron_cache *c, uint32_t seen, int64_t timeout_ns);
 #endif

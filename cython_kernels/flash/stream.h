@@ -16,6 +16,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
+#include "api.h"
 #include "flash.h"
 
 typedef struct {
@@ -71,16 +72,16 @@ typedef struct pi2_stream {
 /* Starts the reader. `units` (n >= 1) and `ring` (aligned to PI2_SECTOR) outlive the stream; the ring has room for the
  * units that are used together and, where they differ in size, the largest beside them. NULL and *error (an errno) on
  * failure. Reading fails with ETIMEDOUT when reads are in flight and none ends for `deadline_ns` (< 0: never). */
-pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, int64_t read_bytes, int depth,
-                              uint8_t *ring, int64_t ring_bytes, int64_t deadline_ns, int *error);
+PI2_API pi2_stream *pi2_stream_create(pi2_flash *flash, const pi2_extent *units, int n, int64_t read_bytes, int depth,
+                                      uint8_t *ring, int64_t ring_bytes, int64_t deadline_ns, int *error);
 /* The memory in which units have their homes (sectors, before any of it is used); it outlives the stream. */
-void pi2_stream_loan(pi2_stream *s, uint8_t *loan);
+PI2_API void pi2_stream_loan(pi2_stream *s, uint8_t *loan);
 /* Thread 0 of a run, behind pi2_stream_begin and before the others look: the first `bytes` of it may be used from now
  * on. Where more were, waits until nobody reads into these and gives them back to the system; not so once reading has
  * failed, or where `stop` is set before. */
 void pi2_stream_lend(pi2_stream *s, int64_t bytes, const _Atomic int *stop);
 /* Stops and joins the reader, closes the flash. 0: nobody writes to the ring afterwards; else, as pi2_flash_close. */
-int64_t pi2_stream_destroy(pi2_stream *s);
+PI2_API int64_t pi2_stream_destroy(pi2_stream *s);
 
 /* Thread 0 of a run, before the others look: the position of its first unit. What earlier runs left is dropped. */
 uint64_t pi2_stream_begin(pi2_stream *s);

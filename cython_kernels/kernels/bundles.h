@@ -21,32 +21,34 @@
 #define PI2_BUNDLES_H
 #include <stdint.h>
 
+#include "api.h"
+
 /* up_bytes: of a neuron's up quants, which its down quants follow; 0 in a block without gate. */
 typedef struct {
   int64_t neurons_per_page, page_bytes, neuron_bytes, up_bytes;
 } pi2_bundle_layout;
 
 /* Bytes; 0 where the type has no bundles, or k is no multiple of 32. */
-int64_t pi2_up_quants(int type, int64_t k);      /* of a neuron */
-int64_t pi2_down_quants(int type, int64_t rows); /* of a neuron */
-int64_t pi2_up_scales(int type, int64_t k);      /* of a neuron */
-int64_t pi2_down_scales(int type, int64_t rows); /* of 32 neurons */
+PI2_API int64_t pi2_up_quants(int type, int64_t k);      /* of a neuron */
+PI2_API int64_t pi2_down_quants(int type, int64_t rows); /* of a neuron */
+PI2_API int64_t pi2_up_scales(int type, int64_t k);      /* of a neuron */
+PI2_API int64_t pi2_down_scales(int type, int64_t rows); /* of 32 neurons */
 
 /* n rows of a model file (k columns): neuron 0 goes to the beginning of the page at `to`. scales: n * pi2_up_scales.
  * Either may be NULL. Writes no byte outside of these neurons' up quants. Returns 0, or the index + 1 of the first row
  * with a scale that is not finite. */
-int64_t pi2_bundle_up(int type, const uint8_t *rows, int64_t n, int64_t k, const pi2_bundle_layout *layout, uint8_t *to,
-                      uint8_t *scales);
+PI2_API int64_t pi2_bundle_up(int type, const uint8_t *rows, int64_t n, int64_t k, const pi2_bundle_layout *layout,
+                              uint8_t *to, uint8_t *scales);
 /* Columns first .. first + count of a model file's matrix (rows, hidden); first, count and hidden are multiples of 32.
  * Neuron `first` goes to the beginning of the page at `to`. scales: count / 32 * pi2_down_scales. As above; the index
  * is that of a row. */
-int64_t pi2_bundle_down(int type, const uint8_t *matrix, int64_t rows, int64_t hidden, int64_t first, int64_t count,
-                        const pi2_bundle_layout *layout, uint8_t *to, uint8_t *scales);
+PI2_API int64_t pi2_bundle_down(int type, const uint8_t *matrix, int64_t rows, int64_t hidden, int64_t first,
+                                int64_t count, const pi2_bundle_layout *layout, uint8_t *to, uint8_t *scales);
 
 /* Back to floats, with the file format's arithmetic. `from` begins with neuron 0 of n. up: out (n, k).
  * down: out[r * ld + i], r < rows, neuron i < n, n a multiple of 32. */
-void pi2_unbundle_up(int type, const uint8_t *from, const uint8_t *scales, int64_t n, int64_t k,
-                     const pi2_bundle_layout *layout, float *out);
-void pi2_unbundle_down(int type, const uint8_t *from, const uint8_t *scales, int64_t rows, int64_t n,
-                       const pi2_bundle_layout *layout, float *out, int64_t ld);
+PI2_API void pi2_unbundle_up(int type, const uint8_t *from, const uint8_t *scales, int64_t n, int64_t k,
+                             const pi2_bundle_layout *layout, float *out);
+PI2_API void pi2_unbundle_down(int type, const uint8_t *from, const uint8_t *scales, int64_t rows, int64_t n,
+                               const pi2_bundle_layout *layout, float *out, int64_t ld);
 #endif

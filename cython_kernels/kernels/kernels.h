@@ -33,6 +33,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "api.h"
+
 #define PI2_ROWS 16  /* rows in a row block */
 #define PI2_BLOCK 32 /* columns that share an activation scale */
 #define PI2_PAGE 64  /* positions in a KV page */
@@ -110,7 +112,7 @@ typedef void (*pi2_neuron_columns)(const uint8_t *const *columns, const int16_t 
 
 /* One row of activations for pi2_neuron_rows: x[chunk of 16 blocks][16 pairs][16 blocks][2 columns], and its scales,
  * all padded with zeros to whole chunks (bundles.c). */
-void pi2_arrange(const pi2_q8 *x, int wide, int64_t k, int16_t *to, float *d, float *s);
+PI2_API void pi2_arrange(const pi2_q8 *x, int wide, int64_t k, int16_t *to, float *d, float *s);
 
 /* x (k,), k a multiple of 32, to one row. */
 typedef void (*pi2_quantizer)(const float *x, int64_t k, const pi2_q8 *row);
@@ -159,18 +161,18 @@ typedef struct {
 } pi2_kernels;
 
 /* Variants built into this binary, worst first, NULL-terminated; and the best one this processor can run. */
-const pi2_kernels *const *pi2_variants(void);
-int pi2_variant_runs(const pi2_kernels *kernels);
+PI2_API const pi2_kernels *const *pi2_variants(void);
+PI2_API int pi2_variant_runs(const pi2_kernels *kernels);
 
 /* repack.c: the layout. Sizes in bytes; 0 for an unknown type. */
-int64_t pi2_row_bytes(int type, int64_t k);       /* one row in the file's format */
-int64_t pi2_row_block_bytes(int type, int64_t k); /* one row block, multiple of 64 */
-int64_t pi2_scales_bytes(int type, int64_t k);    /* the scales part of a row block */
+PI2_API int64_t pi2_row_bytes(int type, int64_t k);       /* one row in the file's format */
+PI2_API int64_t pi2_row_block_bytes(int type, int64_t k); /* one row block, multiple of 64 */
+int64_t pi2_scales_bytes(int type, int64_t k);            /* the scales part of a row block */
 /* src: `rows` rows in the file's format, contiguous. Fills ceil(rows/16) row blocks at dst (64-byte aligned).
  * Returns 0, or 1 + the index of the first row with a scale or float that is not finite. */
-int64_t pi2_repack(int type, const uint8_t *src, int64_t rows, int64_t k, uint8_t *dst);
+PI2_API int64_t pi2_repack(int type, const uint8_t *src, int64_t rows, int64_t k, uint8_t *dst);
 /* One row back to floats: the embedding lookup, and the proof that nothing was lost. */
-void pi2_unpack_row(int type, const uint8_t *matrix, int64_t k, int64_t row, float *out);
+PI2_API void pi2_unpack_row(int type, const uint8_t *matrix, int64_t k, int64_t row, float *out);
 
 static inline int64_t pi2_align(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 #endif

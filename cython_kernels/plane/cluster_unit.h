@@ -9,6 +9,8 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
+#include "api.h"
+
 enum { PI2_UNIT_FAILED = -1001, PI2_UNIT_LATE = -1002 }; /* errors of a run, beside those of reads */
 
 typedef struct {
@@ -28,14 +30,14 @@ typedef struct { /* the data of PI2_HANDOFF and PI2_JOIN */
 
 /* -- the unit's thread */
 /* Waits for an item. Returns 1, and layer and rows are its; 0 when closing. The item ends with pi2_unit_answer. */
-int pi2_unit_take(pi2_cluster_unit *u);
+PI2_API int pi2_unit_take(pi2_cluster_unit *u);
 /* `failed`: out is not usable, nor will another item be taken. */
-void pi2_unit_answer(pi2_cluster_unit *u, int failed, int64_t busy_ns);
+PI2_API void pi2_unit_answer(pi2_cluster_unit *u, int failed, int64_t busy_ns);
 /* -- any thread */
-void pi2_unit_close(pi2_cluster_unit *u);
+PI2_API void pi2_unit_close(pi2_cluster_unit *u);
 /* -- threads of the gang */
 /* Asks for an item: x is written, and out is zero in so many rows. Nothing is in flight. */
-void pi2_unit_ask(pi2_cluster_unit *u, int layer, int rows);
+PI2_API void pi2_unit_ask(pi2_cluster_unit *u, int layer, int rows);
 /* Waits until nothing is in flight. Returns 0, or an error of the above, or 1 where *stop was set. */
-int pi2_unit_wait(pi2_cluster_unit *u, int64_t spin_ns, const _Atomic int *stop);
+PI2_API int pi2_unit_wait(pi2_cluster_unit *u, int64_t spin_ns, const _Atomic int *stop);
 #endif

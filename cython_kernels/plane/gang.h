@@ -9,6 +9,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
+#include "api.h"
 #include "waiting.h"
 
 #define PI2_QUEUE 8 /* runs of a program in flight, at most */
@@ -54,17 +55,17 @@ struct pi2_gang {
 };
 
 /* NULL and errno on failure. cores[i] < 0 leaves thread i unpinned. */
-pi2_gang *pi2_gang_create(int n, const int *cores, int64_t spin_ns);
+PI2_API pi2_gang *pi2_gang_create(int n, const int *cores, int64_t spin_ns);
 /* Returns 0, or -1 when PI2_JOBS jobs are unfinished. Called from one thread only. */
 int pi2_gang_post(pi2_gang *gang, pi2_job run, void *context);
 /* All jobs posted so far report each as soon as it has finished. Before the next post, by the thread that posts. */
 void pi2_gang_report(pi2_gang *gang);
 /* Joins all threads; unfinished jobs are finished first (stop them before). */
-void pi2_gang_destroy(pi2_gang *gang);
+PI2_API void pi2_gang_destroy(pi2_gang *gang);
 /* Lets all threads but the first `members` run `assist` instead of jobs; `members` = n and NULL: all run jobs again.
  * Waits until none is left in the function that they ran before. All jobs are finished, and none is posted meanwhile.
  */
-void pi2_gang_assist(pi2_gang *gang, int members, pi2_assisting assist, void *context);
+PI2_API void pi2_gang_assist(pi2_gang *gang, int members, pi2_assisting assist, void *context);
 /* Whether all jobs are finished; *posted: how many these are. */
 int pi2_gang_idle(pi2_gang *gang, uint32_t *posted);
 /* All members of the running job meet. Returns nonzero, the same on every thread, when the job was asked to stop. */

@@ -8,9 +8,9 @@
 /* -- the control plane */
 /* Of a slice in flight that is masked: what it allows, (mask_words) that are copied, or NULL for all. The first one
  * counts. */
-void pi2_mask_give(pi2_run *run, pi2_slice *slice, const uint32_t *allowed);
+PI2_API void pi2_mask_give(pi2_run *run, pi2_slice *slice, const uint32_t *allowed);
 /* Asks a run to end at its next barrier, and ends its wait for masks. */
-void pi2_run_stop(pi2_run *run);
+PI2_API void pi2_run_stop(pi2_run *run);
 
 /* -- threads of the gang */
 /* Whether a row of the step is sampled by a mask. */

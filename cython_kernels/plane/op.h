@@ -4,6 +4,7 @@
  * class, and a line in PI2_OP_KINDS. */
 #ifndef PI2_OP_H
 #define PI2_OP_H
+#include "api.h"
 #include "arena.h"
 #include "gang.h"
 #include "kernels.h"
@@ -104,4 +105,6 @@ typedef struct {
 } pi2_op_class;
 
 extern const pi2_op_class *const pi2_op_classes[PI2_OP_COUNT];
+/* Of an operation, in traces. */
+PI2_API const char *pi2_op_name(const pi2_op *op);
 #endif

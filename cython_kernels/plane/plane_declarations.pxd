@@ -101,11 +101,7 @@ cdef extern from "op.h" nogil:
         int64_t weight_bytes
         int mixed, q8_in, q8_out
         void *data
-    ctypedef struct pi2_op_class:
-        const char *name
-        const char *(*name_of)(const pi2_op *)
-    const pi2_op_class **pi2_op_classes
-    int64_t pi2_parts(const pi2_matrix *)
+    const char *pi2_op_name(const pi2_op *)
 
 cdef extern from "ops_embed.h" nogil:
     ctypedef struct pi2_embed:

@@ -13,6 +13,11 @@ PI2_OP_KINDS(PI2_KIND)
 const pi2_op_class *const pi2_op_classes[PI2_OP_COUNT] = {PI2_OP_KINDS(PI2_KIND)};
 #undef PI2_KIND
 
+const char *pi2_op_name(const pi2_op *op) {
+  const pi2_op_class *class = pi2_op_classes[op->kind];
+  return class->name_of ? class->name_of(op) : class->name;
+}
+
 pi2_op *pi2_op_add(pi2_program *p, int kind, int layer) {
   if (p->n_ops == p->ops_capacity) {
     const int capacity = p->ops_capacity ? 2 * p->ops_capacity : 64;

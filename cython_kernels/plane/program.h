@@ -9,6 +9,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "api.h"
 #include "arena.h"
 #include "assist.h"
 #include "cluster_unit.h"
@@ -185,14 +186,14 @@ typedef struct pi2_program {
 
 /* Another operation, zero but for its kind, its layer, `expert`, and its data, which are zeros. NULL: out of memory. It
  * moves with the next one; its data stay where they are. */
-pi2_op *pi2_op_add(pi2_program *p, int kind, int layer);
+PI2_API pi2_op *pi2_op_add(pi2_program *p, int kind, int layer);
 /* Widths and sizes of all buffers, without memory for them. After this p->arena.used and p->tail_bytes are those of a
  * prepared program. Weights and readers may be missing: of a matrix only shape and place count. */
-void pi2_program_measure(pi2_program *p);
+PI2_API void pi2_program_measure(pi2_program *p);
 /* Memory for all buffers. Returns 0, or -1 out of memory. */
-int pi2_program_prepare(pi2_program *p);
+PI2_API int pi2_program_prepare(pi2_program *p);
 /* Of a measured or prepared program, or one that is not complete. It owns operations and rotations, not the weights. */
-void pi2_program_free(pi2_program *p);
+PI2_API void pi2_program_free(pi2_program *p);
 /* Of a prepare hook: a buffer of rows, of which those that short steps have no use for are reclaimable; rows of
  * integers. */
 void *pi2_take_rows(pi2_program *p, pi2_arena *a, int64_t rows, int64_t bytes);
@@ -205,10 +206,10 @@ static inline void *pi2_keep(pi2_arena *a, const void *value, size_t size) {
 static inline void pi2_widen(int64_t *width, int64_t to) { *width = to > *width ? to : *width; }
 
 /* A run to fill (rows, slices), then post. NULL when PI2_QUEUE are unfinished. */
-pi2_run *pi2_run_new(pi2_program *p);
+PI2_API pi2_run *pi2_run_new(pi2_program *p);
 /* Derives head rows and what classes need from the slices, and hands the run to the gang. Returns 0, or -1 when the
  * gang has PI2_JOBS jobs. */
-int pi2_run_post(pi2_run *run);
+PI2_API int pi2_run_post(pi2_run *run);
 
 /* The job the gang runs; context is the run. */
 int pi2_run_job(void *run, pi2_worker *worker);

@@ -458,12 +458,10 @@ cdef class Program:
     @property
     def operations(self):
         """Names of the operations, for traces: ``"layer 3 attention"``."""
-        cdef const pi2_op_class *kind
         out = []
         for i in range(self.p.n_ops):
             op = &self.p.ops[i]
-            kind = pi2_op_classes[op.kind]
-            name = (kind.name if kind.name_of == NULL else kind.name_of(op)).decode()
+            name = pi2_op_name(op).decode()
             if op.expert >= 0:
                 name = f"expert {op.expert} {name}"
             out.append(name if op.layer < 0 else f"layer {op.layer} {name}")

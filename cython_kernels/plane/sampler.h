@@ -3,6 +3,7 @@
 #define PI2_SAMPLER_H
 #include <stdint.h>
 
+#include "api.h"
 #include "kernels.h"
 
 typedef struct {
@@ -38,7 +39,7 @@ typedef struct {
 /* logits (vocab) are changed in place. `position` is that of the sampled token. top: (slot->logprobs, at most vocab).
  * scratch: vocab candidates. allowed: bits of the tokens that may be picked, (vocab + 31) / 32 words, or NULL: all.
  * Updates slot->last, ->ended and the counts, unless nothing can be picked. */
-pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *slot, float *logits, int64_t vocab, int64_t position,
-                    const uint32_t *allowed, pi2_pick *top, pi2_candidate *scratch);
+PI2_API pi2_pick pi2_sample(const pi2_kernels *k, pi2_slot *slot, float *logits, int64_t vocab, int64_t position,
+                            const uint32_t *allowed, pi2_pick *top, pi2_candidate *scratch);
 double pi2_uniform(uint64_t seed, uint64_t position);
 #endif

@@ -5,9 +5,11 @@
 #define PI2_PAGES_H
 #include <stdint.h>
 
-int64_t pi2_page_bytes(void);
+#include "api.h"
+
+PI2_API int64_t pi2_page_bytes(void);
 /* Of a transparent huge page: how much may be taken where one byte of it is touched. */
-int64_t pi2_huge_page_bytes(void);
+PI2_API int64_t pi2_huge_page_bytes(void);
 
 typedef struct {
   uint8_t *base;
@@ -23,17 +25,17 @@ pi2_pages pi2_pages_within(void *base, int64_t bytes);
  * when they began: after a fork, whoever of parent and child writes first would get a copy, and what arrives may
  * end up in the other's. Nor does a child make the parent copy gigabytes of weights. So in a child nobody may
  * touch it or unmap it: its addresses may be somebody else's by then. */
-void *pi2_pages_map(int64_t bytes, int huge);
+PI2_API void *pi2_pages_map(int64_t bytes, int huge);
 /* No huge pages there, whatever the system prefers: what is resident is what was touched. Refusal does not matter,
  * for then the system has none. */
-void pi2_pages_small(void *base, int64_t bytes);
-void pi2_pages_unmap(void *base, int64_t bytes);
+PI2_API void pi2_pages_small(void *base, int64_t bytes);
+PI2_API void pi2_pages_unmap(void *base, int64_t bytes);
 /* Gives the whole pages among these bytes back to the system; they read as zeros until they are written again. What
  * is not a whole page stays as it is. 0 or an errno. */
-int pi2_pages_discard(void *base, int64_t bytes);
+PI2_API int pi2_pages_discard(void *base, int64_t bytes);
 /* In place of unmapping, for memory that reads which do not end go to: what has reached a device cannot be
  * cancelled. The addresses stay taken, so that nobody else's memory gets them, but have no memory any
  * more. A read that copies fails there; the pages that a device writes to by itself are the kernel's, which frees
  * them after it. 0 or an errno: then the memory is as it was. */
-int pi2_pages_abandon(void *base, int64_t bytes);
+PI2_API int pi2_pages_abandon(void *base, int64_t bytes);
 #endif
