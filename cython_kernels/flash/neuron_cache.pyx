@@ -6,7 +6,7 @@ from libc.string cimport memcpy
 from posix.types cimport pid_t
 from posix.unistd cimport getpid
 
-from flash_errors cimport open_error
+from pi2rt.cython_kernels.flash.flash_errors cimport open_error
 
 import os
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ from posix.unistd cimport getpid
 
 cimport cython
 
-from flash_errors cimport open_error, pi2_uring_probe
+from pi2rt.cython_kernels.flash.flash_errors cimport open_error, pi2_uring_probe
 
 import os
 import threading

@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t, uint8_t, uintptr_t
 from posix.types cimport pid_t
 from posix.unistd cimport getpid
 
-from flash_errors cimport open_error
+from pi2rt.cython_kernels.flash.flash_errors cimport open_error
 
 import os
 

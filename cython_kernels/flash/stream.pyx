@@ -5,7 +5,7 @@ from libc.stdlib cimport free, malloc
 from posix.types cimport pid_t
 from posix.unistd cimport getpid
 
-from flash_errors cimport open_error
+from pi2rt.cython_kernels.flash.flash_errors cimport open_error
 
 import os
 

@@ -1,4 +1,5 @@
-from pi2rt.cython_kernels.kernels.native import BundleLayout, Memory
+from pi2rt.cython_kernels.kernels.bundles import BundleLayout
+from pi2rt.cython_kernels.kernels.memory import Memory
 
 class BlockWork:
     nbytes: int

@@ -3,7 +3,7 @@
 
 from libc.stdint cimport int8_t, int16_t, int64_t, uint8_t, uintptr_t
 
-from declarations cimport *
+from pi2rt.cython_kernels.kernels.declarations cimport *
 
 from pi2rt.cython_kernels.kernels import native
 
@@ -13,10 +13,6 @@ cdef extern from "kernels.h" nogil:
 
 cdef extern from "flash.h" nogil:
     enum: PI2_SECTOR
-
-cdef extern from "bundles.h" nogil:
-    int64_t pi2_up_scales(int, int64_t)
-    int64_t pi2_down_scales(int, int64_t)
 
 
 cdef class BlockWork:

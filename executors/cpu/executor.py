@@ -19,7 +19,8 @@ import trio
 
 from pi2rt._errors import BusyError, ClosedError, InternalError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels.kernels import native
-from pi2rt.cython_kernels.plane import program
+from pi2rt.cython_kernels.plane.gang import Gang
+from pi2rt.cython_kernels.plane.program import MOST_IN_FLIGHT, Program
 from pi2rt.executors.cpu.expert_pages import Clusters
 from pi2rt.executors.cpu.need import cpu_need, layout_of
 from pi2rt.executors.cpu.neurons import Neurons
@@ -63,7 +64,7 @@ class CpuExecutor:
     verifies_drafts = True
     takes_masks = True
     sparsities = ("exact", "thresholded", "predicted")
-    max_in_flight = program.MOST_IN_FLIGHT
+    max_in_flight = MOST_IN_FLIGHT
 
     def __init__(self) -> None:
         self._weights: Weights | None = None
@@ -73,8 +74,8 @@ class CpuExecutor:
         self._predictors: LoadedPredictors | None = None
         self._clusters: Clusters | None = None
         self._unit: UnitClusters | None = None
-        self._gang: program.Gang | None = None
-        self._program: program.Program | None = None
+        self._gang: Gang | None = None
+        self._program: Program | None = None
         self._options: ExecutorOptions | None = None
         self._in_flight: deque[int] = deque()
         self._threads: list[tuple[str, int]] = []  # (actor, core) of each thread
@@ -134,7 +135,7 @@ class CpuExecutor:
         await flash.open_readers()
         pinned = [core for _, core in self._threads]
         spin = SPIN_NS if len(set(pinned)) == len(pinned) else 0  # two on one core would spin for each other
-        self._gang = program.Gang(pinned, spin_ns=spin)
+        self._gang = Gang(pinned, spin_ns=spin)
         wanted = options.predictors
         self._predictors = await reads.run(
             "weights", lambda: LoadedPredictors(file, wanted), LoadedPredictors.close

@@ -16,7 +16,7 @@ import numpy as np
 from pi2rt._errors import ClosedError, RequestError, UnsupportedModelError
 from pi2rt.cython_kernels.flash.neuron_cache import NeuronCache
 from pi2rt.cython_kernels.kernels import native
-from pi2rt.cython_kernels.plane import program
+from pi2rt.cython_kernels.plane.matrices import Bundles
 from pi2rt.executors.cpu.weights import PlacedWeights
 from pi2rt.executors.flash.page_cache import PageCache
 from pi2rt.formats import ModelFile, neuron_bundles, neuron_order
@@ -90,7 +90,7 @@ class NeuronBlocks:
         weights: PlacedWeights,
         thresholds: Floats | None,
         elsewhere: Sequence[int] = (),
-    ) -> program.Bundles:
+    ) -> Bundles:
         """What a program needs to know of one block.
 
         Args:
@@ -114,7 +114,7 @@ class NeuronBlocks:
             gate = (native.TYPE_IDS[gate_type], gate_scales, neuron_bundles.up_scales(gate_type, weights.dim))
             gate_bias = None if block.gate.bias is None else weights.vectors[block.gate.bias]
         biased = block.up.bias if block.gate is not None else None
-        return program.Bundles(
+        return Bundles(
             self._numbers[block.down.weight],
             up,
             (native.TYPE_IDS[down_type], down_scales, down_group),

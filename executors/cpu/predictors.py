@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pi2rt._errors import RequestError
 from pi2rt.cython_kernels.kernels import native
-from pi2rt.cython_kernels.plane import program
+from pi2rt.cython_kernels.plane.matrices import Matrix
 from pi2rt.formats import ModelFile
 from pi2rt.formats.predictor import Predictor
 from pi2rt.runtime.step import Floats
@@ -26,8 +26,8 @@ Halves: TypeAlias = npt.NDArray[np.float16]
 class LoadedPredictor:
     """``first`` (rank, dim) and ``second`` (neurons, rank), which has the bias."""
 
-    first: program.Matrix
-    second: program.Matrix
+    first: Matrix
+    second: Matrix
 
 
 def predictor_bytes(predictor: Predictor) -> int:
@@ -98,9 +98,9 @@ def _parts(predictor: Predictor) -> tuple[tuple[Halves, None], tuple[Halves, Flo
     return (predictor.first, None), (predictor.second, predictor.bias)
 
 
-def _matrix(values: Halves, address: int, bias: Floats | None) -> program.Matrix:
+def _matrix(values: Halves, address: int, bias: Floats | None) -> Matrix:
     rows, columns = values.shape
-    return program.Matrix(native.TYPE_IDS[TYPE], rows, columns, address, bias)
+    return Matrix(native.TYPE_IDS[TYPE], rows, columns, address, bias)
 
 
 def _bytes(values: Halves) -> int:

@@ -11,7 +11,9 @@ from pi2rt._errors import UnsupportedModelError
 from pi2rt.cython_kernels.flash.rows import Rows
 from pi2rt.cython_kernels.flash.stream import Stream
 from pi2rt.cython_kernels.kernels import native
-from pi2rt.cython_kernels.plane import program
+from pi2rt.cython_kernels.plane.gang import Gang
+from pi2rt.cython_kernels.plane.matrices import Matrix
+from pi2rt.cython_kernels.plane.program import Program
 from pi2rt.executors.cpu.expert_pages import CachedExperts
 from pi2rt.executors.cpu.neurons import CachedNeurons
 from pi2rt.executors.cpu.predictors import LoadedPredictor
@@ -35,7 +37,7 @@ class ProgramBuilder:
         model: ModelDescription,
         weights: PlacedWeights,
         options: ExecutorOptions,
-        gang: program.Gang | int,
+        gang: Gang | int,
         stream: Stream | None,
         rows: Rows | None,
         neurons: CachedNeurons | None,
@@ -44,7 +46,7 @@ class ProgramBuilder:
         unit: UnitClusters | None = None,
     ) -> None:
         self._file, self._model, self._weights, self._options = file, model, weights, options
-        self._program = program.Program(
+        self._program = Program(
             gang,
             native.kernels_address(options.kernels),
             dim=model.dim,
@@ -78,7 +80,7 @@ class ProgramBuilder:
         self._pages = self._windowed = 0
         self._places: Mapping[tuple[int, int], PagedLayout] = {}
 
-    def build(self, layout: StateLayout, pages: int, windowed: int) -> program.Program:
+    def build(self, layout: StateLayout, pages: int, windowed: int) -> Program:
         """Not prepared yet. ``pages``, ``windowed``: addresses of the two areas of the KV pages that it works on, which
         ``layout`` describes."""
         p, model = self._program, self._model
@@ -181,7 +183,7 @@ class ProgramBuilder:
         down = [self._matrix(block.down)]
         self._program.linear(index, None, "hidden", sink, down, q8_in=q8, mixed=mixed_down, expert=expert)
 
-    def _deciding(self, index: int, block: FeedForward, expert: int) -> program.Matrix | None:
+    def _deciding(self, index: int, block: FeedForward, expert: int) -> Matrix | None:
         """What says which neurons of a block are read. None: all of them."""
         decides = block.up if block.gate is None else block.gate
         if decides.weight not in self._weights.scales:
@@ -225,7 +227,7 @@ class ProgramBuilder:
     def _is_float(self, linear: Linear) -> bool:
         return self._weights.matrices[linear.weight].type in FLOATS
 
-    def _matrix(self, linear: Linear) -> program.Matrix:
+    def _matrix(self, linear: Linear) -> Matrix:
         packed: PackedMatrix = self._weights.matrices[linear.weight]
         bias = None if linear.bias is None else self._weights.vectors[linear.bias]
         paged = None if self._clusters is None else self._clusters.matrices.get(linear.weight)
@@ -233,7 +235,7 @@ class ProgramBuilder:
         streamed = self._weights.pieces.matrices.get(linear.weight)
         if streamed is not None:
             page_blocks = streamed.blocks
-        return program.Matrix(
+        return Matrix(
             native.TYPE_IDS[packed.type],
             packed.rows,
             packed.columns,

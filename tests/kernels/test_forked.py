@@ -12,9 +12,9 @@ CODE = """
 import mmap, os, signal, sys
 from pi2rt.cython_kernels.flash import reader as flash
 from pi2rt.cython_kernels.kernels import native
-from pi2rt.cython_kernels.plane import program
+from pi2rt.cython_kernels.plane.gang import Gang
 
-memory, gang = native.Memory(1 << 20), program.Gang([-1, -1])
+memory, gang = native.Memory(1 << 20), Gang([-1, -1])
 reader = flash.Reader(sys.argv[1], sys.argv[2], depth=2)
 view = memory.view()
 view[:] = 7

@@ -1,4 +1,4 @@
-# kernels.h, as the .pyx files use it. Declarations only: nothing here exists at run time.
+# The headers of the kernels, as Cython modules use them. Declarations only: nothing here exists at run time.
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint64_t
 
 cdef extern from "kernels.h" nogil:
@@ -60,3 +60,16 @@ cdef extern from "kernels.h" nogil:
     int64_t pi2_repack(int, const uint8_t *, int64_t, int64_t, uint8_t *)
     void pi2_unpack_row(int, const uint8_t *, int64_t, int64_t, float *)
 
+cdef extern from "bundles.h" nogil:
+    ctypedef struct pi2_bundle_layout:
+        int64_t neurons_per_page, page_bytes, neuron_bytes, up_bytes
+    int64_t pi2_up_quants(int, int64_t)
+    int64_t pi2_down_quants(int, int64_t)
+    int64_t pi2_up_scales(int, int64_t)
+    int64_t pi2_down_scales(int, int64_t)
+    int64_t pi2_bundle_up(int, const uint8_t *, int64_t, int64_t, const pi2_bundle_layout *, uint8_t *, uint8_t *)
+    int64_t pi2_bundle_down(int, const uint8_t *, int64_t, int64_t, int64_t, int64_t, const pi2_bundle_layout *,
+                            uint8_t *, uint8_t *)
+    void pi2_unbundle_up(int, const uint8_t *, const uint8_t *, int64_t, int64_t, const pi2_bundle_layout *, float *)
+    void pi2_unbundle_down(int, const uint8_t *, const uint8_t *, int64_t, int64_t, const pi2_bundle_layout *, float *,
+                           int64_t)

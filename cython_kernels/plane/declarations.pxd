@@ -1,7 +1,7 @@
-# The headers of the plane, as program.pyx uses them. Declarations only: nothing here exists at run time.
+# The headers of the plane, as Cython modules use them. Declarations only: nothing here exists at run time.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
-from declarations cimport *
+from pi2rt.cython_kernels.kernels.declarations cimport pi2_kernels, pi2_kv
 
 cdef extern from "gang.h" nogil:
     ctypedef struct pi2_gang:
