@@ -20,6 +20,8 @@ FOLDERS = {
     "cython_kernels": "pi2rt.cython_kernels",
 }
 
+CODE = frozenset({".py", ".pyx", ".pxd"})
+
 IN_ORDER = (
     "errors",
     "host",
@@ -82,15 +84,18 @@ def layer_of(module: str) -> str:
 
 def modules() -> Iterator[tuple[str, Path]]:
     for folder, package in FOLDERS.items():
-        for path in sorted([*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.pyx")]):
+        for path in sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in CODE):
             names = path.relative_to(ROOT / folder).with_suffix("").parts
             yield ".".join((package, *(name for name in names if name != "__init__"))), path
 
 
 def as_python(source: str) -> str:
-    """The import statements of a Cython module, each on the line where it was."""
-    statement = re.compile(r"\s*(from [\w.]+ import [\w*, ]+|import [\w.]+( as \w+)?)$")
-    return "\n".join(line.strip() if statement.match(line) else "" for line in source.split("\n"))
+    """What a Cython module imports and cimports, each on the line where it was."""
+    statement = re.compile(r"\s*(from [\w.]+ c?import [\w*, ]+|c?import [\w.]+( as \w+)?)$")
+    return "\n".join(
+        line.strip().replace("cimport ", "import ") if statement.match(line) else ""
+        for line in source.split("\n")
+    )
 
 
 def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
@@ -126,7 +131,7 @@ def offences(source: str, module: str, is_package: bool = False) -> list[str]:
 @pytest.mark.parametrize(("module", "path"), [pytest.param(*found, id=found[0]) for found in modules()])
 def test_imports_go_down(module: str, path: Path) -> None:
     source = path.read_text()
-    if path.suffix == ".pyx":
+    if path.suffix != ".py":
         source = as_python(source)
     assert offences(source, module, path.name == "__init__.py") == []
 
@@ -145,10 +150,14 @@ def test_the_root_holds_no_more_than_names_and_errors() -> None:
 
 
 def test_imports_of_cython_are_found() -> None:
-    source = "from libc.stdint cimport int8_t\n\ncdef f():\n    from pi2rt.runtime.step import Step, Slice\n"
+    source = (
+        "from libc.stdint cimport int8_t\nfrom pi2rt.cython_kernels.plane.gang cimport Gang\n\n"
+        "cdef f():\n    from pi2rt.runtime.step import Step, Slice\n"
+    )
     assert list(imported(as_python(source), "pi2rt.cython_kernels.flash.x", False)) == [
-        (4, "pi2rt.runtime.step.Step"),
-        (4, "pi2rt.runtime.step.Slice"),
+        (2, "pi2rt.cython_kernels.plane.gang.Gang"),
+        (5, "pi2rt.runtime.step.Step"),
+        (5, "pi2rt.runtime.step.Slice"),
     ]
 
 

@@ -1,10 +1,9 @@
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-IO: Mapping[str, int]
 MOST_DEPTH: int
 MOST_READ_THROUGH: int
 PAGE: int
@@ -29,7 +28,6 @@ class NeuronCache:
     path: str
     deadline: float | None
     io_reason: str
-    address: int
     ended_at: int
     slots_used: int
     pinned_bytes: int

@@ -1,12 +1,12 @@
 """Memory for neurons that are read from flash when they are active (neuron_cache.h)."""
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
-from posix.types cimport pid_t
 from posix.unistd cimport getpid
 
-from pi2rt.cython_kernels.flash.flash_errors cimport open_error
+from pi2rt.cython_kernels.flash.declarations cimport *
+from pi2rt.cython_kernels.flash.files cimport open_file
 
 import os
 from dataclasses import dataclass
@@ -17,45 +17,6 @@ from pi2rt._errors import InternalError
 from pi2rt.host.limits import memory_failure, system_failure
 from pi2rt.host.read_errors import read_failure
 
-cdef extern from "flash.h" nogil:
-    enum: PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV, PI2_FLASH_MOST, PI2_SECTOR
-    ctypedef struct pi2_flash:
-        pass
-    pi2_flash *pi2_flash_open(const char *, int, int, int *)
-    int64_t pi2_flash_ended_at(pi2_flash *)
-    const char *pi2_flash_io_reason(const pi2_flash *)
-    int64_t pi2_flash_close(pi2_flash *, int64_t)
-    int64_t pi2_flash_registered(pi2_flash *)
-
-cdef extern from "neuron_cache.h" nogil:
-    enum: PI2_MERGED_BYTES
-    ctypedef struct pi2_region:
-        int64_t offset, page_bytes, last_bytes, head_bytes
-        int32_t first, pages
-    ctypedef struct pi2_neuron_cache:
-        pi2_flash *flash
-        int32_t used, n_slots, n_pages, capacity
-        uint32_t event
-        int64_t hits, early, misses, evictions, completed, gap_pages, gap_bytes
-        int64_t bytes, reads_done, busy_ns, stall_ns
-    pi2_neuron_cache *pi2_neuron_cache_create(pi2_flash *, const pi2_region *, int, int32_t, int64_t, uint8_t *,
-                                              int32_t, int32_t, int, int64_t, int *)
-    ctypedef struct pi2_read_record:
-        int64_t begin_ns, end_ns
-        int32_t region
-        uint16_t pages, foreseen
-    int pi2_neuron_cache_read_through(pi2_neuron_cache *, int64_t)
-    int pi2_neuron_cache_trace(pi2_neuron_cache *, int64_t)
-    int64_t pi2_neuron_cache_take_records(pi2_neuron_cache *, pi2_read_record *, int64_t *)
-    int32_t pi2_neuron_cache_resize(pi2_neuron_cache *, int32_t)
-    void pi2_neuron_cache_absent(pi2_neuron_cache *, float *)
-    int pi2_neuron_cache_fetch(pi2_neuron_cache *, const int32_t *, int)
-    int64_t pi2_neuron_cache_waiting(pi2_neuron_cache *)
-    void pi2_neuron_cache_wait(pi2_neuron_cache *, uint32_t, int64_t)
-    int64_t pi2_neuron_cache_destroy(pi2_neuron_cache *)
-    int pi2_neuron_cache_fill(pi2_neuron_cache *, int, int32_t, int32_t)
-
-IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
 MOST_DEPTH = PI2_FLASH_MOST
 MOST_READ_THROUGH = PI2_MERGED_BYTES
 PAGE = PI2_SECTOR
@@ -100,23 +61,11 @@ cdef class NeuronCache:
     long, reading fails.
     """
 
-    cdef pi2_neuron_cache *cache
-    cdef pi2_region *regions
-    cdef readonly int n_regions
-    cdef readonly object path, deadline, io_reason
-    cdef object last
-    cdef pi2_read_record *records
-    cdef int64_t n_records
-    cdef pid_t owner
-
     def __cinit__(self, path, regions, uintptr_t memory, int slots, int64_t slot_bytes, *, heads=None, name=None,
                   io="auto", int depth=64, deadline=None, int64_t read_through=0):
         cdef int error = 0
         cdef int32_t first = 0
         cdef pi2_flash *flash
-        cdef bytes encoded = os.fsencode(path)
-        cdef const char *file = encoded
-        cdef int backend = IO[io]
         self.owner = getpid()
         self.path, self.n_regions = path if name is None else name, <int>len(regions)
         self.deadline = deadline
@@ -139,10 +88,7 @@ cdef class NeuronCache:
             self.regions[i].last_bytes = total - (pages - 1) * size
             self.regions[i].first, self.regions[i].pages, self.regions[i].head_bytes = first, pages, heads[i]
             first += pages
-        with nogil:  # it reads: a device may not answer
-            flash = pi2_flash_open(file, backend, depth, &error)
-        if flash == NULL:
-            raise open_error(error, io, self.path)
+        flash = open_file(path, self.path, io, depth)
         self.io_reason = (<bytes>pi2_flash_io_reason(flash)).decode()
         cdef int32_t most = max(slots, first)
         cdef int64_t deadline_ns = -1 if deadline is None else <int64_t>(deadline * 1e9)
@@ -234,11 +180,6 @@ cdef class NeuronCache:
     def waiting(self):
         """Pages whose reads have not begun."""
         return 0 if self.cache == NULL else pi2_neuron_cache_waiting(self.cache)
-
-    @property
-    def address(self):
-        """Of the pi2_neuron_cache, for a program."""
-        return <uintptr_t>self.cache
 
     @property
     def slots_used(self):

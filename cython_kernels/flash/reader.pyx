@@ -3,14 +3,15 @@
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from posix.types cimport pid_t
 from posix.unistd cimport getpid
 
 cimport cython
 
-from pi2rt.cython_kernels.flash.flash_errors cimport open_error, pi2_uring_probe
+from pi2rt.cython_kernels.flash.declarations cimport *
+from pi2rt.cython_kernels.flash.files cimport open_file
 
 import os
 import threading
@@ -28,40 +29,10 @@ cdef extern from "pages.h" nogil:
 cdef extern from "waiting.h" nogil:
     int64_t pi2_now_ns()
 
-cdef extern from "flash.h" nogil:
-    enum: PI2_SECTOR, PI2_FLASH_MOST, PI2_FLASH_LATENCIES, PI2_EOF
-    ctypedef struct pi2_flash:
-        pass
-    enum pi2_io:
-        PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV
-    ctypedef struct pi2_read:
-        int64_t offset, bytes
-        uint8_t *to
-        void *parts
-        void *user
-        int error
-        int64_t got, latency_ns
-    struct c_statistics "pi2_flash_statistics":
-        pi2_io io
-        int direct, depth, threads
-        int64_t file_bytes, registered_bytes, reads, bytes, errors, retries, short_reads, latency_ns
-        int64_t *latency
-        char *io_reason
-        char *direct_reason
-    pi2_flash *pi2_flash_open(const char *, pi2_io, int, int *)
-    int pi2_flash_register(pi2_flash *, void *, int64_t, int64_t, int64_t)
-    int pi2_flash_submit(pi2_flash *, pi2_read *)
-    int pi2_flash_reap(pi2_flash *, pi2_read **, int, int64_t)
-    void pi2_flash_wake(pi2_flash *)
-    int64_t pi2_flash_close(pi2_flash *, int64_t)
-    int64_t pi2_flash_ended_at(pi2_flash *)
-    void c_take_statistics "pi2_flash_statistics"(pi2_flash *, c_statistics *)
-
 SECTOR = PI2_SECTOR
 MOST_IN_FLIGHT = PI2_FLASH_MOST
 EOF = PI2_EOF
 Io = Literal["auto", "uring", "preadv"]
-cdef dict IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
 cdef int64_t PATIENCE_NS = 100_000_000  # how long a signal may have to wait for its Python handler
 
 
@@ -91,30 +62,10 @@ class Statistics:
         return self.latency_ns / self.reads if self.reads else 0.0
 
 
-def probe():
-    """(whether this process may use io_uring, a sentence that says why)."""
-    cdef char why[96]
-    cdef int error = pi2_uring_probe(why, sizeof(why))
-    return error == 0, (<bytes>why).decode()
-
-
 cdef pi2_flash *open_flash(path, io, int depth) except NULL:
-    cdef int error = 0
-    cdef pi2_flash *f
-    if io not in IO:
-        raise ValueError(f"io={io!r}: one of {', '.join(IO)}")
     if not 1 <= depth <= PI2_FLASH_MOST:
         raise ValueError(f"depth={depth}: 1 to {PI2_FLASH_MOST}")
-    name = os.fsencode(path)
-    if b"\0" in name:
-        raise ValueError("embedded null byte in the path")
-    cdef const char *c_name = name
-    cdef pi2_io c_io = IO[io]
-    with nogil:
-        f = pi2_flash_open(c_name, c_io, depth, &error)
-    if f == NULL:
-        raise open_error(error, io, path)
-    return f
+    return open_file(path, path, io, depth)
 
 
 cdef class Slot:

@@ -3,7 +3,6 @@ def memory_bytes(type_id: int, k: int) -> int: ...
 class Rows:
     path: str
     deadline: float | None
-    address: int
     ended_at: int
     reads: int
     def __init__(

@@ -1,32 +1,13 @@
 """Rows of a matrix that stays on flash (rows.h)."""
 
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
-from posix.types cimport pid_t
 from posix.unistd cimport getpid
 
-from pi2rt.cython_kernels.flash.flash_errors cimport open_error
-
-import os
+from pi2rt.cython_kernels.flash.declarations cimport *
+from pi2rt.cython_kernels.flash.files cimport open_file
 
 from pi2rt._errors import InternalError
 from pi2rt.host.limits import memory_failure
-
-cdef extern from "flash.h" nogil:
-    enum: PI2_IO_PREADV, PI2_SECTOR
-    ctypedef struct pi2_flash:
-        pass
-    pi2_flash *pi2_flash_open(const char *, int, int, int *)
-    int64_t pi2_flash_ended_at(pi2_flash *)
-    int64_t pi2_flash_close(pi2_flash *, int64_t)
-    int64_t pi2_flash_reads(pi2_flash *)
-
-cdef extern from "rows.h" nogil:
-    enum: PI2_ROWS_DEPTH
-    ctypedef struct pi2_row_reader:
-        pi2_flash *flash
-    int64_t pi2_rows_buffer(int, int64_t)
-    pi2_row_reader *pi2_rows_create(pi2_flash *, int, int64_t, int64_t, uint8_t *, int64_t)
-    int64_t pi2_rows_destroy(pi2_row_reader *)
 
 
 def memory_bytes(int type_id, int64_t k):
@@ -41,23 +22,13 @@ cdef class Rows:
     the file, where that is not ``path``. ``deadline``: seconds; when no read in flight ends for so long, reading fails.
     """
 
-    cdef pi2_row_reader *rows
-    cdef readonly object path, deadline
-    cdef pid_t owner
-
     def __cinit__(self, path, int type_id, int64_t k, int64_t offset, uintptr_t memory, *, name=None, deadline=None):
-        cdef int error = 0
         cdef pi2_flash *flash
-        cdef bytes encoded = os.fsencode(path)
-        cdef const char *file = encoded
         self.owner = getpid()
         self.path, self.deadline = path if name is None else name, deadline
         if k < 1 or offset < 0 or memory % PI2_SECTOR:
             raise InternalError(f"rows of {k} values at {offset}")
-        with nogil:  # it reads: a device may not answer
-            flash = pi2_flash_open(file, PI2_IO_PREADV, PI2_ROWS_DEPTH, &error)
-        if flash == NULL:
-            raise open_error(error, "preadv", self.path)
+        flash = open_file(path, self.path, "preadv", PI2_ROWS_DEPTH)
         self.rows = pi2_rows_create(flash, type_id, k, offset, <uint8_t *>memory,
                                     -1 if deadline is None else <int64_t>(deadline * 1e9))
         if self.rows == NULL:
@@ -73,11 +44,6 @@ cdef class Rows:
     def reads(self):
         """That have ended."""
         return 0 if self.rows == NULL else pi2_flash_reads(self.rows.flash)
-
-    @property
-    def address(self):
-        """Of the pi2_row_reader, for a program."""
-        return <uintptr_t>self.rows
 
     def close(self):
         """Only after the gang that runs the program was closed. Returns the bytes of reads that have not ended, or 0:

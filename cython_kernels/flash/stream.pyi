@@ -3,7 +3,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-IO: Mapping[str, int]
 SECTOR: int
 MOST_DEPTH: int
 
@@ -14,7 +13,6 @@ class Stream:
     io_reason: str
     ring_bytes: int
     lap_bytes: int
-    address: int
     ended_at: int
     pinned_bytes: int
     counters: tuple[int, int, int]

@@ -1,11 +1,11 @@
 """Weights that do not fit: read from flash in the order of their use, round and round (stream.h)."""
 
-from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from posix.types cimport pid_t
 from posix.unistd cimport getpid
 
-from pi2rt.cython_kernels.flash.flash_errors cimport open_error
+from pi2rt.cython_kernels.flash.declarations cimport *
+from pi2rt.cython_kernels.flash.files cimport open_file
 
 import os
 
@@ -14,33 +14,6 @@ import numpy as np
 from pi2rt._errors import InternalError
 from pi2rt.host.limits import memory_failure, system_failure
 
-cdef extern from "flash.h" nogil:
-    ctypedef struct pi2_flash:
-        pass
-    enum: PI2_IO_AUTO, PI2_IO_URING, PI2_IO_PREADV
-    pi2_flash *pi2_flash_open(const char *, int, int, int *)
-    int64_t pi2_flash_ended_at(pi2_flash *)
-    const char *pi2_flash_io_reason(const pi2_flash *)
-    int64_t pi2_flash_close(pi2_flash *, int64_t)
-    int64_t pi2_flash_registered(pi2_flash *)
-    int64_t pi2_flash_reads(pi2_flash *)
-
-cdef extern from "stream.h" nogil:
-    enum: PI2_SECTOR
-    ctypedef struct pi2_extent:
-        int64_t offset, bytes, skip, home
-    ctypedef struct pi2_placed:
-        int64_t begin_ns, end_ns
-    ctypedef struct pi2_stream:
-        pi2_flash *flash
-        pi2_placed *placed
-        int64_t bytes, busy_ns, stall_ns, lent
-    pi2_stream *pi2_stream_create(pi2_flash *, const pi2_extent *, int, int64_t, int, uint8_t *, int64_t, int64_t,
-                                  int *)
-    int64_t pi2_stream_destroy(pi2_stream *)
-    void pi2_stream_loan(pi2_stream *, uint8_t *)
-
-IO = {"auto": PI2_IO_AUTO, "uring": PI2_IO_URING, "preadv": PI2_IO_PREADV}
 SECTOR = PI2_SECTOR
 MOST_DEPTH = 64
 """Reads in flight, at most: what the reader takes at once (stream.c)."""
@@ -58,20 +31,10 @@ cdef class Stream:
     SECTOR; ``depth``: reads in flight, at most MOST_DEPTH.
     """
 
-    cdef pi2_stream *stream
-    cdef pi2_extent *units
-    cdef readonly int n
-    cdef readonly int64_t ring_bytes, lap_bytes
-    cdef readonly object path, deadline, io_reason
-    cdef pid_t owner
-
     def __cinit__(self, path, units, uintptr_t ring, int64_t ring_bytes, *, name=None, io="auto",
                   int64_t read_bytes=1 << 20, int depth=8, deadline=None):
         cdef int error = 0
         cdef pi2_flash *flash
-        cdef bytes encoded = os.fsencode(path)
-        cdef const char *file = encoded
-        cdef int backend = IO[io]
         self.owner = getpid()
         self.path, self.n, self.ring_bytes = path if name is None else name, <int>len(units), ring_bytes
         self.deadline = deadline
@@ -91,10 +54,7 @@ cdef class Stream:
             self.units[i].offset, self.units[i].bytes, self.units[i].skip = offset, size, skip
             self.units[i].home = -1
             self.lap_bytes += size
-        with nogil:  # it reads: a device may not answer
-            flash = pi2_flash_open(file, backend, depth, &error)
-        if flash == NULL:
-            raise open_error(error, io, self.path)
+        flash = open_file(path, self.path, io, depth)
         self.io_reason = (<bytes>pi2_flash_io_reason(flash)).decode()
         cdef int64_t deadline_ns = -1 if deadline is None else <int64_t>(deadline * 1e9)
         with nogil:  # it touches all of the ring, where that is pinned
@@ -131,11 +91,6 @@ cdef class Stream:
     def lent_bytes(self):
         """Of the reclaimable memory, those that it may use now."""
         return 0 if self.stream == NULL else self.stream.lent
-
-    @property
-    def address(self):
-        """Of the pi2_stream, for a program."""
-        return <uintptr_t>self.stream
 
     @property
     def pinned_bytes(self):

@@ -5,6 +5,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pi2rt.cython_kernels.kernels.bundles import BundleLayout, Bytes, Floats
+from pi2rt.cython_kernels.kernels.variants import Variant
 
 def rotations(
     frequencies: npt.NDArray[np.float64], first: int, count: int, magnitude: float = 1.0
@@ -12,9 +13,7 @@ def rotations(
 def exponential(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]: ...
 def read_bandwidth(nbytes: int, threads: int, repeats: int = 3, name: str | None = None) -> float: ...
 
-class Kernels:
-    name: str
-    def __init__(self, name: str | None = None) -> None: ...
+class Kernels(Variant):
     def quantize(self, x: Floats, *, wide: bool = False, mixed: bool = False) -> tuple[Any, ...]: ...
     def neuron_rows(
         self,

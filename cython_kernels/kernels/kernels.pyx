@@ -4,7 +4,7 @@ from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint64_t, u
 
 from pi2rt.cython_kernels.kernels.declarations cimport *
 from pi2rt.cython_kernels.kernels.memory cimport Memory
-from pi2rt.cython_kernels.kernels.variants cimport find_variant
+from pi2rt.cython_kernels.kernels.variants cimport Variant
 
 import numpy as np
 
@@ -60,10 +60,10 @@ def read_bandwidth(int64_t nbytes, int threads, int repeats=3, name=None):
 
 
 def _read(Memory block, name):
-    cdef const pi2_kernels *k = find_variant(name)
+    cdef Variant variant = Variant(name)
     cdef uint64_t sum
     with nogil:
-        sum = k.read(<const uint8_t *>block.base, block.nbytes)
+        sum = variant.table.read(<const uint8_t *>block.base, block.nbytes)
     return sum
 
 
@@ -71,17 +71,8 @@ cdef pi2_quantizer quantizer(const pi2_kernels *k, bint wide, bint mixed) noexce
     return k.quantize_mixed if wide and mixed else k.quantize16 if wide else k.quantize8
 
 
-cdef class Kernels:
+cdef class Kernels(Variant):
     """One variant's kernels, callable from Python on numpy arrays. Shapes are checked; speed is not the point."""
-
-    cdef const pi2_kernels *k
-
-    def __init__(self, name=None):
-        self.k = find_variant(name)
-
-    @property
-    def name(self):
-        return self.k.name.decode()
 
     def quantize(self, const float[::1] x, *, bint wide=False, bint mixed=False):
         """float32 (n,), n a multiple of 32, to (q int8 or int16 (n,), d, s float32 (n/32,), h int16 (n/16,)). int16
@@ -102,7 +93,7 @@ cdef class Kernels:
         cdef pi2_q8 row
         if n:
             row.q, row.d, row.s, row.h, row.high, row.low = &qv[0], &dv[0], &sv[0], &hv[0], &both[0, 0], &both[1, 0]
-            quantizer(self.k, wide, mixed)(&x[0], n, &row)
+            quantizer(self.table, wide, mixed)(&x[0], n, &row)
         if wide:
             q = q.view(np.int16).reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(-1)
         return (q, d, s, h, *bytes_of) if mixed else (q, d, s, h)
@@ -115,9 +106,9 @@ cdef class Kernels:
         cdef int type_id = TYPE_IDS[type_name]
         cdef int64_t n = x.shape[0], size = pi2_row_block_bytes(type_id, k), blocks = (rows + 15) // 16, b
         cdef int64_t ldq = k * (2 if wide else 1)
-        cdef bint is_float = self.k.gemm8[type_id] == NULL
-        cdef pi2_gemm gemm = self.k.gemm16[type_id] if wide else self.k.gemm8[type_id]
-        cdef pi2_panel panel = self.k.panel16[type_id] if wide else self.k.panel8[type_id]
+        cdef bint is_float = self.table.gemm8[type_id] == NULL
+        cdef pi2_gemm gemm = self.table.gemm16[type_id] if wide else self.table.gemm8[type_id]
+        cdef pi2_panel panel = self.table.panel16[type_id] if wide else self.table.panel8[type_id]
         cdef pi2_q8 q8, row
         cdef int8_t[:, ::1] q, high, low
         cdef float[:, ::1] d, s, o
@@ -140,15 +131,15 @@ cdef class Kernels:
             for b in range(n):
                 row.q, row.d, row.s, row.h = &q[b, 0], &d[b, 0], &s[b, 0], &h[b, 0]
                 row.high, row.low = &high[b, 0], &low[b, 0]
-                quantizer(self.k, wide, mixed)(&x[b, 0], k, &row)
+                quantizer(self.table, wide, mixed)(&x[b, 0], k, &row)
         b = 0
         if panels and not is_float:
             panel(<const uint8_t *>address, size, <int>blocks, k, &q8, <int>n, &o[0, 0], blocks * 16)
             b = blocks
         for b in range(b, blocks):
             if is_float:
-                self.k.gemm_float[type_id](<const uint8_t *>address + b * size, k, &x[0, 0], k, <int>n, &o[0, b * 16],
-                                           blocks * 16)
+                self.table.gemm_float[type_id](<const uint8_t *>address + b * size, k, &x[0, 0], k, <int>n,
+                                               &o[0, b * 16], blocks * 16)
             else:
                 gemm(<const uint8_t *>address + b * size, k, &q8, <int>n, &o[0, b * 16], blocks * 16)
         return out[:, :rows]
@@ -183,7 +174,7 @@ cdef class Kernels:
                 number = neurons[at + i]
                 rows[i] = &page[number // per_page * page_bytes + number % per_page * neuron_bytes]
                 numbers[i] = &scale[number * stride]
-            self.k.neuron_rows[type_id](rows, numbers, <int>min(16, n - at), k, order, d, s, &o[at])
+            self.table.neuron_rows[type_id](rows, numbers, <int>min(16, n - at), k, order, d, s, &o[at])
         arranged.close()
         return out
 
@@ -206,7 +197,7 @@ cdef class Kernels:
                 values[m] = q[i]
                 m += 1
         if m:
-            self.k.neuron_columns[type_id](columns, values, m, &scale[0], pi2_down_scales(type_id, rows) // 2, d[0],
+            self.table.neuron_columns[type_id](columns, values, m, &scale[0], pi2_down_scales(type_id, rows) // 2, d[0],
                                            s[0], padded, &o[0])
         return out[:rows]
 
@@ -216,7 +207,7 @@ cdef class Kernels:
         out = np.empty(x.shape[0], np.float32)
         cdef float[::1] o = out
         if x.shape[0]:
-            self.k.rmsnorm(&x[0], &w[0], offset, eps, &o[0], x.shape[0])
+            self.table.rmsnorm(&x[0], &w[0], offset, eps, &o[0], x.shape[0])
         return out
 
     def activate(self, activation, up_activation, gate, const float[::1] up):
@@ -227,12 +218,12 @@ cdef class Kernels:
         if not up.shape[0]:
             return out
         if gate is None:
-            self.k.activate(ACTIVATIONS[activation], ACTIVATIONS[up_activation], NULL, &up[0], &o[0], up.shape[0])
+            self.table.activate(ACTIVATIONS[activation], ACTIVATIONS[up_activation], NULL, &up[0], &o[0], up.shape[0])
         else:
             g = gate
             if g.shape[0] != up.shape[0]:
                 raise ValueError("gate and up differ in length")
-            self.k.activate(ACTIVATIONS[activation], ACTIVATIONS[up_activation], &g[0], &up[0], &o[0], up.shape[0])
+            self.table.activate(ACTIVATIONS[activation], ACTIVATIONS[up_activation], &g[0], &up[0], &o[0], up.shape[0])
         return out
 
     def rope(self, const float[::1] x, const float[::1] cosine, const float[::1] sine, bint interleaved):
@@ -241,7 +232,7 @@ cdef class Kernels:
         out = np.array(x, np.float32)
         cdef float[::1] o = out
         if cosine.shape[0]:
-            self.k.rope(&o[0], &cosine[0], &sine[0], <int>cosine.shape[0], interleaved)
+            self.table.rope(&o[0], &cosine[0], &sine[0], <int>cosine.shape[0], interleaved)
         return out
 
     def add(self, const float[::1] x, const float[::1] y):
@@ -250,32 +241,32 @@ cdef class Kernels:
         if x.shape[0] != y.shape[0]:
             raise ValueError("x and y differ in length")
         if x.shape[0]:
-            self.k.add(&x[0], &o[0], x.shape[0])
+            self.table.add(&x[0], &o[0], x.shape[0])
         return out
 
     def scale(self, const float[::1] x, float a):
         out = np.empty(x.shape[0], np.float32)
         cdef float[::1] o = out
         if x.shape[0]:
-            self.k.scale(&x[0], a, &o[0], x.shape[0])
+            self.table.scale(&x[0], a, &o[0], x.shape[0])
         return out
 
     def softcap(self, const float[::1] x, float cap):
         out = np.array(x, np.float32)
         cdef float[::1] o = out
         if x.shape[0]:
-            self.k.softcap(&o[0], cap, x.shape[0])
+            self.table.softcap(&o[0], cap, x.shape[0])
         return out
 
     def argmax(self, const float[::1] x):
         if not x.shape[0]:
             raise ValueError("empty")
-        return self.k.argmax(&x[0], x.shape[0])
+        return self.table.argmax(&x[0], x.shape[0])
 
     def logsumexp(self, const float[::1] x):
         if not x.shape[0]:
             raise ValueError("empty")
-        return self.k.logsumexp(&x[0], x.shape[0])
+        return self.table.logsumexp(&x[0], x.shape[0])
 
     def attention(self, const float[:, ::1] keys, const float[:, ::1] values, const float[:, ::1] queries,
                   const int32_t[::1] lo, const int32_t[::1] hi, *, kv_type="f16", float softcap=0,
@@ -293,7 +284,7 @@ cdef class Kernels:
             raise ValueError("head_dim must be a multiple of 16")
         memory.view()[:] = 0xff  # what was not written is NaN: it must not leak
         for i in range(n):
-            self.k.kv_store(&kv, i, &keys[i, 0], &values[i, 0])
+            self.table.kv_store(&kv, i, &keys[i, 0], &values[i, 0])
         cdef float[::1] m1 = np.empty(nq, np.float32), s1 = np.empty(nq, np.float32)
         cdef float[::1] m2 = np.empty(nq, np.float32), s2 = np.empty(nq, np.float32)
         cdef float[:, ::1] a1 = np.empty((nq, hd), np.float32), a2 = np.empty((nq, hd), np.float32)
@@ -302,13 +293,13 @@ cdef class Kernels:
         for begin, end in splits:
             end = n if end is None else end
             if first:
-                self.k.attend(&kv, &queries[0, 0], hd, <int>nq, &lo[0], &hi[0], begin, end, softcap, &m1[0], &s1[0],
+                self.table.attend(&kv, &queries[0, 0], hd, <int>nq, &lo[0], &hi[0], begin, end, softcap, &m1[0], &s1[0],
                               &a1[0, 0], &scratch[0])
             else:
-                self.k.attend(&kv, &queries[0, 0], hd, <int>nq, &lo[0], &hi[0], begin, end, softcap, &m2[0], &s2[0],
+                self.table.attend(&kv, &queries[0, 0], hd, <int>nq, &lo[0], &hi[0], begin, end, softcap, &m2[0], &s2[0],
                               &a2[0, 0], &scratch[0])
                 for i in range(nq):
-                    self.k.attend_merge(&m1[i], &s1[i], &a1[i, 0], m2[i], s2[i], &a2[i, 0], <int>hd)
+                    self.table.attend_merge(&m1[i], &s1[i], &a1[i, 0], m2[i], s2[i], &a2[i, 0], <int>hd)
             first = False
         result = np.asarray(a1) / np.asarray(s1)[:, None]
         memory.close()

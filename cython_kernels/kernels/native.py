@@ -28,7 +28,7 @@ from pi2rt.cython_kernels.kernels.memory import (
     page_bytes,
     trim_heap,
 )
-from pi2rt.cython_kernels.kernels.variants import current, kernels_address, variants
+from pi2rt.cython_kernels.kernels.variants import Variant, current, variants
 
 __all__ = [
     "ACTIVATIONS",
@@ -36,6 +36,7 @@ __all__ = [
     "TYPE_IDS",
     "Kernels",
     "Memory",
+    "Variant",
     "bundle_down",
     "bundle_up",
     "current",
@@ -44,7 +45,6 @@ __all__ = [
     "exponential",
     "fix_heap_thresholds",
     "huge_page_bytes",
-    "kernels_address",
     "kv_half_bytes",
     "matrix_bytes",
     "page_bytes",

@@ -1,4 +1,5 @@
 from pi2rt.cython_kernels.kernels.declarations cimport pi2_kernels
 
 
-cdef const pi2_kernels *find_variant(object name) except NULL
+cdef class Variant:
+    cdef const pi2_kernels *table  # of its functions; never NULL

@@ -1,7 +1,5 @@
 """The variants of the kernels in this build, one for each instruction set (kernels.h)."""
 
-from libc.stdint cimport uintptr_t
-
 from pi2rt.cython_kernels.kernels.declarations cimport *
 
 import os
@@ -41,11 +39,21 @@ def variants():
     return tuple(found)
 
 
+cdef class Variant:
+    """A variant by its ``name``; None: that of ``PI2RT_KERNELS`` in the environment, else the best that runs here.
+
+    Raises:
+        KernelUnavailableError: it is not in this build, or this processor cannot run it.
+    """
+
+    def __cinit__(self, name=None):
+        self.table = find_variant(name)
+
+    @property
+    def name(self):
+        return self.table.name.decode()
+
+
 def current(name=None):
     """Name of the variant that ``name`` (None: environment, then the best) selects."""
-    return find_variant(name).name.decode()
-
-
-def kernels_address(name=None):
-    """Address of a variant's table, for ``program``."""
-    return <uintptr_t>find_variant(name)
+    return Variant(name).name

@@ -1,9 +1,11 @@
 """Where the gang and the thread of a cluster unit meet (cluster_unit.h)."""
 
-from libc.stdint cimport int32_t, int64_t, uint32_t, uintptr_t
+from libc.stdint cimport int64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
+
+from pi2rt.cython_kernels.plane.declarations cimport *
 
 import time
 
@@ -12,31 +14,14 @@ import numpy as np
 from pi2rt.host.limits import memory_failure
 from pi2rt.runtime.cluster_unit import ClusterUnitError
 
-cdef extern from "cluster_unit.h" nogil:
-    enum: PI2_UNIT_FAILED, PI2_UNIT_LATE
-    ctypedef struct pi2_cluster_unit:
-        float *x
-        float *out
-        int64_t deadline_ns
-        int32_t layer, rows
-        int64_t items, item_rows, busy_ns, stall_ns
-        uint32_t asked, answered
-    int pi2_unit_take(pi2_cluster_unit *)
-    void pi2_unit_ask(pi2_cluster_unit *, int, int)
-    int pi2_unit_wait(pi2_cluster_unit *, int64_t, const void *)
-    void pi2_unit_answer(pi2_cluster_unit *, int, int64_t)
-    void pi2_unit_close(pi2_cluster_unit *)
 
 cdef class Mailbox:
     """Input and output of a cluster unit, one item at a time. ``x``, ``out``: float32 (max_rows, dim); ``x`` cannot be
     written to. They stay valid as long as an array of them is kept, also after the mailbox.
 
-    ``deadline``: seconds; an answer that takes longer is a failure; None: none is. ``address``: of the native part,
-    which programs work with; it stays valid as long as the mailbox does. ``failure``: what ended ``serve``, or None.
+    ``deadline``: seconds; an answer that takes longer is a failure; None: none is. ``failure``: what ended
+    ``serve``, or None.
     """
-
-    cdef pi2_cluster_unit *unit
-    cdef readonly object x, out, deadline, failure
 
     def __cinit__(self, int64_t max_rows, int64_t dim, *, deadline=None):
         cdef float[:, ::1] x, out
@@ -51,10 +36,6 @@ cdef class Mailbox:
         self.unit.x, self.unit.out = &x[0, 0], &out[0, 0]
         self.deadline = deadline
         self.unit.deadline_ns = -1 if deadline is None else <int64_t>(deadline * 1e9)
-
-    @property
-    def address(self):
-        return <uintptr_t>self.unit
 
     def take(self):
         """Waits, without the GIL, for the next item: (layer, rows); None: the mailbox is closed. ``answer`` ends it."""

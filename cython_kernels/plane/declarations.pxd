@@ -1,6 +1,7 @@
 # The headers of the plane, as Cython modules use them. Declarations only: nothing here exists at run time.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
+from pi2rt.cython_kernels.flash.declarations cimport pi2_neuron_cache, pi2_neuron_counts, pi2_row_reader, pi2_stream
 from pi2rt.cython_kernels.kernels.declarations cimport pi2_kernels, pi2_kv
 
 cdef extern from "gang.h" nogil:
@@ -33,20 +34,6 @@ cdef extern from "sampler.h" nogil:
     pi2_pick pi2_sample(const pi2_kernels *, pi2_slot *, float *, int64_t, int64_t, const uint32_t *, pi2_pick *,
                         pi2_candidate *)
 
-cdef extern from "stream.h" nogil:
-    ctypedef struct pi2_stream:
-        pass
-
-cdef extern from "rows.h" nogil:
-    ctypedef struct pi2_row_reader:
-        pass
-
-cdef extern from "neuron_cache.h" nogil:
-    ctypedef struct pi2_neuron_cache:
-        pass
-    ctypedef struct pi2_neuron_counts:
-        int64_t asked, missed, foreseen, missed_bytes, reads, read_bytes, gap_pages, gap_bytes
-
 cdef extern from "sparse.h" nogil:
     enum: PI2_CLUSTER
     enum: PI2_PIPELINE_NONE, PI2_PIPELINE_MATRIX, PI2_PIPELINE_CLUSTER
@@ -71,7 +58,17 @@ cdef extern from "sparse.h" nogil:
 cdef extern from "cluster_unit.h" nogil:
     enum: PI2_UNIT_FAILED, PI2_UNIT_LATE
     ctypedef struct pi2_cluster_unit:
-        pass
+        float *x
+        float *out
+        int64_t deadline_ns
+        int32_t layer, rows
+        int64_t items, item_rows, busy_ns, stall_ns
+        uint32_t asked, answered
+    int pi2_unit_take(pi2_cluster_unit *)
+    void pi2_unit_ask(pi2_cluster_unit *, int, int)
+    int pi2_unit_wait(pi2_cluster_unit *, int64_t, const void *)
+    void pi2_unit_answer(pi2_cluster_unit *, int, int64_t)
+    void pi2_unit_close(pi2_cluster_unit *)
     ctypedef struct pi2_hop:
         pi2_cluster_unit *unit
 

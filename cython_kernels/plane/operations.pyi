@@ -7,6 +7,7 @@ import numpy.typing as npt
 from pi2rt.cython_kernels.flash.neuron_cache import NeuronCache
 from pi2rt.cython_kernels.flash.rows import Rows
 from pi2rt.cython_kernels.flash.stream import Stream
+from pi2rt.cython_kernels.kernels.variants import Variant
 from pi2rt.cython_kernels.plane.cluster_unit import Mailbox
 from pi2rt.cython_kernels.plane.gang import Gang
 from pi2rt.cython_kernels.plane.matrices import Bundles, Matrix
@@ -23,7 +24,7 @@ class Operations:
     def __init__(
         self,
         gang: Gang | int,
-        kernels: int,
+        kernels: Variant,
         *,
         dim: int,
         vocab: int,

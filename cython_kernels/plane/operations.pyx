@@ -5,7 +5,12 @@ from libc.stdlib cimport malloc, realloc
 from libc.string cimport memcpy, memset
 from posix.unistd cimport getpid
 
+from pi2rt.cython_kernels.flash.neuron_cache cimport NeuronCache
+from pi2rt.cython_kernels.flash.rows cimport Rows
+from pi2rt.cython_kernels.flash.stream cimport Stream
 from pi2rt.cython_kernels.kernels.declarations cimport *
+from pi2rt.cython_kernels.kernels.variants cimport Variant
+from pi2rt.cython_kernels.plane.cluster_unit cimport Mailbox
 from pi2rt.cython_kernels.plane.declarations cimport *
 from pi2rt.cython_kernels.plane.gang cimport Gang
 from pi2rt.cython_kernels.plane.matrices cimport Bundles, Matrix
@@ -22,12 +27,11 @@ cdef class Operations:
     """A model's operations. Build in order with ``embed``, ``linear``, ``attention``, ``ffn``, ``add``, ``route``,
     ``head``, then ``prepare``.
 
-    ``wide``: activations are int16, else int8. ``mixed``: int16 in two forms (``pi2_q8`` in kernels.h) in
-    those operations that say so. ``stream``: a ``stream.Stream``, which outlives the gang; its units are
-    matrices of the operations, in their order. ``neurons``: a ``neuron_cache.NeuronCache``, which does so too;
-    ``pipeline``: a key of PIPELINES, how far reading its neurons overlaps with computing (sparse.h). ``clusters``:
-    another one, whose regions are experts' matrices that are not in memory. ``traced``: steps may be posted with
-    ``trace``. ``mask_deadline``: seconds that a step waits for masks of its slices.
+    ``wide``: activations are int16, else int8. ``mixed``: int16 in two forms (``pi2_q8`` in kernels.h) in those
+    operations that say so. ``stream``: its units are matrices of the operations, in their order. ``pipeline``: a key of
+    PIPELINES, how far reading ``neurons`` overlaps with computing (sparse.h). ``clusters``: its regions are experts'
+    matrices that are not in memory. Stream and caches outlive the gang. ``traced``: steps may be posted with ``trace``.
+    ``mask_deadline``: seconds that a step waits for masks of its slices.
 
     ``assisting``: so many of the last threads are assistants'. Where every matrix is in memory and no neurons are read
     one by one, nobody waits for these (assist.h); else they run jobs like the others.
@@ -40,17 +44,17 @@ cdef class Operations:
     Norms are ``(weight float32 (n,), offset, eps)`` or None. Everything passed in must stay alive and unmoved.
     """
 
-    def __init__(self, gang, uintptr_t kernels, *, int64_t dim, int64_t vocab, int64_t max_rows, int64_t max_slots,
-                 int64_t context, bint wide=True, bint mixed=False, float embedding_scale=1,
-                 float logit_softcap=0, stream=None, neurons=None, clusters=None, pipeline="cluster",
-                 bint traced=False, int assisting=0, double mask_deadline=10.0):
+    def __init__(self, gang, Variant kernels not None, *, int64_t dim, int64_t vocab, int64_t max_rows,
+                 int64_t max_slots, int64_t context, bint wide=True, bint mixed=False, float embedding_scale=1,
+                 float logit_softcap=0, Stream stream=None, NeuronCache neurons=None, NeuronCache clusters=None,
+                 pipeline="cluster", bint traced=False, int assisting=0, double mask_deadline=10.0):
         self.owner = getpid()
         self.only_measured = not isinstance(gang, Gang)
         self.gang, self.stream = None if self.only_measured else gang, stream
         self.neurons, self.clusters = neurons, clusters
         self.keep = []
         p = &self.p
-        p.threads, p.kernels = len(self.gang.cores) if self.gang is not None else gang, <const pi2_kernels *>kernels
+        p.threads, p.kernels = len(self.gang.cores) if self.gang is not None else gang, kernels.table
         if self.gang is not None:
             p.gang = self.gang.gang
         if not 0 <= assisting < p.threads:
@@ -60,11 +64,11 @@ cdef class Operations:
         p.wide, p.mixed, p.traced = wide, mixed, traced
         p.mask_deadline_ns = <int64_t>(mask_deadline * 1e9)
         if stream is not None:
-            p.stream = <pi2_stream *><uintptr_t>stream.address
+            p.stream = stream.stream
         if neurons is not None:
-            p.neurons = <pi2_neuron_cache *><uintptr_t>neurons.address
+            p.neurons = neurons.cache
         if clusters is not None:
-            p.clusters = <pi2_neuron_cache *><uintptr_t>clusters.address
+            p.clusters = clusters.cache
         p.pipeline = PIPELINES[pipeline]
         self.embedding_scale, self.logit_softcap = embedding_scale, logit_softcap
 
@@ -90,7 +94,7 @@ cdef class Operations:
         cdef int pieces
         units = []
         for i, matrix in enumerate(matrices):
-            m = matrix
+            m = <Matrix?>matrix
             op.matrix[i] = m.m
             if m.m.data == NULL and m.m.region >= 0:
                 if not self.only_measured and (self.clusters is None or m.m.region >= self.clusters.n_regions):
@@ -141,14 +145,14 @@ cdef class Operations:
         self.p.n_ropes += 1
         return self.p.n_ropes - 1
 
-    def embed(self, Matrix matrix, *, rows=None):
-        """``rows``: ``rows.Rows`` of a matrix that is not in memory, which outlive the gang."""
+    def embed(self, Matrix matrix not None, *, Rows rows=None):
+        """``rows``: of a matrix that is not in memory; they outlive the gang."""
         if not self.only_measured and (matrix.m.data == NULL) != (rows is not None):
             raise InternalError("an embedding is in memory or in a file")
         data = <pi2_embed *>self.operation(PI2_EMBED, -1).data
         data.matrix, data.scale, self.rows = matrix.m, self.embedding_scale, rows
         if rows is not None:
-            data.rows = <pi2_row_reader *><uintptr_t>rows.address
+            data.rows = rows.rows
         self.keep.append(matrix)
 
     def linear(self, int layer, norm, source, sink, matrices, *, bint q8_in=False, bint mixed=False,
@@ -159,8 +163,8 @@ cdef class Operations:
         op.source, op.sink, op.q8_in, op.mixed = SOURCES[source], SINKS[sink], q8_in, mixed
         self.set_matrices(op, matrices)
 
-    def ffn(self, int layer, norm, Matrix up, gate, int activation, int up_activation, *, bint q8_out, bint mixed=False,
-            int expert=-1):
+    def ffn(self, int layer, norm, Matrix up not None, Matrix gate, int activation, int up_activation, *,
+            bint q8_out, bint mixed=False, int expert=-1):
         op = self.operation(PI2_FFN, layer)
         op.expert = expert
         op.norm = self.norm_of(norm)
@@ -168,8 +172,8 @@ cdef class Operations:
         data.activation, data.up_activation, op.q8_out, op.mixed = activation, up_activation, q8_out, mixed
         self.set_matrices(op, [up] if gate is None else [up, gate])
 
-    def sparse_ffn(self, int layer, norm, sink, decides, Bundles bundles, int activation, int up_activation, *,
-                   bint mixed=False, bint mixed_down=False, int expert=-1):
+    def sparse_ffn(self, int layer, norm, sink, Matrix decides, Bundles bundles not None, int activation,
+                   int up_activation, *, bint mixed=False, bint mixed_down=False, int expert=-1):
         """A whole feed-forward block whose neurons are read when they are active. ``decides``: gate, or up where there
         is none. Where gates are in the bundles, what of a predictor is applied to the ``linear`` before, whose sink is
         "reduced"; None: all neurons are read."""
@@ -185,21 +189,23 @@ cdef class Operations:
         self.set_matrices(op, [] if decides is None else [decides])
         self.keep.append(bundles)
 
-    def hand_off(self, int layer, norm, mailbox):
-        """Gives a ``cluster_unit.Mailbox`` the input of the block that follows; ``join`` follows that."""
+    def hand_off(self, int layer, norm, Mailbox mailbox):
+        """Gives a mailbox the input of the block that follows; ``join`` follows that."""
         op = self.operation(PI2_HANDOFF, layer)
         op.norm = self.norm_of(norm)
         self.set_unit(op, mailbox)
 
-    def join(self, int layer, sink, mailbox):
+    def join(self, int layer, sink, Mailbox mailbox):
         """Adds what the unit has made of it. ``sink``: the block's, "x" or "y"."""
         op = self.operation(PI2_JOIN, layer)
         op.sink = SINKS[sink]
         self.set_unit(op, mailbox)
 
-    cdef int set_unit(self, pi2_op *op, mailbox) except -1:
+    cdef int set_unit(self, pi2_op *op, Mailbox mailbox) except -1:
         if not self.only_measured:
-            (<pi2_hop *>op.data).unit = <pi2_cluster_unit *><uintptr_t>mailbox.address
+            if mailbox is None:
+                raise InternalError("a block's clusters are elsewhere, and there is no unit")
+            (<pi2_hop *>op.data).unit = mailbox.unit
             self.keep.append(mailbox)
         return 0
 
@@ -227,7 +233,7 @@ cdef class Operations:
         """x += [norm](y)"""
         self.operation(PI2_ADD, layer).norm = self.norm_of(norm)
 
-    def head(self, norm, Matrix matrix):
+    def head(self, norm, Matrix matrix not None):
         op = self.operation(PI2_HEAD, -1)
         (<pi2_head *>op.data).softcap = self.logit_softcap
         op.norm = self.norm_of(norm)

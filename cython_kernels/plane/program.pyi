@@ -5,6 +5,7 @@ import numpy.typing as npt
 
 from pi2rt.cython_kernels.flash.neuron_cache import NeuronCache
 from pi2rt.cython_kernels.flash.stream import Stream
+from pi2rt.cython_kernels.kernels.variants import Variant
 from pi2rt.cython_kernels.plane.gang import Gang
 from pi2rt.cython_kernels.plane.operations import Operations
 from pi2rt.runtime.step import Bind, Step, StepResult
@@ -21,7 +22,7 @@ class Program(Operations):
     def __init__(
         self,
         gang: Gang | int,
-        kernels: int,
+        kernels: Variant,
         *,
         dim: int,
         vocab: int,

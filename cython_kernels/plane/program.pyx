@@ -22,6 +22,14 @@ MOST_IN_FLIGHT = PI2_QUEUE
 CLUSTER = PI2_CLUSTER  # neurons that are asked for together
 
 
+cdef class Posted:
+    """A step in flight, its run, and what results of its slices go to."""
+
+    cdef pi2_run *run
+    cdef object step
+    cdef list held
+
+
 cdef class Program(Operations):
     """Operations, built and prepared, that steps run: ``post`` steps and take the ``result`` of each in order.
 
@@ -32,7 +40,7 @@ cdef class Program(Operations):
     cdef int64_t pages, page_bytes, window_page_bytes, state_slots, slot_bytes
     cdef uintptr_t page_memory, window_memory, slot_memory
 
-    def __init__(self, gang, uintptr_t kernels, *, int64_t pages, **options):
+    def __init__(self, gang, kernels, *, int64_t pages, **options):
         Operations.__init__(self, gang, kernels, **options)
         self.pages = pages
         self.waiting = []
@@ -209,25 +217,29 @@ cdef class Program(Operations):
         r.n_rows, r.n_slices, r.trace = <int>row, <int>len(step.slices), trace
         if pi2_run_post(r):
             raise InternalError("the gang has no place for a step")
-        self.waiting.append((<uintptr_t>r, step, held))
+        posted = Posted()
+        posted.run, posted.step, posted.held = r, step, held
+        self.waiting.append(posted)
 
     def stop(self, step_id):
         """Asks a step in flight to end at its next barrier."""
-        for address, step, _ in self.waiting:
-            if step.id == step_id:
-                pi2_run_stop(<pi2_run *><uintptr_t>address)
+        cdef Posted posted
+        for posted in self.waiting:
+            if posted.step.id == step_id:
+                pi2_run_stop(posted.run)
 
     def mask(self, step_id, slot, allowed):
         """What the masked slice of a slot in a step in flight may sample; see ``pi2rt.runtime.executor.Masking``."""
+        cdef Posted posted
         cdef const uint32_t[::1] words
         cdef pi2_run *r
         cdef int i
         if allowed is not None and (problem := mask_problem(allowed, self.p.vocab)) is not None:
             raise InternalError(f"step {step_id}, the mask of slot {slot}: {problem}")
-        for address, step, _ in self.waiting:
-            if step.id != step_id:
+        for posted in self.waiting:
+            if posted.step.id != step_id:
                 continue
-            r = <pi2_run *><uintptr_t>address
+            r = posted.run
             for i in range(r.n_slices):
                 if r.slices[i].slot == slot:
                     words = None if allowed is None else np.ascontiguousarray(allowed)
@@ -239,7 +251,7 @@ cdef class Program(Operations):
 
     def ready(self):
         """Whether the oldest step has finished."""
-        return bool(self.waiting) and (<pi2_run *><uintptr_t>self.waiting[0][0]).done
+        return bool(self.waiting) and bool((<Posted>self.waiting[0]).run.done)
 
     def result(self):
         """StepResult of the oldest step, which has finished; and, where it was traced, (begin, end) nanoseconds of
@@ -252,8 +264,8 @@ cdef class Program(Operations):
         cdef double ns_per_tick
         if not self.ready():
             raise InternalError("no finished step")
-        address, step, held = self.waiting.pop(0)
-        r = <pi2_run *><uintptr_t>address
+        cdef Posted posted = self.waiting.pop(0)
+        r, step, held = posted.run, posted.step, posted.held
         for t in range(self.p.threads):
             busy += r.busy[t]
         ns_per_tick = (r.end_ns - r.begin_ns) / max(1.0, <double>(r.end_ticks - r.begin_ticks))

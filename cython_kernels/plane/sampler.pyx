@@ -1,10 +1,11 @@
 """What was drawn, as steps return it; and one draw by itself (sampler.h)."""
 
-from libc.stdint cimport int32_t, int64_t, uint32_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from pi2rt.cython_kernels.kernels.declarations cimport *
+from pi2rt.cython_kernels.kernels.variants cimport Variant
 from pi2rt.cython_kernels.plane.declarations cimport *
 
 import numpy as np
@@ -38,7 +39,7 @@ def unusable(int32_t token):
     return Unusable(tuple(names))
 
 
-def sample(uintptr_t kernels, logits, sampling, counts, int64_t position, allowed=None):
+def sample(Variant kernels not None, logits, sampling, counts, int64_t position, allowed=None):
     """One draw by itself, for tests: as ``pi2rt.executors.reference.sampling.sample``. Returns (token, logprob); see
     ``unusable`` for negative tokens."""
     cdef const uint32_t[::1] words = allowed
@@ -61,7 +62,6 @@ def sample(uintptr_t kernels, logits, sampling, counts, int64_t position, allowe
     cdef pi2_candidate *scratch = <pi2_candidate *>malloc(n * sizeof(pi2_candidate))
     if scratch == NULL:
         raise memory_failure("sampling", n * sizeof(pi2_candidate))
-    pick = pi2_sample(<const pi2_kernels *>kernels, &s, &x[0], n, position, NULL if words is None else &words[0], NULL,
-                      scratch)
+    pick = pi2_sample(kernels.table, &s, &x[0], n, position, NULL if words is None else &words[0], NULL, scratch)
     free(scratch)
     return pick.token, pick.logprob

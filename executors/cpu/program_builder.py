@@ -48,7 +48,7 @@ class ProgramBuilder:
         self._file, self._model, self._weights, self._options = file, model, weights, options
         self._program = Program(
             gang,
-            native.kernels_address(options.kernels),
+            native.Variant(options.kernels),
             dim=model.dim,
             vocab=model.vocab_size,
             max_rows=options.max_tokens,

@@ -146,7 +146,7 @@ def processor() -> str:
 def _flash() -> dict[str, Any]:
     """How weights that do not fit are read, and why."""
     try:
-        from pi2rt.cython_kernels.flash.reader import probe
+        from pi2rt.cython_kernels.flash.files import probe
     except ImportError as error:
         return {"error": f"the native module cannot be imported: {error}"}
     permitted, why = probe()

@@ -11,7 +11,7 @@ import pytest
 
 from pi2rt import __version__
 from pi2rt.cli.main import main
-from pi2rt.cython_kernels.flash.reader import probe
+from pi2rt.cython_kernels.flash.files import probe
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from pi2rt._errors import BusyError, RequestError
 from pi2rt.cython_kernels.flash import reader as flash
+from pi2rt.cython_kernels.flash.files import probe
 from pi2rt.cython_kernels.flash.reader import EOF, SECTOR, Io, Reader
 from tests.kernels.refused import Refusal, in_thread, refuse
 from tests.support.native_threads import settles_at
@@ -537,13 +538,13 @@ def test_without_o_direct_the_page_cache_does_not_grow_either(
 )
 @pytest.mark.parametrize("call", ["io_uring_setup", "io_uring_enter"])
 def test_io_uring_refused(path: Path, content: bytes, call: str, error: int, why: str) -> None:
-    permitted, by_itself = flash.probe()
+    permitted, by_itself = probe()
     if not permitted:  # what refuses it already may come first
         pytest.skip(by_itself)
 
     def body() -> None:
         refuse(Refusal(call, error))
-        assert flash.probe() == (False, why)
+        assert probe() == (False, why)
         with Reader(path) as reader:
             statistics = reader.statistics()
             assert (statistics.io, statistics.io_reason, statistics.threads) == ("preadv", why, 8)
@@ -556,7 +557,7 @@ def test_io_uring_refused(path: Path, content: bytes, call: str, error: int, why
 
 
 def test_files_whose_reads_wait_anyway_are_not_read_through_io_uring(path: Path, content: bytes) -> None:
-    permitted, why = flash.probe()
+    permitted, why = probe()
     if not permitted:
         pytest.skip(why)
 

@@ -92,9 +92,7 @@ def test_the_same_token_as_the_reference(case: Case, variant: str) -> None:
     logits, sampling, counts, position = case.logits, case.sampling, case.counts, case.position
     allowed = case.allowed
     expected = reference_sampling.sample(logits, sampling, counts, position, allowed)
-    token, logprob = sampler.sample(
-        native.kernels_address(variant), logits, sampling, counts, position, allowed
-    )
+    token, logprob = sampler.sample(native.Variant(variant), logits, sampling, counts, position, allowed)
     changed = reference_sampling.penalised(logits, sampling, counts, allowed)
     assert isinstance(expected, Sampled)
     assert allowed is None or allows(allowed, len(logits))[token]
@@ -117,7 +115,7 @@ def test_the_same_random_number(seed: int, position: int) -> None:
     """1024 equal tokens in order of id: the token tells the first ten bits of the number."""
     sampling = Sampling(temperature=1.0, seed=seed)
     token, _ = sampler.sample(
-        native.kernels_address(), np.zeros(1024, np.float32), sampling, np.zeros(1024, np.int32), position
+        native.Variant(), np.zeros(1024, np.float32), sampling, np.zeros(1024, np.int32), position
     )
     assert abs(token - 1024 * reference_sampling.uniform(seed, position)) < 1 + SLACK * 1024
 
@@ -126,7 +124,7 @@ def test_frequencies_are_the_probabilities() -> None:
     logits = np.log(np.array([0.5, 0.25, 0.125, 0.125], np.float32))
     seen, sampling, counts = np.zeros(4), Sampling(temperature=1.0, seed=7), np.zeros(4, np.int32)
     for position in range(4000):
-        token, _ = sampler.sample(native.kernels_address(), logits, sampling, counts, position)
+        token, _ = sampler.sample(native.Variant(), logits, sampling, counts, position)
         seen[token] += 1
     np.testing.assert_allclose(seen / 4000, [0.5, 0.25, 0.125, 0.125], atol=0.03)
 
@@ -159,7 +157,7 @@ def test_the_same_blame_as_the_reference(data: st.DataObject, variant: str) -> N
     if data.draw(st.booleans()):
         allowed = masking(np.array(data.draw(st.lists(st.booleans(), min_size=vocab, max_size=vocab))))
     expected = reference_sampling.sample(logits, sampling, counts.astype(np.int32), 3, allowed)
-    token, _ = sampler.sample(native.kernels_address(variant), logits, sampling, counts, 3, allowed)
+    token, _ = sampler.sample(native.Variant(variant), logits, sampling, counts, 3, allowed)
     if isinstance(expected, Unusable):
         assert token < 0
         assert sampler.unusable(token) == expected
@@ -178,7 +176,7 @@ def test_logits_of_the_model_that_are_no_numbers(junk: float, where: slice) -> N
     logits[where] = junk
     for sampling in Sampling(), Sampling(temperature=1.0, repetition_penalty=2.0, logit_bias=((1, 5.0),)):
         expected = reference_sampling.sample(logits, sampling, np.ones(10, np.int32), 3)
-        token, _ = sampler.sample(native.kernels_address(), logits, sampling, np.ones(10, np.int32), 3)
+        token, _ = sampler.sample(native.Variant(), logits, sampling, np.ones(10, np.int32), 3)
         if where == slice(7, 8) and junk < 0:  # a model may forbid some
             assert isinstance(expected, Sampled)
             assert token >= 0
@@ -205,7 +203,7 @@ def test_what_made_the_logits_unusable(sampling: Sampling, blamed: tuple[str, ..
     logits, counts = np.full(10, 20.0, np.float32), np.ones(10, np.int32)
     logits[0] = -3.4e38
     assert reference_sampling.sample(logits, sampling, counts, 3) == Unusable(blamed)
-    token, _ = sampler.sample(native.kernels_address(), logits, sampling, counts, 3)
+    token, _ = sampler.sample(native.Variant(), logits, sampling, counts, 3)
     assert sampler.unusable(token) == Unusable(blamed)
 
 
@@ -213,6 +211,6 @@ def test_what_made_the_logits_unusable(sampling: Sampling, blamed: tuple[str, ..
 def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
     logits = np.array([1.0, 29.0, 30.0, 28.0, -5.0], np.float32)
     sampling = Sampling(temperature=temperature, seed=1)
-    token, _ = sampler.sample(native.kernels_address(), logits, sampling, np.zeros(5, np.int32), 3)
+    token, _ = sampler.sample(native.Variant(), logits, sampling, np.zeros(5, np.int32), 3)
     assert token == 2
     assert reference_sampling.sample(logits, sampling, np.zeros(5, np.int32), 3) == Sampled(2)

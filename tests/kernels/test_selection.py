@@ -27,7 +27,7 @@ def test_the_environment_chooses_unless_the_caller_does(monkeypatch: pytest.Monk
     best = [name for name, runs, _ in native.variants() if runs][-1]
     assert native.current(best) == best
     assert native.Kernels(best).name == best
-    assert native.kernels_address() == native.kernels_address("scalar")
+    assert native.Variant().name == native.Variant("scalar").name
 
 
 def test_unknown_and_unusable_variants_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,8 +37,8 @@ def test_unknown_and_unusable_variants_are_refused(monkeypatch: pytest.MonkeyPat
         native.current("mmx")
     monkeypatch.setenv("PI2RT_KERNELS", "altivec")
     with pytest.raises(KernelUnavailableError, match="'altivec'"):
-        native.kernels_address()
+        native.Variant()
     for name, runs, _ in native.variants():
         if not runs:
             with pytest.raises(KernelUnavailableError, match=f"{name!r} is built in, but this processor"):
-                native.kernels_address(name)
+                native.Variant(name)
