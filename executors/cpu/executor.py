@@ -21,11 +21,12 @@ from pi2rt._errors import BusyError, ClosedError, InternalError, RequestError, U
 from pi2rt.cython_kernels.kernels import native
 from pi2rt.cython_kernels.plane.gang import Gang
 from pi2rt.cython_kernels.plane.program import MOST_IN_FLIGHT, Program
+from pi2rt.executors.cpu.blocks import BLOCKS
 from pi2rt.executors.cpu.expert_pages import Clusters
 from pi2rt.executors.cpu.need import cpu_need, layout_of
 from pi2rt.executors.cpu.neurons import Neurons
 from pi2rt.executors.cpu.predictors import LoadedPredictors
-from pi2rt.executors.cpu.program_builder import BLOCKS, ProgramBuilder
+from pi2rt.executors.cpu.program_builder import ProgramBuilder
 from pi2rt.executors.cpu.unit_clusters import UnitClusters
 from pi2rt.executors.cpu.weights import Weights
 from pi2rt.executors.flash.flash import Flash

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pi2rt.memory import StateStore
+from pi2rt.memory import BlockPages, StateStore
 from pi2rt.models import (
     Activation,
     Attention,
@@ -51,6 +51,8 @@ class Place(NamedTuple):
 
 class ReferenceModel:
     """A model, all of whose blocks are of kinds in ``BLOCKS``, and the KV pages that it works on.
+
+    Functions in ``BLOCKS`` compute with ``linear``, ``norm``, ``pages`` and ``weights``.
 
     Args:
         model: what to compute.
@@ -114,31 +116,31 @@ class ReferenceModel:
 
     def normalized(self, block: Block, x: Floats) -> Floats:
         """A block's input, of the stream (t, dim) before it."""
-        return self._norm(block.norm, x)
+        return self.norm(block.norm, x)
 
     def factors(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats | None]:
         """Of a block's input (t, dim) the two factors of its hidden values, (t, hidden) each: the activated gate and up
         after its own activation; or, without gate, the activated up and None."""
-        up = self._linear(block.up, x)  # (t, hidden)
+        up = self.linear(block.up, x)  # (t, hidden)
         if block.gate is None:
             return activate(block.activation, up), None
         if block.up_activation is not None:
             up = activate(block.up_activation, up)
-        return activate(block.activation, self._linear(block.gate, x)), up
+        return activate(block.activation, self.linear(block.gate, x)), up
 
     def gate_product(self, block: FeedForward, x: Floats) -> tuple[Floats, Floats]:
         """A gated block's input, (t, dim), and what the gate makes of it, (t, hidden)."""
         assert block.gate is not None
-        return x, self._linear(block.gate, x)
+        return x, self.linear(block.gate, x)
 
     def down(self, block: FeedForward, hidden: Floats) -> Floats:
         """A block's output, (t, dim), of its hidden values."""
-        return self._linear(block.down, hidden)
+        return self.linear(block.down, hidden)
 
     def route(self, block: MixtureOfExperts, x: Floats) -> tuple[npt.NDArray[np.intp], Floats]:
         """The experts that each token of a block's input chooses, and their weights: (t, n) each, of which the last
         column is the shared expert's, number ``n_experts``, where there is one."""
-        logits = self._linear(block.router, x)  # (t, n_experts)
+        logits = self.linear(block.router, x)  # (t, n_experts)
         chosen = np.argsort(-logits, axis=-1, kind="stable")[:, : block.n_used]  # (t, n_used)
         weights: Floats  # (t, n_used)
         if block.normalized:
@@ -153,73 +155,34 @@ class ReferenceModel:
 
     def add(self, block: Block, x: Floats, y: Floats) -> Floats:
         """The stream behind a block, from the one before it and the block's output."""
-        return x + (y if block.post_norm is None else self._norm(block.post_norm, y))
+        return x + (y if block.post_norm is None else self.norm(block.post_norm, y))
 
     def logits(self, x: Floats) -> Floats:
         """(t, dim) to (t, vocab_size)."""
         out = np.empty((len(x), self.model.vocab_size), np.float32)
         for i in range(0, len(x), LOGIT_ROWS):
             rows = slice(i, i + LOGIT_ROWS)
-            y = self._linear(self.model.head, self._norm(self.model.final_norm, x[rows]))
+            y = self.linear(self.model.head, self.norm(self.model.final_norm, x[rows]))
             out[rows] = _softcap(y, self.model.logit_softcap)
         return out
 
-    # -- blocks
+    # -- what blocks compute with
 
-    def _attention(self, block: Attention, x: Floats, place: Place) -> Floats:
-        start, table, pages = place.start, place.table, self._pages[place.layer, place.number]
-        t, d = len(x), block.head_dim
-        q = self._linear(block.q, x).reshape(t, block.n_heads, d)  # (t, h, d)
-        k = self._linear(block.k, x).reshape(t, block.n_kv_heads, d)  # (t, g, d)
-        v = self._linear(block.v, x).reshape(t, block.n_kv_heads, d)  # (t, g, d)
-        if block.q_norm is not None:
-            q = self._norm(block.q_norm, q)
-        if block.k_norm is not None:
-            k = self._norm(block.k_norm, k)
-        positions = np.arange(start, start + t)
-        if block.rope is not None:
-            q, k = rotate(block.rope, q, positions), rotate(block.rope, k, positions)
-
-        pages.write(table, start, k, v)
-        end = start + t
-        first = 0 if block.window is None else max(0, start + 1 - block.window)  # what is before may be gone
-        keys, values = pages.read(table, end, first)  # (n, g, d) each
-
-        seen = np.arange(first, end) <= positions[:, None]  # (t, n)
-        if block.window is not None:
-            seen &= np.arange(first, end) > positions[:, None] - block.window
-        hidden = np.where(seen, np.float32(0), np.float32(-np.inf))
-        group = block.n_heads // block.n_kv_heads
-        out = np.empty((t, block.n_heads, d), np.float32)
-        for head in range(block.n_heads):
-            scores = q[:, head] @ keys[:, head // group].T * np.float32(block.scale)  # (t, n)
-            weights = _softmax(_softcap(scores, block.softcap) + hidden)
-            out[:, head] = weights @ values[:, head // group]
-        return self._linear(block.out, out.reshape(t, -1))
-
-    def _feed_forward(self, block: FeedForward, x: Floats, place: Place | None = None) -> Floats:
-        gate, up = self.factors(block, x)
-        return self._linear(block.down, gate if up is None else gate * up)
-
-    def _mixture(self, block: MixtureOfExperts, x: Floats, place: Place | None = None) -> Floats:
-        chosen, weights = self.route(block, x)
-        out = np.zeros_like(x)
-        for number, expert in enumerate(block.feed_forwards()):
-            tokens, places = np.nonzero(chosen == number)
-            if len(tokens):
-                out[tokens] += weights[tokens, places, None] * self._feed_forward(expert, x[tokens])
-        return out
-
-    def _linear(self, linear: Linear, x: Floats) -> Floats:
+    def linear(self, linear: Linear, x: Floats) -> Floats:
+        """A matrix of the description times x, (t, columns) to (t, rows), and its bias, where it has one."""
         y: Floats = x @ self.weights[linear.weight].T
         return y if linear.bias is None else y + self.weights[linear.bias]
 
-    def _norm(self, norm: Norm, x: Floats) -> Floats:
-        """Over the last axis."""
+    def norm(self, norm: Norm, x: Floats) -> Floats:
+        """RMS norm over the last axis."""
         mean = np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float32)
         weight = self.weights[norm.weight] + np.float32(norm.offset)
         y: Floats = x / np.sqrt(mean + np.float32(norm.eps)) * weight
         return y
+
+    def pages(self, place: Place) -> BlockPages:
+        """Keys and values of a block that keeps them, of all sequences."""
+        return self._pages[place.layer, place.number]
 
 
 def rotate(rope: Rope, x: Floats, positions: npt.NDArray[np.int64]) -> Floats:
@@ -280,10 +243,58 @@ def _softcap(x: Floats, cap: float | None) -> Floats:
     return x if cap is None else np.tanh(x / np.float32(cap)) * np.float32(cap)
 
 
+def attention(model: ReferenceModel, block: Attention, x: Floats, place: Place) -> Floats:
+    start, table, pages = place.start, place.table, model.pages(place)
+    t, d = len(x), block.head_dim
+    q = model.linear(block.q, x).reshape(t, block.n_heads, d)  # (t, h, d)
+    k = model.linear(block.k, x).reshape(t, block.n_kv_heads, d)  # (t, g, d)
+    v = model.linear(block.v, x).reshape(t, block.n_kv_heads, d)  # (t, g, d)
+    if block.q_norm is not None:
+        q = model.norm(block.q_norm, q)
+    if block.k_norm is not None:
+        k = model.norm(block.k_norm, k)
+    positions = np.arange(start, start + t)
+    if block.rope is not None:
+        q, k = rotate(block.rope, q, positions), rotate(block.rope, k, positions)
+
+    pages.write(table, start, k, v)
+    end = start + t
+    first = 0 if block.window is None else max(0, start + 1 - block.window)  # what is before may be gone
+    keys, values = pages.read(table, end, first)  # (n, g, d) each
+
+    seen = np.arange(first, end) <= positions[:, None]  # (t, n)
+    if block.window is not None:
+        seen &= np.arange(first, end) > positions[:, None] - block.window
+    hidden = np.where(seen, np.float32(0), np.float32(-np.inf))
+    group = block.n_heads // block.n_kv_heads
+    out = np.empty((t, block.n_heads, d), np.float32)
+    for head in range(block.n_heads):
+        scores = q[:, head] @ keys[:, head // group].T * np.float32(block.scale)  # (t, n)
+        weights = _softmax(_softcap(scores, block.softcap) + hidden)
+        out[:, head] = weights @ values[:, head // group]
+    return model.linear(block.out, out.reshape(t, -1))
+
+
+def feed_forward(model: ReferenceModel, block: FeedForward, x: Floats, place: Place) -> Floats:
+    gate, up = model.factors(block, x)
+    return model.down(block, gate if up is None else gate * up)
+
+
+def mixture(model: ReferenceModel, block: MixtureOfExperts, x: Floats, place: Place) -> Floats:
+    chosen, weights = model.route(block, x)
+    out = np.zeros_like(x)
+    for number, expert in enumerate(block.feed_forwards()):
+        tokens, places = np.nonzero(chosen == number)
+        if len(tokens):
+            out[tokens] += weights[tokens, places, None] * feed_forward(model, expert, x[tokens], place)
+    return out
+
+
 BLOCKS: dict[type[Block], Callable[[ReferenceModel, Any, Floats, Place], Floats]] = {
-    Attention: ReferenceModel._attention,
-    FeedForward: ReferenceModel._feed_forward,
-    MixtureOfExperts: ReferenceModel._mixture,
+    Attention: attention,
+    FeedForward: feed_forward,
+    MixtureOfExperts: mixture,
 }
 """What each kind of block computes: of the model, the block, its normalised input (t, dim) and its place, the output
-(t, dim) before the second norm."""
+(t, dim) before the second norm. A new kind is a function in a file of its own, which uses public names of the model,
+and a line here."""

@@ -1,4 +1,4 @@
-"""What a new kind of block touches outside of its own files: one line in each executor's table.
+"""What a new kind of block touches outside of its own files: one line in each executor's table. It calls public names.
 
 The kind here is a linear map of the normalised stream, "x = x + W norm(x)". Its description, its architecture and what
 each executor does with it are in this file.
@@ -16,7 +16,7 @@ import pytest
 
 from pi2rt import open_runtime
 from pi2rt._errors import UnsupportedModelError
-from pi2rt.executors.cpu import program_builder
+from pi2rt.executors.cpu import blocks
 from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.executors.cpu.layer_walk import WALKS, Factors, walk
 from pi2rt.executors.cpu.program_builder import ProgramBuilder
@@ -82,16 +82,16 @@ def describe_mapped(file: ModelFile, context: int | None) -> ModelDescription:
 
 
 def compute(reference: ReferenceModel, block: LinearMap, x: Floats, place: Place) -> Floats:
-    return x @ reference.weights[block.map.weight].T
+    return reference.linear(block.map, x)
 
 
 def build(builder: ProgramBuilder, block: LinearMap, index: int, number: int) -> None:
     # Not straight into x: of few rows each thread normalises x by itself, while others would add to it already.
-    matrices = [builder._matrix(block.map)]
-    builder._program.linear(
-        index, builder._norm(block.norm), "x", "y", matrices, mixed=builder._is_mixed(block.map)
+    mixed = builder.is_mixed(block.map)
+    builder.program.linear(
+        index, builder.norm(block.norm), "x", "y", [builder.matrix(block.map)], mixed=mixed
     )
-    builder._program.add(index, builder._norm(block.post_norm))
+    builder.program.add(index, builder.norm(block.post_norm))
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def architecture(monkeypatch: pytest.MonkeyPatch) -> None:
 def tables(architecture: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is touched."""
     monkeypatch.setitem(reference_model.BLOCKS, LinearMap, compute)
-    monkeypatch.setitem(program_builder.BLOCKS, LinearMap, build)
+    monkeypatch.setitem(blocks.BLOCKS, LinearMap, build)
 
 
 @pytest.fixture(scope="module")
