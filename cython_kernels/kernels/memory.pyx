@@ -1,7 +1,9 @@
 """Memory outside the interpreter (pages.h), and what the C heap keeps."""
 
+from cpython.buffer cimport PyBUF_WRITE
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.errno cimport errno
-from libc.stdint cimport int64_t, uint8_t, uintptr_t
+from libc.stdint cimport int64_t, uintptr_t
 from posix.unistd cimport getpid
 
 import os
@@ -90,7 +92,7 @@ cdef class Memory:
         cdef uintptr_t base = self.address
         if not base:
             raise ValueError("memory is closed")
-        return np.asarray(<uint8_t[:self.nbytes]><uint8_t *>base)
+        return np.frombuffer(PyMemoryView_FromMemory(<char *>base, self.nbytes, PyBUF_WRITE), np.uint8)
 
     def discard(self, int64_t offset, int64_t size):
         """Gives the whole pages among these bytes back to the system: they read as zeros until written again. What
