@@ -14,7 +14,7 @@ import pytest
 
 from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.runtime.executor_statistics import ThreadStatistics
-from tests.support.native_threads import thread_ids
+from tests.support.native_threads import settles_at, thread_ids
 from tests.support.running import all_logits, greedy, opened
 from tests.support.tiny_models import TinyModel, write_gguf
 
@@ -36,8 +36,8 @@ def frozen(name: str, count: int) -> Iterator[None]:
         group.mkdir()
     except OSError as error:
         pytest.skip(f"this system lets nobody freeze a thread: {error}")
+    assert settles_at(name, count)
     tasks = thread_ids(name)
-    assert len(tasks) == count
     try:
         for task in tasks:
             (group / "tasks").write_text(str(task))
