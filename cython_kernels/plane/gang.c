@@ -128,7 +128,8 @@ pi2_gang *pi2_gang_create(int n, const int *cores, int64_t spin_ns) {
     g->workers[i] = (pi2_worker){.gang = g, .index = i, .core = pins ? cores[i] : -1};
     int error = pthread_create(&g->workers[i].thread, NULL, worker_main, &g->workers[i]);
     if (error) {
-      g->n = g->members = i;
+      g->n = i;
+      g->members = i;
       pi2_gang_destroy(g);
       errno = error;
       return NULL;

@@ -158,7 +158,7 @@ def test_what_was_accepted_once_is_accepted_again(tmp_path: Path) -> None:
 
 
 async def test_a_closed_runtime_keeps_no_tokenizer(pack: Path) -> None:
-    async with pi2rt.open_runtime(pack, context=256, memory="400M") as runtime:
+    async with pi2rt.open_runtime(pack, context=256, memory="4G") as runtime:
         async with runtime.stream("Hi", max_tokens=2) as stream:
             chunks = [chunk async for chunk in stream]
         tokenizer = weakref.ref(runtime.tokenizer)

@@ -72,7 +72,7 @@ runs=()
 start() {
   local name=$1 choice=$2
   shift 2
-  in_tree pytest -q -p no:cacheprovider -rs -k "$choice" "${@/#/tests/}" >"$work/$name" 2>&1 &
+  in_tree pytest -n 0 -q -p no:cacheprovider -rs -k "$choice" "${@/#/tests/}" >"$work/$name" 2>&1 &
   runs+=("$!:$name")
 }
 

@@ -278,8 +278,10 @@ async def test_all_choices_are_recorded(packs: dict[str, Path]) -> None:
 
 async def test_a_prefill_lane_counts_in_the_budget(packs: dict[str, Path]) -> None:
     """It has weights of its own: what had room alone is streamed beside it, or refused."""
-    alone = await plan_of(packs["dense"], context=128, memory="200M")
-    beside = await plan_of(packs["dense"], context=128, memory="200M", prefill=["cpu"])
+    process = (await plan_of(packs["dense"], context=128, memory="64G")).segments.process
+    memory = process + (64 << 20)
+    alone = await plan_of(packs["dense"], context=128, memory=memory)
+    beside = await plan_of(packs["dense"], context=128, memory=memory, prefill=["cpu"])
     assert alone.segments.lanes == 0
     assert beside.segments.lanes > alone.segments.resident
     assert beside.segments.process == alone.segments.process
