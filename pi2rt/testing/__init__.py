@@ -26,6 +26,7 @@ from pi2rt.testing.sequences import Sequences
 from pi2rt.testing.tiny_model import TinyModel
 from pi2rt.testing.tiny_models import TINY_MODELS, tiny_model_path
 from pi2rt.testing.tolerance import Tolerance
+from pi2rt.testing.unusable_logits import UnusableLogits
 
 __all__ = [
     "TINY_MODELS",
@@ -42,5 +43,6 @@ __all__ = [
     "StepExecutorConformance",
     "TinyModel",
     "Tolerance",
+    "UnusableLogits",
     "tiny_model_path",
 ]

@@ -32,6 +32,9 @@ _MERGE_TABLE = """
 MERGES = [pair.replace("+", " ") for pair in re.findall(r"\S+", _MERGE_TABLE)]
 _LOUD = 8.0  # an odd token's RMS in the residual stream, over an even one's
 _PEAKED = 5.0  # standard deviation of logits after an even token, about
+UNUSABLE_TOKEN = 317
+"""Of models with ``unusable``: it spells nothing, so no text has it."""
+_NEARLY_INFINITE = 3e38  # times the root of dim it is no float32
 _CONFIG_CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -50,7 +53,8 @@ class TinyModel:
     of that family. ``gated``: whether the feed-forward block has a gate (Transformers' always has). ``experts``,
     ``experts_used``, ``expert_hidden`` and ``shared_hidden``: of the families that have mixtures of experts; experts of
     Mixtral have ``hidden`` neurons. ``contrast``: whether the distribution of the next token is peaked after a token of
-    an even id and flat after one of an odd id; without, it is flat after all of them."""
+    an even id and flat after one of an odd id; without, it is flat after all of them. ``unusable``: whether logits are
+    NaN and infinite at ``UNUSABLE_TOKEN`` and at what sees it, though all weights are finite."""
 
     family: str = "llama"
     seed: int = 0
@@ -67,6 +71,7 @@ class TinyModel:
     expert_hidden: int = 32
     shared_hidden: int = 64
     contrast: bool = False
+    unusable: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def huggingface_config(self) -> dict[str, Any]:
@@ -179,6 +184,8 @@ class TinyModel:
             matrix("lm_head", VOCAB_SIZE, self.dim)
         if self.contrast:
             self._add_contrast(weights)
+        if self.unusable:
+            self._add_unusable(weights)
         return weights
 
     def _add_contrast(self, weights: dict[str, Floats]) -> None:
@@ -195,6 +202,34 @@ class TinyModel:
                 values[0] = -1.0 if gemma else 0.0
         final = weights["model.norm.weight"]
         final[:] = (final + 1) * _PEAKED - 1 if gemma else final * _PEAKED
+
+    def _add_unusable(self, weights: dict[str, Floats]) -> None:
+        """The second channel of the residual stream is exactly zero, but at ``UNUSABLE_TOKEN``, whose embedding has
+        nothing else, and where attention carries it: through the first element of the first head. The final norm makes
+        it infinite, and the head makes plus infinity, minus infinity and NaN (zero times infinity) of that."""
+        channel, one = 1, 0.0 if self.family == "gemma3_text" else 1.0
+        for name, values in weights.items():
+            kind = name.split(".")[-2]
+            if kind in ("o_proj", "down_proj", "w2"):  # write to the stream
+                values[channel] = 0.0
+            elif values.ndim == 2:  # all others read it
+                values[:, channel] = 0.0
+            elif len(values) == self.dim and name.endswith("norm.weight"):
+                values[channel] = one
+            if kind == "v_proj":
+                values[0] = 0.0
+        for i in range(self.layers):
+            attention = f"model.layers.{i}.self_attn"
+            weights[f"{attention}.v_proj.weight"][0, channel] = 1.0
+            weights[f"{attention}.o_proj.weight"][channel, 0] = 1000.0
+        embedding = weights["model.embed_tokens.weight"]
+        embedding[UNUSABLE_TOKEN] = 0.0
+        embedding[UNUSABLE_TOKEN, channel] = 100.0
+        weights["model.norm.weight"][channel] = _NEARLY_INFINITE
+        if "lm_head.weight" in weights:
+            head = weights["lm_head.weight"]
+            head[UNUSABLE_TOKEN] = 0.0  # seldom sampled
+            head[0::3, channel], head[1::3, channel] = 100.0, -100.0
 
 
 # -- Hugging Face directories

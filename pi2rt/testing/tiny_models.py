@@ -46,6 +46,11 @@ def large_model_path(folder: Path, name: str) -> Path:
     return _written(folder / f"{name}-large", replace(TINY_MODELS[name], **_LARGE))
 
 
+def unusable_model_path(folder: Path, name: str) -> Path:
+    """The same with logits that are not finite where a sequence has ``UNUSABLE_TOKEN``."""
+    return _written(folder / f"{name}-unusable", replace(TINY_MODELS[name], unusable=True))
+
+
 def _written(directory: Path, model: TinyModel) -> Path:
     if not directory.is_dir():
         write_huggingface(directory, model)

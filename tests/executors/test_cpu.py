@@ -7,6 +7,7 @@ number of threads or the instruction set.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ FASTEST_FIRST = [name for name, runs, _ in reversed(native.variants()) if runs]
 
 
 @pytest.fixture(scope="module")
+def quantised_unusable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What writes to the channel that has to be exactly zero is of types without an offset."""
+    path = tmp_path_factory.mktemp("cpu") / "unusable.gguf"
+    types = {"blk.0.attn_q": "Q4_K", "blk.0.ffn_up": "Q4_0", "blk.1.attn_v": "F16", "blk.1.ffn_down": "BF16"}
+    return write_gguf(path, replace(QUANTISED, unusable=True), weight_type="Q8_0", types=types)
+
+
+@pytest.fixture(scope="module")
 def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every quantised type in one small file."""
     path = tmp_path_factory.mktemp("cpu") / "model.gguf"
@@ -55,14 +64,18 @@ class TestCpu(StepExecutorConformance):
     tolerance = Tolerance(reference=0.06)
 
     @pytest.fixture(autouse=True)
-    def _model(self, quantised: Path) -> None:
-        self.path = quantised
+    def _model(self, quantised: Path, quantised_unusable: Path) -> None:
+        self.path, self.unusable_path = quantised, quantised_unusable
 
     def make_executor(self) -> Executor:
         return CpuExecutor()
 
     def open_model(self, name: str) -> tuple[ModelFile, ModelDescription]:
         file = open_model_file(self.path)
+        return file, describe(file)
+
+    def open_unusable_model(self) -> tuple[ModelFile, ModelDescription]:
+        file = open_model_file(self.unusable_path)
         return file, describe(file)
 
 

@@ -16,6 +16,7 @@ from tests.testing import (
     output_mutants,
     sampling_mutants,
     sequence_mutants,
+    unusable_mutants,
 )
 from tests.testing.mutant import Mutant
 
@@ -26,6 +27,7 @@ MUTANTS = [
     *draft_mutants.MUTANTS,
     *mask_mutants.MUTANTS,
     *output_mutants.MUTANTS,
+    *unusable_mutants.MUTANTS,
     *sampling_mutants.MUTANTS,
     *model_mutants.MUTANTS,
 ]
