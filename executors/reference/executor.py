@@ -345,6 +345,7 @@ class ReferenceExecutor:
             tokens,
             part.start,
             part.pages,
+            part.slot,
             should_stop=lambda: self._closed or step_id in self._stopping,
             marks=marks,
         )

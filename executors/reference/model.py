@@ -41,18 +41,19 @@ class StoppedError(Exception):
 
 class Place(NamedTuple):
     """Where a block stands, and in which sequence: ``start`` positions are before its rows; ``table``: int32, the
-    sequence's page table."""
+    sequence's page table; ``slot``: of its fixed arrays."""
 
     layer: int
     number: int
     start: int
     table: Int32s
+    slot: int = 0
 
 
 class ReferenceModel:
     """A model, all of whose blocks are of kinds in ``BLOCKS``, and the KV pages that it works on.
 
-    Functions in ``BLOCKS`` compute with ``linear``, ``norm``, ``pages`` and ``weights``.
+    Functions in ``BLOCKS`` compute with ``linear``, ``norm``, ``pages``, ``arrays`` and ``weights``.
 
     Args:
         model: what to compute.
@@ -78,6 +79,7 @@ class ReferenceModel:
         tokens: Int32s,
         start: int,
         pages: Int32s,
+        slot: int = 0,
         *,
         should_stop: Callable[[], bool] = lambda: False,
         marks: list[Mark] | None = None,
@@ -88,6 +90,7 @@ class ReferenceModel:
             tokens: int32 (t,), at positions ``start`` on.
             start: positions before them, whose keys and values are in the cache.
             pages: int32, the sequence's page table.
+            slot: of the sequence's fixed arrays, where blocks keep any.
             should_stop: asked before every layer.
             marks: gets one entry for each block.
 
@@ -103,15 +106,16 @@ class ReferenceModel:
                 raise StoppedError
             for j, block in enumerate(layer.blocks):
                 begun = time.perf_counter_ns()
-                x = self.behind(i, j, x, start, pages)
+                x = self.behind(i, j, x, start, pages, slot)
                 if marks is not None:
                     marks.append((f"{i} {type(block).__name__}", begun, time.perf_counter_ns()))
         return x
 
-    def behind(self, layer: int, number: int, x: Floats, start: int, pages: Int32s) -> Floats:
+    def behind(self, layer: int, number: int, x: Floats, start: int, pages: Int32s, slot: int = 0) -> Floats:
         """The residual stream (t, dim) behind a block, from the one before it. Arguments as ``forward``."""
         block = self.model.layers[layer].blocks[number]
-        y = BLOCKS[type(block)](self, block, self.normalized(block, x), Place(layer, number, start, pages))
+        place = Place(layer, number, start, pages, slot)
+        y = BLOCKS[type(block)](self, block, self.normalized(block, x), place)
         return self.add(block, x, y)
 
     def normalized(self, block: Block, x: Floats) -> Floats:
@@ -183,6 +187,19 @@ class ReferenceModel:
     def pages(self, place: Place) -> BlockPages:
         """Keys and values of a block that keeps them, of all sequences."""
         return self._pages[place.layer, place.number]
+
+    def arrays(self, place: Place) -> dict[str, npt.NDArray[Any]]:
+        """Fixed arrays of a block in the sequence's slot, by name; views, to be updated. Zeros where the sequence
+        begins."""
+        found = {
+            each.array.name: self._store.array(place.slot, each)
+            for each in self._store.layout.fixed
+            if (each.layer, each.block) == (place.layer, place.number)
+        }
+        if place.start == 0:
+            for values in found.values():
+                values.fill(0)
+        return found
 
 
 def rotate(rope: Rope, x: Floats, positions: npt.NDArray[np.int64]) -> Floats:

@@ -36,7 +36,8 @@ class FixedArray:
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Arrays that each token updates in place: what was before is gone."""
+    """Arrays that each token updates in place: what was before is gone. They are those of the slot that a slice names,
+    and zeros where it starts at position 0."""
 
     arrays: tuple[FixedArray, ...]
 

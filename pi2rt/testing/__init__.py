@@ -23,6 +23,7 @@ from pi2rt.testing.memory import Memory
 from pi2rt.testing.outputs import Outputs
 from pi2rt.testing.sampling_options import SamplingOptions
 from pi2rt.testing.sequences import Sequences
+from pi2rt.testing.slot_copies import SlotCopies
 from pi2rt.testing.tiny_model import TinyModel
 from pi2rt.testing.tiny_models import TINY_MODELS, tiny_model_path
 from pi2rt.testing.tolerance import Tolerance
@@ -40,6 +41,7 @@ __all__ = [
     "Outputs",
     "SamplingOptions",
     "Sequences",
+    "SlotCopies",
     "StepExecutorConformance",
     "TinyModel",
     "Tolerance",

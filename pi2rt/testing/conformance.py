@@ -11,10 +11,21 @@ from pi2rt.testing.memory import Memory
 from pi2rt.testing.outputs import Outputs
 from pi2rt.testing.sampling_options import SamplingOptions
 from pi2rt.testing.sequences import Sequences
+from pi2rt.testing.slot_copies import SlotCopies
 from pi2rt.testing.unusable_logits import UnusableLogits
 
 
 class StepExecutorConformance(
-    Lifecycle, Flow, Sequences, Drafts, Masks, Outputs, UnusableLogits, SamplingOptions, Agreement, Memory
+    Lifecycle,
+    Flow,
+    Sequences,
+    SlotCopies,
+    Drafts,
+    Masks,
+    Outputs,
+    UnusableLogits,
+    SamplingOptions,
+    Agreement,
+    Memory,
 ):
     """Subclass it under a name that starts with "Test", and give ``make_executor``; see ``Harness`` for the rest."""

@@ -168,10 +168,15 @@ class Harness:
 
     @asynccontextmanager
     async def _opened(
-        self, executor: Executor, file: ModelFile, description: ModelDescription, options: ExecutorOptions
+        self,
+        executor: Executor,
+        file: ModelFile,
+        description: ModelDescription,
+        options: ExecutorOptions,
+        store: StateStore | None = None,
     ) -> AsyncIterator[None]:
         try:
-            await self.open(executor, file, description, options)
+            await self.open(executor, file, description, options, store=store)
             yield
         except BaseException:
             with contextlib.suppress(Exception):  # the first error says what is wrong

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from pi2rt.formats import ModelFile
+from pi2rt.models import ModelDescription
 from pi2rt.runtime.executor import Executor
 from pi2rt.testing import StepExecutorConformance, Tolerance
+from tests.support.running_sum import open_running_sum
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Mutant:
 
             def make_executor(self) -> Executor:
                 return mutant.make()
+
+            def open_fixed_model(self) -> tuple[ModelFile, ModelDescription]:
+                return open_running_sum(self.folder)
 
         suite = Suite()
         suite.folder = folder

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pi2rt.executors.reference.model import BLOCKS
 from pi2rt.testing import StepExecutorConformance
+from tests.support.running_sum import RunningSum, compute
 from tests.testing import (
     draft_mutants,
     flow_mutants,
@@ -16,6 +18,7 @@ from tests.testing import (
     output_mutants,
     sampling_mutants,
     sequence_mutants,
+    slot_mutants,
     unusable_mutants,
 )
 from tests.testing.mutant import Mutant
@@ -24,6 +27,7 @@ MUTANTS = [
     *lifecycle_mutants.MUTANTS,
     *flow_mutants.MUTANTS,
     *sequence_mutants.MUTANTS,
+    *slot_mutants.MUTANTS,
     *draft_mutants.MUTANTS,
     *mask_mutants.MUTANTS,
     *output_mutants.MUTANTS,
@@ -31,6 +35,11 @@ MUTANTS = [
     *sampling_mutants.MUTANTS,
     *model_mutants.MUTANTS,
 ]
+
+
+@pytest.fixture(autouse=True)
+def _kind_of_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BLOCKS, RunningSum, compute)
 
 
 @pytest.fixture(scope="module")
