@@ -56,7 +56,7 @@ SPIN_NS = 50_000
 
 
 class CpuExecutor:
-    """See ``pi2rt.runtime.executor.Executor``."""
+    """See ``pi2rt.runtime.executor.StepExecutor``."""
 
     name = "cpu"
     reads_bundles = True

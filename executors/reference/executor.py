@@ -76,7 +76,7 @@ _Results: TypeAlias = tuple[Outcome | None, Floats | None, Floats | None]
 
 
 class ReferenceExecutor:
-    """See ``pi2rt.runtime.executor.Executor``. It computes in float32, whatever ``exact_floats``, ``cores``,
+    """See ``pi2rt.runtime.executor.StepExecutor``. It computes in float32, whatever ``exact_floats``, ``cores``,
     ``assistants`` and ``kernels`` say. Its KV pages are float32, unless it shares those of another executor."""
 
     name = "reference"

@@ -33,7 +33,7 @@ from pi2rt.planner.weights import (
     without_records,
 )
 from pi2rt.runtime.cluster_unit import unit_bytes
-from pi2rt.runtime.executor import Borrower, Executor, ExecutorOptions, Measured
+from pi2rt.runtime.executor import Borrower, ExecutorOptions, Measured, StepExecutor
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.trace import Trace
 
@@ -129,7 +129,7 @@ def plan_executor(
     chosen: RuntimeOptions,
     context: int,
     placement: UnitPlacement,
-    executor: Executor,
+    executor: StepExecutor,
     trace: Trace | None,
     *,
     sparsity: Mapping[str, Any] | None = None,
@@ -137,7 +137,7 @@ def plan_executor(
     own: int = 0,
     predictors: int = 0,
     prompt: int = 0,
-    prefill: Sequence[Executor] = (),
+    prefill: Sequence[StepExecutor] = (),
 ) -> ExecutorPlan:
     """What an executor is opened with: as many weights as have room beside a context's keys and values, and as many of
     these as have room beside the weights.
@@ -223,7 +223,11 @@ def plan_executor(
 
 
 def _window_pages(
-    description: ModelDescription, context: int, sequences: int, executors: Sequence[Executor], tokens: int
+    description: ModelDescription,
+    context: int,
+    sequences: int,
+    executors: Sequence[StepExecutor],
+    tokens: int,
 ) -> int:
     """KV pages that have memory for windowed bytes at a time; 0: no block has a window, or the executors keep keys and
     values by themselves. ``tokens``: in a step of each."""
@@ -235,7 +239,7 @@ def _window_pages(
 
 
 def _lane_bytes(
-    executor: Executor, file: ModelFile, description: ModelDescription, ask: ExecutorOptions
+    executor: StepExecutor, file: ModelFile, description: ModelDescription, ask: ExecutorOptions
 ) -> int:
     """Of a prefill lane, beside the KV pages that it shares: it is opened with cores of its own choice."""
     if not isinstance(executor, Measured):
@@ -246,7 +250,7 @@ def _lane_bytes(
 
 
 def _need(
-    executor: Executor,
+    executor: StepExecutor,
     ask: ExecutorOptions,
     predictors: int,
     file: ModelFile,

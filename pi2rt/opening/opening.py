@@ -39,7 +39,7 @@ from pi2rt.opening.sparsity import Lossy, load_sparsity
 from pi2rt.planner.cluster_units import choose_clusters
 from pi2rt.planner.placement import PlacedActor, UnitPlacement, default_placement
 from pi2rt.runtime.actor import Actor
-from pi2rt.runtime.executor import Borrower, Executor, ExecutorOptions, make_store
+from pi2rt.runtime.executor import Borrower, ExecutorOptions, StepExecutor, make_store
 from pi2rt.runtime.registry import load_executor
 from pi2rt.runtime.trace import Trace
 from pi2rt.tokenizer import Tokenizer, load_tokenizer
@@ -240,8 +240,8 @@ class Opening:
             for number, lane in enumerate(self.plan.lanes)
         ]
 
-    async def _open_executor(self, number: int, executor: Executor) -> None:
-        """Opens an executor of a lane. Errors: those of ``Executor.open``; also
+    async def _open_executor(self, number: int, executor: StepExecutor) -> None:
+        """Opens an executor of a lane. Errors: those of ``StepExecutor.open``; also
 
         Raises:
             UnsupportedModelError, RequestError: the executor lacks what the file, an option or a lane needs.

@@ -11,7 +11,7 @@ from pi2rt._errors import RequestError
 from pi2rt.formats.plan import Plan
 from pi2rt.formats.row_blocks import SECTOR
 from pi2rt.memory import parse_size
-from pi2rt.runtime.executor import Executor, Progress
+from pi2rt.runtime.executor import Progress, StepExecutor
 from pi2rt.runtime.plugin_options import PluginOptions
 
 KV_TYPES = ("f16", "q8")
@@ -31,7 +31,7 @@ class RuntimeKeywords(TypedDict, total=False):
 
     context: int
     max_sequences: int
-    executor: str | Callable[[], Executor]
+    executor: str | Callable[[], StepExecutor]
     threads: int | None
     cores: Mapping[str, Sequence[int]] | None
     kv_type: Literal["f16", "q8"]
@@ -65,7 +65,7 @@ class RuntimeOptions:
     """Tokens per sequence, prompt and answer together; the model's own context where that is smaller."""
     max_sequences: int = 8
     """Requests that run at once; ``max_queue`` more wait their turn."""
-    executor: str | Callable[[], Executor] = "cpu"
+    executor: str | Callable[[], StepExecutor] = "cpu"
     """An entry point of the group ``pi2rt.executors``, or what makes an executor."""
     threads: int | None = None
     """Threads that compute; None: one for each physical core."""

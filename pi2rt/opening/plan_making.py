@@ -39,7 +39,7 @@ from pi2rt.planner.measure.read_curve import ReadCurve
 from pi2rt.planner.placement import UnitPlacement
 from pi2rt.planner.weights import all_neurons, expert_operations, least_experts, least_neurons
 from pi2rt.runtime.cluster_unit import misplaced_clusters, unit_bytes
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.executor import ExecutorOptions, StepExecutor
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.registry import load_cluster_unit, load_executor
 from pi2rt.runtime.trace import Trace
@@ -59,7 +59,7 @@ def make_plan(
     divided: ExecutorPlan,
     units: UnitPlacement,
     cores: Iterable[int],
-    executor: Executor,
+    executor: StepExecutor,
     prefill: Iterable[str] = (),
     unit: UnitChoice | None = None,
 ) -> Plan:

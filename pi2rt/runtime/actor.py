@@ -24,7 +24,7 @@ import trio
 
 from pi2rt._errors import BusyError, ClosedError, ExecutorError, InternalError, RequestError
 from pi2rt.runtime.channel import ChannelStatistics
-from pi2rt.runtime.executor import Executor, Masking, Repairable, Resizable
+from pi2rt.runtime.executor import Masking, Repairable, Resizable, StepExecutor
 from pi2rt.runtime.executor_statistics import ExecutorStatistics
 from pi2rt.runtime.step import Step, StepResult
 from pi2rt.runtime.token_mask import TokenMask
@@ -88,8 +88,8 @@ class Actor:
     def __init__(
         self,
         name: str,
-        make_executor: Callable[[], Executor],
-        open_executor: Callable[[Executor], Awaitable[None]],
+        make_executor: Callable[[], StepExecutor],
+        open_executor: Callable[[StepExecutor], Awaitable[None]],
         trace: Trace | None = None,
     ) -> None:
         self.name = name
@@ -97,7 +97,7 @@ class Actor:
         self._make_executor, self._open_executor = make_executor, open_executor
         self._state: State = "new"
         self._generation = 0
-        self._executor: Executor | None = None
+        self._executor: StepExecutor | None = None
         self._capacity = 0  # the executor's max_in_flight
         self._takes_masks = False  # the executor does, or did
         self._in_flight: deque[Step] = deque()
@@ -529,7 +529,7 @@ class Actor:
             self.track.span("rebuild", started_ns, time.perf_counter_ns(), outcome=self._state)
         self._wake_all()
 
-    async def _repaired(self, executor: Executor) -> bool:
+    async def _repaired(self, executor: StepExecutor) -> bool:
         """Whether the executor that failed can go on as it is. Not where a task still waits for a result of it, nor
         where it is only to be opened otherwise."""
         if self._cause is None or self._waiting or not isinstance(executor, Repairable):
@@ -541,7 +541,7 @@ class Actor:
             self._cause.add_note(f"and it could not be repaired: {_say(error)}")
         return False
 
-    async def _retire(self, executor: Executor) -> None:
+    async def _retire(self, executor: StepExecutor) -> None:
         """Closes an executor whatever happens around, within CLOSE_SECONDS.
 
         Closing also ends a ``wait`` in progress; so the protocol has it, because a cancel scope around every

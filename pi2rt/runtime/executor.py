@@ -92,7 +92,7 @@ class ExecutorOptions:
 
 
 @runtime_checkable
-class Executor(Protocol):
+class StepExecutor(Protocol):
     """Drives one hardware unit. The life of one: construct, ``open``, many ``submit``/``wait``, ``aclose``.
 
     ``max_in_flight``: how many steps may be submitted and not yet waited for; at least 1. Steps complete in
@@ -163,7 +163,9 @@ class Measured(Protocol):
         ...
 
 
-def make_store(executor: Executor, model: ModelDescription, options: ExecutorOptions) -> StateStore | None:
+def make_store(
+    executor: StepExecutor, model: ModelDescription, options: ExecutorOptions
+) -> StateStore | None:
     """The state that the executor will borrow; None where it keeps that by itself."""
     if not isinstance(executor, Borrower):
         return None

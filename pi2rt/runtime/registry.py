@@ -13,7 +13,7 @@ from typing import Any
 
 from pi2rt._errors import PluginError, RequestError
 from pi2rt.runtime.cluster_unit import ClusterUnit
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import StepExecutor
 from pi2rt.runtime.plugin_options import PluginOptions, with_options
 
 GROUP = "pi2rt.executors"
@@ -52,7 +52,7 @@ def _available(group: str) -> Mapping[str, EntryPoint]:
     return dict(sorted(found.items()))
 
 
-def load_executor(name: str, options: PluginOptions | None = None) -> Callable[..., Executor]:
+def load_executor(name: str, options: PluginOptions | None = None) -> Callable[..., StepExecutor]:
     """The class (or factory) of that name, which has passed ``check_executor``, with its ``options``.
 
     Raises:
@@ -61,7 +61,7 @@ def load_executor(name: str, options: PluginOptions | None = None) -> Callable[.
     """
     where, factory = _load("executor", name, available_executors())
     check_executor(where, factory)
-    loaded: Callable[..., Executor] = with_options(name, factory, (options or {}).get(name, {}))
+    loaded: Callable[..., StepExecutor] = with_options(name, factory, (options or {}).get(name, {}))
     return loaded
 
 

@@ -5,7 +5,7 @@
     class TestMine(StepExecutorConformance):
         models = ("llama",)  # those of TINY_MODELS that it can run
 
-        def make_executor(self) -> Executor:
+        def make_executor(self) -> StepExecutor:
             return MyExecutor()
 
 No plug-in of pytest is needed. Models are made from a seed in pytest's temporary folder; what is right comes from the

@@ -10,7 +10,7 @@ import numpy as np
 from pi2rt._errors import UnsupportedModelError
 from pi2rt.models import Block, Norm
 from pi2rt.models.parts import Named
-from pi2rt.runtime.executor import Executor, make_store
+from pi2rt.runtime.executor import StepExecutor, make_store
 from pi2rt.runtime.step import Bind, Floats, Int32s, Slice, Step
 from pi2rt.testing.harness import GREEDY, Harness, in_trio, no_progress
 
@@ -32,7 +32,7 @@ class _Unknown(Block):
 class Agreement(Harness):
     """For each of ``models``."""
 
-    async def in_chunks(self, executor: Executor, tokens: Int32s, cuts: tuple[int, ...]) -> Floats:
+    async def in_chunks(self, executor: StepExecutor, tokens: Int32s, cuts: tuple[int, ...]) -> Floats:
         rows = []
         binds: tuple[Bind, ...] = (Bind(0, GREEDY, tokens),)
         for start, end in zip((0, *cuts), (*cuts, len(tokens)), strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pi2rt.executors.reference.sampling import sample
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import StepExecutor
 from pi2rt.runtime.step import Bind, Floats, Int32s, Sampled, Sampling, Slice, Step, Verified
 from pi2rt.testing.harness import FOLLOW_ON, GREEDY, SEEDED, Harness, in_trio
 
@@ -28,7 +28,7 @@ class Drafts(Harness):
 
     async def verified(
         self,
-        executor: Executor,
+        executor: StepExecutor,
         prompt: Int32s,
         drafts: Sequence[int],
         sampling: Sampling,

@@ -8,7 +8,7 @@ import numpy as np
 import trio
 
 from pi2rt._errors import BusyError
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import StepExecutor
 from pi2rt.runtime.step import Bind, Slice, Step, StepResult
 from pi2rt.testing.harness import GREEDY, Harness, in_trio
 
@@ -16,7 +16,7 @@ from pi2rt.testing.harness import GREEDY, Harness, in_trio
 class Flow(Harness):
     """``submit``, ``wait``, ``stop`` and ``statistics``."""
 
-    def chain(self, executor: Executor, first: int = 1) -> list[Step]:
+    def chain(self, executor: StepExecutor, first: int = 1) -> list[Step]:
         """As many steps as may be in flight and one more, all of one sequence: a prompt and what follows it."""
         follow = range(executor.max_in_flight)
         prompt = self.prompt(40)
@@ -125,7 +125,7 @@ class Flow(Harness):
                 what = "after cancelled waits"
                 await self.check_text(executor, long, GREEDY, [output.token], [alone.token], what)
 
-    async def _wait_a_little(self, executor: Executor, turns: int, results: list[StepResult]) -> None:
+    async def _wait_a_little(self, executor: StepExecutor, turns: int, results: list[StepResult]) -> None:
         async def wait() -> None:
             results.append(await executor.wait())
 

@@ -19,7 +19,7 @@ from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.memory import StateStore
 from pi2rt.models import ModelDescription, describe
 from pi2rt.models.states import PAGE_TOKENS
-from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress, make_store
+from pi2rt.runtime.executor import ExecutorOptions, Progress, StepExecutor, make_store
 from pi2rt.runtime.step import Bind, Floats, Int32s, Sampled, Sampling, Skipped, Slice, Step, StepResult
 from pi2rt.testing.tiny_models import TINY_MODELS, tiny_model_path
 from pi2rt.testing.tolerance import Tolerance, allowed_tokens, near_ties, relative_errors
@@ -94,10 +94,10 @@ class Harness:
     """Where a part of the suite begins. Subclasses give ``make_executor``; the rest may stay as it is.
 
     ``models``: names of those of ``TINY_MODELS`` that the executor can run; most tests take the first one. Where
-    ``open_model`` is overridden, any names. ``options``: what ``Executor.open`` gets; 4 slots, 256 positions and 192
-    tokens in a step at least, and 4 pages for each slot. ``tolerance``: see there. ``patience``: seconds that a test
-    may take; only a hang takes that long, on an emulated processor too. ``tries``: how often a race between a call and
-    a step is tried, where one of its outcomes must be seen at least once.
+    ``open_model`` is overridden, any names. ``options``: what ``StepExecutor.open`` gets; 4 slots, 256 positions and
+    192 tokens in a step at least, and 4 pages for each slot. ``tolerance``: see there. ``patience``: seconds that a
+    test may take; only a hang takes that long, on an emulated processor too. ``tries``: how often a race between a call
+    and a step is tried, where one of its outcomes must be seen at least once.
     """
 
     models: ClassVar[Sequence[str]] = tuple(TINY_MODELS)
@@ -123,7 +123,7 @@ class Harness:
 
     # -- what authors give
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         """A new executor, not opened."""
         raise NotImplementedError("return a new executor")
 
@@ -139,7 +139,7 @@ class Harness:
     # -- executors
 
     @asynccontextmanager
-    async def opened(self, model: str | None = None, **options: Any) -> AsyncIterator[Executor]:
+    async def opened(self, model: str | None = None, **options: Any) -> AsyncIterator[StepExecutor]:
         """An executor with the model, which is closed at the end. ``options`` replace those of the suite."""
         file, description = self.open_model(self.models[0] if model is None else model)
         executor = self.make_executor()
@@ -148,7 +148,7 @@ class Harness:
 
     async def open(
         self,
-        executor: Executor,
+        executor: StepExecutor,
         file: ModelFile,
         description: ModelDescription,
         options: ExecutorOptions,
@@ -169,7 +169,7 @@ class Harness:
     @asynccontextmanager
     async def _opened(
         self,
-        executor: Executor,
+        executor: StepExecutor,
         file: ModelFile,
         description: ModelDescription,
         options: ExecutorOptions,
@@ -187,7 +187,7 @@ class Harness:
         finally:
             file.close()
 
-    async def close(self, executor: Executor) -> None:
+    async def close(self, executor: StepExecutor) -> None:
         with trio.CancelScope(shield=True), trio.move_on_after(self.patience) as scope:
             await executor.aclose()
         assert not scope.cancelled_caught, f"aclose did not end within {self.patience:g} s"
@@ -227,7 +227,7 @@ class Harness:
         """One token more: the one sampled last, at position ``start``."""
         return Step(number, (Slice(slot, start, self.pages(slot), FOLLOW_ON, sample=True, logits=logits),))
 
-    async def wait(self, executor: Executor, step_id: int) -> StepResult:
+    async def wait(self, executor: StepExecutor, step_id: int) -> StepResult:
         self.doing = f"wait for step {step_id}"
         try:
             result = await executor.wait()
@@ -238,7 +238,7 @@ class Harness:
         )
         return result
 
-    async def run(self, executor: Executor, step: Step) -> list[Output]:
+    async def run(self, executor: StepExecutor, step: Step) -> list[Output]:
         """What a step gives for each of its slices, complete and of the right shapes."""
         try:
             executor.submit(step)
@@ -285,7 +285,7 @@ class Harness:
 
     async def generate(
         self,
-        executor: Executor,
+        executor: StepExecutor,
         prompt: Int32s,
         count: int,
         slots: Sequence[int] = (0,),
@@ -345,7 +345,7 @@ class Harness:
 
     async def check_text(
         self,
-        executor: Executor,
+        executor: StepExecutor,
         prompt: Int32s,
         sampling: Sampling,
         got: Sequence[int],

@@ -9,7 +9,7 @@ import time
 import trio
 
 from pi2rt._errors import ClosedError, PluginError
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import StepExecutor
 from pi2rt.runtime.registry import check_executor
 from pi2rt.testing.harness import GREEDY, Harness, in_trio
 
@@ -23,7 +23,7 @@ class Lifecycle(Harness):
             check_executor(type(self).__name__, self.make_executor)
         except PluginError as error:
             raise AssertionError(str(error)) from error
-        assert isinstance(self.make_executor(), Executor)
+        assert isinstance(self.make_executor(), StepExecutor)
 
     @in_trio
     async def test_open_reports_progress(self) -> None:

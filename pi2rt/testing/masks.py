@@ -14,7 +14,7 @@ import trio.testing
 
 from pi2rt._errors import InternalError
 from pi2rt.executors.reference.sampling import log_softmax
-from pi2rt.runtime.executor import Executor, Masking
+from pi2rt.runtime.executor import Masking, StepExecutor
 from pi2rt.runtime.own_nursery import open_own_nursery
 from pi2rt.runtime.step import Bind, Int32s, Sampled, Sampling, Skipped, Slice, Step, StepResult, Unusable
 from pi2rt.runtime.token_mask import TokenMask, allows, masking
@@ -46,7 +46,7 @@ class Masks(Harness):
         allowed[[token % self.vocab_size for token in tokens]] = True
         return masking(allowed)
 
-    def give(self, executor: Executor, step_id: int, masks: Mapping[int, TokenMask | None]) -> None:
+    def give(self, executor: StepExecutor, step_id: int, masks: Mapping[int, TokenMask | None]) -> None:
         """By slot."""
         made: object = executor
         assert isinstance(made, Masking), "takes_masks is true, but there is no method mask"
@@ -56,14 +56,14 @@ class Masks(Harness):
             except Exception as error:
                 raise AssertionError(f"mask({step_id}, {slot}, ...) raised {error!r}") from error
 
-    def submit(self, executor: Executor, step: Step) -> None:
+    def submit(self, executor: StepExecutor, step: Step) -> None:
         try:
             executor.submit(step)
         except Exception as error:
             raise AssertionError(f"{step}, with masked slices, was refused with {error!r}") from error
 
     async def run_masked(
-        self, executor: Executor, step: Step, masks: Mapping[int, TokenMask | None]
+        self, executor: StepExecutor, step: Step, masks: Mapping[int, TokenMask | None]
     ) -> list[Output]:
         """With masks that are there before the step is waited for."""
         self.submit(executor, step)
@@ -90,7 +90,9 @@ class Masks(Harness):
         limited = replace(sampling, logit_bias=(*forbidden, *sampling.logit_bias))
         self.check_token(token, output.rows[-1], limited, counts, position, f"{what}, by its mask")
 
-    async def check_texts_by_masks(self, executor: Executor, samplings: list[Sampling], what: str) -> None:
+    async def check_texts_by_masks(
+        self, executor: StepExecutor, samplings: list[Sampling], what: str
+    ) -> None:
         """A slot for each of them, with masks of their own in each step."""
         prompts = [self.prompt(_LENGTH + slot, slot) for slot in range(len(samplings))]
         counts = [np.bincount(each, minlength=self.vocab_size).astype(np.int32) for each in prompts]
@@ -150,7 +152,7 @@ class Masks(Harness):
                 (output,) = self.outputs(step, results[0])
                 self.check_masked(output, mask, GREEDY, counts, _LENGTH, "a mask that came late")
 
-    async def _wait_into(self, executor: Executor, step_id: int, results: list[StepResult]) -> None:
+    async def _wait_into(self, executor: StepExecutor, step_id: int, results: list[StepResult]) -> None:
         results.append(await self.wait(executor, step_id))
 
     @in_trio

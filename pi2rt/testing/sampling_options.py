@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import StepExecutor
 from pi2rt.runtime.step import Bind, Int32s, Sampling, Slice, Step
 from pi2rt.testing.harness import FOLLOW_ON, GREEDY, Harness, in_trio
 
@@ -23,7 +23,7 @@ class SamplingOptions(Harness):
 
     async def check_texts(
         self,
-        executor: Executor,
+        executor: StepExecutor,
         samplings: Sequence[Sampling],
         what: str,
         *,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pi2rt.models.states import PAGE_TOKENS
-from pi2rt.runtime.executor import Borrower, Executor, make_store
+from pi2rt.runtime.executor import Borrower, StepExecutor, make_store
 from pi2rt.runtime.step import Bind, Floats, Int32s, Sampled, Sampling, Skipped, Slice, StateCopy, Step
 from pi2rt.testing.harness import FOLLOW_ON, GREEDY, SEEDED, Harness, in_trio
 
@@ -21,7 +21,7 @@ class Sequences(Harness):
     """``Slice``, ``Bind``, page tables and slots."""
 
     async def whole(
-        self, executor: Executor, tokens: Int32s, slot: int = 0, sampling: Sampling = GREEDY
+        self, executor: StepExecutor, tokens: Int32s, slot: int = 0, sampling: Sampling = GREEDY
     ) -> Floats:
         """Logits of a sequence alone in one step, with a sample after the last token."""
         step = self.prefill(900 + slot, tokens, slot, sampling, logits=True)

@@ -14,7 +14,7 @@ from pi2rt.formats import ModelFile
 from pi2rt.memory import StateStore
 from pi2rt.models import Fixed, ModelDescription
 from pi2rt.models.states import PAGE_TOKENS
-from pi2rt.runtime.executor import Executor, make_store
+from pi2rt.runtime.executor import StepExecutor, make_store
 from pi2rt.runtime.step import Bind, Floats, Int32s, Skipped, Slice, StateCopy, Step
 from pi2rt.testing.harness import FOLLOW_ON, GREEDY, Harness, in_trio
 
@@ -39,7 +39,7 @@ class SlotCopies(Harness):
             file.close()
         pytest.skip("no block of models keeps fixed arrays, and open_fixed_model is not overridden")
 
-    def make_fixed_store(self, executor: Executor, description: ModelDescription) -> StateStore:
+    def make_fixed_store(self, executor: StepExecutor, description: ModelDescription) -> StateStore:
         """With a slot of arrays for each of the executor's."""
         store = make_store(executor, description, self.options)
         if store is None:
@@ -47,7 +47,7 @@ class SlotCopies(Harness):
         return store
 
     @asynccontextmanager
-    async def opened_with_arrays(self) -> AsyncIterator[tuple[Executor, StateStore]]:
+    async def opened_with_arrays(self) -> AsyncIterator[tuple[StepExecutor, StateStore]]:
         file, description = self.open_fixed_model()
         executor = self.make_executor()
         store = self.make_fixed_store(executor, description)
@@ -86,7 +86,7 @@ class SlotCopies(Harness):
                 + (f"what slot {had[0]} had" if had else "what no slot had")
             )
 
-    async def whole_text(self, executor: Executor, text: Int32s, slot: int) -> Floats:
+    async def whole_text(self, executor: StepExecutor, text: Int32s, slot: int) -> Floats:
         """Its logits, alone in one step."""
         piece = Slice(slot, 0, self.pages(slot), text, logits=True)
         return (await self.run(executor, Step(4000, (piece,), (Bind(slot, GREEDY, text),))))[0].rows

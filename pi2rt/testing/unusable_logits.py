@@ -13,7 +13,7 @@ import pytest
 from pi2rt.executors.reference.sampling import log_softmax
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription, describe
-from pi2rt.runtime.executor import Executor, Masking
+from pi2rt.runtime.executor import Masking, StepExecutor
 from pi2rt.runtime.step import Bind, Int32s, Sampled, Sampling, Slice, Step, Unusable, Verified
 from pi2rt.runtime.token_mask import allows, masking
 from pi2rt.testing.harness import FOLLOW_ON, GREEDY, SEEDED, Harness, Output, in_trio
@@ -49,7 +49,7 @@ class UnusableLogits(Harness):
         return file, describe(file)
 
     @asynccontextmanager
-    async def opened_unusable(self, **options: Any) -> AsyncIterator[Executor]:
+    async def opened_unusable(self, **options: Any) -> AsyncIterator[StepExecutor]:
         file, description = self.open_unusable_model()
         executor = self.make_executor()
         async with self._opened(executor, file, description, replace(self.options, **options)):
@@ -77,7 +77,7 @@ class UnusableLogits(Harness):
         assert isinstance(output.sampled, Sampled), f"{what}: the result is {output.sampled}"
         return output.sampled.token
 
-    async def run_ahead(self, executor: Executor, steps: Sequence[Step]) -> list[list[Output]]:
+    async def run_ahead(self, executor: StepExecutor, steps: Sequence[Step]) -> list[list[Output]]:
         """As many of them in flight as there may be."""
         outputs: list[list[Output]] = []
         submitted = 0

@@ -25,7 +25,7 @@ from pi2rt.memory import StateLayout, StateStore, WindowPool, WindowPoolStatisti
 from pi2rt.models import ModelDescription
 from pi2rt.models.states import PAGE_TOKENS
 from pi2rt.runtime.actor import Actor
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.executor import ExecutorOptions, StepExecutor
 from pi2rt.runtime.step import Sampling, Step
 from pi2rt.runtime.trace import Trace
 from pi2rt.tokenizer import Tokenizer
@@ -128,7 +128,7 @@ async def opened(
     stream_buffer: int = 1024,
     max_queue: int = 128,
     trace: Trace | None = None,
-    make_executor: Callable[[Log], Executor] | None = None,
+    make_executor: Callable[[Log], StepExecutor] | None = None,
     prefill: Sequence[dict[str, Any]] = (),
     abandoned: int = 0,
     mask_deadline: float = 10.0,
@@ -154,7 +154,7 @@ async def opened(
         executor["pages"] = SimulatedPages(pages)
     model = cast("ModelDescription", SimpleNamespace(vocab_size=VOCAB_SIZE))  # it reads nothing else
 
-    async def open_executor(made: Executor) -> None:
+    async def open_executor(made: StepExecutor) -> None:
         await made.open(cast("ModelFile", None), model, options, None, lambda done, total: None)
 
     actor = Actor(

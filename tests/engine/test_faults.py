@@ -12,7 +12,7 @@ from pi2rt._errors import ExecutorError
 from pi2rt.engine import SamplingParams
 from pi2rt.executors.simulated.executor import Faults
 from pi2rt.runtime.actor import FAILURE_WINDOW, MAX_FAILURES
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import StepExecutor
 from pi2rt.tokenizer import Tokenizer
 from tests.engine.opened import Log, LoggingExecutor, continuation, numbers, opened
 
@@ -89,7 +89,7 @@ async def test_the_prefix_index_forgets_what_the_executor_lost(
 
 
 async def test_an_executor_that_cannot_be_rebuilt(tokenizer: Tokenizer, autojump_clock: MockClock) -> None:
-    def make(log: Log) -> Executor:
+    def make(log: Log) -> StepExecutor:
         faults = Faults(raise_in_open=True) if log.executors else Faults(raise_in_wait=frozenset([2]))
         return LoggingExecutor(log, faults=faults)
 
@@ -106,7 +106,7 @@ async def test_requests_that_wait_for_a_rebuild_fail_with_it_and_later_ones_try_
 ) -> None:
     """Each once, at the same time and with the cause: not each after an attempt of its own."""
 
-    def make(log: Log) -> Executor:
+    def make(log: Log) -> StepExecutor:
         number = log.executors
         faults = Faults(raise_in_open=number in (1, 2), raise_in_wait=frozenset([] if number else [2]))
         return LoggingExecutor(
@@ -141,7 +141,7 @@ async def test_beyond_the_limit_requests_fail_at_once_until_the_window_has_passe
 ) -> None:
     broken = True
 
-    def make(log: Log) -> Executor:
+    def make(log: Log) -> StepExecutor:
         return LoggingExecutor(
             log, faults=Faults(raise_in_open=broken and log.executors > 0), seconds_per_step=1
         )

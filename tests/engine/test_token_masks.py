@@ -22,7 +22,7 @@ from trio.testing import MockClock
 from pi2rt._errors import ClosedError, RequestError
 from pi2rt.engine import masker
 from pi2rt.executors.simulated.executor import SimulatedExecutor, hashed_token, scripted
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import StepExecutor
 from pi2rt.runtime.step import Sampling
 from pi2rt.runtime.token_mask import TokenMask, masking
 from pi2rt.runtime.trace import Trace
@@ -377,7 +377,7 @@ class WithoutMasks(SimulatedExecutor):
 async def test_an_executor_without_masks_refuses_before_the_queue(
     tokenizer: Tokenizer, autojump_clock: MockClock
 ) -> None:
-    def make(log: Log) -> Executor:
+    def make(log: Log) -> StepExecutor:
         return WithoutMasks()
 
     async with opened(tokenizer, make_executor=make) as o:

@@ -25,7 +25,7 @@ from pi2rt.runtime.cluster_unit import (
     cluster_count,
     unit_bytes,
 )
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import StepExecutor
 from pi2rt.runtime.step import Bind, Floats, Sampling, Slice, Step
 from pi2rt.runtime.trace import Trace
 from pi2rt.testing import StepExecutorConformance, Tolerance
@@ -153,7 +153,7 @@ class TestHelpedCpu(StepExecutorConformance):
             slots=4, pages=16, context=256, max_tokens=192, **helped(self.path, CHOICES["all but one"], NumpyUnit)
         )  # fmt: skip
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return CpuExecutor()
 
     def open_model(self, name: str) -> tuple[Any, Any]:

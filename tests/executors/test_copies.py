@@ -17,7 +17,7 @@ from pi2rt.executors.simulated.executor import SimulatedExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.memory import FixedLayout, StateLayout, StateStore
 from pi2rt.models import FixedArray, describe
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.executor import ExecutorOptions, StepExecutor
 from pi2rt.runtime.step import Bind, Int32s, Sampled, Sampling, Slice, StateCopy, Step, StepResult
 from tests.support.running import NOTHING, no_progress
 from tests.support.tiny_models import VOCAB_SIZE, TinyModel, write_gguf
@@ -27,7 +27,7 @@ PROMPT: Int32s = (np.arange(100) * 7 % VOCAB_SIZE).astype(np.int32)  # ends with
 SEEDS = (3, 4)
 TOKENS = 40  # into a third page
 
-Make = Callable[[], Executor]
+Make = Callable[[], StepExecutor]
 EXECUTORS: list[Make] = [CpuExecutor, ReferenceExecutor, SimulatedExecutor]
 WITH_STATE: list[Make] = [CpuExecutor, ReferenceExecutor]
 
@@ -46,7 +46,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @dataclass(frozen=True)
 class Opened:
-    executor: Executor
+    executor: StepExecutor
     store: StateStore
 
     async def run(self, step: Step) -> StepResult:

@@ -21,7 +21,7 @@ from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription, describe
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.executor import ExecutorOptions, StepExecutor
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from pi2rt.runtime.trace import Trace
 from pi2rt.testing import StepExecutorConformance, Tolerance
@@ -67,7 +67,7 @@ class TestCpu(StepExecutorConformance):
     def _model(self, quantised: Path, quantised_unusable: Path) -> None:
         self.path, self.unusable_path = quantised, quantised_unusable
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return CpuExecutor()
 
     def open_model(self, name: str) -> tuple[ModelFile, ModelDescription]:

@@ -11,7 +11,7 @@ from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.formats.placement import Placement
 from pi2rt.memory.state_store import Bytes
 from pi2rt.planner.pack.convert import convert
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import StepExecutor
 from pi2rt.runtime.step import Bind, Int32s, Outcome, Sampled, Sampling, Skipped, Slice, StateCopy, Step
 from tests.executors.test_copies import EXECUTORS, WITH_STATE, Make, opened, table, token
 from tests.executors.test_streaming import MODEL, READS, TYPES, every_matrix, ring_for
@@ -34,7 +34,7 @@ def bound(slot: int = 0, seed: int = 5, **ends: object) -> Bind:
 
 
 async def ahead(
-    executor: Executor, bind: Bind, count: int = COUNT, pages: Int32s = PAGES
+    executor: StepExecutor, bind: Bind, count: int = COUNT, pages: Int32s = PAGES
 ) -> list[Outcome | None]:
     """What the prompt and ``count - 1`` steps behind it bring, submitted ahead of the results."""
     executor.submit(Step(1, (Slice(bind.slot, 0, pages, PROMPT, sample=True),), (bind,)))

@@ -20,7 +20,7 @@ from pi2rt.formats.placement import Placement
 from pi2rt.models import ModelDescription, describe
 from pi2rt.planner.pack.convert import convert, verify
 from pi2rt.planner.weights import StreamingPlan, expert_operations, plan_streaming
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.executor import ExecutorOptions, StepExecutor
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.trace import Trace
 from pi2rt.testing import StepExecutorConformance, Tolerance
@@ -206,7 +206,7 @@ class TestExpertsInPages(StepExecutorConformance):
             neuron_bytes=plan.neuron_bytes,
         )
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return CpuExecutor()
 
     def open_model(self, name: str) -> tuple[ModelFile, ModelDescription]:

@@ -25,7 +25,7 @@ from pi2rt.models import describe
 from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.planner.pack.convert import convert
 from pi2rt.runtime.actor import Actor
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.executor import ExecutorOptions, StepExecutor
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from tests.support.faulty_disk import FaultyDisk
@@ -148,7 +148,7 @@ async def test_steps_that_wait_for_a_read_are_stopped(disk: FaultyDisk, source: 
             disk.work()
 
 
-async def fails(executor: Executor) -> None:
+async def fails(executor: StepExecutor) -> None:
     """Of a few steps: the first ones may need nothing new."""
     match = r"reading weights: no read has ended for 0.2 s; the device does not answer"
     with pytest.raises(OSError, match=match):  # noqa: PT012
@@ -251,7 +251,7 @@ async def test_an_actor_whose_device_does_not_answer(
     with open_model_file(disk.path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of the ring
 
-        async def open_executor(executor: Executor) -> None:
+        async def open_executor(executor: StepExecutor) -> None:
             if recovers and disk.hanging():
                 disk.work()
             await open_with_state(executor, file, given)

@@ -21,7 +21,7 @@ from pi2rt._errors import InternalError
 from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.executors.simulated.executor import SimulatedExecutor
-from pi2rt.runtime.executor import Executor, Masking
+from pi2rt.runtime.executor import Masking, StepExecutor
 from pi2rt.runtime.step import Bind, Int32s, Outcome, Sampled, Sampling, Slice, Step, StepResult, Unusable
 from pi2rt.runtime.token_mask import TokenMask, allows, mask_words, masking
 from tests.support.running import NOTHING, opened
@@ -38,7 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def many(path: Path, executor: Executor | None = None, **options: Any) -> AsyncIterator[Any]:
+async def many(path: Path, executor: StepExecutor | None = None, **options: Any) -> AsyncIterator[Any]:
     made = executor or CpuExecutor()
     options = {"cores": (-1, -1), "max_tokens": 512, "mask_deadline": 1e5} | options
     async with opened(made, path, slots=SLOTS, context=CONTEXT, **options) as it:
@@ -217,7 +217,7 @@ def test_any_mask_as_the_reference_has_it(tiny: Path, data: st.DataObject) -> No
         [draw(st.none() | arrays | few) for _ in range(3)] for _ in range(5)
     ]
 
-    async def texts(executor: Executor) -> list[list[Outcome | None]]:
+    async def texts(executor: StepExecutor) -> list[list[Outcome | None]]:
         async with many(tiny, executor, exact_floats=True) as it:
             assert isinstance(it, Masking)
             found = []

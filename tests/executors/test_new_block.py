@@ -43,7 +43,7 @@ from pi2rt.models.llama import describe_llama
 from pi2rt.models.parts import Named
 from pi2rt.models.stream_pieces import cut
 from pi2rt.planner.pack.convert import convert
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.executor import ExecutorOptions, StepExecutor
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Floats
 from tests.executors.test_sparse import one_by_one
@@ -116,7 +116,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("mapped") / "m.gguf", MODEL, weight_type="Q8_0", extra=extra)
 
 
-async def logits(executor: Executor, path: Path, **options: object) -> Floats:
+async def logits(executor: StepExecutor, path: Path, **options: object) -> Floats:
     async with opened(executor, path, **options) as each:
         return await all_logits(each, TOKENS)
 

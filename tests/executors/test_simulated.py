@@ -19,7 +19,7 @@ from pi2rt.executors.simulated.executor import (
 )
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.executor import ExecutorOptions, StepExecutor
 from pi2rt.runtime.step import Bind, Int32s, Sampling, Slice, Step
 from pi2rt.testing import Flow, Lifecycle, Outputs, Sequences
 from pi2rt.testing.harness import FOLLOW_ON, GREEDY, no_progress
@@ -34,7 +34,7 @@ class TestSimulated(Lifecycle, Flow, Sequences, Outputs):
 
     models = ("stand-in",)
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return SimulatedExecutor(seconds_per_step=2e-4, seconds_per_token=1e-5, seconds_to_open=1e-3)
 
     def open_model(self, name: str) -> tuple[ModelFile, ModelDescription]:
@@ -42,7 +42,7 @@ class TestSimulated(Lifecycle, Flow, Sequences, Outputs):
 
 
 class TestSimulatedOneAtATime(TestSimulated):
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return SimulatedExecutor(max_in_flight=1, seconds_per_token=1e-5)
 
 
@@ -51,7 +51,7 @@ class TestSimulatedInstantly(Lifecycle, Sequences, Outputs):
 
     models = ("stand-in",)
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return SimulatedExecutor()
 
     def open_model(self, name: str) -> tuple[ModelFile, ModelDescription]:

@@ -19,7 +19,7 @@ from pi2rt.formats.placement import Placement
 from pi2rt.models import ModelDescription, describe
 from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.planner.pack.convert import convert
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.executor import ExecutorOptions, StepExecutor
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from pi2rt.testing import StepExecutorConformance, Tolerance
@@ -49,7 +49,7 @@ def packs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder / "sparse.pi2", folder / "dense.pi2"
 
 
-async def one_by_one(executor: Executor, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+async def one_by_one(executor: StepExecutor, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
     """As ``all_logits``, in steps of a token each."""
     out = []
     for i, token in enumerate(tokens):
@@ -179,7 +179,7 @@ class TestSparseCpu(StepExecutorConformance):
             slots=4, pages=16, context=256, max_tokens=192, neuron_bytes=cluster * size
         )
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return CpuExecutor()
 
     def open_model(self, name: str) -> tuple[ModelFile, ModelDescription]:

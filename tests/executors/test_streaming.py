@@ -19,7 +19,7 @@ from pi2rt.formats.placement import Placement
 from pi2rt.models import ModelDescription, describe
 from pi2rt.models.stream_pieces import cut, matrices_in_order
 from pi2rt.planner.pack.convert import convert
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.executor import ExecutorOptions, StepExecutor
 from pi2rt.runtime.flash_reads import FlashReads
 from pi2rt.runtime.step import Bind, Sampling, Slice, StateCopy, Step
 from pi2rt.runtime.trace import Trace
@@ -85,7 +85,7 @@ class TestStreamedCpu(StepExecutorConformance):
             reads=READS,
         )
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return CpuExecutor()
 
     def open_model(self, name: str) -> tuple[ModelFile, ModelDescription]:
@@ -249,7 +249,7 @@ LONG = np.arange(20, dtype=np.int32)
 """A step that leaves no memory to the stream, where a context has all pages: so everything has to be read."""
 
 
-async def several(executor: Executor) -> None:
+async def several(executor: StepExecutor) -> None:
     """Steps enough to use up what was read ahead."""
     for _ in range(3):
         await all_logits(executor, LONG)

@@ -15,7 +15,7 @@ from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.memory import PAGE_TOKENS, KvType, StateLayout, StateStore
 from pi2rt.models import Fixed, FixedArray, Layer, ModelDescription, Paged, State, describe
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.executor import ExecutorOptions, StepExecutor
 from pi2rt.runtime.step import Bind, Floats, Int32s, Sampling, Slice, Step
 from tests.support.running import NOTHING, no_progress
 from tests.support.tiny_models import VOCAB_SIZE, TinyModel, write_gguf
@@ -115,7 +115,7 @@ async def test_pages_that_one_executor_wrote_serve_another(tiny: Path, kv_type: 
     table = np.array([2, 0, 3, 1], np.int32)
     tolerance = {"f32": 1e-4, "f16": 2e-2, "q8": 2e-1}[kv_type]
 
-    async def part(executor: Executor, store: StateStore, start: int, end: int) -> Floats:
+    async def part(executor: StepExecutor, store: StateStore, start: int, end: int) -> Floats:
         with open_model_file(tiny) as file:
             try:
                 await executor.open(file, describe(file), options, store, no_progress)
@@ -137,7 +137,7 @@ async def test_pages_that_one_executor_wrote_serve_another(tiny: Path, kv_type: 
         np.testing.assert_allclose(np.concatenate([first, second, third]), whole, atol=tolerance * scale)
 
 
-async def logits(executor: Executor, tokens: Int32s, start: int, table: Int32s) -> Floats:
+async def logits(executor: StepExecutor, tokens: Int32s, start: int, table: Int32s) -> Floats:
     piece = Slice(0, start, table, tokens, logits=True)
     executor.submit(Step(1, (piece,), (Bind(0, Sampling(), NOTHING),)))
     found = (await executor.wait()).logits[0]

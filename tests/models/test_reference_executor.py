@@ -17,7 +17,7 @@ from pi2rt.executors.reference.executor import ReferenceExecutor
 from pi2rt.formats import open_model_file
 from pi2rt.models import describe
 from pi2rt.models.states import PAGE_TOKENS
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.executor import ExecutorOptions, StepExecutor
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step, StepResult
 from pi2rt.runtime.trace import Trace
 from tests.support.running import NOTHING, all_logits, greedy, open_with_state, opened, page_table
@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 
 async def _run(
-    executor: Executor, *slices: Slice, binds: tuple[Bind, ...] = (), step_id: int = 1
+    executor: StepExecutor, *slices: Slice, binds: tuple[Bind, ...] = (), step_id: int = 1
 ) -> StepResult:
     executor.submit(Step(step_id, slices, binds))
     return await executor.wait()
@@ -240,7 +240,7 @@ async def test_cancelling_wait_loses_nothing(path: Path, gate: Gate) -> None:
 async def test_closing_stops_what_runs(path: Path, gate: Gate) -> None:
     outcomes: list[str] = []
 
-    async def wait(executor: Executor) -> None:
+    async def wait(executor: StepExecutor) -> None:
         with pytest.raises(ClosedError, match="was closed"):
             await executor.wait()
         outcomes.append("closed")

@@ -9,7 +9,7 @@ import numpy as np
 from pi2rt.executors.simulated.executor import Faults, SimulatedExecutor
 from pi2rt.models import Linear, ModelDescription, Norm
 from pi2rt.runtime.actor import Actor
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.executor import ExecutorOptions, StepExecutor
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 from pi2rt.runtime.trace import Trace
 
@@ -33,16 +33,16 @@ class Bench:
     def __init__(self, *settings: dict[str, Any], trace: Trace | None = None) -> None:
         self.settings = settings or ({},)
         self.made: list[SimulatedExecutor] = []
-        self.closed: list[Executor] = []
+        self.closed: list[StepExecutor] = []
         self.actor = Actor("cpu", self.make, self.open, trace)
 
-    def make(self) -> Executor:
+    def make(self) -> StepExecutor:
         settings = self.settings[min(len(self.made), len(self.settings) - 1)]
         executor = Watched(self, **{"seconds_per_step": 1.0} | settings)
         self.made.append(executor)
         return executor
 
-    async def open(self, executor: Executor) -> None:
+    async def open(self, executor: StepExecutor) -> None:
         await executor.open(None, MODEL, OPTIONS, None, lambda done, total: None)  # type: ignore[arg-type]
 
 

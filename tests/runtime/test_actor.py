@@ -13,7 +13,7 @@ import trio.testing
 from pi2rt._errors import BusyError, ClosedError, ExecutorError, InternalError
 from pi2rt.executors.simulated.executor import SimulatedFault
 from pi2rt.runtime.actor import MAX_FAILURES, Actor, NotRebuilt
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import StepExecutor
 from pi2rt.runtime.step import StepResult
 from pi2rt.runtime.trace import Trace
 from tests.runtime.actor_bench import Bench, faults, step
@@ -198,7 +198,7 @@ async def test_open_fails_as_itself(autojump_clock: trio.testing.MockClock) -> N
 
 
 async def test_construction_fails_as_itself(autojump_clock: trio.testing.MockClock) -> None:
-    def explode() -> Executor:
+    def explode() -> StepExecutor:
         raise OSError("no such device")
 
     actor = Actor("npu", explode, Bench().open)

@@ -11,7 +11,7 @@ import trio.testing
 
 from pi2rt._errors import ClosedError, ExecutorError, RequestError
 from pi2rt.runtime.actor import MAX_FAILURES, NotRebuilt, Reopened
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import StepExecutor
 from tests.runtime.actor_bench import Bench, Watched, faults, step
 
 
@@ -133,12 +133,12 @@ class SizedBench(Bench):
         super().__init__(*settings)
         self.size, self.opened = 0, []
 
-    def make(self) -> Executor:
+    def make(self) -> StepExecutor:
         settings = self.settings[min(len(self.made), len(self.settings) - 1)]
         self.made.append(Sized(self, **{"seconds_per_step": 1.0} | settings))
         return self.made[-1]
 
-    async def open(self, executor: Executor) -> None:
+    async def open(self, executor: StepExecutor) -> None:
         self.opened.append(self.size)
         await super().open(executor)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pi2rt.formats import ModelFile, open_model_file
 from pi2rt.models import ModelDescription, describe
 from pi2rt.models.states import PAGE_TOKENS
-from pi2rt.runtime.executor import Executor, ExecutorOptions, Progress, make_store
+from pi2rt.runtime.executor import ExecutorOptions, Progress, StepExecutor, make_store
 from pi2rt.runtime.step import Bind, Sampling, Slice, Step
 
 NOTHING = np.array([], np.int32)
@@ -24,7 +24,7 @@ def no_progress(done: int, total: int) -> None: ...
 
 @asynccontextmanager
 async def opened(
-    executor: Executor,
+    executor: StepExecutor,
     path: Path,
     *,
     slots: int = 4,
@@ -32,7 +32,7 @@ async def opened(
     model_context: int | None = None,
     pages: int | None = None,
     **options: Any,
-) -> AsyncIterator[Executor]:
+) -> AsyncIterator[StepExecutor]:
     """The executor with the model at ``path``, closed at the end. ``model_context``: what the model is
     described for; see ``describe``. ``options``: of ``ExecutorOptions``; floats are exact unless they say
     otherwise."""
@@ -50,7 +50,7 @@ async def opened(
 
 
 async def open_with_state(
-    executor: Executor,
+    executor: StepExecutor,
     file: ModelFile,
     options: ExecutorOptions,
     progress: Progress = no_progress,
@@ -69,7 +69,7 @@ def page_table(slot: int, context: int = 1024) -> npt.NDArray[np.int32]:
 
 
 async def all_logits(
-    executor: Executor, tokens: npt.NDArray[np.int32], context: int = 1024
+    executor: StepExecutor, tokens: npt.NDArray[np.int32], context: int = 1024
 ) -> npt.NDArray[np.float32]:
     """Logits (tokens, vocab_size) of one fresh sequence, in one step."""
     part = Slice(0, 0, page_table(0, context), tokens, logits=True)
@@ -80,7 +80,7 @@ async def all_logits(
 
 
 async def greedy(
-    executor: Executor,
+    executor: StepExecutor,
     prompt: npt.NDArray[np.int32],
     count: int,
     *,
@@ -104,7 +104,7 @@ async def greedy(
 
 
 async def stopped_steps_leave_nothing(
-    executor: Executor, tokens: npt.NDArray[np.int32], expected: npt.NDArray[np.float32], count: int
+    executor: StepExecutor, tokens: npt.NDArray[np.int32], expected: npt.NDArray[np.float32], count: int
 ) -> None:
     """Stops a prefill of ``tokens`` ``count`` times, wherever it is then; after some the logits are ``expected``."""
     for number in range(count):

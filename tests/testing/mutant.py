@@ -11,7 +11,7 @@ import pytest
 
 from pi2rt.formats import ModelFile
 from pi2rt.models import ModelDescription
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import StepExecutor
 from pi2rt.testing import StepExecutorConformance, Tolerance
 from tests.support.running_sum import open_running_sum
 
@@ -21,7 +21,7 @@ class Mutant:
     """``make``: makes the executor; ``test``: of the suite, which must fail; ``says``: a regular expression that its
     message matches; ``arguments``: of the test; ``patience``: less where the mutant hangs."""
 
-    make: Callable[[], Executor]
+    make: Callable[[], StepExecutor]
     test: str
     says: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Mutant:
             patience = mutant.patience
             tries = 10
 
-            def make_executor(self) -> Executor:
+            def make_executor(self) -> StepExecutor:
                 return mutant.make()
 
             def open_fixed_model(self) -> tuple[ModelFile, ModelDescription]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pi2rt.executors.cpu.executor import CpuExecutor
 from pi2rt.executors.reference.executor import ReferenceExecutor
-from pi2rt.runtime.executor import Executor, ExecutorOptions
+from pi2rt.runtime.executor import ExecutorOptions, StepExecutor
 from pi2rt.testing import StepExecutorConformance, Tolerance
 
 
@@ -13,7 +13,7 @@ class TestReference(StepExecutorConformance):
 
     tolerance = Tolerance(reference=1e-4, repeat=1e-4)
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return ReferenceExecutor()
 
 
@@ -22,7 +22,7 @@ class TestCpu(StepExecutorConformance):
 
     tolerance = Tolerance(reference=5e-3)
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return CpuExecutor()
 
 
@@ -30,5 +30,5 @@ class TestCpuWithExactFloats(StepExecutorConformance):
     options = ExecutorOptions(slots=4, pages=16, context=256, max_tokens=192, exact_floats=True)
     tolerance = Tolerance(reference=1e-4)
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return CpuExecutor()

@@ -14,7 +14,7 @@ from pi2rt.executors.simulated.executor import SimulatedExecutor
 from pi2rt.formats import ModelFile
 from pi2rt.memory import FixedLayout, StateLayout, StateStore
 from pi2rt.models import FixedArray, ModelDescription
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import StepExecutor
 from pi2rt.testing import SlotCopies, Tolerance
 from tests.support.running_sum import RunningSum, compute, open_running_sum
 from tests.testing.wrappers import Wrapper
@@ -28,7 +28,7 @@ def _kind_of_block(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestReference(SlotCopies):
     tolerance = Tolerance(repeat=1e-4)
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return ReferenceExecutor()
 
     def open_fixed_model(self) -> tuple[ModelFile, ModelDescription]:
@@ -36,20 +36,20 @@ class TestReference(SlotCopies):
 
 
 class TestWrapper(TestReference):
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return Wrapper()
 
 
 class TestCpu(SlotCopies):
     """It runs no block with fixed arrays yet, but copies what the store has."""
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return CpuExecutor()
 
     def open_fixed_model(self) -> tuple[ModelFile, ModelDescription]:
         return self.open_model("llama")
 
-    def make_fixed_store(self, executor: Executor, description: ModelDescription) -> StateStore:
+    def make_fixed_store(self, executor: StepExecutor, description: ModelDescription) -> StateStore:
         arrays = FixedArray("window", (5, 7), "float16"), FixedArray("state", (3, 2, 11))
         layout = StateLayout.of(description, "f16", self.options.context)
         layout = replace(
@@ -70,7 +70,7 @@ def test_executors_without_fixed_arrays_are_skipped(tmp_path_factory: pytest.Tem
     class Suite(SlotCopies):
         models = ("llama", "mixtral")
 
-        def make_executor(self) -> Executor:
+        def make_executor(self) -> StepExecutor:
             return ReferenceExecutor()
 
     suite = Suite()
@@ -82,7 +82,7 @@ def test_executors_without_fixed_arrays_are_skipped(tmp_path_factory: pytest.Tem
 
 def test_executors_that_do_not_borrow_are_skipped(tmp_path_factory: pytest.TempPathFactory) -> None:
     class Suite(TestReference):
-        def make_executor(self) -> Executor:
+        def make_executor(self) -> StepExecutor:
             return SimulatedExecutor()
 
     suite = Suite()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pi2rt.runtime.executor import Executor
+from pi2rt.runtime.executor import StepExecutor
 from pi2rt.testing import Masks, StepExecutorConformance, Tolerance
 from tests.testing.mask_mutants import MaskWrapper
 from tests.testing.wrappers import Inexact, Resampling, Wrapper
@@ -12,12 +12,12 @@ class TestWrapper(StepExecutorConformance):
     models = ("llama",)
     tolerance = Tolerance(reference=1e-4, repeat=1e-4)
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return Wrapper()
 
 
 class TestResampling(TestWrapper):
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return Resampling()
 
 
@@ -25,7 +25,7 @@ class TestMaskWrapper(Masks):
     models = ("llama",)
     tolerance = Tolerance(reference=1e-4, repeat=1e-4)
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return MaskWrapper()
 
 
@@ -35,5 +35,5 @@ class TestInexact(StepExecutorConformance):
     models = ("llama", "gemma3")
     tolerance = Tolerance(reference=0.02, repeat=0.02, scores=0.5)
 
-    def make_executor(self) -> Executor:
+    def make_executor(self) -> StepExecutor:
         return Inexact()

@@ -29,7 +29,7 @@ class Slot:
 
 
 class NumpyExecutor:
-    """See ``pi2rt.runtime.executor.Executor``. The constructor takes nothing and acquires nothing."""
+    """See ``pi2rt.runtime.executor.StepExecutor``. The constructor takes nothing and acquires nothing."""
 
     name = "numpy"
     max_in_flight = 2  # so that the next step is there when one ends
