@@ -58,9 +58,9 @@ cdef class Memory:
 
     ``address`` and ``nbytes``; ``view()`` is a uint8 array over it that must not outlive it; ``close()`` gives it back.
 
-    Python code divides such memory by adding to its address: weights, KV pages, slots of fixed arrays, rings and caches
-    lie in it. So addresses in it, and they alone, cross from module to module as integers, and who takes one says what
-    must lie there and how long. Whatever else is native crosses as an object of its class.
+    Python code divides such memory by adding to its address, for weights, KV pages, slots of fixed arrays, rings and
+    caches. So only addresses of such memory cross from module to module as integers. Who takes one says what must be
+    there, and for how long. All other native things cross as objects of their class.
     """
 
     def __cinit__(self, int64_t nbytes, *, bint huge_pages=True):

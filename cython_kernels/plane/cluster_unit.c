@@ -103,7 +103,15 @@ static int join(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
 
 static int on_head_rows(const pi2_op *op) { return op->expert < 0; }
 
-const pi2_op_class pi2_handoff_class = {
-    .name = "hand off", .data_bytes = sizeof(pi2_hop), .run = hand_off, .by_row = 1, .on_head_rows = on_head_rows};
-const pi2_op_class pi2_join_class = {
-    .name = "join", .data_bytes = sizeof(pi2_hop), .run = join, .by_row = 1, .on_head_rows = on_head_rows};
+const pi2_op_class pi2_handoff_class = {.name = "hand off",
+                                        .data_bytes = sizeof(pi2_hop),
+                                        .run = hand_off,
+                                        .on_all_threads = 1,
+                                        .by_row = 1,
+                                        .on_head_rows = on_head_rows};
+const pi2_op_class pi2_join_class = {.name = "join",
+                                     .data_bytes = sizeof(pi2_hop),
+                                     .run = join,
+                                     .on_all_threads = 1,
+                                     .by_row = 1,
+                                     .on_head_rows = on_head_rows};

@@ -100,6 +100,7 @@ typedef struct {
   int (*done)(struct pi2_run *run, const pi2_op *op, pi2_worker *w, int stopped); /* behind the closing barrier */
   void (*end)(struct pi2_run *run, int stopped); /* thread 0, behind the last operation */
   /* -- what it is */
+  int on_all_threads;                    /* it counts on every thread of the gang: none assists in its program */
   int by_row;                            /* of each row nothing but that row comes of it: rows may be left out */
   int (*on_head_rows)(const pi2_op *op); /* whether it can work on the rows that need logits alone (head_only) */
 } pi2_op_class;

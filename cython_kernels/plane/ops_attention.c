@@ -207,7 +207,7 @@ static int next_units(pi2_run *r, int index, int me, uint64_t tag, int64_t *firs
   const run_units *all = r->shared[PI2_ATTENTION];
   const int64_t n = all->n_units - all->n_stores;
   if (!r->n_prefill) {
-    if (!pi2_take_tagged(r, index, n, 1, tag == PI2_ANY_TAG ? n : 1, tag, me, first, last)) return 0;
+    if (!pi2_take_near(r, index, n, 1, tag == PI2_ANY_TAG ? n : 1, tag, me, first, last)) return 0;
   } else {
     *first = tag == PI2_ANY_TAG ? pi2_take_unit(r, index) : pi2_take_unit_tagged(r, index, tag);
     if (*first < 0 || *first >= n) return 0;

@@ -70,7 +70,7 @@ static int run_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
     if (!linear_part(r, op, &u, &in, w)) return 0;
   return 0;
 }
-/* All products of a part lie in the tile before the first output is written. */
+/* The tile holds all products of a part before the first output is written. */
 static void assist_linear(pi2_run *r, const pi2_op *op, int index, pi2_worker *w) {
   pi2_program *p = r->program;
   int stopped = 0;

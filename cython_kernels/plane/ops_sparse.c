@@ -307,4 +307,5 @@ const pi2_op_class pi2_sparse_class = {.name = "ffn",
                                        .begin = begin,
                                        .run = run,
                                        .done = done,
-                                       .end = end};
+                                       .end = end,
+                                       .on_all_threads = 1};

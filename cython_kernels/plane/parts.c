@@ -84,8 +84,8 @@ static int next_part(pi2_run *r, const pi2_op *op, int index, const pi2_worker *
       return out->first < blocks;
     }
     if (rows >= PI2_PANEL_ROWS) step = 8; /* of a tile, so that shares stay even */
-    return pi2_take_tagged(r, index, blocks, step, assists ? PI2_TILE_BLOCKS : blocks, tag, w->index, &out->first,
-                           &out->last);
+    return pi2_take_near(r, index, blocks, step, assists ? PI2_TILE_BLOCKS : blocks, tag, w->index, &out->first,
+                         &out->last);
   }
   const int64_t unit = assists ? pi2_take_unit_tagged(r, index, tag) : pi2_take_unit(r, index);
   out->first = unit / passes * op->tile_blocks;

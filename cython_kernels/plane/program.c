@@ -131,8 +131,9 @@ static void find_members(pi2_program *p) {
   p->members = p->threads - p->assisting;
   for (int i = 0; i < p->n_ops; i++) {
     const pi2_op *op = &p->ops[i];
-    if (op->n_matrices && (op->streamed || op->paged || !pi2_op_classes[op->kind]->assist)) p->members = p->threads;
-    if (op->kind == PI2_SPARSE) p->members = p->threads; /* one that has its gates in bundles has no matrix */
+    const pi2_op_class *class = pi2_op_classes[op->kind];
+    const int helpless = op->n_matrices && (op->streamed || op->paged || !class->assist);
+    if (class->on_all_threads || helpless) p->members = p->threads;
   }
 }
 /* Widths of what operations share. */

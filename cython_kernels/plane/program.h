@@ -339,8 +339,8 @@ static inline int pi2_take_half(_Atomic uint64_t *share, int64_t begin, int64_t 
 /* Next part [*first, *last) of `total` items, a multiple of `step` long (but for the end), of cursor `index`. A thread
  * goes through its own share from the front, by halves of what is left, so that it reads memory in one stream; then it
  * helps the others from the ends of theirs. Returns 0 when nothing is left. `most`, `tag`: see pi2_take_half. */
-static inline int pi2_take_tagged(pi2_run *run, int index, int64_t total, int step, int64_t most, uint64_t tag, int me,
-                                  int64_t *first, int64_t *last) {
+static inline int pi2_take_near(pi2_run *run, int index, int64_t total, int step, int64_t most, uint64_t tag, int me,
+                                int64_t *first, int64_t *last) {
   const int threads = run->program->threads;
   for (int i = 0; i < threads; i++) {
     const int t = me + i < threads ? me + i : me + i - threads;
@@ -350,10 +350,6 @@ static inline int pi2_take_tagged(pi2_run *run, int index, int64_t total, int st
       return 1;
   }
   return 0;
-}
-static inline int pi2_take_near(pi2_run *run, int index, int64_t total, int step, int me, int64_t *first,
-                                int64_t *last) {
-  return pi2_take_tagged(run, index, total, step, total, PI2_ANY_TAG, me, first, last);
 }
 static inline int pi2_is_float(int type) { return type == PI2_F32 || type == PI2_F16 || type == PI2_BF16; }
 static inline void pi2_quantize(const pi2_program *p, const float *x, int64_t k, const pi2_q8 *o) {

@@ -63,7 +63,7 @@ pi2_guesses pi2_guess(const pi2_work *k) {
   const pi2_neuron_cache *c = k->cache;
   pi2_guesses g = {0};
   if (p->pipeline != PI2_PIPELINE_CLUSTER || k->r->n_rows > PI2_REPLICATED) return g;
-  if (c->used < c->n_slots || c->n_slots == c->n_pages) return g; /* all is there, or has room */
+  if (c->used < c->n_slots || c->n_slots == c->n_pages) return g; /* all pages are cached, or slots are free */
   if (k->op->expert >= 0) {
     if (pi2_block_of(k->op)->next_route) guess_experts(k, &g);
   } else if (pi2_block_of(k->op)->next_sparse) {

@@ -45,10 +45,10 @@ class MemoryNeed:
                 f"{_mib(self.activations)}; take a smaller context, kv_type='q8' or a smaller model, or free "
                 f"memory; a pack (pi2rt convert) may be larger than memory"
             )
-        room = (available - self.weights - self.activations) // 2
-        fit = room // max(1, self.page + self.window_page)
+        left = (available - self.weights - self.activations) // 2
+        fit = left // max(1, self.page + self.window_page)
         if fit >= window_pages:  # further ones have no memory for windowed bytes of their own
-            fit = (room - window_pages * self.window_page) // max(1, self.page)
+            fit = (left - window_pages * self.window_page) // max(1, self.page)
         return max(needed, min(wanted, fit))
 
 

@@ -51,7 +51,7 @@ class FixedLayout:
 class StateLayout:
     """Of a model: what a KV page holds, and what a slot of fixed arrays holds.
 
-    The bytes of a page lie in two areas: page p begins at ``p * page_bytes`` of the whole area, which has the blocks
+    The bytes of a page are in two areas: page p begins at ``p * page_bytes`` of the whole area, which has the blocks
     that see all positions, and at ``p * window_page_bytes`` of the windowed area, which has those that look back a
     window. ``window_page_bytes`` is a multiple of the system's pages, so that it can be given back. ``window``: the
     largest; None: no block is windowed. ``page_bytes``, ``window_page_bytes``, ``slot_bytes``: 0 where there is nothing

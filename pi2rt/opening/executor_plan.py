@@ -201,8 +201,8 @@ def plan_executor(
                 tokens = min(tokens, max(STREAMED_CHUNK, chosen.max_sequences))
                 measure = partial(_need, executor, replace(ask, max_tokens=tokens), predictors)
                 need = measure(file, description, streaming)
-            room = available - need.kv(each, windows(tokens))
-            streaming, need = _fit(file, description, measure, need, room, chosen.cache_bytes, reads)
+            left = available - need.kv(each, windows(tokens))
+            streaming, need = _fit(file, description, measure, need, left, chosen.cache_bytes, reads)
         kv = need.kv(each, windows(tokens))
         if own + need.weights + need.activations + kv > limit:
             packed = None

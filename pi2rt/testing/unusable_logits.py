@@ -313,5 +313,5 @@ class UnusableLogits(Harness):
                         allows(mask, self.vocab_size), outputs[slot].rows[-1], np.float32(-np.inf)
                     )
                     assert token == int(allowed.argmax()), (
-                        f"{what}: token {token}, of what the mask allows {int(allowed.argmax())} is the likeliest"
+                        f"{what}: token {token}, of what the mask allows {int(allowed.argmax())} has the largest logit"
                     )

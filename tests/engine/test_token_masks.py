@@ -434,8 +434,9 @@ def test_requests_of_every_kind(tokenizer: Tokenizer, data: st.DataObject) -> No
                     with trio.move_on_after(0.1 + durations[i]):
                         await o.tokens(prompt, 50, token_mask=Grammar(durations[i], i))
                 elif kind == "raises":
+                    wrong: Any = lambda g: None if len(g) < 5 else 1  # noqa: E731
                     with pytest.raises(RequestError, match="token_mask"):
-                        await o.tokens(prompt, 9, token_mask=lambda g: None if len(g) < 5 else 1)  # type: ignore[arg-type,return-value]
+                        await o.tokens(prompt, 9, token_mask=wrong)
                 else:
                     with pytest.raises(RequestError, match="mask_deadline"):
                         await o.tokens(prompt, 9, token_mask=Grammar(lambda n: 1e4 if n == 4 else 0.0))

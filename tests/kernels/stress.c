@@ -606,9 +606,10 @@ static int play(const model *m, int threads, const step *script, int steps, resu
   neurons sparse;
   if (way == STREAMED) p.stream = stream_all(&p, &file);
   if (way == SPARSE) sparse_all(&p, m, &sparse);
-  if (way == ASSISTED) p.assisting = threads / 2;
+  p.assisting = threads / 2;
   prepare(&p);
-  if (p.members != threads - p.assisting) die("not as many threads assist as could");
+  const int assist = way == ASSISTED || way == RESIDENT; /* in all others, operations count on every thread */
+  if (p.members != threads - (assist ? p.assisting : 0)) die("others assist than can");
   if (way == STREAMED) lend_some(&p, &file, cache, m->page_bytes);
   flight f = {.n = 0};
   for (int i = 0; i < steps; i++) {
